@@ -1,0 +1,46 @@
+"""The exceptions this package raises. Every message names what was wrong, where, and what to do."""
+
+from __future__ import annotations
+
+
+class LinearizeError(Exception):
+    """Base of every error raised on purpose by this package."""
+
+
+class InvalidModelError(LinearizeError, TypeError):
+    """The object given is not a model this call can work on (not an `nn.Module`, already converted, ...)."""
+
+
+class InputError(LinearizeError, ValueError):
+    """Example inputs are missing, cannot be made, or the model does not run on them."""
+
+
+class NoAttentionError(LinearizeError, ValueError):
+    """The model holds no softmax attention site at all."""
+
+
+class RefusedError(LinearizeError, ValueError):
+    """At least one site cannot be rewritten and the policy is to rewrite all or nothing.
+
+    `report` is the full `passes.MatchReport`-derived report, so a caller can print which sites and why.
+    """
+
+    def __init__(self, message: str, report: object | None = None) -> None:
+        super().__init__(message)
+        self.report = report
+
+
+class VerificationError(LinearizeError, RuntimeError):
+    """A rewrite did not reproduce the original with the exact mechanism; nothing was applied."""
+
+
+class ConfigError(LinearizeError, ValueError):
+    """A `LinearizeConfig` field is unknown, out of range, or contradicts another."""
+
+
+class CheckpointError(LinearizeError, OSError):
+    """A directory is not a readable, complete, converted checkpoint, or cannot be written."""
+
+
+class MissingExtraError(LinearizeError, ImportError):
+    """An optional dependency is absent; the message names the extra to install."""
