@@ -10,7 +10,7 @@ import enum
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch.fx import Node
+from torch.fx import GraphModule, Node
 
 Size = int | str
 """A dimension: an int when static, the symbol's text (for example `s27`) when dynamic."""
@@ -191,7 +191,11 @@ class Site:
 
 @dataclass(frozen=True)
 class MatchReport:
-    """Every candidate of one graph: `sites` proved, `refusals` left alone with a reason."""
+    """Every candidate of one graph: `sites` proved, `refusals` left alone with a reason.
 
+    graph_module: the pre-dispatch ATen graph whose nodes the records refer to.
+    """
+
+    graph_module: GraphModule
     sites: tuple[Site, ...]
     refusals: tuple[Refusal, ...]
