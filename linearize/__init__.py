@@ -1,0 +1,55 @@
+"""linearize: turn the softmax attention of any PyTorch model into linear attention.
+
+`passes` (graphs only) finds and rewrites attention, `kernels` (tensors only) computes it, and this package
+joins the two behind one call. Public names are loaded on first use, so importing stays light.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_ROOT = Path(__file__).resolve().parent.parent
+if (_ROOT / "pyproject.toml").is_file() and (_ROOT / "passes").is_dir():
+    # Run from a checkout that is not installed: the folders passes/ and kernels/ are our sub-packages there.
+    __path__.append(str(_ROOT))
+
+if TYPE_CHECKING:
+    from .api import linearize as linearize
+    from .attention import AttentionModule as AttentionModule
+    from .checkpoint import load as load
+    from .checkpoint import save as save
+    from .config import LinearizeConfig as LinearizeConfig
+    from .demo import load_demo as load_demo
+    from .errors import LinearizeError as LinearizeError
+    from .report import Report as Report
+    from .report import inspect as inspect
+
+_EXPORTS = {
+    "linearize": ".api",
+    "inspect": ".report",
+    "Report": ".report",
+    "save": ".checkpoint",
+    "load": ".checkpoint",
+    "load_demo": ".demo",
+    "LinearizeConfig": ".config",
+    "AttentionModule": ".attention",
+    "LinearizeError": ".errors",
+}
+
+__all__ = ["__version__", *_EXPORTS]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _EXPORTS:
+        return getattr(import_module(_EXPORTS[name], __name__), name)
+    if name in {"ops", "passes", "backend", "errors"}:
+        return import_module(f".{name}", __name__)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_EXPORTS])
