@@ -1,0 +1,213 @@
+"""The import layout: three folders, one package, and no way to step on the PyPI package `kernels`."""
+
+from __future__ import annotations
+
+import ast
+import os
+import subprocess
+import sys
+import tomllib
+import zipfile
+from importlib.metadata import entry_points, requires, version
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+FOLDERS = ("linearize", "passes", "kernels")
+
+
+def python(code: str, cwd: Path, path: Path | None = None) -> str:
+    """Run `code` in a new interpreter started in `cwd`, with `path` on PYTHONPATH; its standard output."""
+    env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    if path is not None:
+        env["PYTHONPATH"] = str(path)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=cwd, env=env, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def sources() -> list[Path]:
+    return [path for path in ROOT.rglob("*.py") if not {".venv", "build"} & set(path.relative_to(ROOT).parts)]
+
+
+def test_every_folder_with_code_is_a_listed_package() -> None:
+    found = set()
+    for top in FOLDERS:
+        for path in (ROOT / top).rglob("*.py"):
+            parts = path.parent.relative_to(ROOT).parts
+            found.add(".".join(parts if top == "linearize" else ("linearize", *parts)))
+    assert found == set(PROJECT["tool"]["setuptools"]["packages"])
+
+
+def test_kernels_is_no_regular_package_at_the_top() -> None:
+    assert not (ROOT / "kernels" / "__init__.py").exists()
+
+
+def test_nothing_imports_our_folders_by_their_top_level_names() -> None:
+    for path in sources():
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = []
+            if isinstance(node, ast.Import):
+                names = [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom) and node.level == 0:
+                names = [node.module or ""]
+            assert not {name.split(".")[0] for name in names} & {"kernels", "passes"}, f"{path}:{node.lineno}"
+
+
+def imports_point_one_way(top: str, allowed: set[str]) -> None:
+    for path in (ROOT / top).rglob("*.py"):
+        depth = len(path.relative_to(ROOT / top).parts)
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import):
+                roots = {alias.name.split(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and node.level == 0:
+                roots = {(node.module or "").split(".")[0]}
+            elif isinstance(node, ast.ImportFrom):
+                assert node.level <= depth, f"{path}:{node.lineno} reaches outside {top}/"
+                continue
+            else:
+                continue
+            extra = roots - allowed - set(sys.stdlib_module_names)
+            assert not extra, f"{path}:{node.lineno} imports {extra}"
+
+
+def test_passes_know_graphs_only_and_kernels_know_tensors_only() -> None:
+    imports_point_one_way("passes", {"torch", "sympy"})
+    imports_point_one_way("kernels", {"torch", "triton"})
+
+
+LAYOUT = """
+import transformers, linearize.passes.site, linearize.kernels
+from transformers import LlamaConfig
+print(linearize.passes.site.__name__, list(linearize.kernels.__path__)[0])
+"""
+
+
+@pytest.fixture
+def other_kernels(tmp_path: Path) -> Path:
+    """A folder with someone else's regular package `kernels`, as PyPI's would be."""
+    package = tmp_path / "site" / "kernels"
+    package.mkdir(parents=True)
+    (package / "__init__.py").write_text("THEIRS = True\n")
+    return package.parent
+
+
+@pytest.mark.parametrize("with_theirs", [False, True])
+def test_the_checkout_works_from_its_root_beside_a_package_named_kernels(
+    with_theirs: bool, other_kernels: Path
+) -> None:
+    path = other_kernels if with_theirs else None
+    assert python(LAYOUT, ROOT, path).split() == ["linearize.passes.site", str(ROOT / "kernels")]
+    if with_theirs:
+        assert python("import linearize.passes, kernels; print(kernels.THEIRS)", ROOT, path).strip() == "True"
+
+
+def test_python_m_linearize_and_pytest_run_from_the_root(other_kernels: Path) -> None:
+    env = {**os.environ, "PYTHONPATH": str(other_kernels)}
+    for command in (["linearize", "version"], ["pytest", "--collect-only", "-q", "tests/test_packaging.py"]):
+        done = subprocess.run(
+            [sys.executable, "-m", *command], cwd=ROOT, env=env, capture_output=True, text=True, timeout=300
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A wheel built from a copy of the files that git tracks or would track: what a fresh clone has."""
+    tree = tmp_path_factory.mktemp("tree")
+    listed = subprocess.run(
+        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout.split("\0")
+    for name in filter(None, listed):
+        source = ROOT / name
+        if source.is_file():
+            (tree / name).parent.mkdir(parents=True, exist_ok=True)
+            (tree / name).write_bytes(source.read_bytes())
+    out = tmp_path_factory.mktemp("wheel")
+    subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "pip",
+            "wheel",
+            "--quiet",
+            "--no-deps",
+            "--no-build-isolation",
+            "-w",
+            out,
+            tree,
+        ],
+        check=True,
+        timeout=300,
+    )
+    (built,) = out.glob("*.whl")
+    return built
+
+
+def test_the_wheel_holds_one_top_level_package_with_its_data(wheel: Path) -> None:
+    names = zipfile.ZipFile(wheel).namelist()
+    assert {name.split("/")[0] for name in names if ".dist-info/" not in name} == {"linearize"}
+    code = {name for name in names if name.endswith(".py")}
+    want = set()
+    for top in FOLDERS:
+        for path in (ROOT / top).rglob("*.py"):
+            parts = path.relative_to(ROOT).parts
+            want.add("/".join(parts if top == "linearize" else ("linearize", *parts)))
+    assert code == want
+    assert "linearize/py.typed" in names
+    data = {path.name for path in (ROOT / "linearize" / "demo_model").iterdir()}
+    assert {f"linearize/demo_model/{name}" for name in data} <= set(names)
+
+
+def test_an_installed_wheel_works_away_from_the_checkout(wheel: Path, tmp_path: Path) -> None:
+    target = tmp_path / "target"
+    zipfile.ZipFile(wheel).extractall(target)
+    out = python(LAYOUT, tmp_path, target).split()
+    assert out == ["linearize.passes.site", str(target / "linearize" / "kernels")]
+
+
+BLOCKED = """
+import sys
+class Block:
+    def find_spec(self, name, path=None, target=None):
+        extras = {"triton", "onnx", "onnxruntime", "onnxscript", "peft", "accelerate", "sentence_transformers"}
+        if name.split(".")[0] in extras:
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+sys.meta_path.insert(0, Block())
+import linearize
+for name in linearize.__all__:
+    getattr(linearize, name)
+import linearize.backend, linearize.cli
+print("ok")
+"""
+
+
+def test_everything_public_imports_without_any_extra() -> None:
+    assert python(BLOCKED, ROOT).strip() == "ok"
+
+
+def test_the_backend_is_registered_with_dynamo() -> None:
+    (found,) = entry_points(group="torch_dynamo_backends", name="linearize")
+    assert callable(found.load())
+
+
+def test_constraints_pin_every_direct_requirement_of_every_extra() -> None:
+    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    names = {line.split("==")[0].lower() for line in lines if "==" in line}
+    for requirement in requires("linearize") or []:
+        name = requirement.split(";")[0].split(">")[0].split("[")[0].strip().lower()
+        assert name in names | {"linearize"}, requirement
+
+
+def test_the_versions_under_test_are_the_pinned_ones() -> None:
+    pins = (ROOT / "constraints.txt").read_text()
+    for name in ("torch", "transformers", "peft", "accelerate"):
+        assert f"{name}=={version(name).split('+')[0]}\n" in pins

@@ -1,0 +1,150 @@
+"""`Report`: every candidate, readable in a terminal, a program and a browser."""
+
+from __future__ import annotations
+
+import json
+from html.parser import HTMLParser
+
+import pytest
+import torch
+from linearize.passes.site import (
+    KVKind,
+    KVMap,
+    Mask,
+    MatchReport,
+    Operand,
+    Pattern,
+    Reason,
+    Refusal,
+    Site,
+)
+from torch import fx
+
+from linearize.report import KEEP, REFUSED, REWRITE, Report, rows
+
+
+@pytest.fixture
+def match() -> MatchReport:
+    """Three candidates by hand: two sites of one owner and, between them in the graph, a refusal."""
+    graph = fx.Graph()
+    x = graph.placeholder("x")
+    anchors = [graph.call_function(torch.softmax, (x, -1)) for _ in range(3)]
+    graph.output(anchors[-1])
+    operand = Operand(x, (0, 1, 2, 3), (1, 1, 1, 1), ("s27", 8, "s53", 64))
+    grouped = Operand(x, (0, 1, 2, 3), (1, 1, 1, 1), ("s27", 2, "s53", 64))
+
+    def site(anchor: fx.Node, ordinal: int) -> Site:
+        return Site(
+            path="layers.0.attn",
+            ordinal=ordinal,
+            anchor=anchor,
+            query=operand,
+            key=grouped,
+            value=grouped,
+            output=anchor,
+            program=(),
+            mask=Mask(Pattern.CAUSAL, padding=True),
+            scale=0.125,
+            softcap=None,
+            sinks=False,
+            kv_map=KVMap(KVKind.INTERLEAVED, 4),
+            dropout=0.0,
+            score_dtype="float32",
+            body=(anchor,),
+            spelling="matmul>mul>add>softmax>matmul",
+            source="model.py:12",
+        )
+
+    refusal = Refusal(
+        Reason.WEIGHTS_ESCAPE,
+        "the weights <b>leave</b> & return",
+        anchors[1],
+        anchors[1],
+        "value contraction",
+        path="layers.<lambda>",
+        source="model.py:40",
+    )
+    module = fx.GraphModule(torch.nn.Module(), graph)
+    return MatchReport(module, (site(anchors[0], 0), site(anchors[2], 1)), (refusal,))
+
+
+@pytest.fixture
+def report(match: MatchReport) -> Report:
+    return Report(
+        "Toy", "augmented", rows(match, {}, {("layers.0.attn", 0): "augmented (group 64, 32 taps)"})
+    )
+
+
+def test_every_candidate_is_a_row_in_graph_order(report: Report) -> None:
+    assert [(row.path, row.ordinal, row.verdict) for row in report.rows] == [
+        ("layers.0.attn", 0, REWRITE),
+        ("layers.<lambda>", 0, REFUSED),
+        ("layers.0.attn", 1, KEEP),
+    ]
+    assert len(report.sites) == 2 and len(report.refusals) == 1
+
+
+def test_a_site_the_planner_refuses_is_a_refusal_with_its_shapes(match: MatchReport) -> None:
+    refused = {("layers.0.attn", 1): ("bias-unsupported", "adds a learned bias")}
+    row = Report("Toy", "augmented", rows(match, refused, {("layers.0.attn", 0): "x"})).rows[2]
+    assert (row.verdict, row.reason, row.message) == (REFUSED, "bias-unsupported", "adds a learned bias")
+    assert row.shapes["Hkv"] == 2
+
+
+def test_text_shows_every_row_and_names_dynamic_sizes_by_axis(report: Report) -> None:
+    text = report.to_text()
+    assert "3 candidates, 1 rewrite, 1 keep, 1 refused (weights-escape)" in text
+    for needle in (
+        "layers.0.attn #1",
+        "B,8/2,T,T,64",
+        "model.py:12",
+        "causal+padding",
+        "0.125",
+        "augmented (group 64, 32 taps)",
+    ):
+        assert needle in text
+    assert "\x1b[" not in text
+
+
+def test_markup_in_a_module_name_is_shown_not_interpreted(match: MatchReport) -> None:
+    hostile = Report("[red]Toy[/red]", "augmented", rows(match, {}, {("layers.0.attn", 0): "[bold]x[/bold]"}))
+    text = hostile.to_text()
+    assert "[bold]x[/bold]" in text and "[red]Toy[/red]" in text
+
+
+def test_json_holds_every_field(report: Report) -> None:
+    data = json.loads(report.to_json())
+    assert data["version"] == 1 and data["model"] == "Toy"
+    assert data["rows"][0]["shapes"] == {
+        "B": "s27",
+        "H": 8,
+        "Hkv": 2,
+        "T": "s53",
+        "S": "s53",
+        "D": 64,
+        "Dv": 64,
+    }
+    assert data["rows"][1]["reason"] == "weights-escape"
+
+
+class _Page(HTMLParser):
+    def __init__(self) -> None:
+        super().__init__()
+        self.tags: list[str] = []
+        self.links: list[str] = []
+        self.text: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.links += [value or "" for name, value in attrs if name in {"src", "href"}]
+
+    def handle_data(self, data: str) -> None:
+        self.text.append(data)
+
+
+def test_html_is_one_self_contained_escaped_page(report: Report) -> None:
+    page = _Page()
+    page.feed(report.to_html())
+    assert page.tags.count("tr") == 4 and not page.links and "script" not in page.tags
+    assert "b" not in page.tags and "lambda" not in page.tags
+    assert any("the weights <b>leave</b> & return" in text for text in page.text)
