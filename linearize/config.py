@@ -1,0 +1,113 @@
+"""What a user chooses about a conversion. Stored in the checkpoint; never read from the environment."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from difflib import get_close_matches
+from typing import Any
+
+from . import mechanisms
+from .errors import ConfigError
+
+VERSION = 1
+DROPPABLE = ("softcap", "sinks", "alibi", "bias", "window")
+"""What `approximate` may name: parts of a softmax attention that a linear one can be asked to leave out."""
+
+
+@dataclass(frozen=True)
+class LinearizeConfig:
+    """Options of one conversion; every field has the default of the paper where it has one.
+
+    mechanism: name of what takes the softmax's place ("softmax" keeps it, through the same machinery).
+    group_size: tokens per group of the local part.
+    conv_taps: past tokens, the present one included, that the convolution over values sees; bidirectional
+        sites use `2 * conv_taps - 1` centred taps.
+    local_scale: weight of the local part, a constant.
+    layers: rewrite only these layer indices (None: all).
+    keep_softmax: layer indices or module paths to leave untouched.
+    on_refusal: "error" rewrites all or nothing, "keep" leaves out the sites that cannot be rewritten.
+    approximate: what may be dropped from a site although its output depends on it, see `DROPPABLE`.
+
+    Raises ConfigError, naming the field, when a value is of the wrong kind or out of range.
+    """
+
+    mechanism: str = "augmented"
+    group_size: int = 64
+    conv_taps: int = 32
+    local_scale: float = 1.0
+    layers: tuple[int, ...] | None = None
+    keep_softmax: tuple[int | str, ...] = ()
+    on_refusal: str = "error"
+    approximate: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        # Lists are what JSON and most callers have; the stored form is hashable.
+        for name in ("layers", "keep_softmax", "approximate"):
+            if isinstance(getattr(self, name), list | set | frozenset | range):
+                object.__setattr__(self, name, tuple(getattr(self, name)))
+        mechanisms.get(self.mechanism)
+        _require(_is_int(self.group_size) and self.group_size >= 1, "group_size", self.group_size, "an int >= 1")
+        _require(_is_int(self.conv_taps) and self.conv_taps >= 1, "conv_taps", self.conv_taps, "an int >= 1")
+        scale = self.local_scale
+        number = isinstance(scale, int | float) and not isinstance(scale, bool)
+        _require(number and abs(scale) < float("inf"), "local_scale", scale, "a finite number")
+        _require(
+            self.layers is None or (isinstance(self.layers, tuple) and all(map(_is_index, self.layers))),
+            "layers",
+            self.layers,
+            "layer indices (ints >= 0), or None for all layers",
+        )
+        _require(
+            isinstance(self.keep_softmax, tuple)
+            and all(_is_index(item) or isinstance(item, str) for item in self.keep_softmax),
+            "keep_softmax",
+            self.keep_softmax,
+            "layer indices (ints >= 0) or module paths",
+        )
+        _require(self.on_refusal in ("error", "keep"), "on_refusal", self.on_refusal, "'error' or 'keep'")
+        _require(
+            isinstance(self.approximate, tuple) and all(item in DROPPABLE for item in self.approximate),
+            "approximate",
+            self.approximate,
+            f"names among {', '.join(DROPPABLE)}",
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able, with a format version."""
+        fields = {name: list(v) if isinstance(v, tuple) else v for name, v in dataclasses.asdict(self).items()}
+        return {"version": VERSION, **fields}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> LinearizeConfig:
+        """Inverse of `to_dict`; absent fields take their defaults. Raises ConfigError."""
+        if not isinstance(data, Mapping):
+            raise ConfigError(f"a config must be a mapping of field names to values, got {type(data).__name__}")
+        fields = dict(data)
+        version = fields.pop("version", VERSION)
+        if version != VERSION:
+            raise ConfigError(
+                f"this config has version {version!r}; this release reads version {VERSION}: "
+                f"load it with the release that wrote it"
+            )
+        known = [field.name for field in dataclasses.fields(cls)]
+        for name in fields:
+            if name not in known:
+                close = get_close_matches(str(name), known, n=1)
+                hint = f"did you mean {close[0]!r}?" if close else f"known fields: {', '.join(known)}"
+                raise ConfigError(f"unknown config field {name!r}; {hint}")
+        return cls(**fields)
+
+
+def _require(ok: bool, name: str, value: object, expected: str) -> None:
+    if not ok:
+        raise ConfigError(f"{name} must be {expected}, got {value!r}")
+
+
+def _is_int(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_index(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0

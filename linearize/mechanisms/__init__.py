@@ -1,0 +1,32 @@
+"""What can take a softmax's place: one file per mechanism, found by its `MECHANISM`.
+
+To add one, add a file here that defines `MECHANISM = Mechanism(...)`; nothing else lists them.
+"""
+
+from __future__ import annotations
+
+import pkgutil
+from collections.abc import Mapping
+from functools import cache
+from importlib import import_module
+from types import MappingProxyType
+
+from ..errors import ConfigError
+from .base import Mechanism
+
+__all__ = ["Mechanism", "available", "get"]
+
+
+@cache
+def available() -> Mapping[str, Mechanism]:
+    """Every mechanism by name."""
+    files = sorted(info.name for info in pkgutil.iter_modules(__path__) if info.name != "base")
+    found = [import_module(f".{name}", __name__).MECHANISM for name in files]
+    return MappingProxyType({mechanism.name: mechanism for mechanism in found})
+
+
+def get(name: str) -> Mechanism:
+    """The mechanism called `name`. Raises ConfigError, listing the known names."""
+    if not isinstance(name, str) or name not in available():
+        raise ConfigError(f"unknown mechanism {name!r}; known: {', '.join(available())}")
+    return available()[name]

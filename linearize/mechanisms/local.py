@@ -1,0 +1,21 @@
+"""Ablation: the local part of `augmented` alone, relu(q.k)^2 inside each group. No parameters."""
+
+from __future__ import annotations
+
+from ..attention import LinearAttention, SiteSpec
+from ..config import LinearizeConfig
+from .base import Mechanism
+
+
+def _build(spec: SiteSpec, config: LinearizeConfig) -> LinearAttention:
+    return LinearAttention(
+        spec, group_size=config.group_size, conv_taps=None, local_scale=config.local_scale, alpha=None
+    )
+
+
+MECHANISM = Mechanism(
+    name="local",
+    formula="local_scale * relu(q.k)^2 in the group",
+    supports=frozenset({"causal", "bidirectional", "cross"}),
+    build=_build,
+)

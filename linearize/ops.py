@@ -1,0 +1,141 @@
+"""The public face of the kernels: checked, documented functions on tensors.
+
+Only the PyTorch reference form exists so far; compiled forms will be chosen here, by device.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .errors import InputError
+from .kernels import reference
+
+__all__ = ["augmented_attention", "conv_width"]
+
+
+def conv_width(taps: int, causal: bool) -> int:
+    """Length of one head's convolution: `taps` past tokens, or `2 * taps - 1` centred ones."""
+    return taps if causal else 2 * taps - 1
+
+
+def augmented_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    alpha: Tensor | float | None,
+    conv_weight: Tensor | None,
+    local_scale: float = 1.0,
+    group_size: int = 64,
+    causal: bool = True,
+    cross: bool = False,
+    kv_layout: str = "interleaved",
+    key_mask: Tensor | None = None,
+    query_start: int | Tensor | None = None,
+    normalize: bool = True,
+) -> Tensor:
+    """Augmented linear attention (formula: `kernels/oracle.py`), differentiable in every tensor argument.
+
+    query: `[B, H, T, D]`, any strides. key: `[B, Hkv, S, D]`, value: `[B, Hkv, S, Dv]`, not repeated; H is a
+        multiple of Hkv. Floating point; sums are kept in float32 (float64 for float64 input).
+    alpha: weight of the grouped linear part, one number; None leaves that part out.
+    conv_weight: `[H, K]`; causal: tap l weights `value[t - l]`; bidirectional: K odd, tap l weights
+        `value[t + K // 2 - l]`. None, or `cross`, leaves the convolution out.
+    local_scale: weight of the part inside a group of `group_size` tokens.
+    causal: a query sees earlier tokens and itself; otherwise everything.
+    cross: queries and keys are different sequences (not with `causal`). Query group i meets key group i.
+    kv_layout: query head h reads key/value head `h // (H // Hkv)` ("interleaved") or `h % Hkv` ("tiled").
+    key_mask: bool `[B, S]`, True for real tokens. Padded tokens, wherever they are, take part in nothing, and
+        groups and taps count real tokens only; the output of a padded query is zero.
+    query_start: causal: queries are the columns `[query_start, query_start + T)` of the key axis, by default
+        the last T; later columns are ignored. cross: position of the first query in its own sequence, by
+        default 0. An int or a 0-d integer tensor (whose value is not checked).
+    normalize: divide query and key rows by their norm first (False: they already are, or must not be).
+
+    Returns `[B, H, T, Dv]` in the dtype of `value`. Raises InputError when arguments do not fit together.
+    """
+    _check(query, key, value, alpha, conv_weight, group_size, causal, cross, kv_layout, key_mask, query_start)
+    return reference.augmented_attention(
+        query,
+        key,
+        value,
+        alpha=alpha,
+        conv_weight=conv_weight,
+        local_scale=local_scale,
+        group_size=group_size,
+        causal=causal,
+        cross=cross,
+        kv_layout=kv_layout,
+        key_mask=key_mask,
+        query_start=query_start,
+        normalize=normalize,
+    )
+
+
+def _check(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    alpha: Tensor | float | None,
+    conv_weight: Tensor | None,
+    group_size: int,
+    causal: bool,
+    cross: bool,
+    kv_layout: str,
+    key_mask: Tensor | None,
+    query_start: int | Tensor | None,
+) -> None:
+    """Everything that can be known without reading data or tying symbolic lengths together."""
+    for name, tensor in (("query", query), ("key", key), ("value", value)):
+        if tensor.dim() != 4 or not tensor.is_floating_point():
+            raise InputError(
+                f"{name} must be a floating point [batch, heads, length, features] tensor, "
+                f"got {tensor.dtype} {tuple(tensor.shape)}"
+            )
+    heads, kv_heads = query.shape[1], key.shape[1]
+    if value.shape[1] != kv_heads or heads % kv_heads:
+        raise InputError(
+            f"key and value need the same number of heads, a divisor of the query's: "
+            f"got query {heads}, key {kv_heads}, value {value.shape[1]}"
+        )
+    if query.shape[3] != key.shape[3]:
+        raise InputError(f"query has {query.shape[3]} features per head and key has {key.shape[3]}; they must agree")
+    if key.shape[2] != value.shape[2]:
+        raise InputError(f"key has {key.shape[2]} tokens and value has {value.shape[2]}; they must agree")
+    if group_size < 1:
+        raise InputError(f"group_size must be at least 1, got {group_size}")
+    if kv_layout not in ("interleaved", "tiled"):
+        raise InputError(f"kv_layout must be 'interleaved' or 'tiled', got {kv_layout!r}")
+    if causal and cross:
+        raise InputError("cross-attention has no order between queries and keys: set causal=False")
+    if isinstance(alpha, Tensor) and alpha.numel() != 1:
+        raise InputError(f"alpha must be one number, got shape {tuple(alpha.shape)}")
+    if conv_weight is not None:
+        if conv_weight.dim() != 2 or conv_weight.shape[0] != heads or conv_weight.shape[1] < 1:
+            raise InputError(f"conv_weight must be [{heads}, taps], got {tuple(conv_weight.shape)}")
+        if not causal and conv_weight.shape[1] % 2 == 0:
+            raise InputError(
+                f"a bidirectional convolution is centred and needs an odd number of taps, got {conv_weight.shape[1]}"
+            )
+    if key_mask is not None and (key_mask.dim() != 2 or key_mask.dtype != torch.bool):
+        raise InputError(
+            f"key_mask must be bool [batch, keys], True for real tokens: got {key_mask.dtype} {tuple(key_mask.shape)}"
+        )
+    if not causal and not cross and query_start is not None:
+        raise InputError("query_start has no meaning for bidirectional self-attention: it needs all its queries")
+    _check_lengths(query.shape[2], key.shape[2], causal, cross, query_start)
+
+
+def _check_lengths(queries: Any, keys: Any, causal: bool, cross: bool, query_start: int | Tensor | None) -> None:
+    """Lengths are compared where they are plain ints: a comparison of symbols would specialise a trace."""
+    if type(queries) is not int or type(keys) is not int or cross:
+        return
+    if not causal and queries != keys:
+        raise InputError(f"bidirectional self-attention got {queries} queries and {keys} keys (cross=False)")
+    if causal and queries > keys:
+        raise InputError(f"causal attention got {queries} queries but only {keys} keys")
+    if type(query_start) is int and not 0 <= query_start <= keys - queries:
+        raise InputError(f"queries at columns {query_start}..{query_start + queries} do not lie inside {keys} keys")
