@@ -108,34 +108,34 @@ class _Core:
         v [B, Hkv, before + N*G + after, Dv] brings its neighbours for the convolution. state [B, Hkv, D, Dv]
         is the sum of k^T v over everything earlier (causal; None: nothing) or over all keys (otherwise).
         """
-        size, repeats = self.group, q.shape[2]
-        q = q.unflatten(3, (-1, size)).transpose(2, 3).flatten(3, 4)  # [B, Hkv, N, R*G, D]
+        size, (batch, kv_heads, repeats, length, _) = self.group, q.shape
+        rows = q.unflatten(3, (-1, size)).transpose(2, 3).flatten(3, 4)  # [B, Hkv, N, R*G, D]
         k = k.unflatten(2, (-1, size))  # [B, Hkv, N, G, D]
         blocks = v[:, :, self.before : v.shape[2] - self.after].unflatten(2, (-1, size))
-        row = torch.arange(size, device=q.device)
+        place = torch.arange(size, device=q.device)
 
-        weights = (q @ k.mT).relu()
+        weights = (rows @ k.mT).relu()
         if self.causal:
-            weights = weights * (row[:, None] >= row).repeat(repeats, 1)
+            weights = weights * (place[:, None] >= place).repeat(repeats, 1)
         weights = weights.square() * self.local_scale
         window = blocks
         if self.conv is not None:
             column = torch.arange(-self.before, size + self.after, device=q.device)
-            band = self.taps_at(row[:, None] - column).flatten(1, 2)  # [Hkv, R*G, before + G + after]
+            band = self.taps_at(place[:, None] - column).flatten(1, 2)  # [Hkv, R*G, before + G + after]
             weights = F.pad(weights, (self.before, self.after)) + band[:, None]
             window = v.unfold(2, size + self.before + self.after, size).mT
         out = weights @ window
-
-        if self.alpha is not None:
-            q = q * self.alpha
-            if self.causal:
-                own = k.mT @ blocks
-                first = torch.zeros_like(own[:, :, :1]) if state is None else state.unsqueeze(2)
-                out = out + q @ torch.cat([first, own[:, :, :-1]], dim=2).cumsum(2)
-            else:
-                assert state is not None
-                out = out + (q.flatten(2, 3) @ state).unflatten(2, (-1, repeats * size))
-        return out.unflatten(3, (repeats, size)).transpose(2, 3).flatten(3, 4)
+        if self.alpha is not None and self.causal:
+            own = k.mT @ blocks
+            earlier = own.cumsum(2) - own
+            out = out + (rows * self.alpha) @ (earlier if state is None else earlier + state.unsqueeze(2))
+        # Through one dimension: merging N and G directly makes a trace compare N with N * G.
+        out = out.unflatten(3, (repeats, size)).transpose(2, 3).reshape(-1)
+        out = out.view(batch, kv_heads, repeats, length, v.shape[3])
+        if self.alpha is not None and not self.causal:
+            assert state is not None
+            out = out + (q * self.alpha) @ state.unsqueeze(2)
+        return out
 
 
 def _aligned(core: _Core, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
