@@ -7,9 +7,10 @@ a record depends on torch.fx.
 from __future__ import annotations
 
 import enum
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
+import sympy
 from torch.fx import GraphModule, Node
 
 Size = int | str
@@ -78,6 +79,7 @@ class Mask:
     pattern: positional part. width: its parameter in tokens (None for full, causal, other).
     padding: a key-padding input takes part (keys switched off by data, the same for every query).
     bias: finite non-zero values are added to visible scores. per_head: they, or the mask, differ by head.
+    top_left: query i stands at key i although there may be more keys (else the last query at the last key).
     lengths: the (query, key) lengths at which the mask was evaluated: evidence, not proof, elsewhere.
     leaves: names of the graph inputs, buffers and parameters whose values take part.
     """
@@ -87,6 +89,7 @@ class Mask:
     padding: bool = False
     bias: bool = False
     per_head: bool = False
+    top_left: bool = False
     lengths: tuple[tuple[int, int], ...] = ()
     leaves: tuple[str, ...] = ()
 
@@ -111,32 +114,49 @@ class KVMap:
 
 
 @dataclass(frozen=True)
+class Relayout:
+    """Data movement between two layouts: reshape to `split`, permute by `order`, reshape to `spread`, expand to
+    `full`, reshape to `merged`. Sizes are sympy expressions over the graph's symbols."""
+
+    split: tuple[sympy.Expr, ...]
+    order: tuple[int, ...]
+    spread: tuple[sympy.Expr, ...]
+    full: tuple[sympy.Expr, ...]
+    merged: tuple[sympy.Expr, ...]
+
+
+@dataclass(frozen=True)
 class Operand:
     """A tensor of the site and how to bring it to canonical layout.
 
-    `node` produces a tensor whose axes, permuted by `permute` and then merged, give `[B, H, T, D]`:
-    `split[i]` names how many of the permuted axes go into canonical axis i (0 means a new axis of size 1).
+    query `[B, H, T, D]`, key `[B, Hkv, S, D]`, value `[B, Hkv, S, Dv]`, score terms broadcastable to `[B, H, T, S]`.
     """
 
     node: Node
-    permute: tuple[int, ...]
-    split: tuple[int, int, int, int]
-    shape: tuple[Size, Size, Size, Size]
+    relayout: Relayout
+
+    @property
+    def shape(self) -> tuple[Size, ...]:
+        return tuple(int(s) if s.is_Integer else str(s) for s in self.relayout.merged)
 
 
 @dataclass(frozen=True)
 class Step:
-    """One step of the score program, in execution order between `q @ k^T` and softmax.
+    """One step of the program, in execution order from `q @ k^T` to the weights that multiply v.
 
-    kind is one of `scale` (value), `cap` (value: softcap c, c*tanh(s/c)), `add` (term), `fill` (term: bool,
-    True is masked; value), `keep` (term: bool, True is visible; value), `cast` (value: dtype name),
-    `causal` (top-left aligned lower triangle), `sink` (term: one logit per head; value "first" or "last").
-    `term` is a graph node broadcastable to `[B, H, T, S]` after `layout`-reshaping, None for scalar steps.
+    kind is one of
+    `scale`, `div` (by value, or element-wise by term), `tanh`, `offset` (add value),
+    `add` (value times term), `fill` (where bool term is True write value), `keep` (where it is False write value),
+    `causal` (top-left aligned lower triangle), `cast` (value: dtype name),
+    `sink` (term: logits prepended or appended as a column, value "first" or "last"),
+    `softmax` (value: dtype name or None; over the keys), `safe_softmax` (fully masked rows give zero),
+    `drop_sink`, `dropout` (value: p), `nan_to_num`;
+    a fused node is the single step `sdpa` (value: {"scale", "causal", "dropout"}, term: its mask).
     """
 
     kind: str
     value: Any = None
-    term: Node | None = None
+    term: Operand | None = None
 
 
 @dataclass(frozen=True)
@@ -144,11 +164,14 @@ class Site:
     """One proved attention: `output = softmax(program(query @ key^T)) @ value`.
 
     path: dotted path of the owner, the lowest module that holds both contractions and the softmax ("" = root).
-    ordinal: 0, 1, ... for several sites (or several calls) of the same owner, in execution order.
-    query, key, value: operands; key and value are *before* any repeat of grouped heads.
-    output: the node the canonical call replaces; output_permute/output_sizes bring `[B, H, T, Dv]` to its layout.
-    program: the exact score program. scale: the product of the scalar scales, None if it is a tensor.
-    layer_index: filled by the planner, not the matcher.
+    ordinal: 0, 1, ... over the sites of one owner in execution order; call: which call of the owner it is in.
+    query, key, value: operands; key and value are *before* any repeat of grouped heads where that can be peeled.
+    output: the node the canonical call replaces; `restore` brings `[B, H, T, Dv]` to its layout.
+    program: the exact steps. mask: what they mean, by evaluation.
+    scale: product of the constant scales on the scores, None if one is a tensor (a per-head learned scale).
+    softcap: c of `c * tanh(s / c)`. dropout: p in this trace. score_dtype: dtype in which softmax runs.
+    body: the nodes the canonical call makes unnecessary. spelling: fingerprint such as `matmul>scale>add>softmax>matmul`.
+    source: `file.py:line` of the anchor.
     """
 
     path: str
@@ -158,6 +181,7 @@ class Site:
     key: Operand
     value: Operand
     output: Node
+    restore: Relayout
     program: tuple[Step, ...]
     mask: Mask
     scale: float | None
@@ -170,13 +194,13 @@ class Site:
     spelling: str
     source: str
     owner_type: str = ""
-    extra: dict[str, Any] = field(default_factory=dict)
+    call: int = 0
 
     @property
     def shapes(self) -> dict[str, Size]:
         """B, H, Hkv, T (queries), S (keys), D (query/key features), Dv (value features)."""
         b, h, t, d = self.query.shape
-        _, hkv, s, _ = self.key.shape
+        hkv, s = self.key.shape[1], self.key.shape[2]
         return {"B": b, "H": h, "Hkv": hkv, "T": t, "S": s, "D": d, "Dv": self.value.shape[3]}
 
     @property

@@ -1,0 +1,90 @@
+"""Products of two tensors over one shared axis, whatever they are spelled with."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch.fx import Node
+
+from .axes import shape_of
+
+aten = torch.ops.aten
+
+Label = str | int
+
+
+@dataclass(frozen=True)
+class Contraction:
+    """`out[labels] = sum over the contracted label of left * right`, times `alpha`, plus `beta * addend`.
+
+    Labels name axes: one in both operands and in the output is a batch axis, one in both and not in the output
+    is contracted. A batch axis of size one broadcasts.
+    """
+
+    node: Node
+    left: Node
+    right: Node
+    left_labels: tuple[Label, ...]
+    right_labels: tuple[Label, ...]
+    out_labels: tuple[Label, ...]
+    alpha: float = 1.0
+    beta: float = 0.0
+    addend: Node | None = None
+
+    @property
+    def contracted(self) -> Label:
+        return next(iter(set(self.left_labels) & set(self.right_labels) - set(self.out_labels)))
+
+
+def _matmul_labels(left_rank: int, right_rank: int) -> tuple[tuple[Label, ...], ...]:
+    """Batch axes are numbered from the right, as broadcasting aligns them."""
+    left: tuple[Label, ...] = (*range(left_rank - 3, -1, -1), "row", "sum")
+    right: tuple[Label, ...] = (*range(right_rank - 3, -1, -1), "sum", "column")
+    out: tuple[Label, ...] = (*range(max(left_rank, right_rank) - 3, -1, -1), "row", "column")
+    return left, right, out
+
+
+def _read_einsum(node: Node) -> Contraction | None:
+    equation, operands = node.args[0], node.args[1]
+    if not isinstance(equation, str) or not isinstance(operands, (list, tuple)) or len(operands) != 2:
+        return None
+    inputs, arrow, output = equation.replace(" ", "").partition("->")
+    if not arrow or "." in equation or inputs.count(",") != 1:
+        return None
+    left, right = inputs.split(",")
+    summed = (set(left) | set(right)) - set(output)
+    distinct = all(len(set(term)) == len(term) for term in (left, right, output))
+    if not distinct or len(summed) != 1 or not summed <= set(left) & set(right):
+        return None
+    first, second = operands
+    assert isinstance(first, Node) and isinstance(second, Node)
+    return Contraction(node, first, second, tuple(left), tuple(right), tuple(output))
+
+
+def read_contraction(node: Node) -> Contraction | None:
+    """`node` as a contraction, None if it is not one (a projection by a parameter is one too)."""
+    if node.op != "call_function":
+        return None
+    if node.target is aten.einsum.default:
+        return _read_einsum(node)
+    if node.target in (aten.matmul.default, aten.bmm.default, aten.mm.default):
+        left, right = node.args[0], node.args[1]
+        alpha, beta, addend = 1.0, 0.0, None
+    elif node.target in (aten.baddbmm.default, aten.addmm.default):
+        left, right = node.args[1], node.args[2]
+        beta, alpha = (node.kwargs.get(name, 1) for name in ("beta", "alpha"))  # type: ignore[assignment]
+        addend = node.args[0] if beta != 0 else None
+    else:
+        return None
+    if not (isinstance(left, Node) and isinstance(right, Node)):
+        return None
+    left_shape, right_shape = shape_of(left), shape_of(right)
+    if left_shape is None or right_shape is None or len(left_shape) < 2 or len(right_shape) < 2:
+        return None
+    if addend is not None and not isinstance(addend, Node):
+        return None
+    if not all(isinstance(scalar, (int, float)) for scalar in (alpha, beta)):
+        return None
+    labels = _matmul_labels(len(left_shape), len(right_shape))
+    return Contraction(node, left, right, *labels, alpha=float(alpha), beta=float(beta), addend=addend)

@@ -1,0 +1,59 @@
+"""Lower: replace a site by a call of its attention module. The only step that changes what the model computes."""
+
+from __future__ import annotations
+
+from torch import nn
+from torch.fx import GraphModule, Node
+
+from .site import Site
+from .mask import MASKED
+from .raise_ import canonical_operands, emitter_for, replace_output
+from .relayout import Emitter
+
+import torch
+
+aten = torch.ops.aten
+
+
+def lower_site(graph_module: GraphModule, site: Site, module: nn.Module, name: str) -> None:
+    """Replace one site in place by `module(query, key, value, key_mask=..., query_start=...)`.
+
+    query `[B, H, T, D]`, key `[B, Hkv, S, D]`, value `[B, Hkv, S, Dv]`. key_mask: bool `[B, S]`, True for a real
+    token, only when the site's mask has padding. query_start: 0 when queries stand at the first keys although there
+    may be more (`Mask.top_left`), else left to the module's default.
+    """
+    emitter = emitter_for(graph_module, site)
+    query, key, value = canonical_operands(emitter, site)
+    keywords: dict[str, object] = {}
+    if site.mask.padding:
+        keywords["key_mask"] = key_mask(emitter, site)
+    if site.mask.top_left:
+        keywords["query_start"] = 0
+    graph_module.add_submodule(name, module)
+    with emitter.graph.inserting_before(site.output):
+        result = emitter.graph.call_module(name, (query, key, value), keywords)
+    replace_output(emitter, site, result)
+
+
+def key_mask(emitter: Emitter, site: Site) -> Node:
+    """Which keys are real, bool `[B, S]`: those the last query sees (it stands after every key).
+
+    Reads one row of each mask term, so nothing quadratic is left once unused rows are not computed.
+    """
+    merged: Node | None = None
+    for step in site.program:
+        if step.term is None or step.kind not in ("add", "fill", "keep", "sdpa"):
+            continue
+        term = emitter.move(step.term.node, step.term.relayout)
+        row = emitter.call(aten.select.int, emitter.call(aten.select.int, term, 2, -1), 1, 0)
+        boolean = step.term.node.meta["val"].dtype == torch.bool
+        if step.kind == "fill":
+            visible = emitter.call(aten.logical_not.default, row)
+        elif step.kind == "keep" or boolean:
+            visible = emitter.call(aten.to.dtype, row, torch.bool)
+        else:
+            visible = emitter.call(aten.gt.Scalar, row, MASKED)
+        merged = visible if merged is None else emitter.call(aten.logical_and.default, merged, visible)
+    assert merged is not None
+    batch, sequence = site.query.relayout.merged[0], site.key.relayout.merged[2]
+    return emitter.call(aten.expand.default, merged, [emitter.size(batch), emitter.size(sequence)])
