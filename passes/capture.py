@@ -59,9 +59,9 @@ def capture(
     """Bring a model, a GraphModule or an ExportedProgram to the dialect.
 
     args, kwargs: example inputs; their shapes decide which sizes are symbolic.
-    dynamic: True offers batch and length axes as dynamic (one that the model fixes becomes static and is listed
-        in `gm.meta["capture"].specialised`; an axis of size 1 is never offered); False keeps all sizes static;
-        anything else goes to `torch.export` as `dynamic_shapes`.
+    dynamic: True offers batch and length axes as dynamic (one that the model fixes becomes static and is
+        listed in `gm.meta["capture"].specialised`; an axis of size 1 is never offered); False keeps all sizes
+        static; anything else goes to `torch.export` as `dynamic_shapes`.
     Raises CaptureError when no attempt succeeds. The model is not changed.
     """
     kwargs = dict(kwargs or {})
@@ -102,8 +102,8 @@ def capture(
         gm.meta["capture"] = CaptureInfo(door, symbolic, {k: v for k, v in fixed.items() if v}, tuple(notes))
         return gm
     raise CaptureError(
-        f"could not capture {type(module).__name__}: {'; '.join(notes)}. Check that the model runs on the example "
-        "inputs and that its forward does not branch on tensor values."
+        f"could not capture {type(module).__name__}: {'; '.join(notes)}. Check that the model runs on the "
+        "example inputs and that its forward does not branch on tensor values."
     ) from cause
 
 

@@ -1,8 +1,8 @@
 """The dialect every pass reads: what may stand in a captured graph, and what its nodes say about themselves.
 
 `call_function` nodes over pre-dispatch ATen overloads (and Python arithmetic on sizes, and higher-order ops
-with their sub-graphs); every user input a placeholder; parameters, buffers and constants `get_attr` nodes under
-their real dotted path; `val`, `stack_trace` and `nn_module_stack` in `node.meta`. Inside a dynamo backend the
+with their sub-graphs); every user input a placeholder; parameters, buffers and constants `get_attr` nodes
+under their real dotted path; `val`, `stack_trace` and `nn_module_stack` in `node.meta`. Inside a dynamo backend
 parameters stay placeholders, because dynamo passes them at each call. `meta["leaf"]` says what each one is.
 """
 

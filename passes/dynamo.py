@@ -1,7 +1,7 @@
 """The second front door: a graph inside a dynamo backend, re-traced to the dialect.
 
-Dynamo's own graphs mix methods, operators and Python functions. Running one under `make_fx(pre_dispatch=True)`
-in that compilation's fake mode gives ATen, and keeps gradients, autocast regions, module stacks and symbols.
+Dynamo's own graphs mix methods, operators and Python functions. Running one under pre-dispatch `make_fx` in that
+compilation's fake mode gives ATen, and keeps gradients, autocast regions, module stacks and symbols.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ from .dialect import (
 def from_dynamo(gm: GraphModule, example_inputs: Sequence[Any]) -> GraphModule:
     """Bring the graph of a dynamo backend call to the dialect.
 
-    Placeholders stay one to one, in dynamo's order and under its names, each with `meta["leaf"]`. Symbolic sizes
-    stay symbols of the compilation's own ShapeEnv, so guards keep meaning what they meant. `gm` is not changed.
+    Placeholders stay one to one, in dynamo's order and under its names, each with `meta["leaf"]`. Symbolic
+    sizes stay symbols of the compilation's own ShapeEnv, so guards mean what they meant. `gm` is not changed.
     """
     mode = _fake_mode(example_inputs)
     attributes = {**dict(gm.named_parameters()), **dict(gm.named_buffers())}
@@ -107,7 +107,7 @@ class _Rerun(Interpreter):
     """Runs a dynamo graph, with float attributes of the model as constants.
 
     With `dynamic=True` dynamo makes every Python float an input (`self.scaling` -> 0-d tensor -> `.item()`).
-    Turning it back into a number adds a guard on its value: a scale is a constant, and a changed one recompiles.
+    Turning it back into a number adds a guard: the scale is a constant, and a changed one recompiles.
     """
 
     def call_method(self, target: Any, args: Any, kwargs: Any) -> Any:
