@@ -1,0 +1,200 @@
+"""`linearize(model)`: find, plan, apply, prove, or leave the model as it was."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from .apply import Transaction, apply_owners, attach, check_unconverted, finish
+from .config import LinearizeConfig
+from .errors import ConfigError, InputError, InvalidModelError, VerificationError
+from .inputs import example_inputs
+from .passes import find_attention
+from .passes.capture import capture
+from .passes.site import MatchReport
+from .plan import Plan, plan_sites
+from .seam import dispatches
+from .verification import Recording, quiet_run, record, run_model, verify, without_cache
+
+
+def linearize(
+    model: nn.Module,
+    inputs: Any = None,
+    config: LinearizeConfig | Mapping[str, Any] | None = None,
+    **overrides: Any,
+) -> nn.Module:
+    """Rewrite the softmax attention of `model` to linear attention, in place, and return it.
+
+    inputs: example inputs: a dict of keyword arguments, a tuple of positional ones, one tensor, or a list of such
+    dicts (the first one is captured, all of them are verified). Made from the config of transformers models
+    when omitted.
+    config: a `LinearizeConfig`, or its fields as a dict or as keyword arguments.
+
+    Raises InvalidModelError, InputError, ConfigError, NoAttentionError, RefusedError or VerificationError. Whatever
+    it raises, the model is as it was before.
+    """
+    settings = resolve_config(config, overrides)
+    check_model(model)
+    examples = example_inputs(model, inputs)
+    transaction = Transaction(model)
+    try:
+        with quiet_run(model):
+            for example in examples:
+                run_model(model, example)
+            report = search(model, examples)
+            plan, recording = make_plan(model, report, settings, examples)
+            plan = prove(model, plan, recording, settings, report)
+        finish(model, plan, settings)
+    except BaseException:
+        transaction.rollback()
+        raise
+    return model
+
+
+def plan(
+    model: nn.Module,
+    inputs: Any = None,
+    config: LinearizeConfig | Mapping[str, Any] | None = None,
+    **overrides: Any,
+) -> Plan:
+    """What `linearize` would rewrite, without touching the model or proving it. Same arguments and errors."""
+    settings = resolve_config(config, overrides)
+    check_model(model)
+    examples = example_inputs(model, inputs)
+    with quiet_run(model):
+        run_model(model, examples[0])
+        report = search(model, examples)
+        return make_plan(model, report, settings, examples[:1])[0]
+
+
+def resolve_config(
+    config: LinearizeConfig | Mapping[str, Any] | None, overrides: Mapping[str, Any]
+) -> LinearizeConfig:
+    """One `LinearizeConfig` from an object, a dict, keyword overrides, or nothing. Raises ConfigError."""
+    if config is None:
+        base = LinearizeConfig()
+    elif isinstance(config, LinearizeConfig):
+        base = config
+    elif isinstance(config, Mapping):
+        base = LinearizeConfig.from_dict(dict(config))
+    else:
+        raise ConfigError(
+            f"config must be a LinearizeConfig or a dict of its fields, got {type(config).__name__}"
+        )
+    known = {field.name for field in dataclasses.fields(LinearizeConfig)}
+    unknown = sorted(set(overrides) - known)
+    if unknown:
+        raise ConfigError(
+            f"unknown setting(s) {', '.join(unknown)}; the settings are {', '.join(sorted(known))}"
+        )
+    return dataclasses.replace(base, **overrides) if overrides else base
+
+
+def check_model(model: Any) -> None:
+    """Raise InvalidModelError unless `model` is a live, unconverted `nn.Module` with values."""
+    if not isinstance(model, nn.Module):
+        raise InvalidModelError(f"linearize() works on an nn.Module, got {type(model).__name__}")
+    if isinstance(model, torch.jit.ScriptModule):
+        raise InvalidModelError(
+            "linearize() cannot work on a TorchScript module; give the original nn.Module"
+        )
+    if isinstance(model, torch._dynamo.OptimizedModule):
+        raise InvalidModelError("the model is compiled; linearize the original, then compile the result")
+    check_unconverted(model)
+    if any(parameter.is_meta for parameter in model.parameters()):
+        raise InvalidModelError("the model is on the meta device and holds no values; load its weights first")
+
+
+def search(model: nn.Module, examples: Sequence[Mapping[str, Any]]) -> MatchReport:
+    """Capture the whole model on the last example (with padding, where there is one) and find its attention."""
+    example = without_cache(model, examples[-1])
+    positional = tuple(example[name] for name in sorted((n for n in example if n.isdigit()), key=int))
+    keywords = {name: value for name, value in example.items() if not name.isdigit()}
+    try:
+        graph = capture(model, positional, keywords)
+    except Exception as error:
+        raise InputError(
+            f"{type(model).__name__} could not be captured by torch.export: {type(error).__name__}: {error}"
+        ) from error
+    return find_attention(graph)
+
+
+def make_plan(
+    model: nn.Module, report: MatchReport, config: LinearizeConfig, examples: Sequence[Mapping[str, Any]]
+) -> tuple[Plan, Recording]:
+    """The plan with undecided rungs, and the recording of the original that proves it later."""
+    recording = record(model, [site.path for site in report.sites], examples)
+    return plan_sites(model, report, config), recording
+
+
+def prove(
+    model: nn.Module, plan: Plan, recording: Recording, config: LinearizeConfig, report: MatchReport
+) -> Plan:
+    """Apply `plan` with exact softmax, verify it, then put the wanted mechanism in. Returns the plan with rungs.
+
+    Owners go by the seam when they dispatch through the attention interface and the call arrives, otherwise by
+    the graft.
+    """
+    exact = dataclasses.replace(config, mechanism="softmax")
+    before = Transaction(model)
+    rungs = {p: "seam" if dispatches(model.get_submodule(p)) else "graft" for p in plan.owners}
+    while True:
+        candidate = with_rungs(model, plan, rungs)
+        apply_owners(model, candidate, exact)
+        proving(model, candidate, True)
+        missed = count_calls(model, candidate, recording)
+        if not missed:
+            break
+        before.rollback()
+        stuck = [path for path in missed if rungs[path] == "graft"]
+        if stuck:
+            raise VerificationError(f"{stuck[0]}: {missed[stuck[0]]}; nothing was changed")
+        rungs.update(dict.fromkeys(missed, "graft"))
+    verify(model, recording)
+    proving(model, candidate, False)
+    if config.mechanism != "softmax":
+        for path, sites in candidate.owners.items():
+            attach(model.get_submodule(path), sites, config)
+        for example in recording.inputs:
+            run_model(model, example)
+    return candidate
+
+
+def proving(model: nn.Module, plan: Plan, on: bool) -> None:
+    """While on, exact children see what linear ones will see, so that equality proves it."""
+    for path in plan.owners:
+        model.get_submodule(path)._linearize_proof = on  # type: ignore[assignment]
+
+
+def with_rungs(model: nn.Module, plan: Plan, rungs: Mapping[str, str]) -> Plan:
+    """`plan` with its rungs filled in; one-row masks are allowed when nothing else reads the square ones."""
+    sites = tuple(dataclasses.replace(site, rung=rungs[site.path]) for site in plan.sites)
+    harmless = all(skip.reason == "not-attention" for skip in plan.skipped)
+    compact = harmless and all(site.rung == "seam" for site in sites)
+    return dataclasses.replace(plan, sites=sites, compact_masks=compact)
+
+
+def count_calls(model: nn.Module, plan: Plan, recording: Recording) -> dict[str, str]:
+    """Run once and compare how often every child ran with the plan: owner path -> what is wrong."""
+    counts: dict[str, int] = dict.fromkeys((site.name for site in plan.sites), 0)
+    handles = []
+    for site in plan.sites:
+
+        def hook(*_: Any, name: str = site.name) -> None:
+            counts[name] += 1
+
+        handles.append(model.get_submodule(site.name).register_forward_hook(hook))
+    try:
+        run_model(model, recording.inputs[0])
+    finally:
+        for handle in handles:
+            handle.remove()
+    return {
+        site.path: f"its attention ran {counts[site.name]} times instead of {site.calls}"
+        for site in plan.sites
+        if counts[site.name] != site.calls
+    }

@@ -1,0 +1,134 @@
+"""Putting a plan into a live model, all of it or nothing."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+from torch import nn
+
+from .attention import AttentionModule, build_attention
+from .config import LinearizeConfig
+from .errors import InvalidModelError
+from .graft import apply_graft
+from .load_hook import save_with_plan
+from .plan import LinearizeState, Plan, SitePlan
+from .seam import NAME, apply_seam
+from .subclass import Rewritten
+
+
+class Transaction:
+    """A shallow picture of every module and config of a model, to go back to when something fails.
+
+    Tensors are not copied: nothing on the way to a rewritten model changes one in place.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._modules = [(module, type(module), _shallow(module)) for module in model.modules()]
+        configs = {id(c): c for m in model.modules() if (c := getattr(m, "config", None)) is not None}
+        self._configs = [(c, dict(vars(c))) for c in configs.values() if hasattr(c, "__dict__")]
+
+    def rollback(self) -> None:
+        """Restore classes, attributes, children, parameters and configs as they were."""
+        for module, cls, state in self._modules:
+            module.__class__ = cls
+            module.__dict__.clear()
+            module.__dict__.update(state)
+        for config, state in self._configs:
+            vars(config).clear()
+            vars(config).update(state)
+
+
+def _shallow(module: nn.Module) -> dict[str, Any]:
+    return {
+        name: copy.copy(value) if isinstance(value, dict) else value
+        for name, value in module.__dict__.items()
+    }
+
+
+def apply_plan(model: nn.Module, plan: Plan, config: LinearizeConfig) -> nn.Module:
+    """Rewrite `model` in place as `plan` says, without searching a graph; returns `model`.
+
+    Works on the meta device (a checkpoint is loaded afterwards). New parameters take the device and dtype of
+    their owner. Raises InvalidModelError when the model is already rewritten or lacks an owner of the plan; the
+    model is then unchanged.
+    """
+    check_unconverted(model)
+    transaction = Transaction(model)
+    try:
+        apply_owners(model, plan, config)
+        finish(model, plan, config)
+    except BaseException:
+        transaction.rollback()
+        raise
+    return model
+
+
+def check_unconverted(model: nn.Module) -> None:
+    """Raise InvalidModelError when `model` or a part of it was rewritten before."""
+    for path, module in model.named_modules():
+        if isinstance(module, (Rewritten, AttentionModule)):
+            raise InvalidModelError(
+                f"the model is already linearized (at {path or 'the root'}); load the original to convert it again"
+            )
+
+
+def apply_owners(model: nn.Module, plan: Plan, config: LinearizeConfig) -> None:
+    """Attach the children and rewrite every owner. Not transactional: for use inside a Transaction."""
+    for path, sites in plan.owners.items():
+        try:
+            owner = model.get_submodule(path)
+        except AttributeError as error:
+            raise InvalidModelError(
+                f"the plan names {path!r}, which {type(model).__name__} does not have"
+            ) from error
+        attach(owner, sites, config)
+        if sites[0].rung == "graft":
+            apply_graft(owner, path, sites)
+        else:
+            apply_seam(owner, path, sites[0].layer_index)
+    if plan.compact_masks:
+        use_compact_masks(model, plan)
+
+
+def attach(owner: nn.Module, sites: Sequence[SitePlan], config: LinearizeConfig) -> None:
+    """Give `owner` one attention module per site, or replace those it has."""
+    reference = next((p for p in owner.parameters() if p.is_floating_point()), None)
+    for site in sites:
+        child = build_attention(site.spec, config)
+        if reference is not None:
+            child = child.to(device=reference.device, dtype=reference.dtype)
+        child.train(owner.training)
+        owner._modules.pop(site.child, None)
+        owner.add_module(site.child, child)
+
+
+def finish(model: nn.Module, plan: Plan, config: LinearizeConfig) -> None:
+    """Record on the model what was done: `model._linearize`, and `model.config.linearize` where there is one."""
+    model._linearize = LinearizeState(plan, config)  # type: ignore[assignment]
+    if hasattr(getattr(model, "config", None), "to_dict"):
+        model.config.linearize = {"version": 1, "plan": plan.to_dict(), "config": config.to_dict()}  # type: ignore[union-attr]
+        save_with_plan(model)
+
+
+def use_compact_masks(model: nn.Module, plan: Plan) -> None:
+    """Let transformers build one-row masks (`masks.compact_mask`) for the configs of the rewritten owners.
+
+    The configs that the owners copied are shared with the modules that build the masks.
+    """
+    shared = {id(c): c for c in mask_configs(model, plan)}
+    for config in shared.values():
+        config._attn_implementation_internal = NAME
+
+
+def mask_configs(model: nn.Module, plan: Plan) -> list[Any]:
+    """Configs of the modules above the planned owners: what the mask builders read."""
+    found: list[Any] = []
+    for path in plan.owners:
+        parts = path.split(".")
+        for depth in range(len(parts)):
+            config = getattr(model.get_submodule(".".join(parts[:depth])), "config", None)
+            if hasattr(config, "_attn_implementation_internal"):
+                found.append(config)
+    return found

@@ -1,0 +1,96 @@
+"""What an owner can learn from the key/value cache it is called with.
+
+Until constant-size states arrive, rewritten layers keep ordinary transformers caches: keys and values grow (or
+are static), and the attention runs over all of them. Only one thing is needed beyond the tensors: the column
+at which the queries of this call start, which a static cache hides.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .errors import InputError
+
+_MARK = "_linearize_filled"
+
+
+def find_cache(args: Iterable[Any], kwargs: Mapping[str, Any]) -> Any | None:
+    """The transformers cache among the arguments of a call, or None. Names differ by model, the type does not."""
+    for value in (*args, *kwargs.values()):
+        if is_cache(value):
+            return value
+    return None
+
+
+def is_cache(value: Any) -> bool:
+    # By shape rather than by import: a plain PyTorch user need not have transformers installed.
+    return hasattr(value, "get_seq_length") and hasattr(value, "update")
+
+
+def self_layer(cache: Any, index: int | None) -> Any | None:
+    """The self-attention layer `index` of `cache`; None when it does not exist yet or cannot be told."""
+    if cache is None or index is None:
+        return None
+    cache = getattr(cache, "self_attention_cache", cache)
+    layers = getattr(cache, "layers", None)
+    return layers[index] if layers is not None and index < len(layers) else None
+
+
+def start_of_queries(layer: Any | None) -> int | Tensor | None:
+    """Column of the first query of this call, read before the layer is updated. None: the last columns."""
+    if layer is None or not getattr(layer, "is_compileable", False):
+        return None
+    if getattr(layer, "is_sliding", False):
+        raise InputError(
+            "a rewritten layer needs all keys, but the static cache keeps only a sliding window; "
+            "use a DynamicCache (cache_implementation=None)"
+        )
+    length = layer.get_seq_length()
+    # A static layer advances its length in place; without the copy the start would move while we compute.
+    return length.clone() if isinstance(length, Tensor) else length
+
+
+def decoded_length(cache: Any | None, layer: Any | None) -> int | Tensor | None:
+    """Tokens in the decoder's own layer of an encoder-decoder cache, None for any other cache."""
+    if layer is None or not hasattr(cache, "cross_attention_cache"):
+        return None
+    length = layer.get_seq_length()
+    return length.clone() if isinstance(length, Tensor) else length
+
+
+def check_not_foreign(layer: Any | None, path: str) -> None:
+    """Raise InputError when the layer holds keys and values that a converted model did not put there."""
+    if layer is None or getattr(layer, _MARK, False) or torch.compiler.is_compiling():
+        return
+    if not getattr(layer, "is_initialized", False):
+        return
+    length = layer.get_seq_length()
+    if int(length) > 0:
+        raise InputError(
+            f"the cache given to {path or 'the model'} already holds {int(length)} keys and values that this "
+            "converted model did not compute; start from an empty cache and run the prompt again"
+        )
+
+
+def mark_filled(layer: Any | None) -> None:
+    """Remember on the cache layer itself that its contents come from a converted owner."""
+    if layer is not None and not getattr(layer, _MARK, False):
+        setattr(layer, _MARK, True)
+
+
+def check_empty(inputs: Mapping[str, Any]) -> None:
+    """Raise InputError when example inputs carry a cache that is not empty."""
+    for name, value in inputs.items():
+        if is_cache(value):
+            length = value.get_seq_length()
+            if int(length) > 0:
+                raise InputError(
+                    f"example input {name!r} is a cache that already holds {int(length)} keys and values; "
+                    "give inputs without a cache, the model makes its own"
+                )
+        elif name in ("past_key_values", "past_key_value", "layer_past") and value:
+            raise InputError(f"example input {name!r} holds keys and values; give inputs without it")

@@ -1,0 +1,155 @@
+"""The seam: owners that dispatch through transformers' attention interface.
+
+The owner keeps its Python, parameters and children. Two things change: its `config` becomes a copy that names
+our registered attention function, and its class becomes a subclass of itself that notes where the queries of
+the call start (the interface is never shown the cache). Everything else, dropout, checkpointing, LoRA, device
+and dtype moves, is untouched Python.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import cache as caches
+from .attention import AttentionModule, SoftmaxAttention
+from .errors import InvalidModelError
+from .masks import check_structure, compact_mask, key_mask_of, position_mask
+from .plan import child_name
+from .subclass import Rewritten, become
+
+NAME = "linearize"
+
+
+def register() -> None:
+    """Make the attention function and its mask known to transformers. Idempotent."""
+    from transformers import AttentionInterface
+    from transformers.masking_utils import AttentionMaskInterface
+
+    AttentionInterface.register(NAME, attention_forward)
+    # Without a mask function of the same name transformers drops every mask without a word.
+    AttentionMaskInterface.register(NAME, compact_mask)
+
+
+def dispatches(owner: nn.Module) -> bool:
+    """Whether the owner may dispatch through the interface: it holds a transformers config that names one."""
+    return hasattr(getattr(owner, "config", None), "_attn_implementation_internal")
+
+
+class SeamOwner(Rewritten):
+    """Mixin of a rewritten owner that dispatches through the attention interface."""
+
+    @staticmethod
+    def run(owner: nn.Module, forward: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """One call of the owner: `forward` is the original class's."""
+        cache = caches.find_cache(args, kwargs)
+        layer = caches.self_layer(cache, owner._linearize_layer)
+        caches.check_not_foreign(layer, owner._linearize_path)
+        owner._linearize_start = caches.start_of_queries(layer)
+        owner._linearize_seen = caches.decoded_length(cache, layer)
+        owner._linearize_slot = 0
+        try:
+            return forward(owner, *args, **kwargs)
+        finally:
+            owner._linearize_start = owner._linearize_seen = None
+            if cache is not None:
+                caches.mark_filled(caches.self_layer(cache, owner._linearize_layer))
+
+
+def apply_seam(owner: nn.Module, path: str, layer: int | None) -> None:
+    """Rewrite `owner` in place; its child modules are attached by the caller."""
+    register()
+    owner.config = copy.copy(owner.config)
+    owner.config._attn_implementation_internal = NAME
+    owner._linearize_path = path
+    owner._linearize_layer = layer
+    owner._linearize_start = owner._linearize_seen = None
+    owner._linearize_slot = 0
+    owner._linearize_proof = False
+    become(owner, SeamOwner)
+
+
+def attention_forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    position_bias: Tensor | None = None,
+    s_aux: Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """The registered function. query `[B,H,T,D]`, key/value `[B,Hkv,S,*]`; returns `[B,T,H,Dv]` and no weights.
+
+    `softcap`, `sliding_window`, `scaling` and `is_causal` are in the plan already; the identity check proves
+    that the plan says the same.
+    """
+    if not isinstance(module, Rewritten):
+        raise InvalidModelError(
+            f"{type(module).__name__} was asked for attention '{NAME}' but was not rewritten by linearize(); "
+            "set its attention implementation back to 'sdpa'"
+        )
+    slot = module._linearize_slot
+    module._linearize_slot = slot + 1
+    start = module._linearize_start
+    if module._linearize_seen is not None and getattr(module, child_name(slot)).spec.cross:
+        # The decoder's own attention of this layer ran before and already counted this call's tokens.
+        start = module._linearize_seen - query.shape[2]
+    output = attend(module, slot, query, key, value, attention_mask, start, bias=position_bias, sinks=s_aux)
+    return output.transpose(1, 2).contiguous(), None
+
+
+def attend(
+    owner: nn.Module,
+    slot: int,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    start: int | Tensor | None,
+    bias: Tensor | None = None,
+    sinks: Tensor | None = None,
+) -> Tensor:
+    """Run the owner's `slot`-th child on one call's tensors: `[B,H,T,D]`, `[B,Hkv,S,*]` -> `[B,H,T,Dv]`.
+
+    start: column of the first query (causal sites; None for the last columns), or the position of the first
+    query in its own sequence (cross-attention; None for 0).
+    """
+    child: AttentionModule = getattr(owner, child_name(slot))
+    spec = child.spec
+    start = start if spec.causal or spec.cross else None
+    key_mask = key_mask_of(mask, key.shape[0], key.shape[2])
+    if start is not None and spec.causal:
+        # Static caches: slots after the last query are empty.
+        columns = torch.arange(key.shape[2], device=key.device)
+        filled = (columns < start + query.shape[2])[None].expand(key.shape[0], -1)
+        key_mask = filled if key_mask is None else key_mask & filled
+    softmax = isinstance(child, SoftmaxAttention)
+    plain = spec.window is None and bias is None and sinks is None
+    if mask is not None and key_mask is not None and plain and (owner._linearize_proof or not softmax):
+        check_structure(mask, key_mask, spec.causal, start, owner._linearize_path)
+    if not softmax:
+        return child(query, key, value, key_mask=key_mask, query_start=start)
+    if plain and owner._linearize_proof:
+        # Exactly what the linear form will see: equality then proves the key mask and the start as well.
+        return child(query, key, value, key_mask=key_mask, query_start=start)
+    full = mask if mask is not None and mask.shape[-2] == query.shape[2] > 1 else None
+    if full is None and spec.causal and bias is not None:
+        full = position_mask(query.shape[2], key.shape[2], start, key.device)
+    if bias is not None:
+        full = _biased(bias[..., : key.shape[2]], full)
+    return child(query, key, value, key_mask=key_mask, query_start=start, mask=full, sinks=sinks)
+
+
+def _biased(bias: Tensor, mask: Tensor | None) -> Tensor:
+    """Additive mask of a score bias where `mask` (bool or additive) lets it be seen."""
+    if mask is None:
+        return bias
+    if mask.dtype == torch.bool:
+        return torch.where(mask, bias, torch.finfo(bias.dtype).min)
+    return bias + mask
