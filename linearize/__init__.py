@@ -1,7 +1,8 @@
 """linearize: turn the softmax attention of any PyTorch model into linear attention.
 
 `passes` (graphs only) finds and rewrites attention, `kernels` (tensors only) computes it, and this package
-joins the two behind one call. Public names are loaded on first use, so importing stays light.
+joins the two behind one call. Public names are loaded on first use; the one thing that importing does is to
+register the hook by which transformers' `from_pretrained` restores converted checkpoints.
 """
 
 from __future__ import annotations
@@ -49,6 +50,10 @@ def __getattr__(name: str) -> Any:
     if name in {"ops", "passes", "backend", "errors"}:
         return import_module(f".{name}", __name__)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+# At once and not on first use: what a user does after `import linearize` may be only `from_pretrained`.
+import_module(".load_hook", __name__).register()
 
 
 def __dir__() -> list[str]:

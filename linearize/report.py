@@ -5,15 +5,18 @@ from __future__ import annotations
 import html
 import json
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from .passes.site import MatchReport, Refusal, Site, Size
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
     from rich.table import Table
+    from torch import nn
+
+    from .config import LinearizeConfig
+    from .plan import LinearizeState
 
 
 REWRITE, KEEP, REFUSED, CONVERTED = "rewrite", "keep", "refused", "converted"
@@ -192,6 +195,94 @@ def _cells(row: Row) -> tuple[str, ...]:
         outcome = ". ".join(part for part in (row.becomes, row.message) if part)
     scale = "" if row.scale is None else f"{row.scale:.4g}"
     return (name, row.source, row.spelling, row.shape_text, row.mask, scale, row.verdict, outcome)
+
+
+def inspect(
+    model: nn.Module, inputs: Any = None, config: LinearizeConfig | Mapping[str, Any] | None = None
+) -> Report:
+    """Every candidate attention site of `model`, and what `linearize` with these arguments would make of it.
+
+    The model is only run, never changed. A refusal is a row, not an error. A model that is already converted
+    is reported from its plan. inputs, config: as for `linearize`.
+    Raises InvalidModelError, InputError, ConfigError.
+    """
+    from . import api
+    from .inputs import example_inputs
+    from .plan import LinearizeState, _problem, kept, layer_index
+    from .verification import quiet_run
+
+    name = type(model).__name__
+    state = getattr(model, "_linearize", None)
+    if isinstance(state, LinearizeState):
+        return Report(name, state.config.mechanism, _converted_rows(state))
+    settings = api.resolve_config(config, {})
+    api.check_model(model)
+    examples = example_inputs(model, inputs)
+    with quiet_run(model):
+        match = api.search(model, examples)
+    refused, becomes = {}, {}
+    for site in match.sites:
+        if kept(settings, site.path, layer_index(model, site.path)):
+            continue
+        found = _problem(site, settings)
+        if found is None:
+            becomes[site.path, site.ordinal] = _describe(settings)
+        else:
+            refused[site.path, site.ordinal] = found
+    return Report(name, settings.mechanism, rows(match, refused, becomes))
+
+
+def _describe(config: LinearizeConfig) -> str:
+    """What a site becomes, for example `augmented (group_size=64, conv_taps=32)`."""
+    if config.mechanism == "softmax":
+        return "softmax, exact"
+    return f"{config.mechanism} (group_size={config.group_size}, conv_taps={config.conv_taps})"
+
+
+def _converted_rows(state: LinearizeState) -> tuple[Row, ...]:
+    converted = [
+        Row(
+            path=site.path,
+            ordinal=site.slot,
+            owner="",
+            source=site.source,
+            spelling="",
+            shapes={
+                "B": "B",
+                "H": site.spec.num_heads,
+                "Hkv": site.spec.num_key_value_heads,
+                "T": "T",
+                "S": "S" if site.spec.cross else "T",
+                "D": site.spec.head_dim,
+                "Dv": site.spec.value_dim,
+            },
+            mask=site.mask,
+            scale=site.spec.scale,
+            verdict=CONVERTED,
+            reason="",
+            message=f"applied by {site.rung}",
+            becomes=_describe(state.config),
+        )
+        for site in state.plan.sites
+    ]
+    skipped = [
+        Row(
+            path=skip.path,
+            ordinal=skip.ordinal,
+            owner="",
+            source="",
+            spelling="",
+            shapes={},
+            mask="",
+            scale=None,
+            verdict=KEEP if skip.reason == "kept" else REFUSED,
+            reason="" if skip.reason == "kept" else skip.reason,
+            message=skip.message,
+            becomes="",
+        )
+        for skip in state.plan.skipped
+    ]
+    return (*converted, *skipped)
 
 
 def rows(

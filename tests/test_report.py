@@ -6,6 +6,7 @@ import json
 from html.parser import HTMLParser
 
 import pytest
+import sympy
 import torch
 from linearize.passes.site import (
     KVKind,
@@ -16,11 +17,18 @@ from linearize.passes.site import (
     Pattern,
     Reason,
     Refusal,
+    Relayout,
     Site,
 )
 from torch import fx
 
 from linearize.report import KEEP, REFUSED, REWRITE, Report, rows
+
+
+def relayout(heads: int) -> Relayout:
+    """`[B, heads, T, 64]` as it is."""
+    sizes = (sympy.Symbol("s27"), sympy.Integer(heads), sympy.Symbol("s53"), sympy.Integer(64))
+    return Relayout(sizes, (0, 1, 2, 3), sizes, sizes, sizes)
 
 
 @pytest.fixture
@@ -30,8 +38,7 @@ def match() -> MatchReport:
     x = graph.placeholder("x")
     anchors = [graph.call_function(torch.softmax, (x, -1)) for _ in range(3)]
     graph.output(anchors[-1])
-    operand = Operand(x, (0, 1, 2, 3), (1, 1, 1, 1), ("s27", 8, "s53", 64))
-    grouped = Operand(x, (0, 1, 2, 3), (1, 1, 1, 1), ("s27", 2, "s53", 64))
+    operand, grouped = (Operand(x, relayout(heads)) for heads in (8, 2))
 
     def site(anchor: fx.Node, ordinal: int) -> Site:
         return Site(
@@ -42,6 +49,7 @@ def match() -> MatchReport:
             key=grouped,
             value=grouped,
             output=anchor,
+            restore=relayout(8),
             program=(),
             mask=Mask(Pattern.CAUSAL, padding=True),
             scale=0.125,

@@ -1,0 +1,170 @@
+"""Makes `from_pretrained` restore converted models, and `save_pretrained` write them so that it can.
+
+A converted transformers checkpoint holds the plan in `config.linearize`. The only public place where
+transformers lets a checkpoint change its model before the weights are loaded is a quantizer, so the
+checkpoint also names one, `linearize`, which quantizes nothing: it replays the plan and then removes every
+trace of a quantized model.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from transformers.quantizers import HfQuantizer
+from transformers.quantizers.auto import (
+    AUTO_QUANTIZER_MAPPING,
+    register_quantization_config,
+    register_quantizer,
+)
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from .errors import CheckpointError
+
+if TYPE_CHECKING:
+    from torch import nn
+    from transformers import PreTrainedModel
+
+    from .config import LinearizeConfig
+    from .plan import Plan
+
+METHOD = "linearize"
+VERSION = 1
+
+
+def parse(record: Any, where: str) -> tuple[Plan, LinearizeConfig]:
+    """The plan and config of a checkpoint from its `linearize` record `{"version", "plan", "config"}`.
+
+    Raises CheckpointError, naming `where`, for a record of another version or form.
+    """
+    from .config import LinearizeConfig
+    from .errors import ConfigError
+    from .plan import Plan
+
+    if not isinstance(record, Mapping):
+        raise CheckpointError(f"{where} is not a converted checkpoint: it has no `linearize` record")
+    version = record.get("version")
+    if not isinstance(version, int) or version > VERSION:
+        raise CheckpointError(
+            f"{where} has a `linearize` record of version {version!r}; this package reads up to {VERSION}: "
+            "install a newer linearize"
+        )
+    try:
+        return Plan.from_dict(record["plan"]), LinearizeConfig.from_dict(record["config"])
+    except (KeyError, TypeError, AttributeError, ConfigError, CheckpointError) as error:
+        raise CheckpointError(f"the `linearize` record of {where} cannot be used: {error}") from error
+
+
+def relocate(plan: Plan, model: PreTrainedModel) -> Plan:
+    """The plan with the paths `model` has: without the prefix of a head it lacks, or with that of one it has.
+
+    Raises CheckpointError when neither form of a path exists.
+    """
+    prefix = f"{model.base_model_prefix}."
+    names = {name for name, _ in model.named_modules()}
+
+    def path_in_model(path: str) -> str:
+        for candidate in (path, path.removeprefix(prefix), prefix + path):
+            if candidate in names:
+                return candidate
+        raise CheckpointError(f"the plan names {path!r}, which {type(model).__name__} does not have")
+
+    return dataclasses.replace(
+        plan, sites=tuple(dataclasses.replace(site, path=path_in_model(site.path)) for site in plan.sites)
+    )
+
+
+class SavesPlan:
+    """Mixin of a converted transformers model: its checkpoints name the load hook."""
+
+    config: Any
+
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> Any:
+        """As `PreTrainedModel.save_pretrained`. Raises CheckpointError when the model is also quantized."""
+        if getattr(self.config, "quantization_config", None) is not None:
+            raise CheckpointError(
+                "a converted model that is also quantized cannot be saved: a checkpoint has one place for a "
+                "load hook; save the converted model before quantizing it"
+            )
+        self.config.quantization_config = LinearizeHookConfig()
+        try:
+            return super().save_pretrained(*args, **kwargs)  # type: ignore[misc]
+        finally:
+            del self.config.quantization_config
+
+
+def save_with_plan(model: nn.Module) -> None:
+    """Let a converted transformers model write checkpoints that restore it; nothing for any other module."""
+    from transformers import PreTrainedModel
+
+    if isinstance(model, PreTrainedModel):
+        model.__class__ = saving_class(type(model))
+
+
+@functools.cache
+def saving_class(base: type) -> type:
+    """Subclass of `base`, by the same name, that saves with the plan; itself when it already does."""
+    if issubclass(base, SavesPlan):
+        return base
+
+    def reduce(self: Any, protocol: Any) -> Any:
+        return _rebuild, (base,), self.__dict__.copy()
+
+    members = {
+        "__module__": base.__module__,
+        "__qualname__": base.__qualname__,
+        "__doc__": base.__doc__,
+        "__reduce_ex__": reduce,
+    }
+    return type(base.__name__, (SavesPlan, base), members)
+
+
+def _rebuild(base: type) -> Any:
+    cls = saving_class(base)
+    return cls.__new__(cls)
+
+
+class LinearizeHookConfig(QuantizationConfigMixin):  # type: ignore[misc]
+    """The entry in a checkpoint that makes transformers call the hook. The plan is `config.linearize`."""
+
+    def __init__(self, quant_method: str = METHOD, **unused: Any) -> None:
+        self.quant_method = quant_method
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"quant_method": self.quant_method}
+
+
+class LinearizeHook(HfQuantizer):  # type: ignore[misc]
+    """Replays the plan on the empty model before its weights are loaded."""
+
+    def is_serializable(self) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        return True
+
+    def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
+        from .apply import apply_plan
+
+        where = f"the checkpoint {getattr(model.config, 'name_or_path', '')!r}"
+        plan, config = parse(getattr(model.config, "linearize", None), where)
+        apply_plan(model, relocate(plan, model), config)
+
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
+        self.remove_quantization_config(model)
+        del model.is_quantized  # an ordinary model has no such attribute
+        for module in model.modules():
+            config = getattr(module, "config", None)
+            if hasattr(config, "_is_quantized"):
+                del config._is_quantized
+        return model
+
+
+def register() -> None:
+    """Make the hook known to transformers. Idempotent."""
+    if METHOD not in AUTO_QUANTIZER_MAPPING:
+        register_quantization_config(METHOD)(LinearizeHookConfig)
+        register_quantizer(METHOD)(LinearizeHook)
