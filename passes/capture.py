@@ -154,10 +154,10 @@ def _inline_autocast(gm: GraphModule, node: Node) -> None:
     mapping: dict[Node, Any] = dict(zip(inner.graph.find_nodes(op="placeholder"), inputs, strict=True))
     with gm.graph.inserting_before(node):
         entered = gm.graph.call_function(_enter_autocast, (device, dtype, enabled, cached))
-        outputs = gm.graph.graph_copy(inner.graph, mapping)
+        outputs: Any = gm.graph.graph_copy(inner.graph, mapping)
         gm.graph.call_function(_exit_autocast, (entered,))
     for user in list(node.users):  # the sub-graph returns a tuple, read by getitem
-        user.replace_all_uses_with(outputs[user.args[1]])  # type: ignore[index,call-overload]
+        user.replace_all_uses_with(outputs[user.args[1]])
         gm.graph.erase_node(user)
     gm.graph.erase_node(node)
     gm.graph.erase_node(body)

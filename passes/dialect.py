@@ -2,8 +2,8 @@
 
 `call_function` nodes over pre-dispatch ATen overloads (and Python arithmetic on sizes, and higher-order ops
 with their sub-graphs); every user input a placeholder; parameters, buffers and constants `get_attr` nodes
-under their real dotted path; `val`, `stack_trace` and `nn_module_stack` in `node.meta`. Inside a dynamo backend
-parameters stay placeholders, because dynamo passes them at each call. `meta["leaf"]` says what each one is.
+under their real dotted path; `val`, `stack_trace` and `nn_module_stack` in `node.meta`. Inside a dynamo
+backend parameters stay placeholders, because dynamo passes them. `meta["leaf"]` says what each one is.
 """
 
 from __future__ import annotations
@@ -63,7 +63,11 @@ def _node_in_dialect(node: Node) -> bool:
         return node.op in ("placeholder", "get_attr", "output")
     if isinstance(node.target, OpOverload | HigherOrderOperator) or node.target is torch._C._set_grad_enabled:
         return True
-    if getattr(node.target, "__module__", None) == "torch.amp.autocast_mode":
+    # Regions: autocast, and the brackets that a vmap leaves in the graph (transformers builds masks with it).
+    if getattr(node.target, "__module__", None) in (
+        "torch.amp.autocast_mode",
+        "torch._functorch.predispatch",
+    ):
         return True
     # Arithmetic on sizes is Python's own; the same function on tensors is not yet ATen.
     size = int | float | bool | torch.SymInt | torch.SymFloat | torch.SymBool

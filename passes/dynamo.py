@@ -1,7 +1,7 @@
 """The second front door: a graph inside a dynamo backend, re-traced to the dialect.
 
-Dynamo's own graphs mix methods, operators and Python functions. Running one under pre-dispatch `make_fx` in that
-compilation's fake mode gives ATen, and keeps gradients, autocast regions, module stacks and symbols.
+Dynamo's own graphs mix methods, operators and Python functions. Running one under pre-dispatch `make_fx`, in
+that compilation's fake mode, gives ATen and keeps gradients, autocast regions, module stacks and symbols.
 """
 
 from __future__ import annotations
