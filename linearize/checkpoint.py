@@ -130,7 +130,8 @@ def _move_in(temporary: Path, target: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def _read_json(path: Path) -> Any:
+def read_json(path: Path) -> Any:
+    """Contents of a JSON file of a checkpoint. Raises CheckpointError when it is missing or damaged."""
     try:
         return json.loads(path.read_text())
     except FileNotFoundError as error:
@@ -154,19 +155,19 @@ def _header(path: Path) -> dict[str, tuple[tuple[int, ...], str]]:
 def _load_transformers(source: Path, dtype: torch.dtype | None) -> nn.Module:
     import transformers
 
-    config = _read_json(source / "config.json")
+    config = read_json(source / "config.json")
     if not isinstance(config, dict):
         raise CheckpointError(f"{source / 'config.json'} is not a model configuration")
     parse(config.get("linearize"), str(source))
     index = source / f"{WEIGHTS}.index.json"
-    shards = set(_read_json(index)["weight_map"].values()) if index.is_file() else {WEIGHTS}
+    shards = set(read_json(index)["weight_map"].values()) if index.is_file() else {WEIGHTS}
     for name in sorted(shards):
         _header(source / name)
     names = config.get("architectures") or []
     cls = getattr(transformers, names[0], None) if names else None
     if cls is None:
         raise CheckpointError(
-            f"{source} holds a model of class {names[0] if names else 'unknown'}, which transformers does not have; "
+            f"{source} holds a model of class {names[0] if names else 'unknown'}, which transformers lacks; "
             "load it with that class's own from_pretrained"
         )
     try:
@@ -182,7 +183,7 @@ def _load_transformers(source: Path, dtype: torch.dtype | None) -> nn.Module:
 
 
 def _load_module(source: Path, model: nn.Module) -> nn.Module:
-    record = _read_json(source / RECORD)
+    record = read_json(source / RECORD)
     plan, config = parse(record, str(source))
     stored = _header(source / WEIGHTS)
     check_unconverted(model)

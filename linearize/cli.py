@@ -1,0 +1,192 @@
+"""The command line: `linearize demo | inspect | convert | version`."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+
+from . import __version__
+from .errors import CheckpointError, ConfigError, LinearizeError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+app = typer.Typer(
+    help="Find any softmax attention in a model, prove it, and rewrite it to linear attention.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+Source = Annotated[str, typer.Argument(help="a folder with a transformers model, a Hub name, or `demo`")]
+Mechanism = Annotated[str, typer.Option(help="what takes the softmax's place")]
+Group = Annotated[int, typer.Option(help="tokens per group of the local part")]
+Taps = Annotated[int, typer.Option(help="tokens that the convolution over values sees")]
+Approximate = Annotated[
+    list[str] | None, typer.Option(help="a part of the attention that may be dropped; repeat for several")
+]
+
+
+def main() -> None:
+    """Entry point. An error made by the package is one line on stderr and exit code 1."""
+    try:
+        app()
+    except LinearizeError as error:
+        Console(stderr=True).print(f"error: {error}", style="red", markup=False, highlight=False)
+        sys.exit(1)
+
+
+@app.command()
+def version() -> None:
+    """Print the versions that matter for a bug report."""
+    import torch
+    import transformers
+
+    typer.echo(f"linearize {__version__}, torch {torch.__version__}, transformers {transformers.__version__}")
+
+
+@app.command()
+def demo(
+    threads: Annotated[int, typer.Option(help="torch threads; 0 keeps torch's choice")] = 0,
+) -> None:
+    """The whole story on the small decoder that ships with the package. Offline, under three minutes."""
+    import torch
+
+    from .walkthrough import run
+
+    if threads:
+        torch.set_num_threads(threads)
+    run(Console())
+
+
+@app.command()
+def inspect(
+    model: Source,
+    json: Annotated[bool, typer.Option("--json", help="print JSON instead of a table")] = False,
+    html: Annotated[Path | None, typer.Option(help="also write a page to this file")] = None,
+    mechanism: Mechanism = "augmented",
+    group_size: Group = 64,
+    conv_taps: Taps = 32,
+    approximate: Approximate = None,
+) -> None:
+    """List every candidate attention site: where it is, what it means, what becomes of it or why not."""
+    from .config import LinearizeConfig
+    from .report import inspect as inspect_model
+
+    config = LinearizeConfig(
+        mechanism=mechanism,
+        group_size=group_size,
+        conv_taps=conv_taps,
+        approximate=tuple(approximate or ()),
+    )
+    report = inspect_model(load_source(find_source(model)), config=config)
+    if html is not None:
+        try:
+            html.write_text(report.to_html(), encoding="utf-8")
+        except OSError as error:
+            raise CheckpointError(f"cannot write {html}: {error}") from error
+    if json:
+        typer.echo(report.to_json())
+    else:
+        console = Console()
+        # A pipe or file has no width of its own; the table needs about this much.
+        console.print(report, width=None if console.is_terminal else 160)
+
+
+@app.command()
+def convert(
+    source: Source,
+    target: Annotated[Path, typer.Argument(help="the folder to write")],
+    mechanism: Mechanism = "augmented",
+    group_size: Group = 64,
+    conv_taps: Taps = 32,
+    layers: Annotated[str, typer.Option(help="only these layer indices, such as 0,1,5; empty is all")] = "",
+    keep_softmax: Annotated[
+        list[str] | None, typer.Option(help="layer index or module path to leave; repeat for several")
+    ] = None,
+    on_refusal: Annotated[str, typer.Option(help="error: all or nothing; keep: what can be")] = "error",
+    approximate: Approximate = None,
+) -> None:
+    """Convert a transformers model and write it, tokenizer and all, to a folder."""
+    from .api import linearize
+    from .checkpoint import save
+    from .config import LinearizeConfig
+
+    config = LinearizeConfig(
+        mechanism=mechanism,
+        group_size=group_size,
+        conv_taps=conv_taps,
+        layers=_indices(layers),
+        keep_softmax=tuple(int(item) if item.isdigit() else item for item in keep_softmax or ()),
+        on_refusal=on_refusal,
+        approximate=tuple(approximate or ()),
+    )
+    folder = find_source(source)
+    if target.resolve() == folder.resolve():
+        raise CheckpointError(f"{target} is the model to convert; write to another folder")
+    model = linearize(load_source(folder), config=config)
+    save(model, target)
+    for path in companions(folder):
+        if not (target / path.name).exists():
+            shutil.copyfile(path, target / path.name)
+    plan = model._linearize.plan  # type: ignore[union-attr]
+    typer.echo(f"{len(plan.sites)} attention modules rewritten to {mechanism}, written to {target}")
+
+
+def _indices(text: str) -> tuple[int, ...] | None:
+    try:
+        return tuple(int(part) for part in text.split(",")) if text.strip() else None
+    except ValueError as error:
+        raise ConfigError(f"layers must be numbers separated by commas, got {text!r}") from error
+
+
+def find_source(name: str) -> Path:
+    """The folder of a model: an existing one, the shipped demo, or a download from the Hub."""
+    folder = Path(name)
+    if folder.is_dir():
+        return folder
+    if name == "demo":
+        return Path(__file__).parent / "demo_model"
+    if folder.is_absolute() or name.startswith((".", "~")) or name.count("/") != 1:
+        raise CheckpointError(f"{name}: no such folder")
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.model"]))
+    except Exception as error:
+        raise CheckpointError(
+            f"{name} is no folder here and could not be fetched from the Hub: {error}"
+        ) from error
+
+
+def load_source(folder: Path) -> PreTrainedModel:
+    """The model of a folder, converted or not, by the class its config names."""
+    import transformers
+
+    from .checkpoint import read_json
+
+    architectures = read_json(folder / "config.json").get("architectures") or []
+    cls = getattr(transformers, architectures[0], None) if architectures else None
+    try:
+        return (cls or transformers.AutoModel).from_pretrained(folder, local_files_only=True).eval()
+    except (OSError, ValueError, RuntimeError, KeyError) as error:
+        raise CheckpointError(f"cannot load the model in {folder}: {error}") from error
+
+
+def companions(folder: Path) -> list[Path]:
+    """The files that belong to a model besides config and weights: tokenizer, processor, licence."""
+    own = {"config.json", "generation_config.json", "training.json"}
+    weights = {".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".onnx", ".ot"}
+    return [
+        path
+        for path in sorted(folder.iterdir())
+        if path.is_file()
+        and path.name not in own
+        and path.suffix not in weights
+        and not path.name.endswith(".index.json")
+        and not path.name.startswith(".")
+    ]
