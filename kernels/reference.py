@@ -61,6 +61,7 @@ def augmented_attention(
             conv = _split_heads(conv_weight.to(dtype).unsqueeze(0), kv_heads, kv_layout).squeeze(0)
         if query_start is None:
             query_start = key.shape[2] - length if causal else 0
+        alpha = alpha.to(dtype) if isinstance(alpha, Tensor) else alpha
         core = _Core(alpha, conv, local_scale, group_size, causal)
         if length == 1:
             out = _row(core, q, k, v, key_mask, query_start, cross)

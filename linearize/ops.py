@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .errors import InputError
-from .kernels import reference
+from .kernels import registered
 
 __all__ = ["augmented_attention", "conv_width"]
 
@@ -58,20 +58,24 @@ def augmented_attention(
     Returns `[B, H, T, Dv]` in the dtype of `value`. Raises InputError when arguments do not fit together.
     """
     _check(query, key, value, alpha, conv_weight, group_size, causal, cross, kv_layout, key_mask, query_start)
-    return reference.augmented_attention(
+    if alpha is not None and not isinstance(alpha, Tensor):
+        alpha = torch.full((1,), alpha, dtype=torch.float64, device=query.device)
+    at_tensor = isinstance(query_start, Tensor)
+    return registered.augmented_attention(
         query,
         key,
         value,
-        alpha=alpha,
-        conv_weight=conv_weight,
-        local_scale=local_scale,
-        group_size=group_size,
-        causal=causal,
-        cross=cross,
-        kv_layout=kv_layout,
-        key_mask=key_mask,
-        query_start=query_start,
-        normalize=normalize,
+        alpha,
+        conv_weight,
+        float(local_scale),
+        group_size,
+        causal,
+        cross,
+        kv_layout,
+        key_mask,
+        None if at_tensor else query_start,
+        query_start if at_tensor else None,
+        normalize,
     )
 
 
