@@ -184,13 +184,19 @@ def _cast(node: Node, layout: Layout) -> Layout | None:
     """Casts count as views only when they change no dtype."""
     source, result = node.args[0], node.meta.get("val")
     value = source.meta.get("val") if isinstance(source, Node) else None
-    same = isinstance(value, torch.Tensor) and isinstance(result, torch.Tensor) and value.dtype == result.dtype
+    same = (
+        isinstance(value, torch.Tensor) and isinstance(result, torch.Tensor) and value.dtype == result.dtype
+    )
     return layout if same else None
 
 
 def _whole_slice(node: Node, layout: Layout) -> Layout | None:
     _, dim, start, end, step = (*node.args, *(None,) * 5)[:5]
-    whole = start in (None, 0) and step in (None, 1) and (end is None or (isinstance(end, int) and end >= WHOLE_SLICE_END))
+    whole = (
+        start in (None, 0)
+        and step in (None, 1)
+        and (end is None or (isinstance(end, int) and end >= WHOLE_SLICE_END))
+    )
     if whole:
         return layout
     before = shape_of(node.args[0]) if isinstance(node.args[0], Node) else None
@@ -220,7 +226,8 @@ def _expand(node: Node, layout: Layout) -> Layout | None:
         return None
     padded = ((),) * (len(shape) - len(layout)) + layout
     return tuple(
-        axis if axis or size == 1 else (Atom(size, repeated=True),) for axis, size in zip(padded, shape, strict=True)
+        axis if axis or size == 1 else (Atom(size, repeated=True),)
+        for axis, size in zip(padded, shape, strict=True)
     )
 
 
@@ -257,16 +264,48 @@ def _targets(*names: str) -> list[Any]:
 
 
 _RULES: list[tuple[Callable[[Node, Layout], Layout | None], list[Any]]] = [
-    (_same, _targets("contiguous.default", "clone.default", "alias.default", "lift_fresh_copy.default", "positive.default")),
-    (_cast, _targets("to.dtype", "to.device", "to.dtype_layout", "to.other", "_to_copy.default", "type_as.default",
-                     "float.default")),
+    (
+        _same,
+        _targets(
+            "contiguous.default",
+            "clone.default",
+            "alias.default",
+            "lift_fresh_copy.default",
+            "positive.default",
+        ),
+    ),
+    (
+        _cast,
+        _targets(
+            "to.dtype",
+            "to.device",
+            "to.dtype_layout",
+            "to.other",
+            "_to_copy.default",
+            "type_as.default",
+            "float.default",
+        ),
+    ),
     (_whole_slice, _targets("slice.Tensor")),
     (_transpose, _targets("transpose.int", "swapaxes.default", "swapdims.default")),
     (_permute, _targets("permute.default")),
     (_movedim, _targets("movedim.int", "moveaxis.int")),
-    (_swap_last, _targets("mT.default", "adjoint.default", "t.default", "matrix_H.default", "numpy_T.default")),
-    (_reshape, _targets("view.default", "reshape.default", "_unsafe_view.default", "flatten.using_ints",
-                        "unflatten.int", "view_as.default", "reshape_as.default")),
+    (
+        _swap_last,
+        _targets("mT.default", "adjoint.default", "t.default", "matrix_H.default", "numpy_T.default"),
+    ),
+    (
+        _reshape,
+        _targets(
+            "view.default",
+            "reshape.default",
+            "_unsafe_view.default",
+            "flatten.using_ints",
+            "unflatten.int",
+            "view_as.default",
+            "reshape_as.default",
+        ),
+    ),
     (_unsqueeze, _targets("unsqueeze.default")),
     (_squeeze, _targets("squeeze.dim", "squeeze.dims", "squeeze.default")),
     (_expand, _targets("expand.default", "expand_as.default", "broadcast_to.default")),
@@ -274,11 +313,21 @@ _RULES: list[tuple[Callable[[Node, Layout], Layout | None], list[Any]]] = [
     (_repeat_interleave, _targets("repeat_interleave.self_int")),
 ]
 
-VIEWS: dict[Any, Callable[[Node, Layout], Layout | None]] = {t: rule for rule, targets in _RULES for t in targets}
+VIEWS: dict[Any, Callable[[Node, Layout], Layout | None]] = {
+    t: rule for rule, targets in _RULES for t in targets
+}
 """Operators that only move data, and what they do to a layout."""
 
-REPEATS = frozenset(_targets("expand.default", "expand_as.default", "broadcast_to.default", "repeat.default",
-                             "tile.default", "repeat_interleave.self_int"))
+REPEATS = frozenset(
+    _targets(
+        "expand.default",
+        "expand_as.default",
+        "broadcast_to.default",
+        "repeat.default",
+        "tile.default",
+        "repeat_interleave.self_int",
+    )
+)
 
 
 def view_source(node: Node) -> Node | None:

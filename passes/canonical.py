@@ -35,7 +35,9 @@ def repeat_heads(tensor: Tensor, num_heads: int, kind: KVKind | str) -> Tensor:
     return tensor.repeat_interleave(groups, dim=1)
 
 
-def attention(query: Tensor, key: Tensor, value: Tensor, terms: list[Tensor], program: str, tiled: bool = False) -> Tensor:
+def attention(
+    query: Tensor, key: Tensor, value: Tensor, terms: list[Tensor], program: str, tiled: bool = False
+) -> Tensor:
     """Softmax attention by `program`.
 
     query `[B, H, T, D]`, key `[B, Hkv, S, D]`, value `[B, Hkv, S, Dv]`, terms broadcastable to `[B, H, T, S]`
@@ -98,7 +100,9 @@ def _run(name: str, number: Any, term: Tensor | None, scores: Tensor, side: str)
         case "softmax":
             return torch.softmax(scores, dim=-1, dtype=None if number is None else getattr(torch, number))
         case "safe_softmax":
-            return torch.ops.aten._safe_softmax(scores, -1, None if number is None else getattr(torch, number))
+            return torch.ops.aten._safe_softmax(
+                scores, -1, None if number is None else getattr(torch, number)
+            )
         case "dropout":
             return F.dropout(scores, number, training=True)
         case "nan_to_num":

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, nn
+from torch._guards import TracingContext
 from torch.amp.autocast_mode import _enter_autocast, _exit_autocast
 from torch.export import Dim, ExportedProgram, ShapesCollection, export
 from torch.fx import GraphModule, Node
@@ -30,6 +31,7 @@ from .dialect import (
     leaf_of_attribute,
     module_path,
     plain_attention,
+    plain_stack,
     source_line,
     symbolic_axes,
 )
@@ -114,7 +116,8 @@ def to_dialect(gm: GraphModule, example_inputs: Sequence[Any] | None = None) -> 
     """
     if in_dialect(gm):
         return gm
-    if any("grapharg" in node.meta for node in gm.graph.find_nodes(op="placeholder")):
+    dynamo = any("grapharg" in node.meta for node in gm.graph.find_nodes(op="placeholder"))
+    if dynamo or TracingContext.try_get() is not None:  # DDP hands its backend pieces that carry no record
         if example_inputs is None:
             raise CaptureError("this graph comes from dynamo: pass the example_inputs of the backend call")
         return from_dynamo(gm, example_inputs)
@@ -132,6 +135,9 @@ def _unlift(program: ExportedProgram, info: CaptureInfo) -> GraphModule:
     assert isinstance(gm, GraphModule)
     for node in gm.graph.find_nodes(op="call_function", target=torch.ops.higher_order.wrap_with_autocast):
         _inline_autocast(gm, node)
+    for node in gm.graph.nodes:
+        if "nn_module_stack" in node.meta:
+            node.meta["nn_module_stack"] = plain_stack(node.meta["nn_module_stack"])
     for node in gm.graph.find_nodes(op="get_attr"):
         value = torch.fx.graph_module._get_attr(gm, node.target)
         if isinstance(value, Tensor):

@@ -20,14 +20,26 @@ from .axes import _targets, expr
 aten = torch.ops.aten
 
 SHAPE_ONLY = frozenset(
-    _targets("sym_size.int", "sym_numel.default", "new_ones.default", "new_zeros.default", "new_full.default",
-             "new_empty.default", "zeros_like.default", "ones_like.default", "full_like.default", "empty_like.default",
-             "_assert_tensor_metadata.default", "new_tensor.default")
+    _targets(
+        "sym_size.int",
+        "sym_numel.default",
+        "new_ones.default",
+        "new_zeros.default",
+        "new_full.default",
+        "new_empty.default",
+        "zeros_like.default",
+        "ones_like.default",
+        "full_like.default",
+        "empty_like.default",
+        "_assert_tensor_metadata.default",
+        "new_tensor.default",
+    )
 )
 """Operators that read the shape, dtype or device of their first argument and never its values."""
 
-SECOND_SHAPE_ONLY = frozenset(_targets("expand_as.default", "view_as.default", "type_as.default", "reshape_as.default",
-                                       "to.other"))
+SECOND_SHAPE_ONLY = frozenset(
+    _targets("expand_as.default", "view_as.default", "type_as.default", "reshape_as.default", "to.other")
+)
 """Operators that read only the shape or dtype of their second argument."""
 
 
@@ -161,7 +173,9 @@ def constant(node: Node, limit: int = 64) -> torch.Tensor | None:
     for ancestor in ancestors:
         if ancestor.op == "placeholder" or isinstance(ancestor.meta.get("val"), torch.SymInt):
             return None
-        if ancestor.op == "get_attr" and isinstance(attribute(node.graph.owning_module, ancestor), torch.nn.Parameter):
+        if ancestor.op == "get_attr" and isinstance(
+            attribute(node.graph.owning_module, ancestor), torch.nn.Parameter
+        ):
             return None
     try:
         return evaluate(node, Sizes({}), _no_inputs)

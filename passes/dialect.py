@@ -14,6 +14,7 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import PurePath
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -61,17 +62,17 @@ def in_dialect(gm: GraphModule) -> bool:
 def _node_in_dialect(node: Node) -> bool:
     if node.op != "call_function":
         return node.op in ("placeholder", "get_attr", "output")
-    if isinstance(node.target, OpOverload | HigherOrderOperator) or node.target is torch._C._set_grad_enabled:
-        return True
-    # Regions: autocast, and the brackets that a vmap leaves in the graph (transformers builds masks with it).
-    if getattr(node.target, "__module__", None) in (
-        "torch.amp.autocast_mode",
-        "torch._functorch.predispatch",
-    ):
+    if isinstance(node.target, OpOverload | HigherOrderOperator) or is_region(node):
         return True
     # Arithmetic on sizes is Python's own; the same function on tensors is not yet ATen.
     size = int | float | bool | torch.SymInt | torch.SymFloat | torch.SymBool
     return "val" in node.meta and (node.target is operator.getitem or isinstance(node.meta["val"], size))
+
+
+def is_region(node: Node) -> bool:
+    """Whether `node` opens or closes a region: grad mode, autocast, vmap. Has no users, must never be dropped."""
+    regions = ("torch.amp.autocast_mode", "torch._functorch.predispatch")
+    return node.target is torch._C._set_grad_enabled or getattr(node.target, "__module__", None) in regions
 
 
 def module_path(node: Node) -> tuple[tuple[str, str], ...]:
@@ -115,7 +116,7 @@ def _stack(node: Node) -> list[tuple[str, str]]:
     entries = []
     for value in (node.meta.get("nn_module_stack") or {}).values():
         text, kind = value if isinstance(value, tuple) else (str(value), "")
-        path = re.sub(r"@\d+", "", dynamo_path(text)[1])  # export may number repeated calls: `block@1`
+        path = dynamo_path(text)[1].split("@")[0]
         entries.append(
             (path, f"{kind.__module__}.{kind.__qualname__}" if isinstance(kind, type) else str(kind))
         )
@@ -135,6 +136,19 @@ def dynamo_path(text: str, keep_root: bool = False) -> tuple[str, str]:
     parts = [a or b for a, b in re.findall(r"\['?([^'\]]+)'?\]|\.(\w+)", rest)]
     parts = [part for part in parts if part not in plumbing]
     return root, ".".join([root, *parts] if keep_root else parts)
+
+
+def plain_stack(stack: Mapping[str, Any], keep_root: bool = False) -> dict[str, tuple[str, Any]]:
+    """`nn_module_stack` in one format: plain dotted paths, with `@n` behind the path of a module's n-th call.
+
+    Export and dynamo count repeated calls in the key only.
+    """
+    plain = {}
+    for key, (text, kind) in stack.items():
+        call = re.search(r"@\d+$", key)
+        path = dynamo_path(text, keep_root)[1].split("@")[0]
+        plain[key] = (path + (call.group() if call and path else ""), kind)
+    return plain
 
 
 def leaf_of_attribute(name: str, value: Tensor) -> Leaf:

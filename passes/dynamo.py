@@ -13,8 +13,13 @@ import torch
 from torch import Tensor, nn
 from torch._guards import TracingContext, detect_fake_mode
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch.fx import GraphModule, Interpreter, Node
-from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx import Graph, GraphModule, Interpreter, Node
+from torch.fx.experimental.proxy_tensor import (
+    disable_proxy_modes_tracing,
+    get_proxy_mode,
+    make_fx,
+    track_tensor_tree,
+)
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.fx.traceback import preserve_node_meta
 from torch.nn.utils import stateless
@@ -36,51 +41,79 @@ def from_dynamo(gm: GraphModule, example_inputs: Sequence[Any]) -> GraphModule:
     Placeholders stay one to one, in dynamo's order and under its names, each with `meta["leaf"]`. Symbolic
     sizes stay symbols of the compilation's own ShapeEnv, so guards mean what they meant. `gm` is not changed.
     """
-    mode = _fake_mode(example_inputs)
-    attributes = {**dict(gm.named_parameters()), **dict(gm.named_buffers())}
-    fakes = [fake(mode, value) for value in (*example_inputs, *attributes.values())]
-
-    def run(*flat: Any) -> Any:
-        inputs, values = flat[: len(example_inputs)], flat[len(example_inputs) :]
-        with stateless._reparametrize_module(gm, dict(zip(attributes, values, strict=True))):
-            return _Rerun(gm).run(*inputs)
-
-    traced = retrace(run, fakes, mode)
-    old = gm.graph.find_nodes(op="placeholder")
-    new = traced.graph.find_nodes(op="placeholder")
-    for node, (name, value) in zip(new[len(old) :], attributes.items(), strict=True):
-        _set_attribute(traced, name, value)
-        with traced.graph.inserting_before(node):
-            attribute = traced.graph.get_attr(name)
-        attribute.meta = {**node.meta, "leaf": leaf_of_attribute(name, value)}
-        node.replace_all_uses_with(attribute)
-        traced.graph.erase_node(node)
+    traced = retrace(gm, example_inputs)
     keep_root = len(_module_roots(gm)) > 1  # two models in one function: `a.layers.0` and `b.layers.0`
-    for before, after in zip(old, new[: len(old)], strict=True):
+    old, new = gm.graph.find_nodes(op="placeholder"), traced.graph.find_nodes(op="placeholder")
+    for before, after in zip(old, new, strict=True):
         after.meta["leaf"] = _leaf_of_input(before, keep_root)
-        after.target = before.target
-        after._rename(before.name)
     for node in traced.graph.nodes:
-        stack = node.meta.get("nn_module_stack") or {}
-        node.meta["nn_module_stack"] = {
-            k: (dynamo_path(text, keep_root)[1], kind) for k, (text, kind) in stack.items()
-        }
-    for node in traced.graph.find_nodes(op="call_function", target=torch.ops.aten.item.default):
-        if not node.users:  # the floats that `_Rerun` made constants
-            traced.graph.erase_node(node)
-    traced.graph.lint()
-    traced.recompile()
+        node.meta["nn_module_stack"] = plain_stack(node.meta.get("nn_module_stack") or {}, keep_root)
     traced.meta["capture"] = CaptureInfo("dynamo", symbolic_axes(traced), {})
     return traced
 
 
-def retrace(run: Any, fakes: Sequence[Any], mode: FakeTensorMode) -> GraphModule:
-    """`run(*fakes)` as a pre-dispatch ATen graph with one placeholder for each value of `fakes`, in order."""
+def retrace(gm: GraphModule, example_inputs: Sequence[Any], lift: Sequence[str] = ()) -> GraphModule:
+    """Run `gm` under pre-dispatch `make_fx`: the same computation, in ATen, modules in line.
+
+    Placeholders stay one to one under their names. Tensors that `gm` owns stay attributes under their names,
+    except those named in `lift`, which become further inputs at the end, in that order.
+    Raises CaptureError if an operator or the user's Python code cannot be traced.
+    """
+    mode = _fake_mode(example_inputs)
+    owned = {**dict(gm.named_parameters()), **dict(gm.named_buffers())}
+    owned = {**{n: value for n, value in owned.items() if n not in lift}, **{n: owned[n] for n in lift}}
+    fakes = [fake(mode, value) for value in (*example_inputs, *owned.values())]
+
+    def run(*flat: Any) -> Any:
+        inputs, values = flat[: len(example_inputs)], flat[len(example_inputs) :]
+        with stateless._reparametrize_module(gm, dict(zip(owned, values, strict=True))):
+            return _Rerun(gm).run(*inputs)
+
     try:
         with mode, preserve_node_meta():
-            return make_fx(run, pre_dispatch=True)(*fakes)
+            traced = make_fx(run, pre_dispatch=True)(*fakes)
     except Exception as error:  # anything an operator or a user's Python may raise
-        raise CaptureError(f"could not re-trace the dynamo graph to ATen: {first_line(error)}") from error
+        raise CaptureError(f"could not re-trace the graph to ATen: {first_line(error)}") from error
+    old, new = gm.graph.find_nodes(op="placeholder"), traced.graph.find_nodes(op="placeholder")
+    for before, after in zip(old, new, strict=False):
+        after.target = before.target
+        after._rename(before.name)
+        if "leaf" in before.meta:
+            after.meta["leaf"] = before.meta["leaf"]
+    for node, (name, value) in zip(new[len(old) :], owned.items(), strict=True):
+        node.meta["leaf"] = leaf_of_attribute(name, value)
+        if name not in lift:
+            _as_attribute(traced, node, name, value)
+    for node in traced.graph.find_nodes(op="call_function", target=torch.ops.aten.item.default):
+        if not node.users:  # the floats that `_Rerun` made constants
+            traced.graph.erase_node(node)
+    _check_gradients(gm, traced)
+    traced.graph.lint()
+    traced.recompile()
+    return traced
+
+
+def _as_attribute(gm: GraphModule, node: Node, name: str, value: Tensor) -> None:
+    """Turn the placeholder `node` into an attribute `name` of `gm`."""
+    _set_attribute(gm, name, value)
+    with gm.graph.inserting_before(node):
+        attribute = gm.graph.get_attr(name)
+    attribute.meta = dict(node.meta)
+    node.replace_all_uses_with(attribute)
+    gm.graph.erase_node(node)
+
+
+def _check_gradients(before: GraphModule, after: GraphModule) -> None:
+    """Refuse a trace that lost a gradient: a higher-order op that runs its body outside autograd, say."""
+
+    def requires_grad(gm: GraphModule) -> list[bool]:
+        outputs = gm.graph.output_node().all_input_nodes
+        values = [node.meta.get("val", node.meta.get("example_value")) for node in outputs]
+        return [isinstance(value, Tensor) and value.requires_grad for value in values]
+
+    old, new = requires_grad(before), requires_grad(after)
+    if any(old) and len(old) == len(new) and any(a and not b for a, b in zip(old, new, strict=True)):
+        raise CaptureError("re-tracing the graph to ATen loses a gradient that the original graph has")
 
 
 def fake(mode: FakeTensorMode, value: Any) -> Any:
@@ -104,15 +137,60 @@ def _fake_mode(example_inputs: Sequence[Any]) -> FakeTensorMode:
 
 
 class _Rerun(Interpreter):
-    """Runs a dynamo graph, with float attributes of the model as constants.
+    """Runs a graph, and does right what a plain run would get wrong.
 
     With `dynamic=True` dynamo makes every Python float an input (`self.scaling` -> 0-d tensor -> `.item()`).
     Turning it back into a number adds a guard: the scale is a constant, and a changed one recompiles.
+
+    The body of a checkpointed region comes in line, its nodes tagged for the partitioner as AOTAutograd tags
+    them: attention inside is attention, and its activations are still recomputed in the backward pass.
+
+    A user's `autograd.Function` stays one opaque call: traced through, it would lose its own backward.
     """
 
     def call_method(self, target: Any, args: Any, kwargs: Any) -> Any:
         result = super().call_method(target, args, kwargs)
         return float(result) if target == "item" and isinstance(result, torch.SymFloat) else result
+
+    def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
+        if target is torch.ops.higher_order.tag_activation_checkpoint:
+            body, *inputs = args
+            return _Rerun(_tagged(body)).run(*inputs)
+        if target is torch.ops.higher_order.autograd_function_apply:
+            return _opaque(target, args, kwargs)
+        return super().call_function(target, args, kwargs)
+
+
+def _tagged(body: GraphModule) -> GraphModule:
+    """A copy of a checkpointed region's graph whose nodes say that they are to be recomputed."""
+    copy = GraphModule(body, Graph())
+    values: dict[Node, Node] = {}
+    copy.graph.output(copy.graph.graph_copy(body.graph, values))
+    for node in copy.graph.nodes:
+        node.meta = {**node.meta, "recompute": CheckpointPolicy.PREFER_RECOMPUTE, "ac_graph_id": id(body)}
+    copy.recompile()
+    return copy
+
+
+def _opaque(target: Any, args: Any, kwargs: Any) -> Any:
+    """Record `target(*args, **kwargs)` as one node, sub-graphs and all, without tracing into it."""
+    mode = get_proxy_mode()
+    if mode is None:
+        return target(*args, **kwargs)
+    tracer = mode.tracer
+
+    def as_proxy(value: Any) -> Any:
+        if not isinstance(value, GraphModule):
+            return tracer.unwrap_proxy(value)
+        name = tracer.get_fresh_qualname("body")
+        tracer.root.add_module(name, value)
+        return tracer.create_proxy("get_attr", name, (), {})
+
+    recorded = tree_map(as_proxy, (tuple(args), dict(kwargs)))
+    with disable_proxy_modes_tracing(), torch._C.DisableTorchFunction():
+        result = target(*args, **kwargs)
+    proxy = tracer.create_proxy("call_function", target, *recorded)
+    return track_tensor_tree(result, proxy, constant=None, tracer=tracer)
 
 
 def _set_attribute(gm: GraphModule, name: str, value: Tensor) -> None:

@@ -21,7 +21,13 @@ NAMES = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
 
 def arguments(node: Node) -> dict[str, Any]:
     """The arguments of a fused node by name, defaults filled in."""
-    given: dict[str, Any] = {"attn_mask": None, "dropout_p": 0.0, "is_causal": False, "scale": None, "enable_gqa": False}
+    given: dict[str, Any] = {
+        "attn_mask": None,
+        "dropout_p": 0.0,
+        "is_causal": False,
+        "scale": None,
+        "enable_gqa": False,
+    }
     return {**given, **dict(zip(NAMES, node.args, strict=False)), **node.kwargs}
 
 
@@ -51,7 +57,11 @@ def read_fused(node: Node) -> Walk:
             raise Refused(Reason.AXES, node, "the operands of the fused attention do not line up", "axes")
     batch, layout = _batch_pairs(node, q, k)
     value_batch, _ = _batch_pairs(node, list(layout) + [(), ()], v)
-    options = {"scale": float(scale), "causal": bool(given["is_causal"]), "dropout": float(given["dropout_p"])}
+    options = {
+        "scale": float(scale),
+        "causal": bool(given["is_causal"]),
+        "dropout": float(given["dropout_p"]),
+    }
     trace = [Traced(Effect("sdpa", options, mask), (*layout, leaves(q[-2]), leaves(k[-2])))]
     return Walk(
         anchor=node,

@@ -1,6 +1,8 @@
-"""Copying a graph without copying what it computes with."""
+"""Copying a graph without copying what it computes with, and removing what a rewrite made useless."""
 
 from __future__ import annotations
+
+from collections.abc import Iterable
 
 from torch.fx import Graph, GraphModule, Node
 
@@ -17,3 +19,52 @@ def clone(graph_module: GraphModule) -> GraphModule:
     twin = GraphModule(graph_module, graph)
     twin.meta.update(graph_module.meta)
     return twin
+
+
+def written_arguments(node: Node) -> list[Node]:
+    """Arguments that `node` writes to in place."""
+    schema = getattr(node.target, "_schema", None)
+    if node.op != "call_function" or schema is None:
+        return []
+    written: list[Node] = []
+    for position, argument in enumerate(schema.arguments):
+        if argument.alias_info is not None and argument.alias_info.is_write:
+            given = node.args[position] if position < len(node.args) else node.kwargs.get(argument.name)
+            written += [
+                a for a in (given if isinstance(given, (list, tuple)) else [given]) if isinstance(a, Node)
+            ]
+    return written
+
+
+def remove_dead(graph: Graph, seeds: Iterable[Node]) -> None:
+    """Erase `seeds` that nothing uses, and what only they used.
+
+    Only what a rewrite made useless is looked at: general dead-code elimination would also drop calls that a
+    traced region needs for their effect, and would keep fused attention, which it takes for impure.
+    """
+    waiting = list(dict.fromkeys(seeds))
+    erased: set[Node] = set()
+    while waiting:
+        node = waiting.pop()
+        if node in erased or node.op in ("placeholder", "output"):
+            continue
+        users = list(node.users)
+        if not all(_only_serves(user, node) for user in users):
+            continue
+        for user in users:
+            graph.erase_node(user)
+            erased.add(user)
+        inputs = node.all_input_nodes
+        graph.erase_node(node)
+        erased.add(node)
+        waiting += inputs
+
+
+def _only_serves(user: Node, node: Node) -> bool:
+    """`user` does nothing but assert about `node` or write into it."""
+    if user.users:
+        return False
+    asserts = str(user.target) == "aten._assert_tensor_metadata.default"
+    return user.args[:1] == (node,) and (
+        asserts or (node.op == "call_function" and written_arguments(user) == [node])
+    )

@@ -31,7 +31,9 @@ def _is_private(written: Node, writer: Node) -> bool:
     schema = getattr(written.target, "_schema", None)
     if schema is None or any(result.alias_info is not None for result in schema.returns):
         return False
-    return not any(view_source(user) is written for user in written.users if user is not writer and user < writer)
+    return not any(
+        view_source(user) is written for user in written.users if user is not writer and user < writer
+    )
 
 
 def functionalise(graph_module: GraphModule) -> GraphModule:

@@ -37,9 +37,27 @@ MAX_NODES = 600
 """A term with more ancestors than this computes from the model's activations and is not evaluated."""
 
 COMPARES = frozenset(
-    _targets("add.Tensor", "add.Scalar", "sub.Tensor", "sub.Scalar", "rsub.Scalar", "gt.Scalar", "ge.Scalar", "lt.Scalar",
-             "le.Scalar", "gt.Tensor", "ge.Tensor", "lt.Tensor", "le.Tensor", "floor_divide.default",
-             "div.Tensor_mode", "div.Scalar_mode", "triu.default", "tril.default", "remainder.Scalar")
+    _targets(
+        "add.Tensor",
+        "add.Scalar",
+        "sub.Tensor",
+        "sub.Scalar",
+        "rsub.Scalar",
+        "gt.Scalar",
+        "ge.Scalar",
+        "lt.Scalar",
+        "le.Scalar",
+        "gt.Tensor",
+        "ge.Tensor",
+        "lt.Tensor",
+        "le.Tensor",
+        "floor_divide.default",
+        "div.Tensor_mode",
+        "div.Scalar_mode",
+        "triu.default",
+        "tril.default",
+        "remainder.Scalar",
+    )
 )
 
 
@@ -75,7 +93,9 @@ def _classify(steps: list[Step], query: sympy.Expr, key: sympy.Expr) -> Mask:
     trials = _trials(steps, query, key)
     for roles in itertools.product(*[_roles(node) for node in inputs]):
         feed = dict(zip(inputs, roles, strict=True))
-        scenes = [s for s in (_scene(steps, sizes, query, key, feed, replaced) for sizes in trials) if s is not None]
+        scenes = [
+            s for s in (_scene(steps, sizes, query, key, feed, replaced) for sizes in trials) if s is not None
+        ]
         found = _pattern(scenes, query == key)
         if found is None:
             continue
@@ -161,7 +181,11 @@ def _trials(steps: Sequence[Step], query: sympy.Expr, key: sympy.Expr) -> list[S
             if isinstance(size, torch.SymInt):
                 environment = size.node.shape_env
                 for symbol in size.node.expr.free_symbols - hints.keys():
-                    known = environment.backed_var_to_val if hasattr(environment, "backed_var_to_val") else environment.var_to_val
+                    known = (
+                        environment.backed_var_to_val
+                        if hasattr(environment, "backed_var_to_val")
+                        else environment.var_to_val
+                    )
                     hints[symbol] = int(known.get(symbol, 7))
     for symbol in (query.free_symbols | key.free_symbols) - hints.keys():
         hints[symbol] = 7
@@ -200,7 +224,9 @@ def _scene(
         if step.term is None or step.kind in ("sink", "scale", "div"):
             continue
         try:
-            term = move_tensor(evaluate(step.term.node, sizes, feed, replaced, COMPARES), step.term.relayout, sizes)
+            term = move_tensor(
+                evaluate(step.term.node, sizes, feed, replaced, COMPARES), step.term.relayout, sizes
+            )
         except (RuntimeError, ValueError, IndexError, TypeError, KeyError):
             return None
         if step.kind == "fill" or step.kind == "keep" or (step.kind == "sdpa" and term.dtype == torch.bool):
@@ -284,4 +310,3 @@ def _padding(
                 return None
             found |= bool(gone.any())
     return found
-

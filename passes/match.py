@@ -14,7 +14,19 @@ from typing import Any
 import torch
 from torch.fx import Graph, Node
 
-from .axes import VIEWS, Axis, Layout, _targets, apply_view, leaves, pair, product, provenance, resolve, shape_of
+from .axes import (
+    VIEWS,
+    Axis,
+    Layout,
+    _targets,
+    apply_view,
+    leaves,
+    pair,
+    product,
+    provenance,
+    resolve,
+    shape_of,
+)
 from .cone import SHAPE_ONLY
 from .contraction import Contraction, Label, read_contraction
 from .site import Reason
@@ -28,7 +40,10 @@ MAX_WALK = 40
 FUSED = aten.scaled_dot_product_attention.default
 SOFTMAX = {
     target: safe
-    for names, safe in ((("softmax.int", "_softmax.default", "special_softmax.int"), False), (("_safe_softmax.default",), True))
+    for names, safe in (
+        (("softmax.int", "_softmax.default", "special_softmax.int"), False),
+        (("_safe_softmax.default",), True),
+    )
     for target in _targets(*names)
 }
 
@@ -97,7 +112,11 @@ def short_name(node: Node) -> str:
 
 def real_users(node: Node) -> list[Node]:
     """Users that read values: not metadata asserts, not size reads, not dead nodes."""
-    return [u for u in node.users if not (u.target in SHAPE_ONLY and u.args[0] is node) and (u.users or u.op == "output")]
+    return [
+        u
+        for u in node.users
+        if not (u.target in SHAPE_ONLY and u.args[0] is node) and (u.users or u.op == "output")
+    ]
 
 
 # --- anchors -----------------------------------------------------------------------------------------------
@@ -106,7 +125,10 @@ def real_users(node: Node) -> list[Node]:
 def find_anchors(graph: Graph) -> Iterator[Anchor]:
     """Every decomposed softmax of the graph, in order."""
     for node in graph.nodes:
-        if node.op == "call_function" and (anchor := _read_softmax(node) or _read_manual_softmax(node)) is not None:
+        if (
+            node.op == "call_function"
+            and (anchor := _read_softmax(node) or _read_manual_softmax(node)) is not None
+        ):
             yield anchor
 
 
@@ -141,7 +163,9 @@ def _read_manual_softmax(node: Node) -> Anchor | None:
 # --- backward: from softmax to the scores -------------------------------------------------------------------
 
 
-def _score_paths(node: Node, rows: dict[Any, Row], depth: int = 0) -> Iterator[tuple[Contraction, list[Node]]]:
+def _score_paths(
+    node: Node, rows: dict[Any, Row], depth: int = 0
+) -> Iterator[tuple[Contraction, list[Node]]]:
     """Contractions the scores may come from, nearest first, each with the nodes between it and `node`."""
     contraction = read_contraction(node)
     if contraction is not None:
@@ -193,7 +217,12 @@ def _read_step(node: Node, scores: Node, layout: Layout, rows: dict[Any, Row]) -
     if node.target in VIEWS:
         after = apply_view(node, layout)
         if after is None and shape_of(node) != shape_of(scores):
-            raise Refused(Reason.AXES, node, "a view regroups the axes of the scores in a way that cannot be followed", "axes")
+            raise Refused(
+                Reason.AXES,
+                node,
+                "a view regroups the axes of the scores in a way that cannot be followed",
+                "axes",
+            )
         layout = layout if after is None else after
     return effects, resolve(layout)
 
@@ -206,7 +235,9 @@ def _read_sink(node: Node, scores: Node) -> Effect:
     shape, sink_shape = shape_of(scores), shape_of(sink) if isinstance(sink, Node) else None
     dim = (node.args[1] if len(node.args) > 1 else 0) % len(shape or (1,))  # type: ignore[operator]
     if shape is None or sink_shape is None or sink_shape[dim] != 1 or dim != len(shape) - 1:
-        raise Refused(Reason.SCORE_STEP, node, "the scores are concatenated with more than one sink column", "sink")
+        raise Refused(
+            Reason.SCORE_STEP, node, "the scores are concatenated with more than one sink column", "sink"
+        )
     return Effect("sink", "last" if position == 0 else "first", sink)
 
 
@@ -225,16 +256,25 @@ def _walk_weights(anchor: Anchor, rows: dict[Any, Row]) -> tuple[list[Node], Nod
         if read_contraction(user) is not None:
             return path, user
         if user.op == "output":
-            raise Refused(Reason.NOT_ATTENTION, current, "the softmax is an output of the graph and multiplies no value", "weights")
+            raise Refused(
+                Reason.NOT_ATTENTION,
+                current,
+                "the softmax is an output of the graph and multiplies no value",
+                "weights",
+            )
         if not (user.target in rows and current in _weight_carriers(user, rows)) and not _is_sink_slice(user):
             raise _unexplained_weights(current, user)
         path.append(user)
         current = user
-    raise Refused(Reason.NOT_ATTENTION, current, f"no product with a value within {MAX_WALK} nodes", "weights")
+    raise Refused(
+        Reason.NOT_ATTENTION, current, f"no product with a value within {MAX_WALK} nodes", "weights"
+    )
 
 
 def _weight_carriers(node: Node, rows: dict[Any, Row]) -> list[Node]:
-    return [a for i in rows[node.target].carriers if i < len(node.args) and isinstance(a := node.args[i], Node)]
+    return [
+        a for i in rows[node.target].carriers if i < len(node.args) and isinstance(a := node.args[i], Node)
+    ]
 
 
 def _is_sink_slice(node: Node) -> bool:
@@ -254,25 +294,46 @@ def _not_one_user(current: Node, users: list[Node], rows: dict[Any, Row]) -> Ref
         return Refused(Reason.NOT_ATTENTION, current, "the result of the softmax is not used", "weights")
     if any(_reaches_contraction(user, rows) for user in users):
         names = ", ".join(sorted(str(user) for user in users))
-        return Refused(Reason.WEIGHTS_ESCAPE, current, f"the attention weights are used {len(users)} times ({names})", "weights")
+        return Refused(
+            Reason.WEIGHTS_ESCAPE,
+            current,
+            f"the attention weights are used {len(users)} times ({names})",
+            "weights",
+        )
     return Refused(Reason.NOT_ATTENTION, current, "the result of the softmax multiplies no value", "weights")
 
 
-MIXERS = frozenset(_targets("linear.default", "conv2d.default", "convolution.default", "conv1d.default", "conv2d.padding"))
+MIXERS = frozenset(
+    _targets("linear.default", "conv2d.default", "convolution.default", "conv1d.default", "conv2d.padding")
+)
 
 
 def _unexplained_weights(current: Node, user: Node) -> Refused:
     if user.target in MIXERS:
-        return Refused(Reason.HEAD_MIXING, user, "the weights of different heads are mixed by a projection", "weights")
+        return Refused(
+            Reason.HEAD_MIXING, user, "the weights of different heads are mixed by a projection", "weights"
+        )
     if user.target in (aten.mul.Tensor, aten.add.Tensor, aten.sub.Tensor, aten.div.Tensor):
-        return Refused(Reason.VALUE_STEP, user, f"the attention weights go through {short_name(user)} before the values", "weights")
-    return Refused(Reason.NOT_ATTENTION, user, f"after the softmax comes {short_name(user)}, not a product with a value", "weights")
+        return Refused(
+            Reason.VALUE_STEP,
+            user,
+            f"the attention weights go through {short_name(user)} before the values",
+            "weights",
+        )
+    return Refused(
+        Reason.NOT_ATTENTION,
+        user,
+        f"after the softmax comes {short_name(user)}, not a product with a value",
+        "weights",
+    )
 
 
 # --- the walk -----------------------------------------------------------------------------------------------
 
 
-def walk(anchor: Anchor, score_steps: Sequence[Row] = SCORE_STEPS, weight_steps: Sequence[Row] = WEIGHT_STEPS) -> Walk:
+def walk(
+    anchor: Anchor, score_steps: Sequence[Row] = SCORE_STEPS, weight_steps: Sequence[Row] = WEIGHT_STEPS
+) -> Walk:
     """Explain everything between q, k, v and the output of the attention at `anchor`, or raise Refused."""
     score_rows = {target: row for row in score_steps for target in row.targets}
     weight_rows = {target: row for row in weight_steps for target in row.targets}
@@ -287,10 +348,19 @@ def walk(anchor: Anchor, score_steps: Sequence[Row] = SCORE_STEPS, weight_steps:
         raise refusal
     culprit = _furthest(anchor.scores, score_rows)
     if culprit.target in MIXERS and _mixes_scores(culprit, score_rows):
-        raise Refused(Reason.HEAD_MIXING, culprit, "the scores of different heads are mixed by a projection", "scores")
+        raise Refused(
+            Reason.HEAD_MIXING, culprit, "the scores of different heads are mixed by a projection", "scores"
+        )
     if culprit.op == "call_function" and _mixes_scores(culprit, score_rows):
-        raise Refused(Reason.SCORE_STEP, culprit, f"{short_name(culprit)} on the scores is not understood", "scores")
-    raise Refused(Reason.NOT_ATTENTION, culprit, f"the softmax reads {short_name(culprit)}, not a product of queries and keys", "scores")
+        raise Refused(
+            Reason.SCORE_STEP, culprit, f"{short_name(culprit)} on the scores is not understood", "scores"
+        )
+    raise Refused(
+        Reason.NOT_ATTENTION,
+        culprit,
+        f"the softmax reads {short_name(culprit)}, not a product of queries and keys",
+        "scores",
+    )
 
 
 def _mixes_scores(culprit: Node, rows: dict[Any, Row]) -> bool:
@@ -332,9 +402,15 @@ def _explain(
     elif key_axis in left_only:
         key_on_right = False
     else:
-        mixing = not right_only or not left_only or any(set(key_axis) <= set(axis) for axis in left_only + right_only)
+        mixing = (
+            not right_only
+            or not left_only
+            or any(set(key_axis) <= set(axis) for axis in left_only + right_only)
+        )
         reason = Reason.HEAD_MIXING if mixing and _is_parameter(scores.right) else Reason.SOFTMAX_AXIS
-        raise Refused(reason, anchor.node, "the softmax does not run over the keys of the product it reads", "softmax")
+        raise Refused(
+            reason, anchor.node, "the softmax does not run over the keys of the product it reads", "softmax"
+        )
 
     current = anchor.node
     for node in weight_path:
@@ -354,7 +430,9 @@ def _explain(
         raise Refused(Reason.VALUE_STEP, product, "the product with the values also adds or scales", "value")
     weights_left = values.left is current
     weight_labels, value_labels = (
-        (values.left_labels, values.right_labels) if weights_left else (values.right_labels, values.left_labels)
+        (values.left_labels, values.right_labels)
+        if weights_left
+        else (values.right_labels, values.left_labels)
     )
     value = values.right if weights_left else values.left
     if value is current:
@@ -379,7 +457,12 @@ def _explain(
 
     key, query = (scores.right, scores.left) if key_on_right else (scores.left, scores.right)
     if _is_parameter(key):
-        raise Refused(Reason.NOT_ATTENTION, scores.node, "the keys are a parameter: a router or a codebook, not a sequence", "keys")
+        raise Refused(
+            Reason.NOT_ATTENTION,
+            scores.node,
+            "the keys are a parameter: a router or a codebook, not a sequence",
+            "keys",
+        )
     key_axes, query_axes = (right, left) if key_on_right else (left, right)
     return Walk(
         anchor=anchor.node,
@@ -417,7 +500,9 @@ def _is_parameter(node: Node) -> bool:
     return isinstance(value, torch.nn.Parameter)
 
 
-def _axes_by_label(labels: tuple[Label, ...], chain: list[tuple[Node, Layout]], node: Node) -> dict[Label, Axis]:
+def _axes_by_label(
+    labels: tuple[Label, ...], chain: list[tuple[Node, Layout]], node: Node
+) -> dict[Label, Axis]:
     if not chain:
         raise Refused(Reason.SHAPE_UNKNOWN, node, f"{node} was traced without a shape", "axes")
     return dict(zip(labels, resolve(chain[-1][1]), strict=True))
@@ -437,7 +522,12 @@ def _output_layout(
         if label in lead and label in follow:
             first, second = leaves(lead[label]), leaves(follow[label])
             if first and second and pair(first, second) is None:
-                raise Refused(Reason.AXES, contraction.node, "the batch and head axes of the operands do not line up", "axes")
+                raise Refused(
+                    Reason.AXES,
+                    contraction.node,
+                    "the batch and head axes of the operands do not line up",
+                    "axes",
+                )
             batch.append((first, second))
             layout.append(leaves(first) or second)
         else:
@@ -458,21 +548,33 @@ def _start(scores: Contraction, layout: Layout) -> tuple[list[Traced], list[str]
 
 def _drops_sink(node: Node, weights: Node, trace: list[Traced]) -> bool:
     """`node` is a slice that really cuts, after a sink column was added."""
-    return _is_sink_slice(node) and shape_of(node) != shape_of(weights) and any(t.effect.kind == "sink" for t in trace)
+    return (
+        _is_sink_slice(node)
+        and shape_of(node) != shape_of(weights)
+        and any(t.effect.kind == "sink" for t in trace)
+    )
 
 
-def _read_sink_slice(node: Node, weights: Node, layout: Layout, key_axis: Axis, trace: list[Traced]) -> Effect:
+def _read_sink_slice(
+    node: Node, weights: Node, layout: Layout, key_axis: Axis, trace: list[Traced]
+) -> Effect:
     if not any(t.effect.kind == "sink" for t in trace):
         raise Refused(Reason.VALUE_STEP, node, "part of the attention weights is cut off", "weights")
     _, dim, start, end = (*node.args, *(None,) * 4)[:4]
     axis = (dim or 0) % len(layout)  # type: ignore[operator]
     side = next(t.effect.value for t in trace if t.effect.kind == "sink")
     length = shape_of(weights)
-    fits = length is not None and leaves(layout[axis]) == leaves(key_axis) and (
-        start in (None, 0) and shape_of(node)[axis] + 1 == length[axis] if side == "last" else start == 1  # type: ignore[index]
+    fits = (
+        length is not None
+        and leaves(layout[axis]) == leaves(key_axis)
+        and (
+            start in (None, 0) and shape_of(node)[axis] + 1 == length[axis] if side == "last" else start == 1  # type: ignore[index]
+        )
     )
     if not fits:
-        raise Refused(Reason.VALUE_STEP, node, "the slice after the softmax does not remove the sink column", "weights")
+        raise Refused(
+            Reason.VALUE_STEP, node, "the slice after the softmax does not remove the sink column", "weights"
+        )
     return Effect("drop_sink")
 
 

@@ -3,27 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
-import torch
 from torch import nn
 from torch.fx import GraphModule, Node
 
 from .capture import source_line, to_dialect
 from .graphs import clone
+from .flex import expand_flex, find_flex
 from .fused import FUSED, read_fused
 from .inplace import functionalise
 from .lower import lower_site
 from .mask import MaskReader
 from .match import Refused, Walk, find_anchors, walk
 from .raise_ import raise_site
-from .site import MatchReport, Refusal, Site
+from .site import MatchReport, Reason, Refusal, Site
 from .steps import SCORE_STEPS, Row
 from .verify import find_owner, number_sites, verify
 
 
 def find_attention(
-    graph_module: GraphModule, example_inputs: Sequence[Any] | None = None, *, score_steps: Sequence[Row] = SCORE_STEPS
+    graph_module: GraphModule,
+    example_inputs: Sequence[Any] | None = None,
+    *,
+    score_steps: Sequence[Row] = SCORE_STEPS,
 ) -> MatchReport:
     """Every attention candidate of a graph from any front door, proved or refused; the graph is not changed.
 
@@ -31,46 +35,87 @@ def find_attention(
     score_steps: the table of spellings; add rows of your own with `(*SCORE_STEPS, Row(...))`.
     Raises CaptureError if the graph cannot be brought to pre-dispatch ATen.
     """
-    return _match(functionalise(to_dialect(graph_module, example_inputs)), score_steps)
+    return _analyse(graph_module, example_inputs, score_steps)
+
+
+def _analyse(
+    graph_module: GraphModule, example_inputs: Sequence[Any] | None, score_steps: Sequence[Row]
+) -> MatchReport:
+    """The report over a graph in the dialect with private writes and understood flex nodes spelled out.
+
+    A flex node that the walk cannot explain once spelled out is put back and refused as itself.
+    """
+    base = functionalise(to_dialect(graph_module, example_inputs))
+    names = [node.name for node in find_flex(base.graph)]
+    refused: dict[str, Refused] = {}
+    while True:
+        work = clone(base) if names else base
+        spelled: dict[Node, str] = {}
+        for node in find_flex(work.graph):
+            if node.name not in refused:
+                try:
+                    name = node.name
+                    spelled[expand_flex(node)] = name
+                except Refused as reason:
+                    refused[node.name] = reason
+        report = _match(work, score_steps)
+        failed = {spelled[r.anchor]: r for r in report.refusals if r.anchor in spelled}
+        if not failed:
+            break
+        refused.update({name: Refused(Reason.FLEX, r.node, r.message, "flex") for name, r in failed.items()})
+    left = [_refusal(refused[node.name], node, node) for node in find_flex(work.graph)]
+    return MatchReport(work, report.sites, (*report.refusals, *left))
+
+
+def _refusal(refused: Refused, anchor: Node, culprit: Node | None = None) -> Refusal:
+    path, _, _ = find_owner([anchor])
+    return Refusal(
+        refused.reason,
+        refused.message,
+        culprit or refused.node,
+        anchor,
+        refused.reached,
+        path,
+        source=source_line(anchor),
+    )
 
 
 def _match(graph_module: GraphModule, score_steps: Sequence[Row]) -> MatchReport:
     masks = MaskReader()
     sites: list[Site] = []
     refusals: list[Refusal] = []
-    order = {node: position for position, node in enumerate(graph_module.graph.nodes)}
 
     def attempt(anchor: Node, read: Callable[[], Walk]) -> None:
         try:
             sites.append(verify(read(), masks))
         except Refused as refused:
-            path, _, _ = find_owner([anchor])
-            refusals.append(
-                Refusal(refused.reason, refused.message, refused.node, anchor, refused.reached, path, source=source_line(anchor))
-            )
+            refusals.append(_refusal(refused, anchor))
 
+    anchors = {anchor.node: anchor for anchor in find_anchors(graph_module.graph)}
     for node in graph_module.graph.nodes:
         if node.target is FUSED:
-            attempt(node, lambda node=node: read_fused(node))  # type: ignore[misc]
-    for anchor in find_anchors(graph_module.graph):
-        attempt(anchor.node, lambda anchor=anchor: walk(anchor, score_steps))  # type: ignore[misc]
-    sites.sort(key=lambda site: order[site.anchor])
-    refusals.sort(key=lambda refusal: order[refusal.anchor])
+            attempt(node, partial(read_fused, node))
+        elif node in anchors:
+            attempt(node, partial(walk, anchors[node], score_steps))
     return MatchReport(graph_module, number_sites(sites), tuple(refusals))
 
 
 def raise_attention(
-    graph_module: GraphModule, example_inputs: Sequence[Any] | None = None, *, score_steps: Sequence[Row] = SCORE_STEPS
+    graph_module: GraphModule,
+    example_inputs: Sequence[Any] | None = None,
+    *,
+    score_steps: Sequence[Row] = SCORE_STEPS,
 ) -> GraphModule:
     """A graph in which every proved site is one exact `linearize::attention` call; refused sites are untouched.
 
     Outputs and gradients equal the original's within the dtype's tolerance. Arguments as `find_attention`.
     """
-    raised = clone(functionalise(to_dialect(graph_module, example_inputs)))
-    report = _match(raised, score_steps)
+    report = _analyse(clone(to_dialect(graph_module, example_inputs)), None, score_steps)
     for site in report.sites:
-        raise_site(raised, site)
-    return finish(raised, {"pass": "raise", "sites": len(report.sites), "refusals": len(report.refusals)})
+        raise_site(report.graph_module, site)
+    return finish(
+        report.graph_module, {"pass": "raise", "sites": len(report.sites), "refusals": len(report.refusals)}
+    )
 
 
 def lower_attention(
@@ -85,8 +130,8 @@ def lower_attention(
     The module is added as `attention_<n>` and called as `module(query, key, value, key_mask=..., query_start=...)`
     on canonical layout, see `lower.lower_site`.
     """
-    lowered = clone(functionalise(to_dialect(graph_module, example_inputs)))
-    report = _match(lowered, score_steps)
+    report = _analyse(clone(to_dialect(graph_module, example_inputs)), None, score_steps)
+    lowered = report.graph_module
     count = 0
     for site in report.sites:
         module = factory(site)
@@ -97,20 +142,8 @@ def lower_attention(
 
 
 def finish(graph_module: GraphModule, record: dict[str, Any]) -> GraphModule:
-    """Drop what became unused, check the graph, and append `record` to its history (`gm.meta["history"]`)."""
-    graph_module.graph.eliminate_dead_code(is_impure_node=_has_effect)
+    """Check the rewritten graph and append `record` to its history (`gm.meta["history"]`)."""
     graph_module.graph.lint()
     graph_module.recompile()
     graph_module.meta["history"] = (*graph_module.meta.get("history", ()), record)
     return graph_module
-
-
-def _has_effect(node: Node) -> bool:
-    """Fused attention and dropout count as impure for fx; only writes and asserts must stay."""
-    if node.op in ("placeholder", "output"):
-        return True
-    schema = getattr(node.target, "_schema", None)
-    if schema is not None and schema.is_mutable:
-        return True
-    asserts = "assert" in str(node.target) or "sym_constrain" in str(node.target)
-    return asserts or node.target is torch._assert

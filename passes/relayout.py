@@ -43,8 +43,13 @@ def plan_relayout(layout: Layout, target: Sequence[Axis], full_axes: Iterable[in
 def _moves(shape: Sequence[sympy.Expr], relayout: Relayout) -> Iterable[tuple[str, tuple[Any, ...]]]:
     """The moves that are not no-ops, in order: ("reshape" | "permute" | "expand", sizes or axes)."""
     current = tuple(shape)
-    for kind, sizes in (("reshape", relayout.split), ("permute", relayout.order), ("reshape", relayout.spread),
-                        ("expand", relayout.full), ("reshape", relayout.merged)):
+    for kind, sizes in (
+        ("reshape", relayout.split),
+        ("permute", relayout.order),
+        ("reshape", relayout.spread),
+        ("expand", relayout.full),
+        ("reshape", relayout.merged),
+    ):
         if kind == "permute":
             if tuple(sizes) == tuple(range(len(sizes))):
                 continue
@@ -73,8 +78,13 @@ def move_tensor(tensor: Tensor, relayout: Relayout, sizes: Sizes) -> Tensor:
     concrete = Relayout(
         *(
             tuple(sympy.Integer(sizes.number(s)) for s in group) if name != "order" else relayout.order
-            for name, group in (("split", relayout.split), ("order", ()), ("spread", relayout.spread),
-                                ("full", relayout.full), ("merged", relayout.merged))
+            for name, group in (
+                ("split", relayout.split),
+                ("order", ()),
+                ("spread", relayout.spread),
+                ("full", relayout.full),
+                ("merged", relayout.merged),
+            )
         )  # type: ignore[arg-type]
     )
     for kind, values in _simplest(numbers, concrete):
@@ -100,7 +110,11 @@ class Emitter:
     def call(self, target: Any, *args: Any) -> Node:
         with self.graph.inserting_before(self.place):
             node = self.graph.call_function(target, args)
-        node.meta = {k: v for k, v in self.place.meta.items() if k in ("nn_module_stack", "stack_trace", "source_fn_stack")}
+        node.meta = {
+            k: v
+            for k, v in self.place.meta.items()
+            if k in ("nn_module_stack", "stack_trace", "source_fn_stack")
+        }
         self.created.append(node)
         return node
 
@@ -146,6 +160,10 @@ class Emitter:
 
     def _emit(self, node: Node, shape: Sequence[sympy.Expr], relayout: Relayout) -> Node:
         for kind, values in _simplest(shape, relayout):
-            target = {"reshape": aten.reshape.default, "permute": aten.permute.default, "expand": aten.expand.default}[kind]
+            target = {
+                "reshape": aten.reshape.default,
+                "permute": aten.permute.default,
+                "expand": aten.expand.default,
+            }[kind]
             node = self.call(target, node, [self.size(v) if kind != "permute" else v for v in values])
         return node

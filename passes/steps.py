@@ -76,7 +76,9 @@ def _multiply(kind: str) -> Reader:
         other = _other(node, scores)
         if (value := _number(other)) is not None:
             return [Effect(kind, value)]
-        return [Effect(kind, None, other)] if isinstance(other, Node) else f"scores are multiplied by {other!r}"
+        return (
+            [Effect(kind, None, other)] if isinstance(other, Node) else f"scores are multiplied by {other!r}"
+        )
 
     return read
 
@@ -100,7 +102,9 @@ def _add(sign: float) -> Reader:
 
 def _is_row_maximum(node: Node, scores: Node) -> bool:
     """`node` is `scores.amax(-1, keepdim=True)` in one of its spellings (then possibly detached)."""
-    while node.target in (aten.detach.default, aten.alias.default, aten.clone.default) and isinstance(node.args[0], Node):
+    while node.target in (aten.detach.default, aten.alias.default, aten.clone.default) and isinstance(
+        node.args[0], Node
+    ):
         node = node.args[0]
     if node.op == "call_function" and getattr(node.target, "__name__", "") == "getitem" and node.args[1] == 0:
         inner = node.args[0]
@@ -113,7 +117,9 @@ def _is_row_maximum(node: Node, scores: Node) -> bool:
     dims = list(dims) if isinstance(dims, (list, tuple)) else [dims]
     keep = node.args[2] if len(node.args) > 2 else node.kwargs.get("keepdim", False)
     rank = scores.meta["val"].ndim
-    return node.args[0] is scores and bool(keep) and [d % rank for d in dims if isinstance(d, int)] == [rank - 1]
+    return (
+        node.args[0] is scores and bool(keep) and [d % rank for d in dims if isinstance(d, int)] == [rank - 1]
+    )
 
 
 def _fill(node: Node, scores: Node) -> list[Effect] | str:
@@ -166,7 +172,15 @@ def _tanh(node: Node, scores: Node) -> list[Effect] | str:
 
 
 CASTS = tuple(
-    _targets("to.dtype", "to.device", "to.dtype_layout", "to.other", "_to_copy.default", "type_as.default", "float.default")
+    _targets(
+        "to.dtype",
+        "to.device",
+        "to.dtype_layout",
+        "to.other",
+        "_to_copy.default",
+        "type_as.default",
+        "float.default",
+    )
 )
 
 SCORE_STEPS: tuple[Row, ...] = (
@@ -178,7 +192,9 @@ SCORE_STEPS: tuple[Row, ...] = (
     Row(tuple(_targets("add.Tensor", "add.Scalar")), (0, 1), _add(1.0)),
     Row(tuple(_targets("sub.Tensor", "sub.Scalar")), (0,), _add(-1.0)),
     Row(tuple(_targets("masked_fill.Scalar", "masked_fill.Tensor")), (0,), _fill),
-    Row(tuple(_targets("where.self", "where.ScalarSelf", "where.ScalarOther", "where.Scalar")), (1, 2), _where),
+    Row(
+        tuple(_targets("where.self", "where.ScalarSelf", "where.ScalarOther", "where.Scalar")), (1, 2), _where
+    ),
     Row(tuple(_targets("clamp.default", "clamp_min.default")), (0,), _lower_clamp),
     Row(tuple(_targets("maximum.default", "max.other")), (0, 1), _maximum),
 )
@@ -200,6 +216,8 @@ WEIGHT_STEPS: tuple[Row, ...] = (
     Row(tuple(_targets("dropout.default")), (0,), _dropout),
     Row(tuple(_targets("nan_to_num.default")), (0,), _nan_to_num),
     Row(tuple(_targets("masked_fill.Scalar", "masked_fill.Tensor")), (0,), _fill),
-    Row(tuple(_targets("where.self", "where.ScalarSelf", "where.ScalarOther", "where.Scalar")), (1, 2), _where),
+    Row(
+        tuple(_targets("where.self", "where.ScalarSelf", "where.ScalarOther", "where.Scalar")), (1, 2), _where
+    ),
 )
 """What may stand between softmax and the product with v."""

@@ -13,6 +13,7 @@ from torch.fx import Node
 from .axes import Atom, Axis, Layout, leaves, pair, resolve, view_source
 from .capture import module_path, source_line
 from .cone import SHAPE_ONLY, cone
+from .graphs import written_arguments
 from .mask import MaskReader
 from .match import Refused, Traced, Walk, short_name, term_layout
 from .relayout import plan_relayout
@@ -32,7 +33,9 @@ def verify(walk: Walk, masks: MaskReader) -> Site:
     owner, owner_type, call = find_owner([walk.anchor, *walk.contractions])
     scale, softcap = read_scale(program, walk)
     mask = masks.read(program, query.relayout.merged[2], key.relayout.merged[2])
-    softmax_dtype = next((s.value for s in program if s.kind in ("softmax", "safe_softmax") and s.value), None)
+    softmax_dtype = next(
+        (s.value for s in program if s.kind in ("softmax", "safe_softmax") and s.value), None
+    )
     return Site(
         path=owner,
         ordinal=0,
@@ -79,7 +82,10 @@ def check_containment(walk: Walk) -> None:
             dead = not user.users and user.op == "call_function"
             if user not in inside and not reads_shape and not dead:
                 raise Refused(
-                    Reason.WEIGHTS_ESCAPE, node, f"{short_name(node)} is also used by {user}, outside the attention", "containment"
+                    Reason.WEIGHTS_ESCAPE,
+                    node,
+                    f"{short_name(node)} is also used by {user}, outside the attention",
+                    "containment",
                 )
 
 
@@ -92,23 +98,16 @@ def check_terms(walk: Walk, program: Sequence[Step]) -> None:
         for node in cone(step.term.node):
             if node in body:
                 raise Refused(
-                    Reason.SCORE_STEP, step.term.node, "a mask or bias of the scores is computed from the scores", "terms"
+                    Reason.SCORE_STEP,
+                    step.term.node,
+                    "a mask or bias of the scores is computed from the scores",
+                    "terms",
                 )
-            if torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()) and node.target is not aten.dropout.default:
+            if (
+                torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
+                and node.target is not aten.dropout.default
+            ):
                 raise Refused(Reason.SCORE_STEP, node, "a random tensor is added to the scores", "terms")
-
-
-def _mutated(node: Node) -> list[Node]:
-    """Arguments that `node` writes to."""
-    schema = getattr(node.target, "_schema", None)
-    if node.op != "call_function" or schema is None:
-        return []
-    written = []
-    for position, argument in enumerate(schema.arguments):
-        if argument.alias_info is not None and argument.alias_info.is_write:
-            given = node.args[position] if position < len(node.args) else node.kwargs.get(argument.name)
-            written += [a for a in (given if isinstance(given, (list, tuple)) else [given]) if isinstance(a, Node)]
-    return written
 
 
 def _root(node: Node) -> Node:
@@ -119,15 +118,22 @@ def _root(node: Node) -> Node:
 
 def check_mutation(walk: Walk, program: Sequence[Step], operands: Iterable[Operand]) -> None:
     """No tensor of the site is written between the first node of the site and its output."""
-    read = [operand.node for operand in operands] + [step.term.node for step in program if step.term is not None]
+    read = [operand.node for operand in operands] + [
+        step.term.node for step in program if step.term is not None
+    ]
     roots = {_root(node) for node in [*walk.body, *read]}
     order = {node: position for position, node in enumerate(walk.output.graph.nodes)}
     start = min(order[node] for node in [*walk.body, *read])
     for node, position in order.items():
         if start < position < order[walk.output]:
-            for target in _mutated(node):
+            for target in written_arguments(node):
                 if _root(target) in roots and node not in read:
-                    raise Refused(Reason.MUTATION, node, f"{short_name(node)} writes {target} in place inside the attention", "mutation")
+                    raise Refused(
+                        Reason.MUTATION,
+                        node,
+                        f"{short_name(node)} writes {target} in place inside the attention",
+                        "mutation",
+                    )
 
 
 # --- heads ---------------------------------------------------------------------------------------------------
@@ -148,13 +154,24 @@ class Heads:
 
     def operands(self) -> tuple[Operand, Operand, Operand]:
         walk = self.walk
-        query = _operand(walk.query_chain, (*self.groups, leaves(walk.query_feature)), frozenset(), walk.query)
-        key = self._shared_operand(walk.key_chain, self.key_of, walk.key_axis, leaves(walk.key_feature), walk.key)
-        value = self._shared_operand(walk.value_chain, self.value_of, walk.value_key_axis, leaves(walk.value_feature), walk.value)
+        query = _operand(
+            walk.query_chain, (*self.groups, leaves(walk.query_feature)), frozenset(), walk.query
+        )
+        key = self._shared_operand(
+            walk.key_chain, self.key_of, walk.key_axis, leaves(walk.key_feature), walk.key
+        )
+        value = self._shared_operand(
+            walk.value_chain, self.value_of, walk.value_key_axis, leaves(walk.value_feature), walk.value
+        )
         return query, key, value
 
     def _shared_operand(
-        self, chain: list[tuple[Node, Layout]], partner: dict[Atom, Atom | None], sequence: Axis, feature: Axis, node: Node
+        self,
+        chain: list[tuple[Node, Layout]],
+        partner: dict[Atom, Atom | None],
+        sequence: Axis,
+        feature: Axis,
+        node: Node,
     ) -> Operand:
         batch = tuple(partner.get(leaf) or leaf for leaf in self.batch)
         repeated: frozenset[Atom] = frozenset()
@@ -169,7 +186,9 @@ class Heads:
         layout = (*self.groups, leaves(self.walk.value_feature))
         relayout = plan_relayout(layout, resolve(self.walk.output_layout))
         if relayout is None:
-            raise Refused(Reason.AXES, self.walk.output, "the output of the attention repeats or drops an axis", "axes")
+            raise Refused(
+                Reason.AXES, self.walk.output, "the output of the attention repeats or drops an axis", "axes"
+            )
         return relayout
 
     def term(self, node: Node, term: Node, layout: Layout) -> Operand:
@@ -197,7 +216,9 @@ def _sort(walk: Walk) -> tuple[Axis, Axis, Axis]:
 
     layout = resolve(walk.query_chain[-1][1])
     shared = [leaf for first, second in walk.batch for leaf in (leaves(first) or leaves(second))]
-    held = [leaf for axis in layout for leaf in axis if leaf in shared or (leaf in own and leaf is not sequence)]
+    held = [
+        leaf for axis in layout for leaf in axis if leaf in shared or (leaf in own and leaf is not sequence)
+    ]
     rest = [leaf for leaf in shared if leaf not in held] + held
     feature_roots = {leaf.root for leaf in leaves(walk.query_feature)}
     heads = {leaf for leaf in rest if leaf in own or leaf.root in feature_roots}
@@ -208,7 +229,11 @@ def _sort(walk: Walk) -> tuple[Axis, Axis, Axis]:
         heads |= set(_likely_heads([leaf for leaf in rest if leaf not in heads], layout))
     roots = {leaf.root for leaf in heads}
     heads |= {leaf for leaf in rest if leaf.root in roots}
-    return tuple(leaf for leaf in rest if leaf not in heads), tuple(leaf for leaf in rest if leaf in heads), (sequence,)
+    return (
+        tuple(leaf for leaf in rest if leaf not in heads),
+        tuple(leaf for leaf in rest if leaf in heads),
+        (sequence,),
+    )
 
 
 def _likely_heads(rest: list[Atom], layout: Layout) -> list[Atom]:
@@ -242,7 +267,11 @@ def _is_shared(partner: dict[Atom, Atom | None], leaf: Atom) -> bool:
 def _kv_map(heads: Axis, partner: dict[Atom, Atom | None]) -> KVMap | None:
     """How keys (or values) cover the heads; None where the pieces alternate."""
     shared = [_is_shared(partner, leaf) for leaf in heads]
-    groups = math.prod(int(leaf.size) for leaf, repeats in zip(heads, shared, strict=True) if repeats and leaf.size.is_Integer)
+    groups = math.prod(
+        int(leaf.size)
+        for leaf, repeats in zip(heads, shared, strict=True)
+        if repeats and leaf.size.is_Integer
+    )
     if not any(shared):
         return KVMap(KVKind.EQUAL, 1)
     if shared == sorted(shared):
@@ -252,7 +281,9 @@ def _kv_map(heads: Axis, partner: dict[Atom, Atom | None]) -> KVMap | None:
     return None
 
 
-def _operand(chain: list[tuple[Node, Layout]], target: tuple[Axis, ...], dropped: frozenset[Atom], node: Node) -> Operand:
+def _operand(
+    chain: list[tuple[Node, Layout]], target: tuple[Axis, ...], dropped: frozenset[Atom], node: Node
+) -> Operand:
     """The latest tensor of the chain without `dropped` pieces, preferring one whose axes need no splitting."""
     best: Operand | None = None
     for current, layout in reversed(chain):
@@ -266,7 +297,9 @@ def _operand(chain: list[tuple[Node, Layout]], target: tuple[Axis, ...], dropped
             return Operand(current, relayout)
         best = best or Operand(current, relayout)
     if best is None:
-        raise Refused(Reason.AXES, node, f"{node} cannot be brought to [batch, head, sequence, feature]", "axes")
+        raise Refused(
+            Reason.AXES, node, f"{node} cannot be brought to [batch, head, sequence, feature]", "axes"
+        )
     return best
 
 
@@ -279,7 +312,12 @@ def _program(walk: Walk, heads: Heads) -> tuple[Step, ...]:
         effect = traced.effect
         term = None if effect.term is None else _term(walk, heads, traced, effect.term)
         if effect.kind in ("scale", "div") and term is not None and term.relayout.merged[3] != 1:
-            raise Refused(Reason.SCALE, term.node, "the scores are multiplied by something that differs from key to key", "scale")
+            raise Refused(
+                Reason.SCALE,
+                term.node,
+                "the scores are multiplied by something that differs from key to key",
+                "scale",
+            )
         steps.append(Step(effect.kind, effect.value, term))
     return tuple(steps)
 
@@ -303,13 +341,20 @@ def read_scale(program: Sequence[Step], walk: Walk) -> tuple[float | None, float
             break
         if step.kind == "tanh":
             if added or outer is not None:
-                raise Refused(Reason.SOFTCAP_UNSUPPORTED, walk.anchor, "the softcap is not the first step after the scale", "softcap")
+                raise Refused(
+                    Reason.SOFTCAP_UNSUPPORTED,
+                    walk.anchor,
+                    "the softcap is not the first step after the scale",
+                    "softcap",
+                )
             outer = 1.0
         elif step.kind in ("scale", "div"):
             factor = None if step.value is None else step.value if step.kind == "scale" else 1.0 / step.value
             if outer is not None and not added:
                 if factor is None:
-                    raise Refused(Reason.SOFTCAP_UNSUPPORTED, walk.anchor, "the softcap is a tensor", "softcap")
+                    raise Refused(
+                        Reason.SOFTCAP_UNSUPPORTED, walk.anchor, "the softcap is a tensor", "softcap"
+                    )
                 outer *= factor
             else:
                 scale = None if scale is None or factor is None else scale * factor
@@ -328,7 +373,10 @@ def find_owner(nodes: Sequence[Node]) -> tuple[str, str, int]:
     stacks = [module_path(node) for node in nodes]
     common = stacks[0]
     for stack in stacks[1:]:
-        length = next((i for i, (a, b) in enumerate(zip(common, stack, strict=False)) if a != b), min(len(common), len(stack)))
+        length = next(
+            (i for i, (a, b) in enumerate(zip(common, stack, strict=False)) if a != b),
+            min(len(common), len(stack)),
+        )
         common = common[:length]
     path, kind = common[-1] if common else ("", "")
     return path, kind, _call_index(nodes[0], path)
@@ -351,5 +399,3 @@ def number_sites(sites: Sequence[Site]) -> tuple[Site, ...]:
         numbered.append(replace(site, ordinal=counts.get(site.path, 0)))
         counts[site.path] = counts.get(site.path, 0) + 1
     return tuple(numbered)
-
-
