@@ -1,6 +1,6 @@
-"""Augmented linear attention in plain PyTorch: the formula of `oracle.py`, in time and memory linear in length.
+"""Augmented linear attention in plain PyTorch: the formula of `oracle.py`, linear in length.
 
-Three routes to the same numbers, each traceable with symbolic lengths and free of Python loops:
+Three routes to the same numbers, without Python loops or branches on data:
 
 - `_row`     one query (cached decode): one row of weights over all keys.
 - aligned    queries and keys are the same unpadded tokens: pad to whole groups and reshape.
@@ -23,10 +23,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 Index = Any
-"""A position along an axis: an int, a symbolic int, a 0-d tensor, or `[B, 1]` when rows differ."""
+"""A position along an axis: an int, a 0-d tensor, or a tensor `[B, 1]` when rows differ."""
 
 
 def augmented_attention(
@@ -55,7 +54,7 @@ def augmented_attention(
         q = _split_heads(query.to(dtype), kv_heads, kv_layout)
         k, v = key.to(dtype), value.to(dtype)
         if normalize:
-            q, k = unit(q), unit(k)
+            q = unit(q)
         conv = None
         if conv_weight is not None and not cross:
             conv = _split_heads(conv_weight.to(dtype).unsqueeze(0), kv_heads, kv_layout).squeeze(0)
@@ -64,24 +63,25 @@ def augmented_attention(
         alpha = alpha.to(dtype) if isinstance(alpha, Tensor) else alpha
         core = _Core(alpha, conv, local_scale, group_size, causal)
         if length == 1:
-            out = _row(core, q, k, v, key_mask, query_start, cross)
-        elif key_mask is None and not cross and _is_zero(query_start) and _same(length, key.shape[2]):
-            out = _aligned(core, q, k, v)
+            out = _row(core, q, k, v, key_mask, query_start, cross, normalize)
         else:
-            out = _gathered(core, q, k, v, key_mask, query_start, cross)
+            k = unit(k) if normalize else k
+            if key_mask is None and not cross and _is_zero(query_start) and length == key.shape[2]:
+                out = _aligned(core, q, k, v)
+            else:
+                out = _gathered(core, q, k, v, key_mask, query_start, cross)
         out = out.transpose(1, 2) if kv_layout == "tiled" else out
         return out.reshape(query.shape[0], heads, length, value.shape[3]).to(value.dtype)
 
 
 def unit(x: Tensor) -> Tensor:
-    """x / |x| along the last axis; a row of zeros stays zero, with a finite gradient.
+    """x / |x| along the last axis. A row of zeros stays zero, with a gradient of one, not of 1 / epsilon."""
+    return x / _norm(x)
 
-    Rows are first divided by their largest element, so no square over- or underflows. After that a row that
-    is not zero has a norm of at least 1, which is why the clamp changes zero rows only.
-    """
-    largest = x.detach().abs().amax(dim=-1, keepdim=True)
-    x = x / torch.where(largest > 0, largest, torch.ones_like(largest))
-    return x * x.square().sum(dim=-1, keepdim=True).clamp_min(1).rsqrt()
+
+def _norm(x: Tensor) -> Tensor:
+    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    return torch.where(norm > 0, norm, torch.ones_like(norm))
 
 
 class _Core:
@@ -90,14 +90,15 @@ class _Core:
     def __init__(
         self, alpha: Tensor | float | None, conv: Tensor | None, local_scale: float, group: int, causal: bool
     ) -> None:
-        self.alpha, self.conv, self.local_scale, self.group, self.causal = alpha, conv, local_scale, group, causal
+        self.alpha, self.conv, self.local_scale = alpha, conv, local_scale
+        self.group, self.causal = group, causal
         taps = 1 if conv is None else conv.shape[-1]
         # Rows of v that the convolution reads before and after each group.
         self.before = taps - 1 if causal else taps // 2
         self.after = 0 if causal else taps // 2
 
     def taps_at(self, lag: Tensor) -> Tensor:
-        """Convolution weights at an integer lag t - j of any shape [...]: [Hkv, R, ...], zero outside the taps."""
+        """Convolution weights at lags t - j of any shape [...]: [Hkv, R, ...], zero outside the taps."""
         assert self.conv is not None
         tap = lag + self.after
         inside = (tap >= 0) & (tap < self.conv.shape[-1])
@@ -109,30 +110,28 @@ class _Core:
         v [B, Hkv, before + N*G + after, Dv] brings its neighbours for the convolution. state [B, Hkv, D, Dv]
         is the sum of k^T v over everything earlier (causal; None: nothing) or over all keys (otherwise).
         """
-        size, (batch, kv_heads, repeats, length, _) = self.group, q.shape
+        size, repeats = self.group, q.shape[2]
         rows = q.unflatten(3, (-1, size)).transpose(2, 3).flatten(3, 4)  # [B, Hkv, N, R*G, D]
         k = k.unflatten(2, (-1, size))  # [B, Hkv, N, G, D]
         blocks = v[:, :, self.before : v.shape[2] - self.after].unflatten(2, (-1, size))
         place = torch.arange(size, device=q.device)
 
-        weights = (rows @ k.mT).relu()
+        factor: Tensor | float = self.local_scale
         if self.causal:
-            weights = weights * (place[:, None] >= place).repeat(repeats, 1)
-        weights = weights.square() * self.local_scale
+            factor = (place[:, None] >= place).repeat(repeats, 1).to(q.dtype) * factor
+        weights = (rows @ k.mT).relu_().square() * factor
         window = blocks
         if self.conv is not None:
             column = torch.arange(-self.before, size + self.after, device=q.device)
             band = self.taps_at(place[:, None] - column).flatten(1, 2)  # [Hkv, R*G, before + G + after]
-            weights = F.pad(weights, (self.before, self.after)) + band[:, None]
+            weights = F.pad(weights, (self.before, self.after)).add_(band[:, None])
             window = v.unfold(2, size + self.before + self.after, size).mT
         out = weights @ window
         if self.alpha is not None and self.causal:
             own = k.mT @ blocks
             earlier = own.cumsum(2) - own
-            out = out + (rows * self.alpha) @ (earlier if state is None else earlier + state.unsqueeze(2))
-        # Through one dimension: merging N and G directly makes a trace compare N with N * G.
-        out = out.unflatten(3, (repeats, size)).transpose(2, 3).reshape(-1)
-        out = out.view(batch, kv_heads, repeats, length, v.shape[3])
+            out.add_((rows * self.alpha) @ (earlier if state is None else earlier.add_(state.unsqueeze(2))))
+        out = out.unflatten(3, (repeats, size)).transpose(2, 3).flatten(3, 4)
         if self.alpha is not None and not self.causal:
             assert state is not None
             out = out + (q * self.alpha) @ state.unsqueeze(2)
@@ -199,9 +198,16 @@ def _gathered(
 
 
 def _row(
-    core: _Core, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, start: Index, cross: bool
+    core: _Core,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    key_mask: Tensor | None,
+    start: Index,
+    cross: bool,
+    normalize: bool,
 ) -> Tensor:
-    """One query: weights [B, Hkv, R, S] over all keys, then one product with v."""
+    """One query: weights [B, Hkv, R, S] over all keys, then one product with v. k is not yet normalised."""
     rank = torch.arange(k.shape[2], device=q.device)
     position: Index = start
     query_real = None
@@ -216,6 +222,8 @@ def _row(
     own = (ahead == 0) & (lag >= 0) if core.causal else ahead == 0
 
     scores = q.squeeze(3) @ k.mT
+    if normalize:
+        scores = scores / _norm(k).mT
     weights = scores.relu().square() * _columns(own) * core.local_scale
     if core.alpha is not None:
         weights = weights + scores * core.alpha * (_columns(ahead > 0) if core.causal else 1)
@@ -264,11 +272,7 @@ def _round_up(length: Any, multiple: int) -> Any:
 
 
 def _is_zero(x: Index) -> bool:
-    return not isinstance(x, Tensor) and statically_known_true(x == 0)
-
-
-def _same(a: Any, b: Any) -> bool:
-    return statically_known_true(a == b)
+    return not isinstance(x, Tensor) and x == 0
 
 
 def _full_precision(device: torch.device) -> AbstractContextManager[Any]:

@@ -24,9 +24,11 @@ _DIFFERENTIABLE = 5
 """The first arguments: query, key, value, alpha, conv_weight."""
 
 
-@torch.library.custom_op("linearize::augmented_attention", mutates_args=(), schema=f"({_ARGUMENTS}) -> Tensor")
+@torch.library.custom_op(
+    "linearize::augmented_attention", mutates_args=(), schema=f"({_ARGUMENTS}) -> Tensor"
+)
 def augmented_attention(query: Tensor, key: Tensor, value: Tensor, *options: Any) -> Tensor:
-    """Arguments as in `linearize.ops.augmented_attention`, by position; query_start as an int or as a tensor."""
+    """Arguments as in `linearize.ops.augmented_attention`, by position; query_start as int or as tensor."""
     return _forward(query, key, value, *options).contiguous()
 
 
@@ -102,7 +104,8 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     rest = [None] * (len(inputs) - _DIFFERENTIABLE)
     if torch.is_grad_enabled():  # the caller will differentiate the gradients again
         wanted = [x for x, needed in zip(inputs, ctx.needs_input_grad, strict=True) if needed]
-        found = iter(torch.autograd.grad(_forward(*inputs), wanted, grad, create_graph=True, allow_unused=True))
+        out = _forward(*inputs)
+        found = iter(torch.autograd.grad(out, wanted, grad, create_graph=True, allow_unused=True))
         return (*(next(found) if needed else None for needed in ctx.needs_input_grad),)
     grads = torch.ops.linearize.augmented_attention_backward(grad, *inputs)
     return (*(g if needed else None for g, needed in zip(grads, ctx.needs_input_grad, strict=False)), *rest)

@@ -23,10 +23,10 @@ if TYPE_CHECKING:
 class SiteSpec:
     """What an attention module must know of its site. JSON-able, part of the plan.
 
-    value_dim: features per head of value, if not those of query and key. scale: factor of the scores, None for
-    `head_dim ** -0.5`. kv_layout: query head h reads key/value head `h // groups` ("interleaved") or
-    `h % num_key_value_heads` ("tiled"). dropout: probability on attention weights. window: causal sites see the
-    last `window` tokens, the present one included; others see `|i - j| <= window`.
+    head_dim, value_dim: features per head of query and key, and of value. scale: factor of the scores, None
+    for `head_dim ** -0.5`. kv_layout: query head h reads key/value head `h // groups` ("interleaved") or
+    `h % num_key_value_heads` ("tiled"). dropout: probability on attention weights. window: causal sites see
+    the last `window` tokens, the present one included; others see `|i - j| <= window`.
     """
 
     num_heads: int
@@ -105,7 +105,9 @@ class AttentionModule(nn.Module):
     def extra_repr(self) -> str:
         spec = self.spec
         kind = "cross" if spec.cross else "causal" if spec.causal else "bidirectional"
-        return f"{kind}, heads={spec.num_heads}/{spec.num_key_value_heads}, dim={spec.head_dim}/{spec.value_dim}"
+        return (
+            f"{kind}, heads={spec.num_heads}/{spec.num_key_value_heads}, dim={spec.head_dim}/{spec.value_dim}"
+        )
 
 
 class LinearAttention(AttentionModule):
@@ -176,7 +178,8 @@ class LinearAttention(AttentionModule):
 
     def extra_repr(self) -> str:
         taps = 0 if self.conv_weight is None else self.conv_weight.shape[1]
-        return f"{super().extra_repr()}, group_size={self.group_size}, taps={taps}, local_scale={self.local_scale}"
+        options = f"group_size={self.group_size}, taps={taps}, local_scale={self.local_scale}"
+        return f"{super().extra_repr()}, {options}"
 
 
 class SoftmaxAttention(AttentionModule):
@@ -206,7 +209,11 @@ class SoftmaxAttention(AttentionModule):
             key, value = key.repeat(1, repeats, 1, 1), value.repeat(1, repeats, 1, 1)
         keep = None if key_mask is None else key_mask[:, None, None, :]
         if program is None and mask is None:
-            if self._is_plain_causal(query, key, keep, query_start) and spec.softcap is None and sinks is None:
+            if (
+                self._is_plain_causal(query, key, keep, query_start)
+                and spec.softcap is None
+                and sinks is None
+            ):
                 return F.scaled_dot_product_attention(
                     query, key, value, None, dropout, True, scale=spec.scale, enable_gqa=repeats > 1
                 )
@@ -216,7 +223,13 @@ class SoftmaxAttention(AttentionModule):
         fused = program is None and sinks is None and spec.softcap is None
         if fused and (mask is None or (keep is None and mask.dtype == query.dtype)):
             return F.scaled_dot_product_attention(
-                query, key, value, keep if mask is None else mask, dropout, scale=spec.scale, enable_gqa=repeats > 1
+                query,
+                key,
+                value,
+                keep if mask is None else mask,
+                dropout,
+                scale=spec.scale,
+                enable_gqa=repeats > 1,
             )
 
         if repeats > 1 and spec.kv_layout == "interleaved":
@@ -246,11 +259,20 @@ class SoftmaxAttention(AttentionModule):
         spec, queries, keys = self.spec, query.shape[2], key.shape[2]
         if not spec.causal and spec.window is None:
             return None
-        if spec.causal and spec.window is None and query_start is None and statically_known_true(queries == 1):
+        if (
+            spec.causal
+            and spec.window is None
+            and query_start is None
+            and statically_known_true(queries == 1)
+        ):
             return None
         if query_start is None:
             query_start = keys - queries if spec.causal else 0
-        lag = torch.arange(queries, device=query.device)[:, None] + query_start - torch.arange(keys, device=key.device)
+        lag = (
+            torch.arange(queries, device=query.device)[:, None]
+            + query_start
+            - torch.arange(keys, device=key.device)
+        )
         if not spec.causal:
             return lag.abs() <= spec.window
         return lag >= 0 if spec.window is None else (lag >= 0) & (lag < spec.window)

@@ -48,7 +48,9 @@ class LinearizeConfig:
             if isinstance(getattr(self, name), list | set | frozenset | range):
                 object.__setattr__(self, name, tuple(getattr(self, name)))
         mechanisms.get(self.mechanism)
-        _require(_is_int(self.group_size) and self.group_size >= 1, "group_size", self.group_size, "an int >= 1")
+        _require(
+            _is_int(self.group_size) and self.group_size >= 1, "group_size", self.group_size, "an int >= 1"
+        )
         _require(_is_int(self.conv_taps) and self.conv_taps >= 1, "conv_taps", self.conv_taps, "an int >= 1")
         scale = self.local_scale
         number = isinstance(scale, int | float) and not isinstance(scale, bool)
@@ -76,14 +78,18 @@ class LinearizeConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able, with a format version."""
-        fields = {name: list(v) if isinstance(v, tuple) else v for name, v in dataclasses.asdict(self).items()}
+        fields = {
+            name: list(v) if isinstance(v, tuple) else v for name, v in dataclasses.asdict(self).items()
+        }
         return {"version": VERSION, **fields}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> LinearizeConfig:
         """Inverse of `to_dict`; absent fields take their defaults. Raises ConfigError."""
         if not isinstance(data, Mapping):
-            raise ConfigError(f"a config must be a mapping of field names to values, got {type(data).__name__}")
+            raise ConfigError(
+                f"a config must be a mapping of field names to values, got {type(data).__name__}"
+            )
         fields = dict(data)
         version = fields.pop("version", VERSION)
         if version != VERSION:

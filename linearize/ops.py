@@ -106,7 +106,9 @@ def _check(
             f"got query {heads}, key {kv_heads}, value {value.shape[1]}"
         )
     if query.shape[3] != key.shape[3]:
-        raise InputError(f"query has {query.shape[3]} features per head and key has {key.shape[3]}; they must agree")
+        raise InputError(
+            f"query has {query.shape[3]} features per head and key has {key.shape[3]}; they must agree"
+        )
     if key.shape[2] != value.shape[2]:
         raise InputError(f"key has {key.shape[2]} tokens and value has {value.shape[2]}; they must agree")
     if group_size < 1:
@@ -126,14 +128,17 @@ def _check(
             )
     if key_mask is not None and (key_mask.dim() != 2 or key_mask.dtype != torch.bool):
         raise InputError(
-            f"key_mask must be bool [batch, keys], True for real tokens: got {key_mask.dtype} {tuple(key_mask.shape)}"
+            f"key_mask must be bool [batch, keys], True for real tokens: "
+            f"got {key_mask.dtype} {tuple(key_mask.shape)}"
         )
     if not causal and not cross and query_start is not None:
-        raise InputError("query_start has no meaning for bidirectional self-attention: it needs all its queries")
+        raise InputError("query_start has no meaning for bidirectional self-attention (cross=False)")
     _check_lengths(query.shape[2], key.shape[2], causal, cross, query_start)
 
 
-def _check_lengths(queries: Any, keys: Any, causal: bool, cross: bool, query_start: int | Tensor | None) -> None:
+def _check_lengths(
+    queries: Any, keys: Any, causal: bool, cross: bool, query_start: int | Tensor | None
+) -> None:
     """Lengths are compared where they are plain ints: a comparison of symbols would specialise a trace."""
     if type(queries) is not int or type(keys) is not int or cross:
         return
@@ -142,4 +147,6 @@ def _check_lengths(queries: Any, keys: Any, causal: bool, cross: bool, query_sta
     if causal and queries > keys:
         raise InputError(f"causal attention got {queries} queries but only {keys} keys")
     if type(query_start) is int and not 0 <= query_start <= keys - queries:
-        raise InputError(f"queries at columns {query_start}..{query_start + queries} do not lie inside {keys} keys")
+        raise InputError(
+            f"queries at columns {query_start}..{query_start + queries} do not lie inside {keys} keys"
+        )

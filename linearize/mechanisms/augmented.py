@@ -24,7 +24,7 @@ def _build(spec: SiteSpec, config: LinearizeConfig) -> LinearAttention:
 
 MECHANISM = Mechanism(
     name="augmented",
-    formula="local_scale * relu(q.k)^2 in the group + alpha * q.k over earlier groups + depthwise convolution of v",
+    formula="local_scale * relu(q.k)^2 in the group + alpha * q.k over earlier groups + convolution of v",
     supports=frozenset({"causal", "bidirectional", "cross"}),
     build=_build,
 )

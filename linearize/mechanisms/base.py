@@ -60,7 +60,9 @@ class Mechanism:
             if need in self.supports or (need in _DROPPABLE and need in approximate):
                 continue
             advice = (
-                f'; approximate=("{need}",) leaves it out knowingly' if need in _DROPPABLE else "; keep its softmax"
+                f'; approximate=("{need}",) leaves it out knowingly'
+                if need in _DROPPABLE
+                else "; keep its softmax"
             )
             return _REASONS[need], f"mechanism {self.name!r} cannot carry {need}{advice}"
         return None

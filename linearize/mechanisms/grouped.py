@@ -1,4 +1,4 @@
-"""Ablation: the grouped linear part of `augmented` alone, q.k over earlier groups, with alpha starting at one."""
+"""Ablation: the grouped linear part of `augmented` alone, q.k over earlier groups; alpha starts at one."""
 
 from __future__ import annotations
 

@@ -14,6 +14,8 @@ def _build(spec: SiteSpec, config: LinearizeConfig) -> SoftmaxAttention:
 MECHANISM = Mechanism(
     name="softmax",
     formula="softmax(program(q.k)) v",
-    supports=frozenset({"causal", "bidirectional", "cross", "softcap", "sinks", "alibi", "bias", "window", "mask"}),
+    supports=frozenset(
+        {"causal", "bidirectional", "cross", "softcap", "sinks", "alibi", "bias", "window", "mask"}
+    ),
     build=_build,
 )
