@@ -1,6 +1,7 @@
 """The exact canonical attention that every matched site is raised to.
 
-`torch.ops.linearize.attention(query, key, value, terms, program, tiled)` runs the site's own program, step by step
+`torch.ops.linearize.attention(query, key, value, terms, program, tiled)` runs the site's own program, step
+by step
 in the original order and dtypes, on canonical layout. It is built from ATen operators, so autograd, export,
 `torch.compile` and every decomposition see through it.
 """
@@ -112,6 +113,7 @@ def _run(name: str, number: Any, term: Tensor | None, scores: Tensor, side: str)
 
 _library = torch.library.Library("linearize", "DEF")
 _library.define(
-    "attention(Tensor query, Tensor key, Tensor value, Tensor[] terms, str program, bool tiled=False) -> Tensor"
+    "attention(Tensor query, Tensor key, Tensor value, Tensor[] terms, str program, bool tiled=False)"
+    " -> Tensor"
 )
 _library.impl("attention", attention, "CompositeImplicitAutograd")

@@ -114,8 +114,8 @@ def evaluate(
 ) -> torch.Tensor:
     """The value of `node` at `sizes`.
 
-    `feed(placeholder, shape)` supplies inputs; attributes are read from the owning module. Integer arguments of the
-    operators in `replace_in` are looked up in `replaced` (their sign is kept).
+    `feed(placeholder, shape)` supplies inputs; attributes are read from the owning module. Integer
+    arguments of the operators in `replace_in` are looked up in `replaced` (their sign is kept).
 
     Raises whatever an operator raises when the sizes do not fit the graph (for example past a buffer's end).
     """

@@ -18,8 +18,8 @@ Label = str | int
 class Contraction:
     """`out[labels] = sum over the contracted label of left * right`, times `alpha`, plus `beta * addend`.
 
-    Labels name axes: one in both operands and in the output is a batch axis, one in both and not in the output
-    is contracted. A batch axis of size one broadcasts.
+    Labels name axes: one in both operands and in the output is a batch axis, one in both and not in the
+    output is contracted. A batch axis of size one broadcasts.
     """
 
     node: Node

@@ -1,4 +1,5 @@
-"""Spell a `flex_attention` node out: scores, its score_mod and mask_mod as tensor operators, softmax, product.
+"""Spell a `flex_attention` node out: scores, its score_mod and mask_mod as tensor operators, softmax,
+product.
 
 The two sub-graphs work on one score and its (batch, head, query, key) indices. Where they hold nothing but
 point-wise operators and reads of captured tensors, they mean the same on whole axes by broadcasting, and the
@@ -126,8 +127,8 @@ def expand_flex(node: Node) -> Node:
 
     Returns the softmax node it made.
 
-    As PyTorch's own reference does: scores in float32 (float64 for float64), masked scores -inf, fully masked rows
-    zero, grouped heads repeated next to each other.
+    As PyTorch's own reference does: scores in float32 (float64 for float64), masked scores -inf, fully
+    masked rows zero, grouped heads repeated next to each other.
     """
     query, key, value, score_mod, block_mask, scale, _, score_extra, mask_extra = node.args[:9]
     assert isinstance(query, Node) and isinstance(key, Node) and isinstance(value, Node)

@@ -8,7 +8,9 @@ from torch.fx import Graph, GraphModule, Node
 
 
 def clone(graph_module: GraphModule) -> GraphModule:
-    """A graph of its own over the same parameters and buffers, with the same calling convention and metadata."""
+    """A graph of its own over the same parameters and buffers, with the same calling convention and
+    metadata.
+    """
     graph = Graph(tracer_cls=graph_module.graph._tracer_cls)
     copies: dict[Node, Node] = {}
     output = graph.graph_copy(graph_module.graph, copies, return_output_node=True)

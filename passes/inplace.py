@@ -25,7 +25,9 @@ def _twin(node: Node) -> OpOverload | None:
 
 
 def _is_private(written: Node, writer: Node) -> bool:
-    """Nothing but `written` itself can see the write: it is a computed tensor, no view, and no view of it is used later."""
+    """Nothing but `written` itself can see the write: it is a computed tensor, no view, and no view of it
+    is used later.
+    """
     if written.op != "call_function" or view_source(written) is not None:
         return False
     schema = getattr(written.target, "_schema", None)
@@ -37,9 +39,11 @@ def _is_private(written: Node, writer: Node) -> bool:
 
 
 def functionalise(graph_module: GraphModule) -> GraphModule:
-    """`graph_module` itself when nothing is written in place, else a new graph with the private writes replaced.
+    """`graph_module` itself when nothing is written in place, else a new graph with the private writes
+    replaced.
 
-    A write that something else could see (a cache, a slice of a tensor) stays, and refuses the site it touches.
+    A write that something else could see (a cache, a slice of a tensor) stays, and refuses the site it
+    touches.
     """
     if not any(_twin(node) is not None for node in graph_module.graph.nodes):
         return graph_module

@@ -1,16 +1,17 @@
-"""Lower: replace a site by a call of its attention module. The only step that changes what the model computes."""
+"""Lower: replace a site by a call of its attention module. The only step that changes what the model
+computes.
+"""
 
 from __future__ import annotations
 
+import torch
 from torch import nn
 from torch.fx import GraphModule, Node
 
-from .site import Site
 from .mask import MASKED
 from .raise_ import canonical_operands, emitter_for, replace_output
 from .relayout import Emitter
-
-import torch
+from .site import Site
 
 aten = torch.ops.aten
 
@@ -18,9 +19,9 @@ aten = torch.ops.aten
 def lower_site(graph_module: GraphModule, site: Site, module: nn.Module, name: str) -> None:
     """Replace one site in place by `module(query, key, value, key_mask=..., query_start=...)`.
 
-    query `[B, H, T, D]`, key `[B, Hkv, S, D]`, value `[B, Hkv, S, Dv]`. key_mask: bool `[B, S]`, True for a real
-    token, only when the site's mask has padding. query_start: 0 when queries stand at the first keys although there
-    may be more (`Mask.top_left`), else left to the module's default.
+    query `[B, H, T, D]`, key `[B, Hkv, S, D]`, value `[B, Hkv, S, Dv]`. key_mask: bool `[B, S]`, True for a
+    real token, only when the site's mask has padding. query_start: 0 when queries stand at the first keys
+    although there may be more (`Mask.top_left`), else left to the module's default.
     """
     emitter = emitter_for(graph_module, site)
     query, key, value = canonical_operands(emitter, site)

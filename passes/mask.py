@@ -1,8 +1,9 @@
 """What a mask means, by evaluation: run the score terms on sizes alone and read the pattern off the result.
 
-Integers that positions are compared with (a window of 4096) are replaced by small ones first, so that lengths of
-a few dozen tokens show what thousands would. Inputs that take part are tried in the roles an input can have in a
-mask: all tokens real, ordinary positions, and then with some keys switched off.
+Integers that positions are compared with (a window of 4096) are replaced by small ones first, so that
+lengths of
+a few dozen tokens show what thousands would. Inputs that take part are tried in the roles an input can have
+in a mask: all tokens real, ordinary positions, and then with some keys switched off.
 """
 
 from __future__ import annotations
@@ -284,7 +285,9 @@ def _padding(
     replaced: dict[int, int],
     plain: Sequence[Scene],
 ) -> bool | None:
-    """Whether switching input entries switches keys off, whole columns at a time; None if it does anything else."""
+    """Whether switching input entries switches keys off, whole columns at a time; None if it does anything
+    else.
+    """
     found = False
     for node, role in roles.items():
         if role not in ("ones", "zeros"):

@@ -1,6 +1,8 @@
-"""Find attention: anchor at softmax or a fused node, walk forward to the product with v and backward to q @ k^T.
+"""Find attention: anchor at softmax or a fused node, walk forward to the product with v and backward to q @
+k^T.
 
-Nothing is rewritten here. The walk reads each node through the step tables (`steps.py`) and follows axes through
+Nothing is rewritten here. The walk reads each node through the step tables (`steps.py`) and follows axes
+through
 views (`axes.py`); `verify.py` then decides. What cannot be explained becomes a `Refusal` that names the node.
 """
 
@@ -515,7 +517,9 @@ def _output_layout(
     batch: list[tuple[Axis, Axis]],
     left_leads: bool = True,
 ) -> Layout:
-    """Axes of a contraction's result; batch axes take the leading operand's atoms, and the pairs go into `batch`."""
+    """Axes of a contraction's result; batch axes take the leading operand's atoms, and the pairs go into
+    `batch`.
+    """
     lead, follow = (left, right) if left_leads else (right, left)
     layout = []
     for label in contraction.out_labels:

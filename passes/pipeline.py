@@ -10,9 +10,9 @@ from torch import nn
 from torch.fx import GraphModule, Node
 
 from .capture import source_line, to_dialect
-from .graphs import clone
 from .flex import expand_flex, find_flex
 from .fused import FUSED, read_fused
+from .graphs import clone
 from .inplace import functionalise
 from .lower import lower_site
 from .mask import MaskReader
@@ -31,7 +31,8 @@ def find_attention(
 ) -> MatchReport:
     """Every attention candidate of a graph from any front door, proved or refused; the graph is not changed.
 
-    example_inputs: the positional inputs, needed for a graph that is not ATen yet (`torch.fx.symbolic_trace`).
+    example_inputs: the positional inputs, needed for a graph that is not ATen yet
+    (`torch.fx.symbolic_trace`).
     score_steps: the table of spellings; add rows of your own with `(*SCORE_STEPS, Row(...))`.
     Raises CaptureError if the graph cannot be brought to pre-dispatch ATen.
     """
@@ -106,7 +107,8 @@ def raise_attention(
     *,
     score_steps: Sequence[Row] = SCORE_STEPS,
 ) -> GraphModule:
-    """A graph in which every proved site is one exact `linearize::attention` call; refused sites are untouched.
+    """A graph in which every proved site is one exact `linearize::attention` call; refused sites are
+    untouched.
 
     Outputs and gradients equal the original's within the dtype's tolerance. Arguments as `find_attention`.
     """
@@ -127,8 +129,8 @@ def lower_attention(
 ) -> GraphModule:
     """A graph in which each proved site calls `factory(site)`; where that is None the site stays as it is.
 
-    The module is added as `attention_<n>` and called as `module(query, key, value, key_mask=..., query_start=...)`
-    on canonical layout, see `lower.lower_site`.
+    The module is added as `attention_<n>` and called as `module(query, key, value, key_mask=...,
+    query_start=...)` on canonical layout, see `lower.lower_site`.
     """
     report = _analyse(clone(to_dialect(graph_module, example_inputs)), None, score_steps)
     lowered = report.graph_module

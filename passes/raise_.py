@@ -1,4 +1,6 @@
-"""Raise: replace the body of a site by one exact canonical attention call. Its output equals the original's."""
+"""Raise: replace the body of a site by one exact canonical attention call. Its output equals the
+original's.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +34,9 @@ def emitter_for(graph_module: GraphModule, site: Site) -> Emitter:
 
 
 def replace_output(emitter: Emitter, site: Site, result: Node) -> None:
-    """Put `result` `[B, H, T, Dv]` in the place of the site's output, in its layout, with its metadata, and drop its body."""
+    """Put `result` `[B, H, T, Dv]` in the place of the site's output, in its layout, with its metadata,
+    and drop its body.
+    """
     shape = (*site.query.relayout.merged[:3], site.value.relayout.merged[3])
     final = emitter.restore(result, shape, site.restore)
     site.output.replace_all_uses_with(final, delete_user_cb=lambda user: user is not final)

@@ -115,7 +115,8 @@ class KVMap:
 
 @dataclass(frozen=True)
 class Relayout:
-    """Data movement between two layouts: reshape to `split`, permute by `order`, reshape to `spread`, expand to
+    """Data movement between two layouts: reshape to `split`, permute by `order`, reshape to `spread`,
+    expand to
     `full`, reshape to `merged`. Sizes are sympy expressions over the graph's symbols."""
 
     split: tuple[sympy.Expr, ...]
@@ -129,7 +130,8 @@ class Relayout:
 class Operand:
     """A tensor of the site and how to bring it to canonical layout.
 
-    query `[B, H, T, D]`, key `[B, Hkv, S, D]`, value `[B, Hkv, S, Dv]`, score terms broadcastable to `[B, H, T, S]`.
+    query `[B, H, T, D]`, key `[B, Hkv, S, D]`, value `[B, Hkv, S, Dv]`, score terms broadcastable to `[B,
+    H, T, S]`.
     """
 
     node: Node
@@ -146,8 +148,8 @@ class Step:
 
     kind is one of
     `scale`, `div` (by value, or element-wise by term), `tanh`, `offset` (add value),
-    `add` (value times term), `fill` (where bool term is True write value), `keep` (where it is False write value),
-    `causal` (top-left aligned lower triangle), `cast` (value: dtype name),
+    `add` (value times term), `fill` (where bool term is True write value), `keep` (where it is False write
+    value), `causal` (top-left aligned lower triangle), `cast` (value: dtype name),
     `sink` (term: logits prepended or appended as a column, value "first" or "last"),
     `softmax` (value: dtype name or None; over the keys), `safe_softmax` (fully masked rows give zero),
     `drop_sink`, `dropout` (value: p), `nan_to_num`;
@@ -163,15 +165,16 @@ class Step:
 class Site:
     """One proved attention: `output = softmax(program(query @ key^T)) @ value`.
 
-    path: dotted path of the owner, the lowest module that holds both contractions and the softmax ("" = root).
+    path: dotted path of the owner, the lowest module that holds both contractions and the softmax ("" =
+    root).
     ordinal: 0, 1, ... over the sites of one owner in execution order; call: which call of the owner it is in.
-    query, key, value: operands; key and value are *before* any repeat of grouped heads where that can be peeled.
-    output: the node the canonical call replaces; `restore` brings `[B, H, T, Dv]` to its layout.
+    query, key, value: operands; key and value are *before* any repeat of grouped heads where that can be
+    peeled. output: the node the canonical call replaces; `restore` brings `[B, H, T, Dv]` to its layout.
     program: the exact steps. mask: what they mean, by evaluation.
     scale: product of the constant scales on the scores, None if one is a tensor (a per-head learned scale).
     softcap: c of `c * tanh(s / c)`. dropout: p in this trace. score_dtype: dtype in which softmax runs.
-    body: the nodes the canonical call makes unnecessary. spelling: fingerprint such as `matmul>scale>add>softmax>matmul`.
-    source: `file.py:line` of the anchor.
+    body: the nodes the canonical call makes unnecessary. spelling: fingerprint such as
+    `matmul>scale>add>softmax>matmul`. source: `file.py:line` of the anchor.
     """
 
     path: str

@@ -1,4 +1,6 @@
-"""Prove a walk: which axes are heads, nothing escapes, nothing is mutated, what the mask means. Gives a `Site`."""
+"""Prove a walk: which axes are heads, nothing escapes, nothing is mutated, what the mask means. Gives a
+`Site`.
+"""
 
 from __future__ import annotations
 
@@ -136,7 +138,7 @@ def check_mutation(walk: Walk, program: Sequence[Step], operands: Iterable[Opera
                     )
 
 
-# --- heads ---------------------------------------------------------------------------------------------------
+# --- heads ------------------------------------------------------------------------------------------------
 
 
 class Heads:
@@ -203,8 +205,8 @@ class Heads:
 def _sort(walk: Walk) -> tuple[Axis, Axis, Axis]:
     """Batch, head and query pieces, from everything the scores have besides the keys.
 
-    Pieces of the query's own axes other than the sequence are heads that share a key. So are pieces split off the
-    source axis of the features. Otherwise `_likely_heads` decides.
+    Pieces of the query's own axes other than the sequence are heads that share a key. So are pieces split
+    off the source axis of the features. Otherwise `_likely_heads` decides.
     """
     own = [leaf for axis in walk.query_own for leaf in leaves(axis)]
     if not own:
@@ -237,7 +239,8 @@ def _sort(walk: Walk) -> tuple[Axis, Axis, Axis]:
 
 
 def _likely_heads(rest: list[Atom], layout: Layout) -> list[Atom]:
-    """Which of the batch-like pieces is the head axis: the only one of fixed size, else the last one; a single
+    """Which of the batch-like pieces is the head axis: the only one of fixed size, else the last one; a
+    single
     piece only when it is not the leading axis."""
     if len(rest) >= 2:
         fixed = [leaf for leaf in rest if leaf.size.is_Integer]
@@ -284,7 +287,9 @@ def _kv_map(heads: Axis, partner: dict[Atom, Atom | None]) -> KVMap | None:
 def _operand(
     chain: list[tuple[Node, Layout]], target: tuple[Axis, ...], dropped: frozenset[Atom], node: Node
 ) -> Operand:
-    """The latest tensor of the chain without `dropped` pieces, preferring one whose axes need no splitting."""
+    """The latest tensor of the chain without `dropped` pieces, preferring one whose axes need no
+    splitting.
+    """
     best: Operand | None = None
     for current, layout in reversed(chain):
         held = resolve(layout)
@@ -303,7 +308,7 @@ def _operand(
     return best
 
 
-# --- the program ----------------------------------------------------------------------------------------------
+# --- the program ------------------------------------------------------------------------------------------
 
 
 def _program(walk: Walk, heads: Heads) -> tuple[Step, ...]:
@@ -330,7 +335,9 @@ def _term(walk: Walk, heads: Heads, traced: Traced, term: Node) -> Operand:
 
 
 def read_scale(program: Sequence[Step], walk: Walk) -> tuple[float | None, float | None]:
-    """(product of the constant scales, None if a tensor takes part; c of the softcap, None if there is none)."""
+    """(product of the constant scales, None if a tensor takes part; c of the softcap, None if there is
+    none).
+    """
     scale: float | None = 1.0
     outer: float | None = None
     added = False
@@ -365,7 +372,7 @@ def read_scale(program: Sequence[Step], walk: Walk) -> tuple[float | None, float
     return scale, outer
 
 
-# --- owner ----------------------------------------------------------------------------------------------------
+# --- owner ------------------------------------------------------------------------------------------------
 
 
 def find_owner(nodes: Sequence[Node]) -> tuple[str, str, int]:
