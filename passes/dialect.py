@@ -70,7 +70,7 @@ def _node_in_dialect(node: Node) -> bool:
 
 
 def is_region(node: Node) -> bool:
-    """Whether `node` opens or closes a region: grad mode, autocast, vmap. Has no users, must never be dropped."""
+    """Whether `node` opens or closes a region: grad mode, autocast, vmap. It must stay, though unused."""
     regions = ("torch.amp.autocast_mode", "torch._functorch.predispatch")
     return node.target is torch._C._set_grad_enabled or getattr(node.target, "__module__", None) in regions
 

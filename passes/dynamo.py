@@ -23,6 +23,8 @@ from torch.fx.experimental.proxy_tensor import (
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.fx.traceback import preserve_node_meta
 from torch.nn.utils import stateless
+from torch.utils._pytree import tree_map
+from torch.utils.checkpoint import CheckpointPolicy
 
 from .dialect import (
     CaptureError,
@@ -31,6 +33,7 @@ from .dialect import (
     dynamo_path,
     first_line,
     leaf_of_attribute,
+    plain_stack,
     symbolic_axes,
 )
 
@@ -67,7 +70,9 @@ def retrace(gm: GraphModule, example_inputs: Sequence[Any], lift: Sequence[str] 
     def run(*flat: Any) -> Any:
         inputs, values = flat[: len(example_inputs)], flat[len(example_inputs) :]
         with stateless._reparametrize_module(gm, dict(zip(owned, values, strict=True))):
-            return _Rerun(gm).run(*inputs)
+            outputs = _Rerun(gm).run(*inputs)
+        _check_gradients(gm, outputs)
+        return outputs
 
     try:
         with mode, preserve_node_meta():
@@ -87,7 +92,6 @@ def retrace(gm: GraphModule, example_inputs: Sequence[Any], lift: Sequence[str] 
     for node in traced.graph.find_nodes(op="call_function", target=torch.ops.aten.item.default):
         if not node.users:  # the floats that `_Rerun` made constants
             traced.graph.erase_node(node)
-    _check_gradients(gm, traced)
     traced.graph.lint()
     traced.recompile()
     return traced
@@ -103,17 +107,12 @@ def _as_attribute(gm: GraphModule, node: Node, name: str, value: Tensor) -> None
     gm.graph.erase_node(node)
 
 
-def _check_gradients(before: GraphModule, after: GraphModule) -> None:
+def _check_gradients(gm: GraphModule, outputs: Any) -> None:
     """Refuse a trace that lost a gradient: a higher-order op that runs its body outside autograd, say."""
-
-    def requires_grad(gm: GraphModule) -> list[bool]:
-        outputs = gm.graph.output_node().all_input_nodes
-        values = [node.meta.get("val", node.meta.get("example_value")) for node in outputs]
-        return [isinstance(value, Tensor) and value.requires_grad for value in values]
-
-    old, new = requires_grad(before), requires_grad(after)
-    if any(old) and len(old) == len(new) and any(a and not b for a, b in zip(old, new, strict=True)):
-        raise CaptureError("re-tracing the graph to ATen loses a gradient that the original graph has")
+    expected = [node.meta.get("example_value") for node in gm.graph.output_node().args[0]]  # type: ignore[union-attr]
+    for before, after in zip(expected, outputs, strict=True):
+        if isinstance(before, Tensor) and before.requires_grad and not after.requires_grad:
+            raise CaptureError("a gradient that the original graph has would be lost")
 
 
 def fake(mode: FakeTensorMode, value: Any) -> Any:
@@ -177,7 +176,7 @@ def _opaque(target: Any, args: Any, kwargs: Any) -> Any:
     mode = get_proxy_mode()
     if mode is None:
         return target(*args, **kwargs)
-    tracer = mode.tracer
+    tracer: Any = mode.tracer
 
     def as_proxy(value: Any) -> Any:
         if not isinstance(value, GraphModule):
