@@ -33,6 +33,10 @@ Approximate = Annotated[
 
 def main() -> None:
     """Entry point. An error made by the package is one line on stderr and exit code 1."""
+    from transformers.utils import logging
+
+    # The bars of weights being read are noise in a terminal and worse in a pipe; this is our process.
+    logging.disable_progress_bar()
     try:
         app()
     except LinearizeError as error:
@@ -60,7 +64,7 @@ def demo(
 
     if threads:
         torch.set_num_threads(threads)
-    run(Console())
+    run(Console(width=None if sys.stdout.isatty() else 120))
 
 
 @app.command()
@@ -92,9 +96,8 @@ def inspect(
     if json:
         typer.echo(report.to_json())
     else:
-        console = Console()
         # A pipe or file has no width of its own; the table needs about this much.
-        console.print(report, width=None if console.is_terminal else 160)
+        Console(width=None if sys.stdout.isatty() else 160).print(report)
 
 
 @app.command()
@@ -166,6 +169,7 @@ def find_source(name: str) -> Path:
 def load_source(folder: Path) -> PreTrainedModel:
     """The model of a folder, converted or not, by the class its config names."""
     import transformers
+    from safetensors import SafetensorError
 
     from .checkpoint import read_json
 
@@ -173,7 +177,7 @@ def load_source(folder: Path) -> PreTrainedModel:
     cls = getattr(transformers, architectures[0], None) if architectures else None
     try:
         return (cls or transformers.AutoModel).from_pretrained(folder, local_files_only=True).eval()
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
+    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
         raise CheckpointError(f"cannot load the model in {folder}: {error}") from error
 
 

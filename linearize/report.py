@@ -115,10 +115,11 @@ class Report:
         return self.to_text()
 
     def __rich__(self) -> Table:
+        from rich.box import SIMPLE_HEAD
         from rich.table import Table
         from rich.text import Text
 
-        table = Table(title=Text(self.summary), title_justify="left", show_lines=False)
+        table = Table(title=Text(self.summary), title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
         for name, fold in _COLUMNS:
             table.add_column(name, overflow="fold" if fold else "ellipsis", no_wrap=not fold)
         for row in self.rows:
@@ -194,7 +195,8 @@ def _cells(row: Row) -> tuple[str, ...]:
     else:
         outcome = ". ".join(part for part in (row.becomes, row.message) if part)
     scale = "" if row.scale is None else f"{row.scale:.4g}"
-    return (name, row.source, row.spelling, row.shape_text, row.mask, scale, row.verdict, outcome)
+    spelling = row.spelling.replace("scaled_dot_product_attention", "sdpa")
+    return (name, row.source, spelling, row.shape_text, row.mask, scale, row.verdict, outcome)
 
 
 def inspect(

@@ -41,7 +41,7 @@ def run(console: Console) -> None:
     )
 
     console.rule("1. find and prove", align="left")
-    console.print(inspect(model), width=max(console.width, 120))
+    console.print(inspect(model))
 
     console.rule("2. the identity check", align="left")
     exact = linearize(copy.deepcopy(model), mechanism="softmax")

@@ -1,0 +1,133 @@
+"""The command line, as a user types it."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+import linearize as lz
+from linearize.cli import main
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A tiny llama with the demo's tokenizer, as someone would have it on disk."""
+    config = LlamaConfig(
+        vocab_size=4096,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+    )
+    torch.manual_seed(0)
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "model")
+    lz.load_demo()[1].save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+class Result:
+    def __init__(self, code: int, out: str, err: str) -> None:
+        self.code, self.out, self.err = code, out, err
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]):
+    def call(*arguments: object) -> Result:
+        monkeypatch.setattr(sys, "argv", ["linearize", *map(str, arguments)])
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as done:
+            main()
+        return Result(done.value.code or 0, *capfd.readouterr())
+
+    return call
+
+
+def test_version_names_the_packages_that_matter(run) -> None:
+    result = run("version")
+    assert result.code == 0 and lz.__version__ in result.out and torch.__version__ in result.out
+
+
+def test_inspect_prints_a_row_for_every_site(run, folder: Path) -> None:
+    result = run("inspect", folder)
+    assert result.code == 0
+    assert "2 candidates, 2 rewrite" in result.out
+    for layer in range(2):
+        assert f"model.layers.{layer}.self_attn" in result.out
+    assert "modeling_llama.py" in result.out and "causal" in result.out
+
+
+def test_inspect_json_is_only_json_and_the_page_is_written(run, folder: Path, tmp_path: Path) -> None:
+    result = run("inspect", folder, "--json", "--html", tmp_path / "r.html", "--mechanism", "softmax")
+    rows = json.loads(result.out)["rows"]
+    assert [row["verdict"] for row in rows] == ["rewrite"] * 2
+    assert rows[0]["shapes"]["Hkv"] == 2 and rows[0]["becomes"] == "softmax, exact"
+    assert (tmp_path / "r.html").read_text().count("<tr") == 3
+
+
+def test_convert_writes_a_folder_that_works_by_itself(run, folder: Path, tmp_path: Path) -> None:
+    result = run("convert", folder, tmp_path / "out", "--group-size", 8, "--conv-taps", 4, "--layers", "1")
+    assert result.code == 0 and "1 attention modules" in result.out
+    model = lz.load(tmp_path / "out")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
+    ids = tokenizer("def f(x):", return_tensors="pt").input_ids
+    assert torch.isfinite(model(ids).logits).all()
+    names = [name for name, _ in model.named_parameters() if "linear_attention" in name]
+    assert names and all("layers.1." in name for name in names)
+    assert "converted" in run("inspect", tmp_path / "out").out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["inspect", "/nowhere"], "no such folder"),
+        (["inspect", "{empty}"], "config.json is missing"),
+        (["inspect", "{folder}", "--mechanism", "nonsense"], "unknown mechanism"),
+        (["inspect", "{folder}", "--html", "/nowhere/x.html"], "cannot write"),
+        (["convert", "{folder}", "{out}", "--layers", "one"], "layers"),
+        (["convert", "{folder}", "{out}", "--layers", "9"], "no attention"),
+        (["convert", "{folder}", "{folder}"], "another folder"),
+        (["convert", "{broken}", "{out}"], "cannot load"),
+    ],
+)
+def test_a_mistake_is_one_line_exit_code_1_and_nothing_written(
+    run, folder: Path, tmp_path: Path, arguments: list[str], message: str
+) -> None:
+    places = {
+        "folder": folder,
+        "empty": tmp_path / "empty",
+        "broken": tmp_path / "broken",
+        "out": tmp_path / "out",
+    }
+    places["empty"].mkdir()
+    places["broken"].mkdir()
+    (places["broken"] / "config.json").write_text((folder / "config.json").read_text())
+    (places["broken"] / "model.safetensors").write_bytes(b"cut short")
+    before = sorted(path.name for path in folder.iterdir())
+    result = run(*(argument.format(**places) for argument in arguments))
+    assert result.code == 1 and message in result.err
+    lines = [line for line in result.err.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1 and "Traceback" not in result.err
+    assert not places["out"].exists() and sorted(path.name for path in folder.iterdir()) == before
+
+
+def test_the_demo_tells_a_true_story(run) -> None:
+    result = run("demo", "--threads", 1)
+    assert result.code == 0, result.err
+    assert "4 candidates, 4 rewrite" in result.out
+    identity = float(re.search(r"largest difference of any logit:\s+(\S+)", result.out)[1])
+    assert identity < 1e-4
+    softmax, raw, tuned = (
+        float(re.search(pattern, result.out)[1])
+        for pattern in (r"softmax (\d+\.\d)", r"converted (\d+\.\d)", r"of tuning \(\d+ s\) (\d+\.\d)")
+    )
+    assert softmax < tuned < raw
+    compiled = float(re.search(r"largest difference from linearize\(model\):\s+(\S+)", result.out)[1])
+    assert compiled < 1e-3
+    assert "bit for bit after loading: True" in result.out
