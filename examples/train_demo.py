@@ -39,11 +39,12 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 END = "<|endoftext|>"
 PAD = "<|pad|>"
-DECAY = 0.35
+DECAY = 0.25
 PERPLEXITY = (
     "exp of the mean negative log-likelihood, in nats, per predicted BPE token. The token stream (every file "
-    "preceded by <|endoftext|>) is cut into non-overlapping windows of `context` tokens, the rest dropped; "
-    "the first token of a window is context only. Weights rounded to bfloat16, arithmetic in float32."
+    "preceded by <|endoftext|>) is cut into non-overlapping windows of `context` tokens; `windows` of them, "
+    "evenly spread, are scored; the first token of a window is context only. Weights rounded to bfloat16, "
+    "arithmetic in float32."
 )
 
 
@@ -181,11 +182,10 @@ def loss_of(model: LlamaForCausalLM, tokens: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def validate(model: LlamaForCausalLM, stream: Tensor, context: int, limit: int | None = None) -> float:
-    """Mean negative log-likelihood in nats over `limit` evenly spread windows of `stream` (default: all)."""
+def validate(model: LlamaForCausalLM, stream: Tensor, context: int, count: int) -> float:
+    """Mean negative log-likelihood in nats over `count` evenly spread windows of the stream."""
     cut = stream[: stream.numel() // context * context].view(-1, context)
-    if limit is not None and limit < len(cut):
-        cut = cut[torch.linspace(0, len(cut) - 1, limit).long()]
+    cut = cut[torch.linspace(0, len(cut) - 1, count).long()]
     model.eval()
     # Windows are equally long, so the mean over windows is the mean over tokens.
     total = sum(float(loss_of(model, part)) * len(part) for part in cut.split(4))
@@ -288,13 +288,14 @@ def train(
         if step == steps:  # killed after the last step, before the model was written
             yield step, steps, before
     started = time.monotonic()
-    reported, mean_loss = (time.monotonic(), step), float("nan")
+    reported, mean_loss, pace = (time.monotonic(), step), float("nan"), 0.0
 
     model.train()
     while steps is None or step < steps:
         elapsed = before + time.monotonic() - started
-        if steps is None and seconds is not None and step and elapsed > (1 - DECAY) * seconds:
-            steps = round(step / (1 - DECAY))
+        falling = round(step * DECAY / (1 - DECAY))  # steps still to do if the fall began here
+        if steps is None and seconds is not None and pace and elapsed + falling * pace >= seconds:
+            steps = step + falling
             print(f"step {step}: the learning rate falls from here, {steps} steps in all", flush=True)
         context, batch = settings.context, settings.batch
         if steps is not None and step >= (1 - settings.long_fraction) * steps:
@@ -363,7 +364,11 @@ def main() -> None:
         flush=True,
     )
 
-    checkpoint = args.out / "checkpoint.pt"
+    checkpoint, record_file = args.out / "checkpoint.pt", args.out / "training.json"
+    # One command, or more where a run was interrupted and continued.
+    continued = checkpoint.exists() and record_file.exists()
+    commands = json.loads(record_file.read_text())["commands"] if continued else []
+    commands.append(shlex.join(["python", *sys.argv]))
     seconds = None if args.steps else args.minutes * 60
     run = train(
         settings,
@@ -375,12 +380,13 @@ def main() -> None:
         every=args.checkpoint_every,
     )
     for step, steps, elapsed in run:
-        shipped = rounded(model)
-        finished = step == steps
-        nll = validate(shipped, held_out, settings.context, limit=None if finished else 40)
+        save_model(model, tokenizer, args.out)
+        shipped, finished = rounded(model), step == steps
+        count = 400 if finished else 40
+        nll = validate(shipped, held_out, settings.context, count)
         print(f"step {step}  validation perplexity {math.exp(nll):.2f}", flush=True)
         record = {
-            "command": shlex.join(["python", *sys.argv]),
+            "commands": commands,
             "repeat_with": f"python examples/train_demo.py --out DIR --steps {steps or step}",
             "finished": finished,
             "steps": step,
@@ -402,16 +408,20 @@ def main() -> None:
                 "perplexity": math.exp(nll),
                 "nats_per_token": nll,
                 "context": settings.context,
-                "windows": "all" if finished else "40 evenly spread",
+                "windows": count,
                 "definition": PERPLEXITY,
             },
             "snippet": snippet_of(sources, tokenizer, shipped),
         }
         if finished:
-            nll_long = validate(shipped, held_out, settings.long_context)
-            record["validation_long"] = {"perplexity": math.exp(nll_long), "context": settings.long_context}
-        save_model(model, tokenizer, args.out)
-        save_atomically((json.dumps(record, indent=2) + "\n").encode(), args.out / "training.json")
+            nll_long = validate(shipped, held_out, settings.long_context, 100)
+            record["validation_long"] = {
+                "perplexity": math.exp(nll_long),
+                "nats_per_token": nll_long,
+                "context": settings.long_context,
+                "windows": 100,
+            }
+        save_atomically((json.dumps(record, indent=2) + "\n").encode(), record_file)
     # Reached only after the last step: an interrupted run leaves its checkpoint for the next call.
     checkpoint.unlink(missing_ok=True)
 
