@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import sympy
 import torch
 from torch.fx import Graph, Node
 
@@ -21,6 +22,7 @@ from .axes import (
     Axis,
     Layout,
     _targets,
+    agree,
     apply_view,
     leaves,
     pair,
@@ -339,11 +341,11 @@ def walk(
     """Explain everything between q, k, v and the output of the attention at `anchor`, or raise Refused."""
     score_rows = {target: row for row in score_steps for target in row.targets}
     weight_rows = {target: row for row in weight_steps for target in row.targets}
-    weight_path, product = _walk_weights(anchor, weight_rows)
+    weight_path, output = _walk_weights(anchor, weight_rows)
     refusal: Refused | None = None
     for contraction, path in _score_paths(anchor.scores, score_rows):
         try:
-            return _explain(anchor, contraction, path, weight_path, product, score_rows, weight_rows)
+            return _explain(anchor, contraction, path, weight_path, output, score_rows, weight_rows)
         except Refused as candidate:
             refusal = refusal or candidate
     if refusal is not None:
@@ -376,7 +378,7 @@ def _explain(
     scores: Contraction,
     path: list[Node],
     weight_path: list[Node],
-    product: Node,
+    output: Node,
     score_rows: dict[Any, Row],
     weight_rows: dict[Any, Row],
 ) -> Walk:
@@ -424,12 +426,12 @@ def _explain(
             trace += [Traced(effect, layout) for effect in effects]
             spelling += [] if node.target in VIEWS and not effects else [short_name(node)]
         current = node
-    spelling.append(short_name(product))
+    spelling.append(short_name(output))
 
-    values = read_contraction(product)
+    values = read_contraction(output)
     assert values is not None
     if values.addend is not None or values.alpha != 1.0:
-        raise Refused(Reason.VALUE_STEP, product, "the product with the values also adds or scales", "value")
+        raise Refused(Reason.VALUE_STEP, output, "the product with the values also adds or scales", "value")
     weights_left = values.left is current
     weight_labels, value_labels = (
         (values.left_labels, values.right_labels)
@@ -438,7 +440,7 @@ def _explain(
     )
     value = values.right if weights_left else values.left
     if value is current:
-        raise Refused(Reason.NOT_ATTENTION, product, "the weights are multiplied by themselves", "value")
+        raise Refused(Reason.NOT_ATTENTION, output, "the weights are multiplied by themselves", "value")
     value_chain = provenance(value)
     value_axes = _axes_by_label(value_labels, value_chain, value)
     weight_axes: dict[Label, Axis] = dict(zip(weight_labels, resolve(layout), strict=True))
@@ -446,7 +448,7 @@ def _explain(
         mixing = _is_parameter(value)
         raise Refused(
             Reason.HEAD_MIXING if mixing else Reason.SOFTMAX_AXIS,
-            product,
+            output,
             "the product after the softmax does not sum over the axis that the softmax normalises",
             "value",
         )
@@ -455,7 +457,7 @@ def _explain(
     output_layout = _output_layout(values, *sides, value_batch, weights_left)
     features = [label for label in value_labels if label not in weight_labels]
     if len(features) != 1:
-        raise Refused(Reason.AXES, product, "the values have no single feature axis", "value")
+        raise Refused(Reason.AXES, output, "the values have no single feature axis", "value")
 
     key, query = (scores.right, scores.left) if key_on_right else (scores.left, scores.right)
     if _is_parameter(key):
@@ -471,7 +473,7 @@ def _explain(
         query=query,
         key=key,
         value=value,
-        output=product,
+        output=output,
         query_chain=left_chain if key_on_right else right_chain,
         key_chain=right_chain if key_on_right else left_chain,
         value_chain=value_chain,
@@ -487,7 +489,7 @@ def _explain(
         trace=trace,
         body=[scores.node, *path, *anchor.inner, anchor.node, *weight_path],
         spelling=spelling,
-        contractions=(scores.node, product),
+        contractions=(scores.node, output),
     )
 
 
@@ -587,13 +589,11 @@ def term_layout(node: Node, term: Node, layout: Layout) -> Layout:
     shape = shape_of(term)
     if shape is None or len(shape) > len(layout):
         raise Refused(Reason.AXES, node, f"{term} does not broadcast to the scores", "axes")
-    aligned = resolve(layout)[len(layout) - len(shape) :]
-    axes = []
-    for size, axis in zip(shape, aligned, strict=True):
-        whole = product([leaf.size for leaf in axis])
-        if size == 1:
+    axes: list[Axis] = []
+    for size, axis in zip(shape, resolve(layout)[len(layout) - len(shape) :], strict=True):
+        if agree(size, sympy.Integer(1)):
             axes.append(())
-        elif size == whole:
+        elif agree(size, product([leaf.size for leaf in axis])):
             axes.append(axis)
         else:
             raise Refused(Reason.AXES, node, f"{term} does not broadcast to the scores", "axes")
