@@ -99,6 +99,11 @@ def _check(
                 f"{name} must be a floating point [batch, heads, length, features] tensor, "
                 f"got {tensor.dtype} {tuple(tensor.shape)}"
             )
+    if query.shape[0] != key.shape[0] or key.shape[0] != value.shape[0]:
+        raise InputError(
+            f"query, key and value need one batch size: "
+            f"got {query.shape[0]}, {key.shape[0]} and {value.shape[0]}"
+        )
     heads, kv_heads = query.shape[1], key.shape[1]
     if value.shape[1] != kv_heads or heads % kv_heads:
         raise InputError(
@@ -124,11 +129,17 @@ def _check(
             raise InputError(f"conv_weight must be [{heads}, taps], got {tuple(conv_weight.shape)}")
         if not causal and conv_weight.shape[1] % 2 == 0:
             raise InputError(
-                f"a bidirectional convolution is centred and needs an odd number of taps, got {conv_weight.shape[1]}"
+                f"a bidirectional convolution is centred and needs an odd number of taps, "
+                f"got {conv_weight.shape[1]}"
             )
-    if key_mask is not None and (key_mask.dim() != 2 or key_mask.dtype != torch.bool):
+    if key_mask is not None and (
+        key_mask.dtype != torch.bool
+        or key_mask.dim() != 2
+        or key_mask.shape[0] != key.shape[0]
+        or key_mask.shape[1] != key.shape[2]
+    ):
         raise InputError(
-            f"key_mask must be bool [batch, keys], True for real tokens: "
+            f"key_mask must be bool {list(key.shape[::2])}, True for real tokens: "
             f"got {key_mask.dtype} {tuple(key_mask.shape)}"
         )
     if not causal and not cross and query_start is not None:
