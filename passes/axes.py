@@ -39,14 +39,13 @@ def product(sizes: Sequence[sympy.Expr]) -> sympy.Expr:
     return sympy.expand(sympy.prod(sizes)) if sizes else sympy.Integer(1)
 
 
-def agree(size: sympy.Expr, other: sympy.Expr) -> bool:
-    """Equal as expressions, or at two sets of sizes where the expressions have another shape (a slice that is
-    clamped to its buffer, say). Only for tensors that the traced operator has already broadcast together."""
-    if size == other:
-        return True
-    symbols = sorted(size.free_symbols | other.free_symbols, key=str)
+def is_one(size: sympy.Expr) -> bool:
+    """One, as a number or as an expression (a slice clamped to its buffer) that is one at two sets of
+    sizes.
+    """
+    symbols = sorted(size.free_symbols, key=str)
     trials = ({symbol: start + 2 * i for i, symbol in enumerate(symbols)} for start in (11, 29))
-    return all((size - other).subs(trial) == 0 for trial in trials)
+    return all(size.subs(trial) == 1 for trial in trials)
 
 
 class Atom:

@@ -21,7 +21,7 @@ from .axes import _targets
 from .cone import Sizes, cone, evaluate, leaves
 from .contraction import read_contraction
 from .relayout import move_tensor
-from .site import Mask, Pattern, Step
+from .site import Mask, Operand, Pattern, Step
 
 aten = torch.ops.aten
 
@@ -119,6 +119,26 @@ def _classify(steps: list[Step], query: sympy.Expr, key: sympy.Expr) -> Mask:
     return Mask(Pattern.OTHER, bias=scene is None or scene.biased, per_head=per_head, leaves=names)
 
 
+def is_gate(term: Operand) -> bool:
+    """A factor of the scores that is zero or one and depends on sizes alone: half of a mask such as
+    `scores * m - 1e4 * (1 - m)`."""
+    if any(leaf.op == "placeholder" and _known(leaf) is None for leaf in leaves(term.node)):
+        return False
+    trials = _trials([Step("scale", None, term)], term.relayout.merged[2], term.relayout.merged[3])
+    try:
+        values = [evaluate(term.node, sizes, _no_feed) for sizes in trials]
+    except (RuntimeError, ValueError, IndexError, TypeError, KeyError):
+        return False
+    return all(bool(((value == 0) | (value == 1)).all()) for value in values)
+
+
+def _no_feed(node: Node, shape: tuple[int, ...]) -> Tensor:
+    known = _known(node)
+    if known is None:
+        raise ValueError(f"{node} is an input")
+    return known
+
+
 def _terms(steps: Sequence[Step]) -> list[Node]:
     return [step.term.node for step in steps if step.term is not None]
 
@@ -210,6 +230,7 @@ def _scene(
     """The mask at one choice, None where the graph does not run at these sizes."""
     rows, columns = sizes.number(query), sizes.number(key)
     visible = torch.ones(1, 1, rows, columns, dtype=torch.bool)
+    gated = torch.zeros(1, 1, 1, 1, dtype=torch.bool)
     biased = False
 
     def feed(node: Node, shape: tuple[int, ...]) -> Tensor:
@@ -222,7 +243,7 @@ def _scene(
     for step in steps:
         if step.kind == "causal" or (step.kind == "sdpa" and step.value["causal"]):
             visible = visible & torch.ones(rows, columns, dtype=torch.bool).tril()
-        if step.term is None or step.kind in ("sink", "scale", "div"):
+        if step.term is None or step.kind in ("sink", "div"):
             continue
         try:
             term = move_tensor(
@@ -230,7 +251,9 @@ def _scene(
             )
         except (RuntimeError, ValueError, IndexError, TypeError, KeyError):
             return None
-        if step.kind == "fill" or step.kind == "keep" or (step.kind == "sdpa" and term.dtype == torch.bool):
+        if step.kind == "scale":
+            gated = gated | (term == 0)
+        elif step.kind == "fill" or step.kind == "keep" or (step.kind == "sdpa" and term.dtype == torch.bool):
             masked = term.bool() if step.kind == "fill" else ~term.bool()
             if step.kind == "sdpa" or step.value <= MASKED:
                 visible = visible & ~masked
@@ -241,6 +264,7 @@ def _scene(
             off = added <= MASKED
             biased |= bool((added.masked_fill(off, 0) != 0).any()) or bool(added.isnan().any())
             visible = visible & ~off
+    biased |= bool((visible & gated).any())
     return Scene(visible, biased, (rows, columns))
 
 

@@ -13,7 +13,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import sympy
 import torch
 from torch.fx import Graph, Node
 
@@ -22,11 +21,10 @@ from .axes import (
     Axis,
     Layout,
     _targets,
-    agree,
     apply_view,
+    is_one,
     leaves,
     pair,
-    product,
     provenance,
     resolve,
     shape_of,
@@ -589,12 +587,6 @@ def term_layout(node: Node, term: Node, layout: Layout) -> Layout:
     shape = shape_of(term)
     if shape is None or len(shape) > len(layout):
         raise Refused(Reason.AXES, node, f"{term} does not broadcast to the scores", "axes")
-    axes: list[Axis] = []
-    for size, axis in zip(shape, resolve(layout)[len(layout) - len(shape) :], strict=True):
-        if agree(size, sympy.Integer(1)):
-            axes.append(())
-        elif agree(size, product([leaf.size for leaf in axis])):
-            axes.append(axis)
-        else:
-            raise Refused(Reason.AXES, node, f"{term} does not broadcast to the scores", "axes")
-    return tuple(axes)
+    aligned = resolve(layout)[len(layout) - len(shape) :]
+    # Broadcasting leaves two cases, one long or whole, even where two inputs name one batch size differently.
+    return tuple(() if is_one(size) else axis for size, axis in zip(shape, aligned, strict=True))

@@ -16,7 +16,7 @@ from .axes import Atom, Axis, Layout, leaves, pair, resolve, view_source
 from .capture import module_path, source_line
 from .cone import SHAPE_ONLY, cone
 from .graphs import written_arguments
-from .mask import MaskReader
+from .mask import MaskReader, is_gate
 from .match import Refused, Traced, Walk, short_name, term_layout
 from .relayout import plan_relayout
 from .site import KVKind, KVMap, Operand, Reason, Relayout, Site, Step
@@ -316,7 +316,8 @@ def _program(walk: Walk, heads: Heads) -> tuple[Step, ...]:
     for traced in walk.trace:
         effect = traced.effect
         term = None if effect.term is None else _term(walk, heads, traced, effect.term)
-        if effect.kind in ("scale", "div") and term is not None and term.relayout.merged[3] != 1:
+        per_key = term is not None and effect.kind in ("scale", "div") and term.relayout.merged[3] != 1
+        if term is not None and per_key and not is_gate(term):
             raise Refused(
                 Reason.SCALE,
                 term.node,
