@@ -111,7 +111,7 @@ def _run(name: str, number: Any, term: Tensor | None, scores: Tensor, side: str)
     raise ValueError(f"unknown step {name!r} in an attention program")
 
 
-_library = torch.library.Library("linearize", "DEF")
+_library = torch.library.Library("linearize", "FRAGMENT")
 _library.define(
     "attention(Tensor query, Tensor key, Tensor value, Tensor[] terms, str program, bool tiled=False)"
     " -> Tensor"
