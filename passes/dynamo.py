@@ -62,7 +62,7 @@ def retrace(gm: GraphModule, example_inputs: Sequence[Any], lift: Sequence[str] 
     except those named in `lift`, which become further inputs at the end, in that order.
     Raises CaptureError if an operator or the user's Python code cannot be traced.
     """
-    mode = _fake_mode(example_inputs)
+    mode = fake_mode(example_inputs)
     owned = {**dict(gm.named_parameters()), **dict(gm.named_buffers())}
     owned = {**{n: value for n, value in owned.items() if n not in lift}, **{n: owned[n] for n in lift}}
     fakes = [fake(mode, value) for value in (*example_inputs, *owned.values())]
@@ -128,7 +128,7 @@ def fake(mode: FakeTensorMode, value: Any) -> Any:
     )
 
 
-def _fake_mode(example_inputs: Sequence[Any]) -> FakeTensorMode:
+def fake_mode(example_inputs: Sequence[Any]) -> FakeTensorMode:
     """The compilation's own fake mode, or a new one when a stored dynamo graph is brought over later."""
     context = TracingContext.try_get()
     mode = context.fake_mode if context is not None else detect_fake_mode(example_inputs)
