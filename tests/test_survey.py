@@ -1,0 +1,66 @@
+"""Over the model zoo: every attention site is found with the right mask, and raising it changes nothing.
+
+By default one captured graph per architecture and implementation, half of them with a padding mask; the slow
+part adds the other half and the architectures that only repeat a spelling.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+
+import pytest
+from survey_case import TOLERANCE, Row, examine
+from zoo import ENTRIES, Entry
+
+KINDS = {"decoder", "encoder", "encoder-decoder", "vision", "audio", "multimodal"}
+
+
+def rows() -> Iterator[object]:
+    """(entry, implementation, masked). By default the mask is left out for the first implementation only."""
+    for entry in ENTRIES:
+        for implementation in entry.implementations:
+            for masked in (True, False) if entry.paddable else (False,):
+                name = f"{entry.name}-{implementation}-{'mask' if masked else 'plain'}"
+                extra = entry.paddable and not masked and implementation != entry.implementations[-1]
+                marks = [pytest.mark.slow] if entry.slow or extra else []
+                yield pytest.param(entry, implementation, masked, id=name, marks=marks)
+
+
+@pytest.mark.parametrize(("entry", "implementation", "masked"), rows())
+def test_sites_are_found_and_raising_them_is_identity(
+    entry: Entry, implementation: str, masked: bool
+) -> None:
+    row = examine(entry, implementation, masked)
+    if "capture" in entry.refused:
+        assert "CaptureError" in row.failure, "this architecture can be captured now: update the zoo"
+        return
+    assert not row.failure, row.failure
+    check_sites(row)
+    assert row.worst <= TOLERANCE, row.errors
+    if entry.total:
+        assert row.sensitivity > 10 * TOLERANCE, "attention hardly reaches the output: nothing is proved"
+
+
+def check_sites(row: Row) -> None:
+    assert dict(row.sites) == dict(row.entry.sites), row.refusals
+    assert row.raised == row.entry.total
+    # A router's softmax is rightly not attention; whether it is a candidate at all is not the zoo's matter.
+    ignored = {"not-attention"} - set(row.entry.refused)
+    told = Counter(reason for reason, _, _ in row.refusals if reason not in ignored)
+    assert told == Counter(row.entry.refused), row.refusals
+    if row.masked:
+        assert row.padded_sites == row.entry.padded, "sites whose mask reads the padding input"
+
+
+def test_the_default_zoo_covers_sixty_architectures_of_every_kind() -> None:
+    default = [entry for entry in ENTRIES if not entry.slow]
+    assert len({entry.model_type for entry in default}) >= 60
+    assert {entry.kind for entry in default} == KINDS
+    assert len({entry.name for entry in ENTRIES}) == len(ENTRIES)
+
+
+def test_the_same_weights_whatever_the_implementation() -> None:
+    entry = next(entry for entry in ENTRIES if entry.name == "llama")
+    eager, sdpa = (entry.build(name).state_dict() for name in ("eager", "sdpa"))
+    assert all(bool((eager[name] == sdpa[name]).all()) for name in eager)
