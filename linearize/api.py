@@ -3,19 +3,28 @@
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
-from .apply import Transaction, apply_owners, attach, check_unconverted, finish
+from . import mechanisms
+from .apply import (
+    Transaction,
+    apply_owners,
+    attach,
+    check_unconverted,
+    finish,
+    use_compact_masks,
+)
 from .config import LinearizeConfig
 from .errors import ConfigError, InputError, InvalidModelError, VerificationError
 from .inputs import example_inputs
 from .passes import find_attention
 from .passes.capture import capture
-from .passes.site import MatchReport
+from .passes.site import MatchReport, Reason
 from .plan import Plan, plan_sites
 from .seam import dispatches
 from .verification import Recording, quiet_run, record, run_model, verify, without_cache
@@ -143,10 +152,12 @@ def prove(
     before = Transaction(model)
     rungs = {p: "seam" if dispatches(model.get_submodule(p)) else "graft" for p in plan.owners}
     while True:
-        candidate = with_rungs(model, plan, rungs)
+        candidate = with_rungs(plan, rungs)
         apply_owners(model, candidate, exact)
-        proving(model, candidate, True)
-        missed = count_calls(model, candidate, recording)
+        missed = trial(model, candidate, recording)
+        windows = hidden_windows(model, candidate, config)
+        if windows:
+            raise RefusedError(windows, report)
         if not missed:
             break
         before.rollback()
@@ -154,6 +165,7 @@ def prove(
         if stuck:
             raise VerificationError(f"{stuck[0]}: {missed[stuck[0]]}; nothing was changed")
         rungs.update(dict.fromkeys(missed, "graft"))
+    candidate = allow_compact_masks(model, candidate)
     verify(model, recording)
     proving(model, candidate, False)
     if config.mechanism != "softmax":
@@ -165,36 +177,57 @@ def prove(
 
 
 def proving(model: nn.Module, plan: Plan, on: bool) -> None:
-    """While on, exact children see what linear ones will see, so that equality proves it."""
+    """While on, exact children see what linear ones will see, so that equality proves it, and calls are logged."""
     for path in plan.owners:
-        model.get_submodule(path)._linearize_proof = on  # type: ignore[assignment]
+        owner = model.get_submodule(path)
+        owner._linearize_proof = on  # type: ignore[assignment]
+        owner._linearize_log = [] if on else None  # type: ignore[assignment]
 
 
-def with_rungs(model: nn.Module, plan: Plan, rungs: Mapping[str, str]) -> Plan:
-    """`plan` with its rungs filled in; one-row masks are allowed when nothing else reads the square ones."""
+def with_rungs(plan: Plan, rungs: Mapping[str, str]) -> Plan:
+    """`plan` with its rungs filled in."""
     sites = tuple(dataclasses.replace(site, rung=rungs[site.path]) for site in plan.sites)
-    harmless = all(skip.reason == "not-attention" for skip in plan.skipped)
-    compact = harmless and all(site.rung == "seam" for site in sites)
-    return dataclasses.replace(plan, sites=sites, compact_masks=compact)
+    return dataclasses.replace(plan, sites=sites)
 
 
-def count_calls(model: nn.Module, plan: Plan, recording: Recording) -> dict[str, str]:
-    """Run once and compare how often every child ran with the plan: owner path -> what is wrong."""
-    counts: dict[str, int] = dict.fromkeys((site.name for site in plan.sites), 0)
-    handles = []
-    for site in plan.sites:
+def allow_compact_masks(model: nn.Module, plan: Plan) -> Plan:
+    """One-row masks are allowed when nothing but rewritten, dispatching owners reads masks."""
+    harmless = all(skip.reason == Reason.NOT_ATTENTION.value for skip in plan.skipped)
+    if harmless and all(site.rung == "seam" for site in plan.sites):
+        plan = dataclasses.replace(plan, compact_masks=True)
+        use_compact_masks(model, plan)
+    return plan
 
-        def hook(*_: Any, name: str = site.name) -> None:
-            counts[name] += 1
 
-        handles.append(model.get_submodule(site.name).register_forward_hook(hook))
+def trial(model: nn.Module, plan: Plan, recording: Recording) -> dict[str, str]:
+    """Run the rewritten model once: owner path -> what is wrong with the calls of its children, empty if nothing."""
+    proving(model, plan, True)
+    problem: Exception | None = None
     try:
         run_model(model, recording.inputs[0])
-    finally:
-        for handle in handles:
-            handle.remove()
-    return {
-        site.path: f"its attention ran {counts[site.name]} times instead of {site.calls}"
-        for site in plan.sites
-        if counts[site.name] != site.calls
-    }
+    except Exception as error:
+        # An owner that does not dispatch after all may do anything; the ones that were not reached tell which.
+        problem = error
+    wrong: dict[str, str] = {}
+    for path, sites in plan.owners.items():
+        ran = Counter(slot for slot, _ in model.get_submodule(path)._linearize_log)  # type: ignore[arg-type, union-attr]
+        for site in sites:
+            if ran[site.slot] != site.calls:
+                cause = f" ({type(problem).__name__}: {problem})" if problem is not None else ""
+                wrong[path] = f"its attention ran {ran[site.slot]} times instead of {site.calls}{cause}"
+    if problem is not None and not wrong:
+        raise problem
+    return wrong
+
+
+def hidden_windows(model: nn.Module, plan: Plan, config: LinearizeConfig) -> str | None:
+    """Why not to go on: an owner asked for a sliding window that was too wide to show on the example inputs."""
+    carried = "window" in mechanisms.get(config.mechanism).supports or "window" in config.approximate
+    for path, sites in plan.owners.items():
+        for slot, window in model.get_submodule(path)._linearize_log:  # type: ignore[union-attr]
+            if window is not None and not carried and sites[slot].spec.window is None:
+                return (
+                    f"{path} attends to a window of {window} tokens, longer than the example inputs; the mechanism "
+                    f"{config.mechanism!r} cannot carry it; approximate=('window',) leaves it out knowingly"
+                )
+    return None

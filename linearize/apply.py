@@ -11,7 +11,7 @@ from torch import nn
 from .attention import AttentionModule, build_attention
 from .config import LinearizeConfig
 from .errors import InvalidModelError
-from .graft import apply_graft
+from .graft import apply_graft, use_no_nested_tensors
 from .load_hook import save_with_plan
 from .plan import LinearizeState, Plan, SitePlan
 from .seam import NAME, apply_seam
@@ -88,6 +88,7 @@ def apply_owners(model: nn.Module, plan: Plan, config: LinearizeConfig) -> None:
             apply_graft(owner, path, sites)
         else:
             apply_seam(owner, path, sites[0].layer_index)
+    use_no_nested_tensors(model)
     if plan.compact_masks:
         use_compact_masks(model, plan)
 

@@ -69,6 +69,7 @@ def apply_seam(owner: nn.Module, path: str, layer: int | None) -> None:
     owner._linearize_start = owner._linearize_seen = None
     owner._linearize_slot = 0
     owner._linearize_proof = False
+    owner._linearize_log = None
     become(owner, SeamOwner)
 
 
@@ -96,12 +97,20 @@ def attention_forward(
         )
     slot = module._linearize_slot
     module._linearize_slot = slot + 1
+    if module._linearize_log is not None:
+        module._linearize_log.append((slot, kwargs.get("sliding_window")))
     start = module._linearize_start
     if module._linearize_seen is not None and getattr(module, child_name(slot)).spec.cross:
         # The decoder's own attention of this layer ran before and already counted this call's tokens.
         start = module._linearize_seen - query.shape[2]
     output = attend(module, slot, query, key, value, attention_mask, start, bias=position_bias, sinks=s_aux)
     return output.transpose(1, 2).contiguous(), None
+
+
+def exact_call(owner: nn.Module, slot: int) -> bool:
+    """The child is softmax and nothing is being proved: run the site's own program, not what linear forms see."""
+    child: AttentionModule = getattr(owner, child_name(slot))
+    return isinstance(child, SoftmaxAttention) and not (owner._linearize_proof and owner._linearize_plain)
 
 
 def attend(

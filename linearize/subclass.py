@@ -21,6 +21,11 @@ class Rewritten:
     _linearize_seen: Any
     _linearize_slot: int
     _linearize_proof: bool
+    _linearize_log: Any
+    _linearize_padding: bool
+    _linearize_plain: bool
+    _linearize_slots: int
+    _linearize_variants: Any
 
     @staticmethod
     def run(
@@ -49,6 +54,11 @@ def subclass_of(base: type, mixin: type[Rewritten]) -> type:
         "forward": functools.wraps(original)(forward),
     }
     return type(base.__name__, (mixin, base), members)
+
+
+def original_class(cls: type) -> type:
+    """The class an owner had before it was rewritten."""
+    return cls._linearize_base  # type: ignore[attr-defined, no-any-return]
 
 
 def _rebuild(base: type, mixin: type[Rewritten]) -> nn.Module:

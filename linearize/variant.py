@@ -1,0 +1,368 @@
+"""One traced form of a grafted owner: its forward as a graph with the attention replaced and real children called.
+
+The owner is captured without its cache (the cache's `update` becomes a hole in the graph, filled at call time),
+the proved sites become calls of `attend_site`, and everything the graph borrowed from the owner is looked up on
+the live owner at each call: a LoRA layer put over `q_proj` later is the one that runs, and nothing is held twice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.fx.experimental._config as fx_config
+import torch.utils._pytree as pytree
+from torch import Tensor, nn
+from torch.export import Dim
+from torch.fx import Graph, GraphModule, Node
+
+from .cache import is_cache
+from .masks import visible
+from .passes import canonical, find_attention
+from .passes.capture import capture
+from .passes.raise_ import canonical_operands, emitter_for, replace_output
+from .passes.site import KVKind, Reason, Site
+from .plan import child_name
+from .reroll import reroll, resolve
+from .seam import attend, exact_call
+
+Place = tuple[int, int]
+"""An axis: index of the tensor among the inputs, and of the axis in it."""
+
+
+class GraftError(RuntimeError):
+    """The owner cannot be grafted; the message says at which step."""
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A graph `(owner, cache, *tensors) -> flat outputs`, and how to rebuild the owner's result from them."""
+
+    graph: GraphModule
+    spec: Any
+    equal: tuple[tuple[Place, ...], ...]
+
+    def fits(self, sizes: Sequence[Sequence[int]]) -> bool:
+        """Whether the sizes of a call, tensor by tensor, agree where the trace took them to agree."""
+        return all(sizes[i][a] == sizes[j][b] for (i, a), *rest in self.equal for j, b in rest)
+
+    def __call__(self, owner: nn.Module, cache: Any, tensors: Sequence[Tensor]) -> Any:
+        return pytree.tree_unflatten(list(self.graph(owner, cache, *tensors)), self.spec)
+
+
+class _Shell(nn.Module):
+    """Calls the owner's own forward with tensors only; other arguments are part of the trace."""
+
+    def __init__(
+        self,
+        owner: nn.Module,
+        forward: Callable[..., Any],
+        rebuild: Callable[..., Any],
+        cached: bool,
+        equal: Sequence[Sequence[Place]],
+        indices: set[int | None],
+    ) -> None:
+        super().__init__()
+        self._equal = equal
+        self.owner = owner
+        self._forward, self._rebuild, self._cached = forward, rebuild, cached
+        self._indices = indices
+
+    def forward(self, *tensors: Tensor) -> Any:
+        hole = None
+        for (index, axis), *rest in self._equal:
+            for other, place in rest:
+                torch._check(tensors[index].shape[axis] == tensors[other].shape[place])
+        if self._cached:
+            *tensors, past, keys, values = tensors  # type: ignore[assignment]
+            hole = _hole(past, keys, values)
+        args, kwargs = self._rebuild(tensors, hole)
+        result = self._forward(self.owner, *args, **kwargs)
+        result = pytree.tree_map(lambda leaf: None if is_cache(leaf) else leaf, result, is_leaf=is_cache)
+        if hole is None:
+            return result, ()
+        self._indices.add(hole.index)
+        return result, hole.written
+
+
+def equal_sizes(tensors: Sequence[Tensor]) -> tuple[tuple[Place, ...], ...]:
+    """Groups of axes that have the same size, batches and lengths; the features of activations are left out."""
+    groups: dict[int, list[Place]] = {}
+    for index, tensor in enumerate(tensors):
+        axes = tensor.ndim - (tensor.is_floating_point() and tensor.ndim > 2)
+        for axis in range(axes):
+            if tensor.shape[axis] > 1:
+                groups.setdefault(int(tensor.shape[axis]), []).append((index, axis))
+    return tuple(tuple(group) for group in groups.values() if len(group) > 1)
+
+
+def _hole(past: Tensor, keys: Tensor, values: Tensor) -> Any:
+    """A stand-in cache for tracing: `update` remembers what it is given and returns the inputs keys and values."""
+    from transformers.cache_utils import Cache
+
+    class Hole(Cache):
+        def __init__(self) -> None:
+            super().__init__(layers=[])
+            self.written: tuple[Tensor, ...] = ()
+            self.index: int | None = None
+
+        def update(
+            self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+        ) -> Any:
+            if self.written:
+                raise GraftError("the owner updates its cache more than once per call")
+            self.written, self.index = (key_states, value_states), layer_idx
+            return keys, values
+
+        def get_seq_length(self, *args: Any, **kwargs: Any) -> Any:
+            return past.shape[0]
+
+        def get_query_offset(self, *args: Any, **kwargs: Any) -> Any:
+            return past.shape[0]
+
+    return Hole()
+
+
+def trace(
+    owner: nn.Module,
+    forward: Callable[..., Any],
+    rebuild: Callable[..., Any],
+    tensors: Sequence[Tensor],
+    cache: Sequence[Tensor],
+    expected: int,
+) -> Variant:
+    """Capture, match and rewrite the owner for one form of call.
+
+    rebuild: `(tensors, cache) -> (args, kwargs)`. cache: examples of the past marker `[P]` and of the keys and
+    values that `update` returns (meta tensors do), empty for a call without a cache. expected: sites per call in the plan.
+    Raises GraftError when the graph does not hold exactly those sites.
+    """
+    inputs = tuple(tensor.detach() for tensor in (*tensors, *(_real(tensor, tensors) for tensor in cache)))
+    equal = equal_sizes(inputs)
+    # Export undoes what a forward assigns to its module, hence a set beside it.
+    indices: set[int | None] = set()
+    shell = _Shell(owner, forward, rebuild, bool(cache), equal, indices)
+    # The shell calls forward directly: hooks of the owner run around the graft, not inside it as well.
+    axes = [_axes(tensor) for tensor in inputs]
+    single = next((i for i, t in enumerate(tensors) if t.is_floating_point() and t.ndim == 3), None)
+    if cache and single is not None and tensors[single].shape[1] == 1:
+        # One token at a time: its axis must be seen as an axis, or no attention can be recognised.
+        axes[single][1] = Dim.AUTO
+    with fx_config.patch(backed_size_oblivious=bool(cache)):
+        gm = capture(shell, inputs, dynamic=(tuple(axes),))
+    index = next(iter(indices), None)
+    if cache and index is None:
+        raise GraftError("the owner takes a cache but does not update it")
+    report = find_attention(gm)
+    if any(refusal.reason is Reason.WEIGHTS_ESCAPE for refusal in report.refusals):
+        # Weights that only leave through the owner's result are not returned, as with fused attention.
+        _drop_weights(report.graph_module, [refusal.anchor for refusal in report.refusals])
+        report = find_attention(report.graph_module)
+    sites = [site for site in report.sites if site.path in ("", "owner")]
+    if len(sites) != expected:
+        reasons = "; ".join(refusal.message for refusal in report.refusals) or "no refusal"
+        raise GraftError(f"its own graph shows {len(sites)} provable sites instead of {expected} ({reasons})")
+    gm = report.graph_module
+    first = next(iter(gm.graph.nodes))
+    with gm.graph.inserting_before(first):
+        live, store = gm.graph.placeholder("linearize_owner"), gm.graph.placeholder("linearize_cache")
+    for slot, site in enumerate(sites):
+        _replace_site(gm, site, slot, live)
+    spec = gm.graph._codegen.pytree_info.out_spec  # type: ignore[attr-defined]
+    reroll(gm, owner, live)
+    if cache:
+        _fill_hole(gm.graph, store, index, equal)
+    return Variant(_rebuilt(gm, live), _result_spec(spec), equal)
+
+
+def _real(tensor: Tensor, beside: Sequence[Tensor]) -> Tensor:
+    return torch.zeros(tensor.shape, dtype=tensor.dtype, device=beside[0].device)
+
+
+def _axes(tensor: Tensor) -> dict[int, Any]:
+    return {axis: Dim.AUTO for axis, size in enumerate(tensor.shape) if size > 1}
+
+
+def _result_spec(spec: Any) -> Any:
+    """Spec of the owner's own result: the shell returns `(result, what was written to the cache)`."""
+    return spec.child(0) if hasattr(spec, "child") else spec.children_specs[0]
+
+
+def _flat_outputs(graph: Graph) -> list[Any]:
+    (values,) = graph.output_node().args
+    return list(values) if isinstance(values, (tuple, list)) else [values]
+
+
+def _drop_weights(gm: GraphModule, anchors: Sequence[Node]) -> None:
+    """Return None in place of every result but the first that is computed from attention weights."""
+    output = gm.graph.output_node()
+    values = _flat_outputs(gm.graph)
+    for position, value in enumerate(values[1:], start=1):
+        if isinstance(value, Node) and _depends(value, set(anchors)):
+            values[position] = None
+    output.args = (tuple(values),)
+    gm.graph.eliminate_dead_code(is_impure_node=lambda node: node.op in ("placeholder", "output"))
+
+
+def _depends(node: Node, on: set[Node]) -> bool:
+    seen, stack = set(), [node]
+    while stack:
+        current = stack.pop()
+        if current in on:
+            return True
+        if current not in seen:
+            seen.add(current)
+            stack += current.all_input_nodes
+    return False
+
+
+def _replace_site(gm: GraphModule, site: Site, slot: int, live: Node) -> None:
+    emitter = emitter_for(gm, site)
+    query, key, value = canonical_operands(emitter, site)
+    terms = [
+        emitter.move(step.term.node, step.term.relayout) for step in site.program if step.term is not None
+    ]
+    hides = [
+        step.kind if step.kind != "sdpa" or not step.value["causal"] else "sdpa"
+        for step in site.program
+        if step.term is not None
+    ]
+    tiled = site.kv_map.kind is KVKind.TILED
+    program = canonical.encode(site.program)
+    call = emitter.call(attend_site, live, slot, query, key, value, terms, hides, program, tiled)
+    replace_output(emitter, site, call)
+
+
+def _fill_hole(graph: Graph, store: Node, index: int | None, equal: Sequence[Sequence[Place]]) -> None:
+    """The placeholders of keys and values become the results of updating the live cache with the new ones."""
+    output = graph.output_node()
+    *values, new_keys, new_values = _flat_outputs(graph)
+    inputs = [node for node in graph.find_nodes(op="placeholder") if "val" in node.meta]
+    keys, old_values = inputs[-2:]
+    _read_sizes_elsewhere(graph, inputs, equal)
+    with graph.inserting_before(output):
+        updated = graph.call_function(update_cache, (store, new_keys, new_values, index))
+        parts = [graph.call_function(_item, (updated, position)) for position in (0, 1)]
+    for placeholder, part in zip((keys, old_values), parts, strict=True):
+        part.meta["val"] = placeholder.meta["val"]
+        placeholder.replace_all_uses_with(part)
+        graph.erase_node(placeholder)
+    output.args = (tuple(values),)
+
+
+def _read_sizes_elsewhere(graph: Graph, inputs: Sequence[Node], equal: Sequence[Sequence[Place]]) -> None:
+    """Sizes that export reads from keys or values are needed before these exist: read them where they are equal."""
+    holes = (len(inputs) - 2, len(inputs) - 1)
+    instead = {
+        place: next((other for other in group if other[0] not in holes), None)
+        for group in equal
+        for place in group
+    }
+    for node in graph.find_nodes(op="call_function", target=torch.ops.aten.sym_size.int):
+        source, axis = node.args
+        if source in inputs:
+            other = instead.get((inputs.index(source), axis))
+            if other is not None:
+                node.args = (inputs[other[0]], other[1])
+
+
+def _rebuilt(gm: GraphModule, live: Node) -> GraphModule:
+    """A fresh graph in dependency order, with plain arguments, the owner's tensors looked up at call time."""
+    graph = Graph()
+    root = nn.Module()
+    made: dict[Node, Any] = {}
+    open_nodes: set[Node] = set()
+
+    def emit(node: Node) -> None:
+        if node in made:
+            return
+        if node in open_nodes:
+            raise GraftError("keys and values are used before the cache is updated")
+        open_nodes.add(node)
+        for argument in node.all_input_nodes:
+            emit(argument)
+        if node.op == "get_attr" and str(node.target).startswith("owner."):
+            made[node] = graph.call_function(resolve, (made[live], str(node.target).removeprefix("owner.")))
+            return
+        if node.op == "get_attr":
+            name = f"constant_{len(root._buffers)}"
+            root.register_buffer(name, torch.fx.graph_module._get_attr(gm, str(node.target)))
+            made[node] = graph.get_attr(name)
+            return
+        made[node] = graph.node_copy(node, lambda argument: made[argument])
+        made[node].meta = {}
+
+    live_nodes = _live(gm.graph)
+    for node in gm.graph.nodes:
+        if node.op == "placeholder":
+            emit(node)
+    for node in gm.graph.nodes:
+        if node in live_nodes:
+            emit(node)
+    graph.lint()
+    return GraphModule(root, graph)
+
+
+def _live(graph: Graph) -> set[Node]:
+    """What the result depends on; the cache is written by what attention reads."""
+    seen: set[Node] = set()
+    stack = [graph.output_node()]
+    while stack:
+        node = stack.pop()
+        if node not in seen:
+            seen.add(node)
+            stack += node.all_input_nodes
+    return seen
+
+
+# ------------------------------------------------------------------------------ what the graph calls while running
+
+
+def _item(pair: Any, position: int) -> Any:
+    return pair[position]
+
+
+def update_cache(cache: Any, keys: Tensor, values: Tensor, index: int) -> Any:
+    """The owner's `cache.update`: all keys and values so far."""
+    return cache.update(keys, values, index)
+
+
+def attend_site(
+    owner: nn.Module,
+    slot: int,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    terms: Sequence[Tensor],
+    kinds: Sequence[str],
+    program: str,
+    tiled: bool,
+) -> Tensor:
+    """One site: the owner's child, or the exact program for a child that is softmax.
+
+    query `[B, H, T, D]`, key `[B, Hkv, S, D]`, value `[B, Hkv, S, Dv]`, terms broadcastable to `[B, H, T, S]` with
+    the kind of their step; returns `[B, H, T, Dv]`.
+    """
+    if owner._linearize_log is not None:
+        owner._linearize_log.append((slot, None))
+    mask = _visible(terms, kinds) if owner._linearize_padding else None
+    if exact_call(owner, slot):
+        return canonical.attention(query, key, value, list(terms), program, tiled)
+    start = owner._linearize_start
+    cross = getattr(owner, child_name(slot)).spec.cross
+    if owner._linearize_seen is not None and cross:
+        start = owner._linearize_seen - query.shape[2]
+    return attend(owner, slot, query, key, value, mask, start)
+
+
+def _visible(terms: Sequence[Tensor], kinds: Sequence[str]) -> Tensor | None:
+    """What all mask terms together let be seen: bool, broadcastable to `[B, H, T, S]`."""
+    seen: Tensor | None = None
+    for term, kind in zip(terms, kinds, strict=True):
+        if kind not in ("add", "fill", "keep", "sdpa"):
+            continue
+        part = ~term.bool() if kind == "fill" else term.bool() if kind == "keep" else visible(term)
+        seen = part if seen is None else seen & part
+    return seen
