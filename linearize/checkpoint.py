@@ -37,7 +37,7 @@ def save(model: nn.Module, directory: str | os.PathLike[str]) -> Path:
     """
     from transformers import PreTrainedModel
 
-    state = _state(model)
+    state = state_of(model)
     target = Path(directory)
     if target.exists() and not target.is_dir():
         raise CheckpointError(f"cannot save to {target}: it is a file, not a directory")
@@ -97,7 +97,8 @@ def load(
     return _load_transformers(source, dtype)
 
 
-def _state(model: nn.Module) -> LinearizeState:
+def state_of(model: nn.Module) -> LinearizeState:
+    """Plan and config of a converted model. Raises InvalidModelError when it is not one itself."""
     if not isinstance(model, nn.Module):
         raise InvalidModelError(f"save needs a converted nn.Module, got {type(model).__name__}")
     # vars, not getattr: a wrapper that forwards attributes (PeftModel) has other parameter names.
@@ -221,10 +222,11 @@ def _check_fit(probe: nn.Module, stored: dict[str, tuple[tuple[int, ...], str]],
         groups.setdefault(id(tensor), []).append(name)
     problems = [f"{name} is not in the model" for name in stored if name not in state]
     for names in groups.values():
-        name = next((name for name in names if name in stored), None)
-        if name is None:
+        known = [name for name in names if name in stored]
+        if not known:
             problems.append(f"{names[0]} is missing from the file")
             continue
+        name = known[0]
         shape, dtype = stored[name]
         tensor = state[name]
         have = _SAFETENSORS_NAME.get(str(tensor.dtype).removeprefix("torch."), str(tensor.dtype))

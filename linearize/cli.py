@@ -116,7 +116,7 @@ def convert(
 ) -> None:
     """Convert a transformers model and write it, tokenizer and all, to a folder."""
     from .api import linearize
-    from .checkpoint import save
+    from .checkpoint import save, state_of
     from .config import LinearizeConfig
 
     config = LinearizeConfig(
@@ -136,8 +136,8 @@ def convert(
     for path in companions(folder):
         if not (target / path.name).exists():
             shutil.copyfile(path, target / path.name)
-    plan = model._linearize.plan  # type: ignore[union-attr]
-    typer.echo(f"{len(plan.sites)} attention modules rewritten to {mechanism}, written to {target}")
+    count = len(state_of(model).plan.sites)
+    typer.echo(f"{count} attention modules rewritten to {mechanism}, written to {target}")
 
 
 def _indices(text: str) -> tuple[int, ...] | None:

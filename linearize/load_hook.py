@@ -100,7 +100,8 @@ def save_with_plan(model: nn.Module) -> None:
     from transformers import PreTrainedModel
 
     if isinstance(model, PreTrainedModel):
-        model.__class__ = saving_class(type(model))
+        base: type = type(model)
+        model.__class__ = saving_class(base)
 
 
 @functools.cache
@@ -122,11 +123,10 @@ def saving_class(base: type) -> type:
 
 
 def _rebuild(base: type) -> Any:
-    cls = saving_class(base)
-    return cls.__new__(cls)
+    return object.__new__(saving_class(base))
 
 
-class LinearizeHookConfig(QuantizationConfigMixin):  # type: ignore[misc]
+class LinearizeHookConfig(QuantizationConfigMixin):
     """The entry in a checkpoint that makes transformers call the hook. The plan is `config.linearize`."""
 
     def __init__(self, quant_method: str = METHOD, **unused: Any) -> None:
@@ -136,7 +136,7 @@ class LinearizeHookConfig(QuantizationConfigMixin):  # type: ignore[misc]
         return {"quant_method": self.quant_method}
 
 
-class LinearizeHook(HfQuantizer):  # type: ignore[misc]
+class LinearizeHook(HfQuantizer):
     """Replays the plan on the empty model before its weights are loaded."""
 
     def is_serializable(self) -> bool:
@@ -157,7 +157,7 @@ class LinearizeHook(HfQuantizer):  # type: ignore[misc]
         self.remove_quantization_config(model)
         del model.is_quantized  # an ordinary model has no such attribute
         for module in model.modules():
-            config = getattr(module, "config", None)
+            config: Any = getattr(module, "config", None)
             if hasattr(config, "_is_quantized"):
                 del config._is_quantized
         return model

@@ -7,6 +7,7 @@ import json
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from io import StringIO
 from typing import TYPE_CHECKING, Any
 
 from .passes.site import MatchReport, Refusal, Site, Size
@@ -107,9 +108,9 @@ class Report:
         """The table as plain text, `width` columns wide."""
         from rich.console import Console
 
-        console = Console(width=width, color_system=None, record=True, file=_Discard(), legacy_windows=False)
-        console.print(self)
-        return console.export_text()
+        out = StringIO()
+        Console(width=width, color_system=None, file=out, legacy_windows=False).print(self)
+        return out.getvalue()
 
     def __str__(self) -> str:
         return self.to_text()
@@ -141,16 +142,6 @@ class Report:
 
     def _repr_html_(self) -> str:
         return self.to_html()
-
-
-class _Discard:
-    """A sink for the recording console."""
-
-    def write(self, text: str) -> int:
-        return len(text)
-
-    def flush(self) -> None:
-        pass
 
 
 _COLUMNS = (
