@@ -80,7 +80,7 @@ torch.library.define(
 @torch.library.impl("linearize::augmented_attention_backward", "CompositeExplicitAutograd")
 def _backward_impl(grad: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
     """Gradients of the differentiable arguments; an empty tensor for one that is None."""
-    leaves = [None if x is None else x.detach().requires_grad_() for x in inputs[:_DIFFERENTIABLE]]
+    leaves: list[Any] = [None if x is None else x.detach().requires_grad_() for x in inputs[:_DIFFERENTIABLE]]
     with torch.enable_grad():
         out = _forward(*leaves, *inputs[_DIFFERENTIABLE:])
     found = iter(torch.autograd.grad(out, [x for x in leaves if x is not None], grad, materialize_grads=True))

@@ -273,9 +273,9 @@ class SoftmaxAttention(AttentionModule):
             + query_start
             - torch.arange(keys, device=key.device)
         )
-        if not spec.causal:
-            return lag.abs() <= spec.window
-        return lag >= 0 if spec.window is None else (lag >= 0) & (lag < spec.window)
+        if spec.window is None:
+            return lag >= 0
+        return (lag >= 0) & (lag < spec.window) if spec.causal else lag.abs() <= spec.window
 
 
 def _both(a: Tensor | None, b: Tensor | None) -> Tensor | None:
