@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -45,20 +46,43 @@ def _matmul_labels(left_rank: int, right_rank: int) -> tuple[tuple[Label, ...], 
     return left, right, out
 
 
+def _ellipsis_ranks(
+    terms: Sequence[str], shapes: Sequence[Sequence[object]], spare: int
+) -> tuple[int, int, int]:
+    left, right = (len(s) - len(t.replace("...", "")) for s, t in zip(shapes, terms, strict=True))
+    return left, right, spare
+
+
+def _spell_ellipsis(term: str, rank: int) -> str:
+    """`...id` with digits for the axes the dots stand for, numbered from the right so that they broadcast."""
+    return term.replace("...", "".join(str(i) for i in range(rank - 1, -1, -1)))
+
+
 def _read_einsum(node: Node) -> Contraction | None:
     equation, operands = node.args[0], node.args[1]
     if not isinstance(equation, str) or not isinstance(operands, (list, tuple)) or len(operands) != 2:
         return None
     inputs, arrow, output = equation.replace(" ", "").partition("->")
-    if not arrow or "." in equation or inputs.count(",") != 1:
+    if not arrow or inputs.count(",") != 1:
         return None
-    left, right = inputs.split(",")
+    first, second = operands
+    assert isinstance(first, Node) and isinstance(second, Node)
+    terms = inputs.split(",")
+    shapes = shape_of(first), shape_of(second)
+    if shapes[0] is None or shapes[1] is None:
+        return None
+    spare = max(
+        (len(s) - len(t.replace("...", "")) for s, t in zip(shapes, terms, strict=True) if "..." in t),
+        default=0,
+    )
+    left, right, output = (
+        _spell_ellipsis(t, n)
+        for t, n in zip((*terms, output), _ellipsis_ranks(terms, shapes, spare), strict=True)
+    )
     summed = (set(left) | set(right)) - set(output)
     distinct = all(len(set(term)) == len(term) for term in (left, right, output))
     if not distinct or len(summed) != 1 or not summed <= set(left) & set(right):
         return None
-    first, second = operands
-    assert isinstance(first, Node) and isinstance(second, Node)
     return Contraction(node, first, second, tuple(left), tuple(right), tuple(output))
 
 

@@ -73,6 +73,7 @@ def read_fused(node: Node) -> Walk:
         key_chain=chains[1],
         value_chain=chains[2],
         batch=batch,
+        query_leads=True,
         value_batch=value_batch,
         query_own=[leaves(q[-2])],
         key_axis=leaves(k[-2]),

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterable
 
+from torch._ops import OpOverload
 from torch.fx import Graph, GraphModule, Node
 
 
@@ -51,7 +53,7 @@ def remove_dead(graph: Graph, seeds: Iterable[Node]) -> None:
         if node in erased or node.op in ("placeholder", "output"):
             continue
         users = list(node.users)
-        if not all(_only_serves(user, node) for user in users):
+        if has_effect(node) or not all(_only_serves(user, node) for user in users):
             continue
         for user in users:
             graph.erase_node(user)
@@ -60,6 +62,22 @@ def remove_dead(graph: Graph, seeds: Iterable[Node]) -> None:
         graph.erase_node(node)
         erased.add(node)
         waiting += inputs
+
+
+def has_effect(node: Node) -> bool:
+    """`node` writes in place, asserts, or is no plain operator, so it matters although nothing uses it."""
+    if node.op != "call_function":
+        return node.op != "get_attr"
+    name = str(node.target)
+    return bool(written_arguments(node)) or "assert" in name or "sym_constrain" in name
+
+
+def prune(graph: Graph) -> None:
+    """Erase operators whose results nobody uses (a trace keeps averaged weights that the caller threw
+    away).
+    """
+    plain = [n for n in graph.nodes if isinstance(n.target, OpOverload) or n.target is operator.getitem]
+    remove_dead(graph, [n for n in plain if not n.users and not has_effect(n)])
 
 
 def _only_serves(user: Node, node: Node) -> bool:

@@ -9,13 +9,13 @@ in a mask: all tokens real, ordinary positions, and then with some keys switched
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import sympy
 import torch
 from torch import Tensor
-from torch.fx import Node
+from torch.fx import Graph, Node
 
 from .axes import _targets
 from .cone import Sizes, cone, evaluate, leaves
@@ -74,7 +74,8 @@ class Scene:
 class MaskReader:
     """Classifies the masks of one graph; sites that share their terms share the work."""
 
-    def __init__(self) -> None:
+    def __init__(self, graph: Graph) -> None:
+        self._hints = size_hints(graph)
         self._cache: dict[object, Mask] = {}
 
     def read(self, program: Sequence[Step], query: sympy.Expr, key: sympy.Expr) -> Mask:
@@ -82,26 +83,37 @@ class MaskReader:
         steps = [step for step in program if step.term is not None or step.kind in ("causal", "sdpa")]
         identity = (query, key, tuple((s.kind, repr(s.value), s.term) for s in steps))
         if identity not in self._cache:
-            self._cache[identity] = _classify(steps, query, key)
+            self._cache[identity] = _classify(steps, query, key, _trials(self._hints, query, key))
         return self._cache[identity]
 
+    def is_gate(self, term: Operand) -> bool:
+        """A factor of the scores that is zero or one and depends on sizes alone: half of a mask such as
+        `scores * m - 1e4 * (1 - m)`."""
+        if any(leaf.op == "placeholder" and _known(leaf) is None for leaf in leaves(term.node)):
+            return False
+        trials = _trials(self._hints, term.relayout.merged[2], term.relayout.merged[3])
+        try:
+            values = [evaluate(term.node, sizes, _no_feed) for sizes in trials[:2]]
+        except (RuntimeError, ValueError, IndexError, TypeError, KeyError):
+            return False
+        return all(bool(((value == 0) | (value == 1)).all()) for value in values)
 
-def _classify(steps: list[Step], query: sympy.Expr, key: sympy.Expr) -> Mask:
+
+def _classify(steps: list[Step], query: sympy.Expr, key: sympy.Expr, trials: list[Sizes]) -> Mask:
     inputs, names, computed = _inputs(steps)
     if computed:
         return Mask(Pattern.OTHER, bias=True, leaves=names)
     replaced = _large_integers(steps)
-    trials = _trials(steps, query, key)
     for roles in itertools.product(*[_roles(node) for node in inputs]):
         feed = dict(zip(inputs, roles, strict=True))
-        scenes = [
-            s for s in (_scene(steps, sizes, query, key, feed, replaced) for sizes in trials) if s is not None
-        ]
+        tried = [(sizes, _scene(steps, sizes, query, key, feed, replaced)) for sizes in trials]
+        ran = [(sizes, scene) for sizes, scene in tried if scene is not None]
+        scenes = [scene for _, scene in ran]
         found = _pattern(scenes, query == key)
         if found is None:
             continue
         pattern, width, top_left = found
-        padding = _padding(steps, trials, query, key, feed, replaced, scenes)
+        padding = _padding(steps, ran, query, key, feed, replaced)
         if padding is None:
             continue
         originals = {small: large for large, small in replaced.items()}
@@ -117,19 +129,6 @@ def _classify(steps: list[Step], query: sympy.Expr, key: sympy.Expr) -> Mask:
     scene = next((s for s in (_scene(steps, sizes, query, key, {}, replaced) for sizes in trials) if s), None)
     per_head = scene is not None and not bool((scene.visible == scene.visible[:, :1]).all())
     return Mask(Pattern.OTHER, bias=scene is None or scene.biased, per_head=per_head, leaves=names)
-
-
-def is_gate(term: Operand) -> bool:
-    """A factor of the scores that is zero or one and depends on sizes alone: half of a mask such as
-    `scores * m - 1e4 * (1 - m)`."""
-    if any(leaf.op == "placeholder" and _known(leaf) is None for leaf in leaves(term.node)):
-        return False
-    trials = _trials([Step("scale", None, term)], term.relayout.merged[2], term.relayout.merged[3])
-    try:
-        values = [evaluate(term.node, sizes, _no_feed) for sizes in trials]
-    except (RuntimeError, ValueError, IndexError, TypeError, KeyError):
-        return False
-    return all(bool(((value == 0) | (value == 1)).all()) for value in values)
 
 
 def _no_feed(node: Node, shape: tuple[int, ...]) -> Tensor:
@@ -193,30 +192,38 @@ def _large_integers(steps: Sequence[Step]) -> dict[int, int]:
     return {large: 5 + 3 * i for i, large in enumerate(sorted(found))}
 
 
-def _trials(steps: Sequence[Step], query: sympy.Expr, key: sympy.Expr) -> list[Sizes]:
-    """The traced sizes, and the same with every length symbol moved past `SMALL`."""
+def _trials(hints: Mapping[sympy.Symbol, int], query: sympy.Expr, key: sympy.Expr) -> list[Sizes]:
+    """The traced sizes; the same with the length symbols moved past `SMALL`; and with all of them different.
+
+    Symbols traced at one number often have to agree (a mask and the tokens), so the second keeps them
+    alike; the third tells queries from keys where it can be run at all.
+    """
+    lengths = sorted(query.free_symbols | key.free_symbols, key=str)
+    traced = {**dict.fromkeys(lengths, 7), **hints}
+    if not lengths:
+        return [Sizes(traced)]
+    distinct = sorted({traced[symbol] for symbol in lengths})
+    longer = {hint: TRIAL_LENGTHS[min(i, len(TRIAL_LENGTHS) - 1)] for i, hint in enumerate(distinct)}
+    alike = {symbol: longer[hint] if symbol in lengths else hint for symbol, hint in traced.items()}
+    trials = [Sizes(traced), Sizes(alike)]
+    if len(lengths) > len(distinct):
+        different = dict(zip(lengths, TRIAL_LENGTHS, strict=False))
+        trials.append(Sizes({**traced, **different}))
+    return trials
+
+
+def size_hints(graph: Graph) -> dict[sympy.Symbol, int]:
+    """The number each size symbol of a graph had when it was traced."""
     hints: dict[sympy.Symbol, int] = {}
-    values = [n.meta.get("val") for term in _terms(steps) for n in term.graph.nodes]
-    for value in values:
+    for node in graph.nodes:
+        value = node.meta.get("val")
         for size in value.shape if isinstance(value, Tensor) else (value,):
             if isinstance(size, torch.SymInt):
                 environment = size.node.shape_env
+                known = getattr(environment, "backed_var_to_val", None) or environment.var_to_val
                 for symbol in size.node.expr.free_symbols - hints.keys():
-                    known = (
-                        environment.backed_var_to_val
-                        if hasattr(environment, "backed_var_to_val")
-                        else environment.var_to_val
-                    )
                     hints[symbol] = int(known.get(symbol, 7))
-    for symbol in (query.free_symbols | key.free_symbols) - hints.keys():
-        hints[symbol] = 7
-    lengths = query.free_symbols | key.free_symbols
-    if not lengths:
-        return [Sizes(hints)]
-    distinct = sorted({hints[symbol] for symbol in lengths})
-    longer = {hint: TRIAL_LENGTHS[min(i, len(TRIAL_LENGTHS) - 1)] for i, hint in enumerate(distinct)}
-    moved = {s: longer[h] if s in lengths else h for s, h in hints.items()}
-    return [Sizes(hints), Sizes(moved)]
+    return hints
 
 
 def _scene(
@@ -296,18 +303,18 @@ def _pattern(scenes: Sequence[Scene], square: bool) -> tuple[Pattern, int | None
     for pattern, width in candidates:
         for top_left in (False, True):
             if all(_explains(scene.visible, pattern, width, top_left) for scene in scenes):
-                return pattern, width, top_left and not square and pattern is not Pattern.FULL
+                aligned = square or pattern in (Pattern.FULL, Pattern.BAND)
+                return pattern, width, top_left and not aligned
     return None
 
 
 def _padding(
     steps: Sequence[Step],
-    trials: Sequence[Sizes],
+    ran: Sequence[tuple[Sizes, Scene]],
     query: sympy.Expr,
     key: sympy.Expr,
     roles: dict[Node, Role],
     replaced: dict[int, int],
-    plain: Sequence[Scene],
 ) -> bool | None:
     """Whether switching input entries switches keys off, whole columns at a time; None if it does anything
     else.
@@ -316,7 +323,7 @@ def _padding(
     for node, role in roles.items():
         if role not in ("ones", "zeros"):
             continue
-        for sizes, before in zip(trials, plain, strict=False):
+        for sizes, before in ran:
             shape = sizes.shape(node.meta["val"])
             flipped = _fill(role, node, shape)
             if not flipped.numel():

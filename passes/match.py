@@ -29,7 +29,7 @@ from .axes import (
     resolve,
     shape_of,
 )
-from .cone import SHAPE_ONLY
+from .cone import SECOND_SHAPE_ONLY, SHAPE_ONLY
 from .contraction import Contraction, Label, read_contraction
 from .site import Reason
 from .steps import SCORE_STEPS, WEIGHT_STEPS, Effect, Row
@@ -81,7 +81,8 @@ class Traced:
 class Walk:
     """Everything the walk from one anchor found, in the atoms of its operands.
 
-    groups: pairs of axes of two operands that hold the same batch pieces.
+    batch, value_batch: pairs of axes of (leading, other operand) and (weights, value) that hold the same
+    pieces; query_leads: the query is the leading operand of the score product.
     """
 
     anchor: Node
@@ -93,6 +94,7 @@ class Walk:
     key_chain: list[tuple[Node, Layout]]
     value_chain: list[tuple[Node, Layout]]
     batch: list[tuple[Axis, Axis]]
+    query_leads: bool
     value_batch: list[tuple[Axis, Axis]]
     query_own: list[Axis]
     key_axis: Axis
@@ -112,13 +114,25 @@ def short_name(node: Node) -> str:
     return str(node.target).removeprefix("aten.").split(".")[0] if node.op == "call_function" else node.op
 
 
+def reads_shape_only(user: Node, node: Node) -> bool:
+    """`user` reads the size or dtype of `node` and none of its values."""
+    places = [i for i, argument in enumerate(user.args) if argument is node]
+    return (user.target in SHAPE_ONLY and places == [0]) or (
+        user.target in SECOND_SHAPE_ONLY and places == [1]
+    )
+
+
 def real_users(node: Node) -> list[Node]:
-    """Users that read values: not metadata asserts, not size reads, not dead nodes."""
-    return [
-        u
-        for u in node.users
-        if not (u.target in SHAPE_ONLY and u.args[0] is node) and (u.users or u.op == "output")
-    ]
+    """Users that read values: not metadata asserts, not size reads, not dead nodes, not the test of a NaN
+    guard.
+    """
+    users = [u for u in node.users if (u.users or u.op == "output") and not reads_shape_only(u, node)]
+    return [u for u in users if not _tests_for_nan(u, users)]
+
+
+def _tests_for_nan(user: Node, others: list[Node]) -> bool:
+    """`user` is the isnan of a tensor whose only reader replaces the NaNs of the same tensor."""
+    return user.target is aten.isnan.default and all(reader in others for reader in user.users)
 
 
 # --- anchors -----------------------------------------------------------------------------------------------
@@ -280,7 +294,7 @@ def _weight_carriers(node: Node, rows: dict[Any, Row]) -> list[Node]:
 
 
 def _is_sink_slice(node: Node) -> bool:
-    return node.target is aten.slice.Tensor
+    return node.target in (aten.slice.Tensor, aten.narrow.default)
 
 
 def _reaches_contraction(node: Node, rows: dict[Any, Row], depth: int = 8) -> bool:
@@ -387,10 +401,12 @@ def _explain(
     layout = _output_layout(scores, left, right, batch)
 
     trace, spelling = _start(scores, layout)
+    inner = list(anchor.inner)
     current = scores.node
     for node in path:
         effects, layout = _read_step(node, current, layout, score_rows)
-        trace += [Traced(effect, layout) for effect in effects]
+        inner += [n for effect in effects if effect.kind == "shift" for n in _between(effect.term, current)]
+        trace += [Traced(effect, layout) for effect in effects if effect.kind != "shift"]
         spelling += [] if node.target in VIEWS and not effects else [short_name(node)]
         current = node
     key_axis = leaves(layout[anchor.dim])
@@ -475,7 +491,8 @@ def _explain(
         query_chain=left_chain if key_on_right else right_chain,
         key_chain=right_chain if key_on_right else left_chain,
         value_chain=value_chain,
-        batch=batch if key_on_right else [(b, a) for a, b in batch],
+        batch=batch,
+        query_leads=key_on_right,
         value_batch=value_batch,
         query_own=left_only if key_on_right else right_only,
         key_axis=key_axis,
@@ -485,10 +502,24 @@ def _explain(
         value_feature=value_axes[features[0]],
         output_layout=output_layout,
         trace=trace,
-        body=[scores.node, *path, *anchor.inner, anchor.node, *weight_path],
+        body=[scores.node, *path, *inner, anchor.node, *weight_path, *_nan_tests(weight_path)],
         spelling=spelling,
         contractions=(scores.node, output),
     )
+
+
+def _between(node: Node | None, source: Node) -> list[Node]:
+    """`node` and what it is computed through from `source`, along first arguments."""
+    found = []
+    while isinstance(node, Node) and node is not source:
+        found.append(node)
+        first = node.args[0]
+        node = first if isinstance(first, Node) else None
+    return found
+
+
+def _nan_tests(path: list[Node]) -> list[Node]:
+    return [test for node in path for test in node.all_input_nodes if test.target is aten.isnan.default]
 
 
 def _is_parameter(node: Node) -> bool:
@@ -564,7 +595,7 @@ def _read_sink_slice(
 ) -> Effect:
     if not any(t.effect.kind == "sink" for t in trace):
         raise Refused(Reason.VALUE_STEP, node, "part of the attention weights is cut off", "weights")
-    _, dim, start, end = (*node.args, *(None,) * 4)[:4]
+    _, dim, start = (*node.args, None, None)[:3]
     axis = (dim or 0) % len(layout)  # type: ignore[operator]
     side = next(t.effect.value for t in trace if t.effect.kind == "sink")
     length = shape_of(weights)

@@ -12,7 +12,7 @@ from torch.fx import GraphModule, Node
 from .capture import source_line, to_dialect
 from .flex import expand_flex, find_flex
 from .fused import FUSED, read_fused
-from .graphs import clone
+from .graphs import clone, prune
 from .inplace import functionalise
 from .lower import lower_site
 from .mask import MaskReader
@@ -46,7 +46,8 @@ def _analyse(
 
     A flex node that the walk cannot explain once spelled out is put back and refused as itself.
     """
-    base = functionalise(to_dialect(graph_module, example_inputs))
+    base = clone(functionalise(to_dialect(graph_module, example_inputs)))
+    prune(base.graph)
     names = [node.name for node in find_flex(base.graph)]
     refused: dict[str, Refused] = {}
     while True:
@@ -82,7 +83,7 @@ def _refusal(refused: Refused, anchor: Node, culprit: Node | None = None) -> Ref
 
 
 def _match(graph_module: GraphModule, score_steps: Sequence[Row]) -> MatchReport:
-    masks = MaskReader()
+    masks = MaskReader(graph_module.graph)
     sites: list[Site] = []
     refusals: list[Refusal] = []
 
@@ -112,7 +113,7 @@ def raise_attention(
 
     Outputs and gradients equal the original's within the dtype's tolerance. Arguments as `find_attention`.
     """
-    report = _analyse(clone(to_dialect(graph_module, example_inputs)), None, score_steps)
+    report = _analyse(graph_module, example_inputs, score_steps)
     for site in report.sites:
         raise_site(report.graph_module, site)
     return finish(
@@ -132,7 +133,7 @@ def lower_attention(
     The module is added as `attention_<n>` and called as `module(query, key, value, key_mask=...,
     query_start=...)` on canonical layout, see `lower.lower_site`.
     """
-    report = _analyse(clone(to_dialect(graph_module, example_inputs)), None, score_steps)
+    report = _analyse(graph_module, example_inputs, score_steps)
     lowered = report.graph_module
     count = 0
     for site in report.sites:

@@ -94,7 +94,7 @@ def _add(sign: float) -> Reader:
         if not isinstance(other, Node):
             return f"{other!r} is added to the scores"
         if sign < 0 and _is_row_maximum(other, scores):
-            return []  # softmax is invariant to a shift of the whole row
+            return [Effect("shift", None, other)]  # softmax does not see a shift of the whole row
         return [Effect("add", sign * float(alpha), other)]
 
     return read
@@ -124,6 +124,8 @@ def _is_row_maximum(node: Node, scores: Node) -> bool:
 
 def _fill(node: Node, scores: Node) -> list[Effect] | str:
     mask, value = node.args[1], _number(node.args[2])
+    if _is_nan_of(mask, scores) and value == 0:
+        return [Effect("nan_to_num")]
     if value is None or not isinstance(mask, Node):
         return "the value that masked_fill writes into the scores is not a constant"
     return [Effect("fill", value, mask)]
@@ -136,9 +138,15 @@ def _where(node: Node, scores: Node) -> list[Effect] | str:
     if value is None:
         filler = node.args[3 - position]
         value = _filled_with(filler) if isinstance(filler, Node) else None
+    if position == 2 and value == 0 and _is_nan_of(condition, scores):
+        return [Effect("nan_to_num")]
     if value is None or not isinstance(condition, Node):
         return "the value that where writes into the scores is not a constant"
     return [Effect("keep" if position == 1 else "fill", value, condition)]
+
+
+def _is_nan_of(node: Any, tensor: Node) -> bool:
+    return isinstance(node, Node) and node.target is aten.isnan.default and node.args[0] is tensor
 
 
 def _filled_with(node: Node) -> float | None:
