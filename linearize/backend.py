@@ -9,7 +9,7 @@ parameters belong to a `Backend`, which the user holds:
     optimizer = AdamW([*model.parameters(), *backend.parameters()])
 
 A site's parameters are found again by its owner: by *which* tensor the owner's first parameter is, and by the
-owner's path and the site's place in it. Names alone would not do: a new shape is a new graph of the same owner,
+owner's path and the site's place in it. Names alone would not do: a new shape is a new graph of one owner,
 and after a graph break dynamo compiles a layer's code once and runs it for every layer, with that layer's
 weights as inputs. So each compiled graph takes the new parameters as further inputs, chosen at every call.
 
@@ -82,8 +82,8 @@ class _Entry:
 class Backend:
     """A dynamo backend that rewrites attention, and the owner of the parameters this adds.
 
-    config: a `LinearizeConfig` or a mapping of its fields; further fields as keyword arguments. Unless it
-        is a `LinearizeConfig`, `on_refusal` is "keep": what cannot be rewritten stays softmax and is reported.
+    config: a `LinearizeConfig` or a mapping of its fields; further fields as keyword arguments. Unless it is
+        a `LinearizeConfig`, `on_refusal` is "keep": what cannot be rewritten stays softmax, and in `report`.
         `layers` and `keep_softmax` go by the paths that dynamo shows: complete ones, unless a graph break
         inside a layer makes it start from that layer.
     inner: the backend that compiles the rewritten graph: a registered name such as "inductor", "aot_eager" or
@@ -227,11 +227,30 @@ class Backend:
                 log.warning("left as softmax: %s (%s): %s", row.path or "the model", row.source, row.message)
             self._rows[name] = row
         blocking = [r for r in match.refusals if r.reason is not Reason.NOT_ATTENTION]
+        self._check_consistent(refused, match, graph)
         if self.config.on_refusal == "error" and (refused or blocking):
             texts = [f"{path or '(root)'}: {text}" for (path, _), (_, text) in refused.items()]
             texts += [f"{refusal.path or '(root)'}: {refusal.message}" for refusal in blocking]
             raise RefusedError(f"attention that cannot be rewritten: {'; '.join(texts)}", self.report)
         return places
+
+    def _check_consistent(
+        self, refused: Mapping[tuple[str, int], tuple[str, str]], match: MatchReport, graph: GraphModule
+    ) -> None:
+        """Refuse a graph that would run softmax where an earlier one of the same owner is linear."""
+        if self.config.mechanism == "softmax":
+            return
+        texts = [(path, message) for (path, _), (_, message) in refused.items()]
+        texts += [(refusal.path, refusal.message) for refusal in match.refusals]
+        for path, message in texts:
+            anchor = _anchor(graph, path)[1]
+            if any(entry.place.path == path and entry.belongs_to(anchor) for entry in self._entries):
+                raise RefusedError(
+                    f"the attention of {path or 'the model'} was rewritten in an earlier graph and cannot be "
+                    f"in this one: {message}. Softmax here and linear attention there would be wrong without a "
+                    "word; for decoding with a cache use linearize(model) instead of the backend.",
+                    self.report,
+                )
 
     def _place(self, site: Site, slot: int, graph: GraphModule) -> _Place | tuple[str, str]:
         """Where and what to build for `site`, or (reason, sentence) where that is not certain."""

@@ -36,6 +36,7 @@ from .dialect import (
     plain_stack,
     symbolic_axes,
 )
+from .fastpath import FASTPATH
 
 
 def from_dynamo(gm: GraphModule, example_inputs: Sequence[Any]) -> GraphModule:
@@ -144,6 +145,8 @@ class _Rerun(Interpreter):
     The body of a checkpointed region comes in line, its nodes tagged for the partitioner as AOTAutograd tags
     them: attention inside is attention, and its activations are still recomputed in the backward pass.
 
+    torch's fused inference calls are spelled out (`fastpath.py`).
+
     A user's `autograd.Function` stays one opaque call: traced through, it would lose its own backward.
     """
 
@@ -157,7 +160,7 @@ class _Rerun(Interpreter):
             return _Rerun(_tagged(body)).run(*inputs)
         if target is torch.ops.higher_order.autograd_function_apply:
             return _opaque(target, args, kwargs)
-        return super().call_function(target, args, kwargs)
+        return super().call_function(FASTPATH.get(target, target), args, kwargs)
 
 
 def _tagged(body: GraphModule) -> GraphModule:
