@@ -37,10 +37,8 @@ class Heads:
     def _sort(self) -> tuple[Axis, Axis, Axis]:
         walk = self.walk
         own = [leaf for axis in walk.query_own for leaf in leaves(axis)]
-        if not own:
-            raise Refused(Reason.AXES, walk.output, "the queries have no axis of their own", "axes")
         sequence = _sequence(own, leaves(walk.key_axis))
-        grouped = [leaf for leaf in own if leaf is not sequence]
+        grouped = [leaf for leaf in own if leaf not in sequence]
         self.query_of.update((leaf, leaf) for leaf in grouped)
         self.key_of.update((leaf, None) for leaf in grouped)
 
@@ -56,7 +54,7 @@ class Heads:
         if heads:
             heads |= {leaf for leaf in rest if self._repeats_a_head(leaf, layout)}
         batch = tuple(leaf for leaf in rest if leaf not in heads)
-        return batch, tuple(leaf for leaf in rest if leaf in heads), (sequence,)
+        return batch, tuple(leaf for leaf in rest if leaf in heads), sequence
 
     def _place(self, leaf: Atom, places: dict[Atom, int], shared: list[Atom]) -> tuple[int, int]:
         """Order of the query's axes; pieces the query does not have come first, in the scores' order."""
@@ -139,17 +137,17 @@ class Heads:
         return Operand(term, relayout)
 
 
-def _sequence(own: list[Atom], keys: Axis) -> Atom:
+def _sequence(own: list[Atom], keys: Axis) -> Axis:
     """The query axis among the pieces only the query has: the one of variable size, else one as long as
     the keys.
     """
-    if len(own) == 1:
-        return own[0]
+    if len(own) <= 1:
+        return tuple(own)  # a single query has no axis
     variable = [leaf for leaf in own if not leaf.size.is_Integer]
     if len(variable) == 1:
-        return variable[0]
+        return (variable[0],)
     alike = [leaf for leaf in own if leaf.size in {key.size for key in keys}]
-    return (alike or own)[-1]
+    return ((alike or own)[-1],)
 
 
 def _likely_heads(rest: list[Atom], layout: Layout) -> list[Atom]:

@@ -321,26 +321,28 @@ def _padding(
     """
     found = False
     for node, role in roles.items():
-        if role not in ("ones", "zeros"):
-            continue
         for sizes, before in ran:
-            shape = sizes.shape(node.meta["val"])
-            flipped = _fill(role, node, shape)
-            if not flipped.numel():
-                continue
-            generator = torch.Generator().manual_seed(0)
-            off = torch.rand(shape, generator=generator) < 0.4
-            if shape:
-                off[..., -1] = False  # the last key stays, so that no row loses every key
-            flipped = torch.where(off, 1 - flipped.to(torch.int64), flipped.to(torch.int64)).to(flipped.dtype)
-            after = _scene(steps, sizes, query, key, {**roles, node: flipped}, replaced)
-            if after is None:
-                return None
-            gone = before.visible & ~after.visible
-            if bool((after.visible & ~before.visible).any()):
-                return None
-            columns = gone.any(dim=-2, keepdim=True)
-            if bool((gone != (before.visible & columns)).any()):
-                return None
-            found |= bool(gone.any())
+            for changed in _changes(role, node, sizes.shape(node.meta["val"])):
+                after = _scene(steps, sizes, query, key, {**roles, node: changed}, replaced)
+                if after is None or bool((after.visible & ~before.visible).any()):
+                    return None
+                gone = before.visible & ~after.visible
+                columns = gone.any(dim=-2, keepdim=True)
+                if bool((gone != (before.visible & columns)).any()):
+                    return None
+                found |= bool(gone.any())
     return found
+
+
+def _changes(role: Role, node: Node, shape: tuple[int, ...]) -> list[Tensor]:
+    """Other values an input of this role may hold: some keys switched off, all positions moved."""
+    plain = _fill(role, node, shape)
+    if not plain.numel():
+        return []
+    if role == "positions":
+        return [plain + 3]
+    off = torch.rand(shape, generator=torch.Generator().manual_seed(0)) < 0.4
+    if shape:
+        off[..., -1] = False  # the last key stays, so that no row loses every key
+    others = {"ones": (0,), "zeros": (1,), "tokens": (0, 1)}[role]
+    return [torch.where(off, torch.full_like(plain, other), plain) for other in others]

@@ -43,7 +43,7 @@ FUSED = aten.scaled_dot_product_attention.default
 SOFTMAX = {
     target: safe
     for names, safe in (
-        (("softmax.int", "_softmax.default", "special_softmax.int"), False),
+        (("softmax.int", "_softmax.default", "special_softmax.default"), False),
         (("_safe_softmax.default",), True),
     )
     for target in _targets(*names)

@@ -5,15 +5,16 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
 from torch.fx import Node
 
-from .axes import view_source
+from .axes import _targets, view_source
 from .capture import module_path, source_line
 from .cone import cone
+from .fused import FUSED, arguments
 from .graphs import written_arguments
 from .heads import Heads
 from .mask import MaskReader
@@ -104,11 +105,16 @@ def check_terms(walk: Walk, program: Sequence[Step]) -> None:
                     "a mask or bias of the scores is computed from the scores",
                     "terms",
                 )
-            if (
-                torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
-                and node.target is not aten.dropout.default
-            ):
+            if _is_random(node):
                 raise Refused(Reason.SCORE_STEP, node, "a random tensor is added to the scores", "terms")
+
+
+def _is_random(node: Node) -> bool:
+    if torch.Tag.nondeterministic_seeded not in getattr(node.target, "tags", ()):
+        return False
+    if node.target is aten.dropout.default:
+        return bool(node.args[1] and node.args[2])
+    return node.target is not FUSED or arguments(node)["dropout_p"] != 0.0
 
 
 def _root(node: Node) -> Node:
@@ -117,24 +123,42 @@ def _root(node: Node) -> Node:
     return node
 
 
-def check_mutation(walk: Walk, program: Sequence[Step], operands: Iterable[Operand]) -> None:
-    """No tensor of the site is written between the first node of the site and its output."""
-    read = [operand.node for operand in operands] + [
-        step.term.node for step in program if step.term is not None
-    ]
-    roots = {_root(node) for node in [*walk.body, *read]}
+_COPIES = frozenset(
+    _targets("contiguous.default", "clone.default", "reshape.default", "repeat.default", "to.dtype",
+             "repeat_interleave.self_int", "flatten.using_ints", "_to_copy.default")
+)  # fmt: skip
+"""Views that may copy, so that a later write to their source does not reach them."""
+
+
+def check_mutation(walk: Walk, program: Sequence[Step], operands: Sequence[Operand]) -> None:
+    """Nothing the site reads is written between where it was read and its output, where it will be read."""
     order = {node: position for position, node in enumerate(walk.output.graph.nodes)}
-    start = min(order[node] for node in [*walk.body, *read])
+    end = order[walk.output]
+    start = min([order[node] for node in walk.body], default=end)
+    read_from: dict[Node, int] = {}
+    for operand, original in zip(operands, (walk.query, walk.key, walk.value), strict=True):
+        copied = [order[node] for node in _chain(original, operand.node) if node.target in _COPIES]
+        read_from[_root(original)] = min([start, *copied])
+    for node in [*walk.body, *(step.term.node for step in program if step.term is not None)]:
+        read_from.setdefault(_root(node), start)
     for node, position in order.items():
-        if start < position < order[walk.output]:
-            for target in written_arguments(node):
-                if _root(target) in roots and node not in read:
-                    raise Refused(
-                        Reason.MUTATION,
-                        node,
-                        f"{short_name(node)} writes {target} in place inside the attention",
-                        "mutation",
-                    )
+        for target in written_arguments(node) if position < end else ():
+            if position > read_from.get(_root(target), end):
+                raise Refused(
+                    Reason.MUTATION,
+                    node,
+                    f"{short_name(node)} writes {target} in place inside the attention",
+                    "mutation",
+                )
+
+
+def _chain(node: Node, source: Node) -> list[Node]:
+    """`node` and the views between it and `source`, which is left out."""
+    found = []
+    while node is not source and (before := view_source(node)) is not None:
+        found.append(node)
+        node = before
+    return found
 
 
 # --- the program ------------------------------------------------------------------------------------------
