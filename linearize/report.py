@@ -121,17 +121,19 @@ class Report:
         from rich.text import Text
 
         table = Table(title=Text(self.summary), title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
-        for name, fold in _COLUMNS:
-            table.add_column(name, overflow="fold" if fold else "ellipsis", no_wrap=not fold)
+        # Two lines a row, so that 80 columns are enough for most models.
+        for name in ("module, source", "spelling", "B,H,T,S,D", "mask", "scale", "outcome"):
+            table.add_column(name, overflow="fold", no_wrap=name == "B,H,T,S,D")
         for row in self.rows:
-            cells = [Text(cell) for cell in _cells(row)]
-            cells[_VERDICT].stylize(_STYLE[row.verdict])
-            table.add_row(*cells)
+            module, source, spelling, shape, mask, scale, verdict, outcome = _cells(row)
+            site = Text(f"{module}\n").append(source, "dim")
+            said = Text(verdict, _STYLE[row.verdict]).append(f": {outcome}" if outcome else "", "default")
+            table.add_row(site, *map(Text, (spelling, shape, mask, scale)), said)
         return table
 
     def to_html(self) -> str:
         """One self-contained page: no script, no outside file; everything taken from the model is escaped."""
-        head = "".join(f"<th>{html.escape(name)}</th>" for name, _ in _COLUMNS)
+        head = "".join(f"<th>{html.escape(name)}</th>" for name in _COLUMNS)
         body = "\n".join(
             f'<tr class="{row.verdict}">'
             + "".join(f"<td>{html.escape(cell)}</td>" for cell in _cells(row))
@@ -145,16 +147,15 @@ class Report:
 
 
 _COLUMNS = (
-    ("module", True),
-    ("source", True),
-    ("spelling", True),
-    ("B,H,T,S,D", False),
-    ("mask", True),
-    ("scale", False),
-    ("verdict", False),
-    ("becomes, or why not", True),
+    "module",
+    "source",
+    "spelling",
+    "B,H,T,S,D",
+    "mask",
+    "scale",
+    "verdict",
+    "becomes, or why not",
 )
-_VERDICT = 6
 
 _PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>{title}</title>
@@ -226,10 +227,8 @@ def inspect(
 
 
 def _describe(config: LinearizeConfig) -> str:
-    """What a site becomes, for example `augmented (group_size=64, conv_taps=32)`."""
-    if config.mechanism == "softmax":
-        return "softmax, exact"
-    return f"{config.mechanism} (group_size={config.group_size}, conv_taps={config.conv_taps})"
+    """What a site becomes under `config`."""
+    return "softmax, exact" if config.mechanism == "softmax" else config.mechanism
 
 
 def _converted_rows(state: LinearizeState) -> tuple[Row, ...]:

@@ -33,7 +33,7 @@ def run(console: Console) -> None:
     began = time.perf_counter()
     model, tokenizer = load_demo()
     name, text = held_out_text()
-    ids = windows(tokenizer(text, return_tensors="pt").input_ids[0])
+    ids = windows(encode(tokenizer, text))
     parameters = sum(p.numel() for p in model.parameters())
     console.print(
         f"A {type(model).__name__} of {parameters / 1e6:.1f} million parameters, trained on the Python "
@@ -55,7 +55,7 @@ def run(console: Console) -> None:
     linear, seconds = timed(lambda: linearize(copy.deepcopy(model)))
     console.print(f"linearize(model) took {seconds:.1f} s, finding, proving and rewriting included.\n")
     before, after = perplexity(model, ids), perplexity(linear, ids)
-    tune, tune_seconds = timed(lambda: adapt(linear, windows(tokenizer(training_text()).input_ids)))
+    tune, tune_seconds = timed(lambda: adapt(linear, windows(encode(tokenizer, training_text()))))
     tuned = perplexity(linear, ids)
     console.print(
         f"perplexity on the text above:  softmax {before:.1f}   converted {after:.1f}   "
@@ -111,11 +111,15 @@ def training_text() -> str:
     return "\n".join(path.read_text(encoding="utf-8") for path in files if path.is_file())
 
 
-def windows(ids: Any) -> Tensor:
-    """Token ids `[N]` cut into `[N // WINDOW, WINDOW]`, at most 16 windows; the rest is dropped."""
-    stream = torch.as_tensor(ids)
-    count = max(1, stream.numel() // WINDOW)
-    return stream[: count * WINDOW].reshape(count, -1)
+def encode(tokenizer: Any, text: str) -> Tensor:
+    """Token ids `[N]` of a whole file, for which calling the tokenizer itself would print a warning."""
+    return torch.tensor(tokenizer.backend_tokenizer.encode(text).ids)
+
+
+def windows(ids: Tensor) -> Tensor:
+    """Token ids `[N]` cut into `[N // WINDOW, WINDOW]`; the rest is dropped."""
+    count = max(1, ids.numel() // WINDOW)
+    return ids[: count * WINDOW].reshape(count, -1)
 
 
 @torch.no_grad()
