@@ -247,7 +247,7 @@ class Backend:
             if any(entry.place.path == path and entry.belongs_to(anchor) for entry in self._entries):
                 raise RefusedError(
                     f"the attention of {path or 'the model'} was rewritten in an earlier graph and cannot be "
-                    f"in this one: {message}. Softmax here and linear attention there would be wrong without a "
+                    f"in this one: {message}. Softmax here and linear there would be wrong without a "
                     "word; for decoding with a cache use linearize(model) instead of the backend.",
                     self.report,
                 )
