@@ -20,7 +20,7 @@ from .apply import (
     use_compact_masks,
 )
 from .config import LinearizeConfig
-from .errors import ConfigError, InputError, InvalidModelError, VerificationError
+from .errors import ConfigError, InputError, InvalidModelError, RefusedError, VerificationError
 from .inputs import example_inputs
 from .passes import find_attention
 from .passes.capture import capture

@@ -125,7 +125,7 @@ def _distinct(leaves: Sequence[Any]) -> tuple[list[Tensor], tuple[int, ...]]:
 def _form(value: Any) -> Any:
     """What a graph is specific to: structure, dtypes, devices, axes of size one, and everything not a tensor."""
     if isinstance(value, Tensor):
-        return value.dtype, value.device, tuple(size == 1 for size in value.shape)
+        return value.dtype, value.device, tuple(bool(size == 1) for size in value.shape)
     if isinstance(value, (tuple, list)):
         return tuple(_form(item) for item in value)
     if isinstance(value, dict):

@@ -190,6 +190,8 @@ def plan_sites(model: nn.Module, report: MatchReport, config: LinearizeConfig) -
         raise NoAttentionError(
             f"{type(model).__name__} holds no softmax attention that this package recognises"
         )
+    # A module held under several names is one owner: the name it is found under first.
+    names = {id(module): name for name, module in model.named_modules()}
     slots: Counter[tuple[str, int]] = Counter()
     planned: dict[tuple[str, int], SitePlan] = {}
     skipped: list[Skipped] = []
@@ -200,28 +202,29 @@ def plan_sites(model: nn.Module, report: MatchReport, config: LinearizeConfig) -
         if refusal.reason not in _HARMLESS and not kept(config, refusal.path, _index(model, refusal)):
             blocked.append(skip)
     for site in report.sites:
-        index = layer_index(model, site.path)
+        path = names[id(model.get_submodule(site.path))]
+        index = layer_index(model, path)
         slot = slots[site.path, site.call]
         slots[site.path, site.call] += 1
-        if kept(config, site.path, index):
+        if kept(config, path, index):
             skipped.append(
-                Skipped(site.path, site.ordinal, "kept", "left as softmax by `layers` or `keep_softmax`")
+                Skipped(path, site.ordinal, "kept", "left as softmax by `layers` or `keep_softmax`")
             )
             continue
         problem = _problem(site, config)
         if problem is not None:
-            skip = Skipped(site.path, site.ordinal, *problem)
+            skip = Skipped(path, site.ordinal, *problem)
             skipped.append(skip)
             blocked.append(skip)
             continue
-        seen = planned.get((site.path, slot))
+        seen = planned.get((path, slot))
         if seen is None:
             spec = site_spec(site)
-            planned[site.path, slot] = SitePlan(
-                site.path, slot, "", spec, index, site.mask.label, calls=1, source=site.source
+            planned[path, slot] = SitePlan(
+                path, slot, "", spec, index, site.mask.label, calls=1, source=site.source
             )
         else:
-            planned[site.path, slot] = dataclasses.replace(seen, calls=seen.calls + 1)
+            planned[path, slot] = dataclasses.replace(seen, calls=seen.calls + 1)
     _raise_blocked(blocked, config, report)
     owners_blocked = {skip.path for skip in blocked}
     sites = tuple(site for site in planned.values() if site.path not in owners_blocked)
