@@ -130,7 +130,11 @@ def regroup(layout: Layout, shape: Sequence[sympy.Expr]) -> Layout | None:
 
 
 def pair(left: Axis, right: Axis) -> list[tuple[Atom, Atom]] | None:
-    """Match two axes of equal size piece by piece, splitting where one is finer; None if they do not fit."""
+    """Match two axes of equal size piece by piece, splitting where one is finer; None if they do not fit.
+
+    The operator that joins the axes demands that they agree, so two last pieces of variable size are one
+    even where two inputs (past keys, past values) name that size differently.
+    """
     lefts, rights = list(leaves(left)), list(leaves(right))
     pairs = []
     while lefts and rights:
@@ -142,7 +146,7 @@ def pair(left: Axis, right: Axis) -> list[tuple[Atom, Atom]] | None:
             elif (inner := quotient(b.size, a.size)) is not None:
                 b, remainder = b.split(a.size, inner)
                 rights.insert(0, remainder)
-            else:
+            elif lefts or rights or (a.size.is_Integer and b.size.is_Integer):
                 return None
         pairs.append((a, b))
     return None if lefts or rights else pairs

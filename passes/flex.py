@@ -15,9 +15,9 @@ import torch
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_arg
 
+from .anchors import Refused
 from .axes import shape_of
 from .graphs import remove_dead
-from .match import Refused
 from .site import Reason
 
 aten = torch.ops.aten

@@ -9,8 +9,9 @@ import sympy
 import torch
 from torch.fx import Node
 
+from .anchors import Refused
 from .axes import Atom, Axis, Layout, leaves, pair, provenance, quotient, resolve, shape_of
-from .match import Refused, Traced, Walk
+from .match import Traced, Walk
 from .site import Reason
 from .steps import Effect
 

@@ -9,8 +9,9 @@ from collections.abc import Sequence
 
 from torch.fx import Node
 
+from .anchors import Refused
 from .axes import Atom, Axis, Layout, leaves, pair, resolve
-from .match import Refused, Walk, term_layout
+from .match import Walk, term_layout
 from .relayout import plan_relayout
 from .site import KVKind, KVMap, Operand, Reason, Relayout
 

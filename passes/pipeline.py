@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 from torch.fx import GraphModule, Node
 
+from .anchors import Refused, find_anchors
 from .capture import source_line, to_dialect
 from .flex import expand_flex, find_flex
 from .fused import FUSED, read_fused
@@ -16,7 +17,7 @@ from .graphs import clone, prune
 from .inplace import functionalise
 from .lower import lower_site
 from .mask import MaskReader
-from .match import Refused, Walk, find_anchors, walk
+from .match import Walk, walk
 from .raise_ import raise_site
 from .site import MatchReport, Reason, Refusal, Site
 from .steps import SCORE_STEPS, Row

@@ -11,6 +11,7 @@ from dataclasses import replace
 import torch
 from torch.fx import Node
 
+from .anchors import Refused
 from .axes import _targets, view_source
 from .capture import module_path, source_line
 from .cone import cone
@@ -18,7 +19,7 @@ from .fused import FUSED, arguments
 from .graphs import written_arguments
 from .heads import Heads
 from .mask import MaskReader
-from .match import Refused, Traced, Walk, reads_shape_only, short_name
+from .match import Traced, Walk, reads_shape_only, short_name
 from .site import Operand, Reason, Site, Step
 
 aten = torch.ops.aten
