@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from io import StringIO
 from typing import TYPE_CHECKING, Any
 
-from .passes.site import MatchReport, Refusal, Site, Size
+from .passes.site import MatchReport, Reason, Refusal, Site, Size
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -223,6 +223,13 @@ def inspect(
             becomes[site.path, site.ordinal] = _describe(settings)
         else:
             refused[site.path, site.ordinal] = found
+    # A module is rewritten as a whole or not at all.
+    stuck = {path for path, _ in refused}
+    stuck |= {found.path for found in match.refusals if found.reason is not Reason.NOT_ATTENTION}
+    for path, ordinal in [key for key in becomes if key[0] in stuck]:
+        del becomes[path, ordinal]
+        message = "another attention of this module cannot be rewritten"
+        refused[path, ordinal] = (Reason.OWNER.value, message)
     return Report(name, settings.mechanism, rows(match, refused, becomes))
 
 

@@ -20,9 +20,11 @@ from linearize.passes.site import (
     Relayout,
     Site,
 )
-from torch import fx
+from torch import Tensor, fx, nn
 
-from linearize.report import KEEP, REFUSED, REWRITE, Report, rows
+from linearize.api import linearize
+from linearize.errors import ConfigError, InputError, InvalidModelError
+from linearize.report import CONVERTED, KEEP, REFUSED, REWRITE, Report, inspect, rows
 
 
 def relayout(heads: int) -> Relayout:
@@ -133,6 +135,76 @@ def test_json_holds_every_field(report: Report) -> None:
         "Dv": 64,
     }
     assert data["rows"][1]["reason"] == "weights-escape"
+
+
+class TwoHeads(nn.Module):
+    """One owner, two attentions: the second returns its weights, which forbids rewriting it."""
+
+    def __init__(self, leak: bool) -> None:
+        super().__init__()
+        self.inner = Both(leak)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        return self.inner(x)
+
+
+class Both(nn.Module):
+    def __init__(self, leak: bool) -> None:
+        super().__init__()
+        self.proj = nn.Linear(16, 16)
+        self.leak = leak
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        q = self.proj(x).unflatten(-1, (2, 8)).transpose(1, 2)
+        first = nn.functional.scaled_dot_product_attention(q, q, q)
+        weights = (q @ q.mT * 0.5).softmax(-1)
+        return (first + weights @ q, weights) if self.leak else (first + weights @ q,)
+
+
+def test_inspect_shows_what_linearize_would_do_and_changes_nothing() -> None:
+    model = TwoHeads(leak=False)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    report = inspect(model, torch.randn(2, 9, 16))
+    assert [(row.path, row.ordinal, row.verdict) for row in report.rows] == [
+        ("inner", 0, REWRITE),
+        ("inner", 1, REWRITE),
+    ]
+    assert [row.becomes for row in report.rows] == ["augmented"] * 2
+    assert report.rows[1].scale == 0.5 and report.rows[1].source.startswith("test_report.py:")
+    kept = inspect(model, torch.randn(2, 9, 16), {"keep_softmax": ["inner"]})
+    assert {row.verdict for row in kept.rows} == {KEEP}
+    after = model.state_dict()
+    assert model.training and all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_a_module_with_one_refused_attention_is_refused_as_a_whole() -> None:
+    report = inspect(TwoHeads(leak=True), torch.randn(2, 9, 16))
+    assert [(row.verdict, row.reason) for row in report.rows] == [
+        (REFUSED, "owner"),
+        (REFUSED, "weights-escape"),
+    ]
+
+
+def test_a_converted_model_is_reported_from_its_plan() -> None:
+    model = TwoHeads(leak=False).eval()
+    linearize(model, torch.randn(2, 9, 16), group_size=4)
+    report = inspect(model)
+    assert [(row.path, row.ordinal, row.verdict) for row in report.rows] == [
+        ("inner", 0, CONVERTED),
+        ("inner", 1, CONVERTED),
+    ]
+    assert report.rows[0].shapes["D"] == 8
+
+
+def test_what_is_no_model_or_cannot_run_is_one_clear_error() -> None:
+    with pytest.raises(InvalidModelError, match="nn.Module"):
+        inspect(lambda x: x)  # type: ignore[arg-type]
+    with pytest.raises(InputError):
+        inspect(TwoHeads(leak=False))
+    with pytest.raises(InputError):
+        inspect(TwoHeads(leak=False), torch.randn(2, 9, 3))
+    with pytest.raises(ConfigError):
+        inspect(TwoHeads(leak=False), torch.randn(2, 9, 16), {"group": 4})
 
 
 class _Page(HTMLParser):
