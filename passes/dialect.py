@@ -161,7 +161,8 @@ def symbolic_axes(gm: GraphModule) -> dict[str, tuple[int, ...]]:
     for node in gm.graph.find_nodes(op="placeholder"):
         value = node.meta.get("val")
         if isinstance(value, Tensor):
-            axes = tuple(i for i, size in enumerate(value.shape) if isinstance(size, torch.SymInt))
+            sizes = list(enumerate(value.shape))
+            axes = tuple(i for i, s in sizes if isinstance(s, torch.SymInt) and s.node.maybe_as_int() is None)
             if axes:
                 found[str(node.target)] = axes
     return found

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch.fx import Node
+from torch.fx import Graph, Node
 
 from .anchors import Anchor, Refused
 from .axes import (
@@ -228,10 +228,10 @@ def _is_sink_slice(node: Node) -> bool:
     return node.target in (aten.slice.Tensor, aten.narrow.default)
 
 
-def _reaches_contraction(node: Node, rows: dict[Any, Row], depth: int = 8) -> bool:
+def _reaches_contraction(node: Node, rows: dict[Any, Row], depth: int = 8, skip_self: bool = False) -> bool:
     if read_contraction(node) is not None:
         return True
-    if depth == 0 or (node.target not in rows and not _is_sink_slice(node)):
+    if depth == 0 or (node.target not in rows and not _is_sink_slice(node) and not skip_self):
         return False
     return any(_reaches_contraction(user, rows, depth - 1) for user in real_users(node))
 
@@ -314,6 +314,16 @@ def _mixes_scores(culprit: Node, rows: dict[Any, Row]) -> bool:
     """The first argument of `culprit` comes from a contraction through score steps."""
     argument = culprit.args[0] if culprit.args else None
     return isinstance(argument, Node) and next(_score_paths(argument, rows), None) is not None
+
+
+def find_lookalikes(graph: Graph, score_steps: Sequence[Row] = SCORE_STEPS) -> Iterator[Node]:
+    """Sigmoids that stand where attention has its softmax: between a product of two tensors and one with values."""
+    score_rows = {target: row for row in score_steps for target in row.targets}
+    weight_rows = {target: row for row in WEIGHT_STEPS for target in row.targets}
+    for node in graph.nodes:
+        if node.target is aten.sigmoid.default and _reaches_contraction(node, weight_rows, skip_self=True):
+            if next(_score_paths(node.args[0], score_rows), None) is not None:
+                yield node
 
 
 def _explain(

@@ -17,7 +17,7 @@ from .graphs import clone, prune
 from .inplace import functionalise
 from .lower import lower_site
 from .mask import MaskReader
-from .match import Walk, walk
+from .match import Walk, find_lookalikes, walk
 from .raise_ import raise_site
 from .site import MatchReport, Reason, Refusal, Site
 from .steps import SCORE_STEPS, Row
@@ -100,6 +100,9 @@ def _match(graph_module: GraphModule, score_steps: Sequence[Row]) -> MatchReport
             attempt(node, partial(read_fused, node))
         elif node in anchors:
             attempt(node, partial(walk, anchors[node], score_steps))
+    for node in find_lookalikes(graph_module.graph, score_steps):
+        message = "the scores go through a sigmoid, not a softmax"
+        refusals.append(_refusal(Refused(Reason.NOT_ATTENTION, node, message, "softmax"), node))
     return MatchReport(graph_module, number_sites(sites), tuple(refusals))
 
 
