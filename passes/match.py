@@ -317,7 +317,9 @@ def _mixes_scores(culprit: Node, rows: dict[Any, Row]) -> bool:
 
 
 def find_lookalikes(graph: Graph, score_steps: Sequence[Row] = SCORE_STEPS) -> Iterator[Node]:
-    """Sigmoids that stand where attention has its softmax: between a product of two tensors and one with values."""
+    """Sigmoids that stand where attention has its softmax: between a product of two tensors and one with
+    values.
+    """
     score_rows = {target: row for row in score_steps for target in row.targets}
     weight_rows = {target: row for row in WEIGHT_STEPS for target in row.targets}
     for node in graph.nodes:
