@@ -40,7 +40,7 @@ class Facts:
     label: what the graph alone can know of it, where that is less (the mask is an input of arbitrary values).
     scale: product of all scalar scales, or "tensor" when one of them is a tensor. operand_scale: the part of
     it that is applied to q or k before the contraction, which belongs to the operands, not to the program.
-    kv: (kind, groups). cross: query and key lengths differ. sites: how many the model holds, at `paths`.
+    kv: (kind, groups). cross: query and key lengths differ (None: at some sites). sites: how many the model holds, at `paths`.
     Biases and tensor scales reach the reference through `owner.adjust(scores, head, inputs, q, k)`.
     """
 
@@ -55,7 +55,7 @@ class Facts:
     heads: int = HEADS
     dim: int = DIM
     value_dim: int = DIM
-    cross: bool = False
+    cross: bool | None = False
     dropout: float = 0.0
     sites: int = 1
     paths: tuple[str, ...] = ("attn",)
@@ -110,12 +110,18 @@ class Spelling:
         generator = torch.Generator().manual_seed(seed + 100 * length + batch)
         return {name: make_input(name, batch, length, dtype, generator) for name in self.inputs}
 
-    def dynamic_shapes(self) -> tuple[dict[int, object], ...]:
-        """`torch.export` dynamic shapes of the positional inputs, Dim.DYNAMIC wherever a size may vary."""
+    def dynamic_shapes(self) -> tuple[dict[int, Dim], ...]:
+        """`torch.export` dynamic shapes of the positional inputs.
+
+        Batch and key axes of one name share one symbol, which export does not discover for itself; lengths
+        are left to it, because buffers and comparisons bound them.
+        """
         held = set() if self.dynamic_length else {"length", "past", "keys"}
         if not self.dynamic_batch:
             held |= {"batch", "batch_heads"}
-        return tuple({a: Dim.DYNAMIC for a, d in AXES[name].items() if d not in held} for name in self.inputs)
+        dims = {name: Dim(name, min=2) for name in ("batch", "past", "keys")}
+        dims["length"] = Dim.DYNAMIC
+        return tuple({a: dims[d] for a, d in AXES[name].items() if d not in held} for name in self.inputs)
 
     def export(self, model: nn.Module, dtype: torch.dtype = torch.float32) -> torch.fx.GraphModule:
         """The pre-dispatch ATen graph, traced at the first of `lengths`."""

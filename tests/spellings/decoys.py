@@ -209,7 +209,11 @@ def talking_heads_einsum(m: Attention, q: Tensor, k: Tensor, v: Tensor) -> Tenso
 
 
 @spelling(
-    "decoy", reasons=("mask-data-dependent", "mask-unknown", "score-step", "bias-unsupported"), fx=False
+    "decoy",
+    facts=Facts(mask="other", label="other+bias"),
+    reference=False,
+    reasons=("mask-data-dependent", "mask-unknown", "score-step", "bias-unsupported"),
+    fx=False,
 )
 class mask_from_hidden_state(nn.Module):
     """Visibility decided by the hidden state of query and key: a different mask for every input."""
@@ -263,9 +267,15 @@ def weights_used_twice(m: Attention, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return weights @ v + weights @ k
 
 
-@spelling("decoy", reasons=("weights-escape", "score-step", "bias-unsupported"), fx=False)
+@spelling(
+    "decoy",
+    facts=Facts(mask="full+bias", label="other+bias"),
+    reference=False,
+    reasons=("weights-escape", "score-step", "bias-unsupported"),
+    fx=False,
+)
 class realformer(nn.Module):
-    """The second layer adds the first layer's scores to its own."""
+    """The second layer adds the first layer's scores to its own: those of the first escape."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -303,7 +313,7 @@ class gated_weights(Attention):
         return self.o_proj(merge((torch.softmax(product(q, k), dim=-1) * gate) @ v))
 
 
-@spelling("decoy", reasons=("value-step", "weights-escape"))
+@spelling("decoy", reasons=("value-step", "weights-escape", "not-attention"))
 def renormalised_weights(m: Attention, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     weights = torch.softmax(product(q, k), dim=-1).pow(2)
     return (weights / weights.sum(-1, keepdim=True)) @ v
@@ -321,7 +331,7 @@ def values_along_the_wrong_axis(m: Attention, q: Tensor, k: Tensor, v: Tensor) -
     return torch.softmax(product(q, k), dim=-1).transpose(-1, -2) @ v
 
 
-@spelling("decoy", reasons=("axes", "head-mixing", "softmax-axis"))
+@spelling("decoy", reasons=("axes", "head-mixing", "softmax-axis", "not-attention"))
 def values_of_all_heads_summed(m: Attention, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """The value contraction also sums over heads."""
     weights = torch.softmax(product(q, k), dim=-1)
@@ -337,7 +347,7 @@ def values_mutated_between(m: Attention, q: Tensor, k: Tensor, v: Tensor) -> Ten
     v = v.clone()
     before = v + 0.0
     weights = torch.softmax(product(q, before), dim=-1)
-    v.mul_(weights.detach().mean())
+    v.mul_(before.mean())
     return weights @ v
 
 
@@ -352,13 +362,15 @@ def keys_mutated_after_the_scores(m: Attention, q: Tensor, k: Tensor, v: Tensor)
 
 @spelling(
     "decoy",
+    facts=Facts(sites=2, paths=("attn", "attn")),
     reasons=("not-attention", "value-step", "weights-escape", "axes", "softmax-axis"),
     reference=False,
     lengths=((2, 8), (3, 8)),
     dynamic_length=False,
 )
 def nystrom(m: Attention, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Three softmax kernels and an iterative inverse; only the last one meets the values."""
+    """Three softmax kernels. The outer two are cross-attentions with landmarks in their own right; the one in
+    between is inverted and is none."""
     b, h, t, d = q.shape
     ql, kl = q.reshape(b, h, 4, t // 4, d).mean(3), k.reshape(b, h, 4, t // 4, d).mean(3)
     one, two, three = (torch.softmax(product(a, c), -1) for a, c in ((q, kl), (ql, kl), (ql, k)))

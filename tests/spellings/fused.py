@@ -177,7 +177,7 @@ class transformer_encoder_layer(nn.Module):
     "fused",
     facts=Facts(
         sites=4,
-        mask="full",
+        cross=None,
         paths=(
             "attn.decoder.layers.0.self_attn",
             "attn.decoder.layers.0.multihead_attn",
@@ -202,7 +202,13 @@ class transformer_decoder(nn.Module):
 
 # ---- flex attention: understood or refused, never guessed
 
-FLEX = dict(reasons=("flex-unsupported", "shape-unknown"), fx=False, double=False, dynamic_length=False)
+FLEX = dict(
+    reasons=("flex-unsupported", "shape-unknown"),
+    fx=False,
+    double=False,
+    dynamic_length=False,
+    lengths=((2, 7), (3, 7)),
+)
 
 
 @spelling("fused", facts=Facts(), **FLEX)

@@ -234,7 +234,7 @@ class swin_shifted_windows(_Swin):
 
 @spelling(
     "layout",
-    facts=Facts(mask="full+bias", operand_scale=SCALE),
+    facts=Facts(mask="full+bias", label="other+bias", operand_scale=SCALE),
     lengths=((2, 12), (3, 12)),
     dynamic_length=False,
     reference=False,

@@ -218,7 +218,7 @@ def _alibi_input(m: Attention) -> None:
 
 @spelling(
     "bias",
-    facts=Facts(mask="full+bias"),
+    facts=Facts(mask="full+bias", label="other+bias"),
     inputs=("x", "alibi"),
     setup=_alibi_input,
     layout="flat",
@@ -275,7 +275,9 @@ DATA_BIAS = (
 )
 
 
-@spelling("bias", facts=Facts(scale=1.0, mask="full+bias"), setup=_positions, reasons=DATA_BIAS)
+@spelling(
+    "bias", facts=Facts(scale=1.0, mask="full+bias", label="other+bias"), setup=_positions, reasons=DATA_BIAS
+)
 def shaw_relative_keys(m: Attention, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Content-to-position term: an einsum with a table row per (i, j). Shaw et al., wav2vec BERT."""
     i = torch.arange(q.shape[2])
@@ -299,7 +301,9 @@ def _disentangled(m: Attention) -> None:
 
 @spelling(
     "bias",
-    facts=Facts(scale=(3 * DIM) ** -0.5, mask="full+bias"),
+    facts=Facts(
+        scale=(3 * DIM) ** -0.5, operand_scale=(3 * DIM) ** -0.5, mask="full+bias", label="other+bias"
+    ),
     setup=_disentangled,
     reasons=DATA_BIAS,
 )
@@ -327,7 +331,9 @@ def _xlnet(m: Attention) -> None:
     m.adjust = adjust
 
 
-@spelling("bias", facts=Facts(mask="full+bias", scale="tensor"), setup=_xlnet, reasons=DATA_BIAS)
+@spelling(
+    "bias", facts=Facts(mask="full+bias", label="other+bias", scale="tensor"), setup=_xlnet, reasons=DATA_BIAS
+)
 def xlnet_two_contractions(m: Attention, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Transformer-XL: (q + u) k^T + (q + w) r^T, scaled together. Scores are the sum of two products."""
     content = torch.einsum("bhid,bhjd->bhij", q + m.content_bias, k)
