@@ -12,7 +12,6 @@ from .attention import AttentionModule, build_attention
 from .config import LinearizeConfig
 from .errors import InvalidModelError
 from .graft import apply_graft, use_no_nested_tensors
-from .load_hook import save_with_plan
 from .plan import LinearizeState, Plan, SitePlan
 from .seam import NAME, apply_seam
 from .subclass import Rewritten
@@ -109,8 +108,10 @@ def finish(model: nn.Module, plan: Plan, config: LinearizeConfig) -> None:
     """Record on the model what was done: `model._linearize`, and `model.config.linearize` where there is one."""
     model._linearize = LinearizeState(plan, config)  # type: ignore[assignment]
     if hasattr(getattr(model, "config", None), "to_dict"):
-        model.config.linearize = {"version": 1, "plan": plan.to_dict(), "config": config.to_dict()}  # type: ignore[union-attr]
+        from .load_hook import save_with_plan
+
         save_with_plan(model)
+        model.config.linearize = {"version": 1, "plan": plan.to_dict(), "config": config.to_dict()}  # type: ignore[union-attr]
 
 
 def use_compact_masks(model: nn.Module, plan: Plan) -> None:

@@ -21,7 +21,7 @@ from torch.fx import Graph, GraphModule, Node
 from .cache import is_cache
 from .masks import visible
 from .passes import canonical, find_attention
-from .passes.capture import capture
+from .passes.capture import CaptureError, capture
 from .passes.raise_ import canonical_operands, emitter_for, replace_output
 from .passes.site import KVKind, Reason, Site
 from .plan import child_name
@@ -30,6 +30,10 @@ from .seam import attend, exact_call
 
 Place = tuple[int, int]
 """An axis: index of the tensor among the inputs, and of the axis in it."""
+
+
+_CACHED_AXES = (0, 2)
+"""Batch and length of keys and values `[B, Hkv, S, D]`."""
 
 
 class GraftError(RuntimeError):
@@ -87,12 +91,17 @@ class _Shell(nn.Module):
         return result, hole.written
 
 
-def equal_sizes(tensors: Sequence[Tensor]) -> tuple[tuple[Place, ...], ...]:
-    """Groups of axes that have the same size, batches and lengths; the features of activations are left out."""
+def equal_sizes(tensors: Sequence[Tensor], stored: int) -> tuple[tuple[Place, ...], ...]:
+    """Groups of axes that have the same size, batches and lengths; heads and features are left out where known.
+
+    stored: how many of the tensors, the last ones, are keys and values `[B, Hkv, S, D]` of a cache.
+    """
     groups: dict[int, list[Place]] = {}
     for index, tensor in enumerate(tensors):
-        axes = tensor.ndim - (tensor.is_floating_point() and tensor.ndim > 2)
-        for axis in range(axes):
+        axes: Sequence[int] = range(tensor.ndim - (tensor.is_floating_point() and tensor.ndim > 2))
+        if index >= len(tensors) - stored:
+            axes = _CACHED_AXES
+        for axis in axes:
             if tensor.shape[axis] > 1:
                 groups.setdefault(int(tensor.shape[axis]), []).append((index, axis))
     return tuple(tuple(group) for group in groups.values() if len(group) > 1)
@@ -140,20 +149,44 @@ def trace(
     Raises GraftError when the graph does not hold exactly those sites.
     """
     inputs = tuple(tensor.detach() for tensor in (*tensors, *(_real(tensor, tensors) for tensor in cache)))
-    equal = equal_sizes(inputs)
+    equal = equal_sizes(inputs, 2 if cache else 0)
+    # With sizes that happen to agree told apart the graph fits more calls, but not every attention can be proved.
+    attempts = [equal, ()] if cache else [(), equal]
+    for attempt, agreed in enumerate(attempts):
+        try:
+            return _trace(owner, forward, rebuild, inputs, agreed, bool(cache), expected)
+        except (GraftError, CaptureError):
+            if attempt == len(attempts) - 1 or not equal:
+                raise
+    raise AssertionError("unreachable")
+
+
+def _trace(
+    owner: nn.Module,
+    forward: Callable[..., Any],
+    rebuild: Callable[..., Any],
+    inputs: Sequence[Tensor],
+    equal: Sequence[Sequence[Place]],
+    cached: bool,
+    expected: int,
+) -> Variant:
+    stored = 2 if cached else 0
     # Export undoes what a forward assigns to its module, hence a set beside it.
     indices: set[int | None] = set()
-    shell = _Shell(owner, forward, rebuild, bool(cache), equal, indices)
+    shell = _Shell(owner, forward, rebuild, cached, equal, indices)
     # The shell calls forward directly: hooks of the owner run around the graft, not inside it as well.
     axes = [_axes(tensor) for tensor in inputs]
-    single = next((i for i, t in enumerate(tensors) if t.is_floating_point() and t.ndim == 3), None)
-    if cache and single is not None and tensors[single].shape[1] == 1:
+    for kept in axes[len(axes) - stored :]:
+        for axis in set(kept) - set(_CACHED_AXES):
+            del kept[axis]
+    single = next((i for i, t in enumerate(inputs) if t.is_floating_point() and t.ndim == 3), None)
+    if cached and single is not None and inputs[single].shape[1] == 1:
         # One token at a time: its axis must be seen as an axis, or no attention can be recognised.
         axes[single][1] = Dim.AUTO
-    with fx_config.patch(backed_size_oblivious=bool(cache)):
+    with fx_config.patch(backed_size_oblivious=cached):
         gm = capture(shell, inputs, dynamic=(tuple(axes),))
     index = next(iter(indices), None)
-    if cache and index is None:
+    if cached and index is None:
         raise GraftError("the owner takes a cache but does not update it")
     report = find_attention(gm)
     if any(refusal.reason is Reason.WEIGHTS_ESCAPE for refusal in report.refusals):
@@ -172,7 +205,7 @@ def trace(
         _replace_site(gm, site, slot, live)
     spec = gm.graph._codegen.pytree_info.out_spec  # type: ignore[attr-defined]
     reroll(gm, owner, live)
-    if cache:
+    if cached:
         _fill_hole(gm.graph, store, index, equal)
     return Variant(_rebuilt(gm, live), _result_spec(spec), equal)
 

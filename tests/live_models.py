@@ -19,9 +19,18 @@ VOCAB = 96
 def llama(**changes: Any) -> nn.Module:
     """A decoder with two layers and grouped heads; weights large enough that mistakes show."""
     settings: dict[str, Any] = dict(
-        vocab_size=VOCAB, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=128, initializer_range=0.2, pad_token_id=0, bos_token_id=1,
-        eos_token_id=2, attn_implementation="sdpa",
+        vocab_size=VOCAB,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=128,
+        initializer_range=0.2,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+        attn_implementation="sdpa",
     )
     torch.manual_seed(0)
     return transformers.LlamaForCausalLM(transformers.LlamaConfig(**{**settings, **changes})).eval()
@@ -30,8 +39,13 @@ def llama(**changes: Any) -> nn.Module:
 def bert() -> nn.Module:
     torch.manual_seed(0)
     config = transformers.BertConfig(
-        vocab_size=VOCAB, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-        max_position_embeddings=64, initializer_range=0.2,
+        vocab_size=VOCAB,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=64,
+        initializer_range=0.2,
     )
     return transformers.BertModel(config).eval()
 
@@ -39,9 +53,21 @@ def bert() -> nn.Module:
 def bart() -> nn.Module:
     torch.manual_seed(0)
     config = transformers.BartConfig(
-        vocab_size=VOCAB, d_model=32, encoder_layers=1, decoder_layers=2, encoder_attention_heads=4,
-        decoder_attention_heads=4, encoder_ffn_dim=48, decoder_ffn_dim=48, max_position_embeddings=64, init_std=0.2,
-        pad_token_id=0, bos_token_id=1, eos_token_id=2, decoder_start_token_id=2, forced_eos_token_id=None,
+        vocab_size=VOCAB,
+        d_model=32,
+        encoder_layers=1,
+        decoder_layers=2,
+        encoder_attention_heads=4,
+        decoder_attention_heads=4,
+        encoder_ffn_dim=48,
+        decoder_ffn_dim=48,
+        max_position_embeddings=64,
+        init_std=0.2,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+        decoder_start_token_id=2,
+        forced_eos_token_id=None,
     )
     return transformers.BartForConditionalGeneration(config).eval()
 
@@ -49,8 +75,16 @@ def bart() -> nn.Module:
 def t5() -> nn.Module:
     torch.manual_seed(0)
     config = transformers.T5Config(
-        vocab_size=VOCAB, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4, decoder_start_token_id=0,
-        pad_token_id=0, eos_token_id=1, initializer_factor=1.0,
+        vocab_size=VOCAB,
+        d_model=32,
+        d_kv=8,
+        d_ff=48,
+        num_layers=2,
+        num_heads=4,
+        decoder_start_token_id=0,
+        pad_token_id=0,
+        eos_token_id=1,
+        initializer_factor=1.0,
     )
     return transformers.T5ForConditionalGeneration(config).eval()
 
@@ -58,8 +92,16 @@ def t5() -> nn.Module:
 def gptj() -> nn.Module:
     torch.manual_seed(0)
     config = transformers.GPTJConfig(
-        vocab_size=VOCAB, n_embd=32, n_layer=1, n_head=4, rotary_dim=4, n_positions=64, initializer_range=0.2,
-        bos_token_id=1, eos_token_id=2, pad_token_id=0,
+        vocab_size=VOCAB,
+        n_embd=32,
+        n_layer=1,
+        n_head=4,
+        rotary_dim=4,
+        n_positions=64,
+        initializer_range=0.2,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=0,
     )
     return transformers.GPTJForCausalLM(config).eval()
 
@@ -77,7 +119,8 @@ class EagerAttention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         batch, length, size = x.shape
         query, key, value = (
-            p(x).view(batch, length, self.heads, -1).transpose(1, 2) for p in (self.q_proj, self.k_proj, self.v_proj)
+            p(x).view(batch, length, self.heads, -1).transpose(1, 2)
+            for p in (self.q_proj, self.k_proj, self.v_proj)
         )
         scores = query @ key.transpose(-1, -2) / (size // self.heads) ** 0.5
         future = torch.ones(length, length, dtype=torch.bool, device=x.device).triu(1)

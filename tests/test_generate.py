@@ -97,7 +97,9 @@ def test_sampling_with_assisted_prompt_lookup_equals_greedy(model: Any) -> None:
     prompt = tokens(1, 8).repeat(1, 2)
     mask = torch.ones_like(prompt)
     plain = model.generate(prompt, attention_mask=mask, **GREEDY)
-    assert torch.equal(model.generate(prompt, attention_mask=mask, prompt_lookup_num_tokens=3, **GREEDY), plain)
+    assert torch.equal(
+        model.generate(prompt, attention_mask=mask, prompt_lookup_num_tokens=3, **GREEDY), plain
+    )
 
 
 @pytest.mark.parametrize("name", ["bart", "t5"])
@@ -124,5 +126,7 @@ def test_an_eager_only_decoder_generates_through_its_graph() -> None:
     out = model.generate(prompt, attention_mask=mask, **GREEDY)
     assert model._linearize.plan.sites[0].rung == "graft"
     for row, keep in enumerate(mask.bool()):
-        assert torch.equal(out[row, 9:], recompute(model, prompt[row : row + 1, keep], STEPS)[0, keep.sum() :])
+        assert torch.equal(
+            out[row, 9:], recompute(model, prompt[row : row + 1, keep], STEPS)[0, keep.sum() :]
+        )
     assert int(out.max()) < VOCAB

@@ -196,7 +196,9 @@ def test_a_plan_applies_on_the_meta_device() -> None:
     assert all(parameter.is_meta for parameter in empty.parameters())
 
 
-@pytest.mark.parametrize("setting", [{"layers": (1,)}, {"keep_softmax": (0,)}, {"keep_softmax": ("model.layers.0",)}])
+@pytest.mark.parametrize(
+    "setting", [{"layers": (1,)}, {"keep_softmax": (0,)}, {"keep_softmax": ("model.layers.0",)}]
+)
 def test_layers_that_are_kept_stay_softmax(setting: dict[str, Any]) -> None:
     model: Any = linearize(llama(), **setting)
     assert [site.path for site in model._linearize.plan.sites] == ["model.layers.1.self_attn"]
@@ -258,8 +260,22 @@ def filled_cache() -> dict[str, Any]:
 BAD: list[tuple[str, Any, Any, dict[str, Any], type[Exception], str]] = [
     ("no attention", NoAttention, activations, {}, NoAttentionError, "holds no softmax attention"),
     ("no inputs", plain, lambda: None, {}, InputError, "linearize\\(model, inputs\\)"),
-    ("wrong shape", plain, lambda: torch.randn(2, 9, 31), {}, InputError, "does not run on the example inputs"),
-    ("wrong name", llama, lambda: {"tokens": tokens(2, 9)}, {}, InputError, "does not run on the example inputs"),
+    (
+        "wrong shape",
+        plain,
+        lambda: torch.randn(2, 9, 31),
+        {},
+        InputError,
+        "does not run on the example inputs",
+    ),
+    (
+        "wrong name",
+        llama,
+        lambda: {"tokens": tokens(2, 9)},
+        {},
+        InputError,
+        "does not run on the example inputs",
+    ),
     ("not inputs", plain, lambda: 7, {}, InputError, "must be a dict"),
     ("filled cache", llama, filled_cache, {}, InputError, "already holds 5 keys and values"),
     ("unknown setting", plain, activations, {"taps": 3}, ConfigError, "taps"),
@@ -269,7 +285,9 @@ BAD: list[tuple[str, Any, Any, dict[str, Any], type[Exception], str]] = [
 ]
 
 
-@pytest.mark.parametrize(("build", "inputs", "setting", "error", "message"), [b[1:] for b in BAD], ids=[b[0] for b in BAD])
+@pytest.mark.parametrize(
+    ("build", "inputs", "setting", "error", "message"), [b[1:] for b in BAD], ids=[b[0] for b in BAD]
+)
 def test_bad_input_is_one_clear_error_and_changes_nothing(
     build: Any, inputs: Any, setting: dict[str, Any], error: type[Exception], message: str
 ) -> None:
@@ -310,8 +328,13 @@ def test_a_window_wider_than_the_example_inputs_is_refused() -> None:
     import transformers
 
     config = transformers.MistralConfig(
-        vocab_size=96, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4,
-        num_key_value_heads=2, sliding_window=64,
+        vocab_size=96,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        sliding_window=64,
     )
     model = transformers.MistralForCausalLM(config).eval()
     before = snapshot(model)
@@ -330,7 +353,9 @@ def test_a_rewrite_that_does_not_reproduce_the_model_is_undone(monkeypatch: pyte
 
     real = api.plan_sites
     monkeypatch.setattr(api, "plan_sites", wrong)
-    model = llama(initializer_range=0.02)  # as small as fresh models are: the scale hardly shows in the output
+    model = llama(
+        initializer_range=0.02
+    )  # as small as fresh models are: the scale hardly shows in the output
     before = snapshot(model)
     with pytest.raises(VerificationError, match="model.layers.0.self_attn"):
         linearize(model)

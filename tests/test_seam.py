@@ -10,7 +10,6 @@ import pytest
 import torch
 import transformers
 from live_models import VOCAB, bert, converted, llama, recompute, tokens
-from torch import nn
 
 from linearize.api import linearize
 from linearize.attention import AttentionModule
@@ -85,7 +84,9 @@ def test_hooks_of_accelerate_attached_before_conversion_do_not_bypass_it() -> No
     reference: Any = linearize(llama(), group_size=4)
     ids = tokens(2, 9)
     assert torch.equal(hooked(ids).logits, reference(ids).logits)
-    settings: dict[str, Any] = dict(max_new_tokens=6, do_sample=False, eos_token_id=None, disable_compile=True)
+    settings: dict[str, Any] = dict(
+        max_new_tokens=6, do_sample=False, eos_token_id=None, disable_compile=True
+    )
     out = hooked.generate(ids, attention_mask=torch.ones_like(ids), cache_implementation="static", **settings)
     assert torch.equal(out, recompute(reference, ids, 6))
 
@@ -103,8 +104,14 @@ def test_a_forward_replaced_on_the_instance_is_refused() -> None:
 def test_layers_shared_by_one_owner_are_rewritten_together() -> None:
     torch.manual_seed(0)
     config = transformers.AlbertConfig(
-        vocab_size=VOCAB, hidden_size=32, embedding_size=16, intermediate_size=48, num_hidden_layers=3,
-        num_attention_heads=4, max_position_embeddings=64, initializer_range=0.2,
+        vocab_size=VOCAB,
+        hidden_size=32,
+        embedding_size=16,
+        intermediate_size=48,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        max_position_embeddings=64,
+        initializer_range=0.2,
     )
     model: Any = linearize(transformers.AlbertModel(config).eval())
     (site,) = model._linearize.plan.sites
@@ -115,8 +122,14 @@ def test_layers_shared_by_one_owner_are_rewritten_together() -> None:
 def test_an_owner_that_takes_its_eager_branch_on_an_unknown_name_is_rewritten_all_the_same() -> None:
     torch.manual_seed(0)
     config = transformers.FalconConfig(
-        vocab_size=VOCAB, hidden_size=32, num_hidden_layers=1, num_attention_heads=4, initializer_range=0.2,
-        bos_token_id=1, eos_token_id=2, pad_token_id=0,
+        vocab_size=VOCAB,
+        hidden_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        initializer_range=0.2,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=0,
     )
     original = transformers.FalconForCausalLM(config).eval()
     model: Any = linearize(copy.deepcopy(original), group_size=4)
@@ -167,18 +180,3 @@ def test_the_compact_mask_covers_the_empty_slots_of_a_static_cache() -> None:
     assert mask is not None and mask.tolist() == [[[[False, True, True, False, False]]]]
     assert compact_mask(1, 3, 3, attention_mask=torch.ones(1, 3, dtype=torch.bool)) is None
     assert compact_mask(1, 3, 3) is None
-
-
-def test_two_sites_in_one_owner_get_a_module_each() -> None:
-    torch.manual_seed(0)
-    config = transformers.DiffLlamaConfig(
-        vocab_size=VOCAB, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=64,
-    )
-    model: Any = linearize(transformers.DiffLlamaForCausalLM(config).eval(), group_size=4)
-    owner: nn.Module = model.model.layers[0].self_attn
-    assert [n for n, m in owner.named_children() if isinstance(m, AttentionModule)] == [
-        "linear_attention",
-        "linear_attention_1",
-    ]
-    assert torch.isfinite(model(tokens(2, 9)).logits).all()

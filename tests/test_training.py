@@ -118,8 +118,15 @@ def test_one_trainer_step_changes_the_new_parameters(tmp_path: Path) -> None:
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
     rows = [{"input_ids": row, "labels": row} for row in tokens(4, 12)]
     arguments = TrainingArguments(
-        output_dir=str(tmp_path), max_steps=1, per_device_train_batch_size=2, report_to=[], save_strategy="no",
-        gradient_checkpointing=True, learning_rate=1e-2, use_cpu=True, disable_tqdm=True,
+        output_dir=str(tmp_path),
+        max_steps=1,
+        per_device_train_batch_size=2,
+        report_to=[],
+        save_strategy="no",
+        gradient_checkpointing=True,
+        learning_rate=1e-2,
+        use_cpu=True,
+        disable_tqdm=True,
     )
     Trainer(model=model, args=arguments, train_dataset=rows).train()  # type: ignore[arg-type]
     moved = [n for n, p in model.named_parameters() if not torch.equal(p, before[n])]
