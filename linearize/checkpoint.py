@@ -160,10 +160,6 @@ def _load_transformers(source: Path, dtype: torch.dtype | None) -> nn.Module:
     if not isinstance(config, dict):
         raise CheckpointError(f"{source / 'config.json'} is not a model configuration")
     parse(config.get("linearize"), str(source))
-    index = source / f"{WEIGHTS}.index.json"
-    shards = set(read_json(index)["weight_map"].values()) if index.is_file() else {WEIGHTS}
-    for name in sorted(shards):
-        _header(source / name)
     names = config.get("architectures") or []
     cls = getattr(transformers, names[0], None) if names else None
     if cls is None:
