@@ -33,6 +33,8 @@ SHAPE_ONLY = frozenset(
         "empty_like.default",
         "_assert_tensor_metadata.default",
         "new_tensor.default",
+        "rand_like.default",
+        "randn_like.default",
     )
 )
 """Operators that read the shape, dtype or device of their first argument and never its values."""

@@ -139,16 +139,17 @@ class Heads:
 
 
 def _sequence(own: list[Atom], keys: Axis) -> Axis:
-    """The query axis among the pieces only the query has: the one of variable size, else one as long as
-    the keys.
+    """The query axis among the pieces only the query has: the one of variable size, else one as long as the
+    keys.
+
+    Pieces of one source axis stay together (an image's rows and columns). A single query has no axis at all.
     """
-    if len(own) <= 1:
-        return tuple(own)  # a single query has no axis
+    if not own:
+        return ()
     variable = [leaf for leaf in own if not leaf.size.is_Integer]
-    if len(variable) == 1:
-        return (variable[0],)
     alike = [leaf for leaf in own if leaf.size in {key.size for key in keys}]
-    return ((alike or own)[-1],)
+    chosen = variable[0] if len(variable) == 1 else (alike or own)[-1]
+    return tuple(leaf for leaf in own if leaf.root is chosen.root)
 
 
 def _likely_heads(rest: list[Atom], layout: Layout) -> list[Atom]:

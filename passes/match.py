@@ -284,7 +284,13 @@ def walk(
     """Explain everything between q, k, v and the output of the attention at `anchor`, or raise Refused."""
     score_rows = {target: row for row in score_steps for target in row.targets}
     weight_rows = {target: row for row in weight_steps for target in row.targets}
-    weight_path, output = _walk_weights(anchor, weight_rows)
+    try:
+        weight_path, output = _walk_weights(anchor, weight_rows)
+    except Refused as refused:
+        # What follows the softmax of a router or a classifier says nothing about attention.
+        raise (
+            refused if _has_scores(anchor, score_rows) else _unexplained_scores(anchor, score_rows)
+        ) from None
     refusal: Refused | None = None
     for contraction, path in _score_paths(anchor.scores, score_rows):
         try:
@@ -293,26 +299,29 @@ def walk(
             refusal = refusal or candidate
     if refusal is not None:
         raise refusal
-    culprit = _furthest(anchor.scores, score_rows)
-    if culprit.target in MIXERS and _mixes_scores(culprit, score_rows):
-        raise Refused(
-            Reason.HEAD_MIXING, culprit, "the scores of different heads are mixed by a projection", "scores"
-        )
-    if culprit.op == "call_function" and _mixes_scores(culprit, score_rows):
-        raise Refused(
-            Reason.SCORE_STEP, culprit, f"{short_name(culprit)} on the scores is not understood", "scores"
-        )
-    raise Refused(
-        Reason.NOT_ATTENTION,
-        culprit,
-        f"the softmax reads {short_name(culprit)}, not a product of queries and keys",
-        "scores",
-    )
+    raise _unexplained_scores(anchor, score_rows)
+
+
+def _has_scores(anchor: Anchor, rows: dict[Any, Row]) -> bool:
+    return next(_score_paths(anchor.scores, rows), None) is not None
+
+
+def _unexplained_scores(anchor: Anchor, rows: dict[Any, Row]) -> Refused:
+    """Why no product of queries and keys was found behind the softmax."""
+    culprit = _furthest(anchor.scores, rows)
+    if _mixes_scores(culprit, rows):
+        if culprit.target in MIXERS:
+            message = "the scores of different heads are mixed by a projection"
+            return Refused(Reason.HEAD_MIXING, culprit, message, "scores")
+        message = f"{short_name(culprit)} on the scores is not understood"
+        return Refused(Reason.SCORE_STEP, culprit, message, "scores")
+    message = f"the softmax reads {short_name(culprit)}, not a product of queries and keys"
+    return Refused(Reason.NOT_ATTENTION, culprit, message, "scores")
 
 
 def _mixes_scores(culprit: Node, rows: dict[Any, Row]) -> bool:
     """The first argument of `culprit` comes from a contraction through score steps."""
-    argument = culprit.args[0] if culprit.args else None
+    argument = culprit.args[0] if culprit.op == "call_function" and culprit.args else None
     return isinstance(argument, Node) and next(_score_paths(argument, rows), None) is not None
 
 
