@@ -73,7 +73,7 @@ def arguments() -> argparse.Namespace:
 
 
 def selected(options: argparse.Namespace) -> list[tuple[Entry, str, bool]]:
-    """The rows to run, those of the default tests first, so that a run that is stopped early has seen them."""
+    """The rows to run, those of the default tests first: a run that is stopped early has seen them."""
     rows = []
     for entry in ENTRIES:
         if options.only and entry.name not in options.only:
@@ -81,13 +81,12 @@ def selected(options: argparse.Namespace) -> list[tuple[Entry, str, bool]]:
         if options.kind and entry.kind not in options.kind:
             continue
         for implementation in entry.implementations:
+            last = implementation == entry.implementations[-1]
             for masked in (True, False) if entry.paddable else (False,):
-                extra = entry.paddable and not masked and implementation != entry.implementations[-1]
+                extra = entry.paddable and len(entry.implementations) > 1 and masked != last
                 if not (options.quick and (entry.slow or extra)):
-                    rows.append(
-                        (entry.slow, extra, entry.paddable and not masked, entry, implementation, masked)
-                    )
-    return [row[3:] for row in sorted(rows, key=lambda row: row[:3])]
+                    rows.append((entry.slow, extra, entry, implementation, masked))
+    return [row[2:] for row in sorted(rows, key=lambda row: row[:2])]
 
 
 def as_data(row: Row) -> dict[str, Any]:
