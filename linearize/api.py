@@ -38,13 +38,13 @@ def linearize(
 ) -> nn.Module:
     """Rewrite the softmax attention of `model` to linear attention, in place, and return it.
 
-    inputs: example inputs: a dict of keyword arguments, a tuple of positional ones, one tensor, or a list of such
-    dicts (the first one is captured, all of them are verified). Made from the config of transformers models
-    when omitted.
+    inputs: example inputs: a dict of keyword arguments, a tuple of positional ones, one tensor, or a list of
+    such dicts (the first one is captured, all of them are verified). Made from the config of transformers
+    models when omitted.
     config: a `LinearizeConfig`, or its fields as a dict or as keyword arguments.
 
-    Raises InvalidModelError, InputError, ConfigError, NoAttentionError, RefusedError or VerificationError. Whatever
-    it raises, the model is as it was before.
+    Raises InvalidModelError, InputError, ConfigError, NoAttentionError, RefusedError or VerificationError.
+    Whatever it raises, the model is as it was before.
     """
     settings = resolve_config(config, overrides)
     check_model(model)
@@ -119,7 +119,7 @@ def check_model(model: Any) -> None:
 
 
 def search(model: nn.Module, examples: Sequence[Mapping[str, Any]]) -> MatchReport:
-    """Capture the whole model on the last example (with padding, where there is one) and find its attention."""
+    """Capture the model on the last example (the padded one, where there is one) and find its attention."""
     example = without_cache(model, examples[-1])
     positional = tuple(example[name] for name in sorted((n for n in example if n.isdigit()), key=int))
     keywords = {name: value for name, value in example.items() if not name.isdigit()}
@@ -143,10 +143,10 @@ def make_plan(
 def prove(
     model: nn.Module, plan: Plan, recording: Recording, config: LinearizeConfig, report: MatchReport
 ) -> Plan:
-    """Apply `plan` with exact softmax, verify it, then put the wanted mechanism in. Returns the plan with rungs.
+    """Apply `plan` with exact softmax, verify it, put the wanted mechanism in; returns the plan with rungs.
 
-    Owners go by the seam when they dispatch through the attention interface and the call arrives, otherwise by
-    the graft.
+    Owners go by the seam when they dispatch through the attention interface and the call arrives, otherwise
+    by the graft.
     """
     exact = dataclasses.replace(config, mechanism="softmax")
     before = Transaction(model)
@@ -177,11 +177,11 @@ def prove(
 
 
 def proving(model: nn.Module, plan: Plan, on: bool) -> None:
-    """While on, exact children see what linear ones will see, so that equality proves it, and calls are logged."""
+    """While on, calls are logged, and exact children see what linear ones will see: equality proves it."""
     for path in plan.owners:
-        owner = model.get_submodule(path)
-        owner._linearize_proof = on  # type: ignore[assignment]
-        owner._linearize_log = [] if on else None  # type: ignore[assignment]
+        owner: Any = model.get_submodule(path)
+        owner._linearize_proof = on
+        owner._linearize_log = [] if on else None
 
 
 def with_rungs(plan: Plan, rungs: Mapping[str, str]) -> Plan:
@@ -200,17 +200,18 @@ def allow_compact_masks(model: nn.Module, plan: Plan) -> Plan:
 
 
 def trial(model: nn.Module, plan: Plan, recording: Recording) -> dict[str, str]:
-    """Run the rewritten model once: owner path -> what is wrong with the calls of its children, empty if nothing."""
+    """Run the rewritten model once: owner path -> what is wrong with the calls of its children."""
     proving(model, plan, True)
     problem: Exception | None = None
     try:
         run_model(model, recording.inputs[0])
     except Exception as error:
-        # An owner that does not dispatch after all may do anything; the ones that were not reached tell which.
+        # An owner that does not dispatch after all may do anything; those not reached tell which.
         problem = error
     wrong: dict[str, str] = {}
     for path, sites in plan.owners.items():
-        ran = Counter(slot for slot, _ in model.get_submodule(path)._linearize_log)  # type: ignore[arg-type, union-attr]
+        owner: Any = model.get_submodule(path)
+        ran = Counter(slot for slot, _ in owner._linearize_log)
         for site in sites:
             if ran[site.slot] != site.calls:
                 cause = f" ({type(problem).__name__}: {problem})" if problem is not None else ""
@@ -221,13 +222,15 @@ def trial(model: nn.Module, plan: Plan, recording: Recording) -> dict[str, str]:
 
 
 def hidden_windows(model: nn.Module, plan: Plan, config: LinearizeConfig) -> str | None:
-    """Why not to go on: an owner asked for a sliding window that was too wide to show on the example inputs."""
+    """Why not to go on: an owner asked for a sliding window too wide to show on the example inputs."""
     carried = "window" in mechanisms.get(config.mechanism).supports or "window" in config.approximate
     for path, sites in plan.owners.items():
-        for slot, window in model.get_submodule(path)._linearize_log:  # type: ignore[union-attr]
+        owner: Any = model.get_submodule(path)
+        for slot, window in owner._linearize_log:
             if window is not None and not carried and sites[slot].spec.window is None:
                 return (
-                    f"{path} attends to a window of {window} tokens, longer than the example inputs; the mechanism "
+                    f"{path} attends to a window of {window} tokens, longer than the example inputs; the "
+                    f"mechanism "
                     f"{config.mechanism!r} cannot carry it; approximate=('window',) leaves it out knowingly"
                 )
     return None

@@ -50,8 +50,8 @@ def apply_plan(model: nn.Module, plan: Plan, config: LinearizeConfig) -> nn.Modu
     """Rewrite `model` in place as `plan` says, without searching a graph; returns `model`.
 
     Works on the meta device (a checkpoint is loaded afterwards). New parameters take the device and dtype of
-    their owner. Raises InvalidModelError when the model is already rewritten or lacks an owner of the plan; the
-    model is then unchanged.
+    their owner. Raises InvalidModelError when the model is already rewritten or lacks an owner of the plan;
+    the model is then unchanged.
     """
     check_unconverted(model)
     transaction = Transaction(model)
@@ -69,7 +69,8 @@ def check_unconverted(model: nn.Module) -> None:
     for path, module in model.named_modules():
         if isinstance(module, (Rewritten, AttentionModule)):
             raise InvalidModelError(
-                f"the model is already linearized (at {path or 'the root'}); load the original to convert it again"
+                f"the model is already linearized (at {path or 'the root'}); load the original to "
+                f"convert it again"
             )
 
 
@@ -105,13 +106,14 @@ def attach(owner: nn.Module, sites: Sequence[SitePlan], config: LinearizeConfig)
 
 
 def finish(model: nn.Module, plan: Plan, config: LinearizeConfig) -> None:
-    """Record on the model what was done: `model._linearize`, and `model.config.linearize` where there is one."""
-    model._linearize = LinearizeState(plan, config)  # type: ignore[assignment]
+    """Record what was done: `model._linearize`, and `model.config.linearize` on transformers models."""
+    live: Any = model
+    live._linearize = LinearizeState(plan, config)
     if hasattr(getattr(model, "config", None), "to_dict"):
         from .load_hook import save_with_plan
 
         save_with_plan(model)
-        model.config.linearize = {"version": 1, "plan": plan.to_dict(), "config": config.to_dict()}  # type: ignore[union-attr]
+        live.config.linearize = {"version": 1, "plan": plan.to_dict(), "config": config.to_dict()}
 
 
 def use_compact_masks(model: nn.Module, plan: Plan) -> None:

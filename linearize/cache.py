@@ -1,8 +1,8 @@
 """What an owner can learn from the key/value cache it is called with.
 
-Until constant-size states arrive, rewritten layers keep ordinary transformers caches: keys and values grow (or
-are static), and the attention runs over all of them. Only one thing is needed beyond the tensors: the column
-at which the queries of this call start, which a static cache hides.
+Until constant-size states arrive, rewritten layers keep ordinary transformers caches: keys and values grow
+(or are static), and the attention runs over all of them. Only one thing is needed beyond the tensors: the
+column at which the queries of this call start, which a static cache hides.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ _MARK = "_linearize_filled"
 
 
 def find_cache(args: Iterable[Any], kwargs: Mapping[str, Any]) -> Any | None:
-    """The transformers cache among the arguments of a call, or None. Names differ by model, the type does not."""
+    """The transformers cache among the arguments of a call, or None. Names differ by model, the type does
+    not."""
     for value in (*args, *kwargs.values()):
         if is_cache(value):
             return value

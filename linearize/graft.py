@@ -1,8 +1,8 @@
 """The graft: owners that do not dispatch, plain modules and eager-only models.
 
-The owner keeps its class (a subclass of it), parameters and children; its forward runs a graph of itself in which
-the proved attention is replaced. Graphs are specific to dtype, device, training flag and the structure of the
-arguments, are made when first needed, and are never copied or pickled: a copy makes its own.
+The owner keeps its class (a subclass of it), parameters and children; its forward runs a graph of itself in
+which the proved attention is replaced. Graphs are specific to dtype, device, training flag and the structure
+of the arguments, are made when first needed, and are never copied or pickled: a copy makes its own.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class GraftOwner(Rewritten):
     """Mixin of a rewritten owner that runs graphs of itself."""
 
     @staticmethod
-    def run(owner: nn.Module, forward: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def run(owner: Any, forward: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """One call of the owner; `forward` is the original class's, used for tracing only."""
         cache = caches.find_cache(args, kwargs)
         layer = caches.self_layer(cache, owner._linearize_layer)
@@ -66,17 +66,17 @@ class GraftOwner(Rewritten):
                 caches.mark_filled(caches.self_layer(cache, owner._linearize_layer))
 
 
-def apply_graft(owner: nn.Module, path: str, sites: Sequence[SitePlan]) -> None:
+def apply_graft(owner: Any, path: str, sites: Sequence[SitePlan]) -> None:
     """Rewrite `owner` in place; its child modules are attached already. Graphs are made at the first call."""
-    owner._linearize_path = path  # type: ignore[assignment]
-    owner._linearize_layer = sites[0].layer_index  # type: ignore[assignment]
-    owner._linearize_start = owner._linearize_seen = None  # type: ignore[assignment]
-    owner._linearize_proof = False  # type: ignore[assignment]
-    owner._linearize_log = None  # type: ignore[assignment]
-    owner._linearize_padding = any("padding" in site.mask for site in sites)  # type: ignore[assignment]
-    owner._linearize_plain = all(_is_plain(site) for site in sites)  # type: ignore[assignment]
-    owner._linearize_slots = len(sites)  # type: ignore[assignment]
-    owner._linearize_variants = Variants()  # type: ignore[assignment]
+    owner._linearize_path = path
+    owner._linearize_layer = sites[0].layer_index
+    owner._linearize_start = owner._linearize_seen = None
+    owner._linearize_proof = False
+    owner._linearize_log = None
+    owner._linearize_padding = any("padding" in site.mask for site in sites)
+    owner._linearize_plain = all(_is_plain(site) for site in sites)
+    owner._linearize_slots = len(sites)
+    owner._linearize_variants = Variants()
     become(owner, GraftOwner)
     if isinstance(owner, nn.MultiheadAttention):
         # A hooked module is what nn.TransformerEncoderLayer does not replace by its own fused call.
@@ -84,7 +84,7 @@ def apply_graft(owner: nn.Module, path: str, sites: Sequence[SitePlan]) -> None:
 
 
 def _is_plain(site: SitePlan) -> bool:
-    """Scores are scaled products under a causal or key mask, nothing else: what a linear form sees is all there is."""
+    """Scores are scaled products under a causal or key mask: what a linear form sees is all there is."""
     return (
         site.spec.window is None
         and site.spec.scale is not None
@@ -109,7 +109,8 @@ def _keep_slow_path(module: nn.Module, args: Any, output: Any) -> None:
 def _distinct(leaves: Sequence[Any]) -> tuple[list[Tensor], tuple[int, ...]]:
     """The tensors among `leaves`, each object once, and for every one in order which of those it is.
 
-    Self-attention is often called with one tensor as query, key and value; the trace must know that they agree.
+    Self-attention is often called with one tensor as query, key and value; the trace must know that they
+    agree.
     """
     distinct: list[Tensor] = []
     places = []
@@ -123,7 +124,7 @@ def _distinct(leaves: Sequence[Any]) -> tuple[list[Tensor], tuple[int, ...]]:
 
 
 def _form(value: Any) -> Any:
-    """What a graph is specific to: structure, dtypes, devices, axes of size one, and everything not a tensor."""
+    """What a graph is specific to: structure, dtypes, devices, axes of size one, and what is no tensor."""
     if isinstance(value, Tensor):
         return value.dtype, value.device, tuple(bool(size == 1) for size in value.shape)
     if isinstance(value, (tuple, list)):
@@ -135,10 +136,8 @@ def _form(value: Any) -> Any:
     return value if value is None or isinstance(value, (bool, int, float, str)) else type(value).__name__
 
 
-@torch.compiler.disable(recursive=True, reason="linearize: run the model once before compiling it")  # type: ignore[misc]
-def _make(
-    owner: nn.Module, forward: Any, leaves: list[Any], spec: Any, example: tuple[Tensor, ...]
-) -> Variant:
+@torch.compiler.disable(recursive=True, reason="linearize: run the model once before compiling it")
+def _make(owner: Any, forward: Any, leaves: list[Any], spec: Any, example: tuple[Tensor, ...]) -> Variant:
     """Trace the form of call that `leaves` has. Raises VerificationError when the owner cannot be grafted."""
 
     tensors, shared = _distinct(leaves)
@@ -154,7 +153,7 @@ def _make(
     mixin = type(owner)
     owner.__class__ = original_class(mixin)
     try:
-        return trace(owner, forward, rebuild, tensors, example, owner._linearize_slots)  # type: ignore[arg-type]
+        return trace(owner, forward, rebuild, tensors, example, owner._linearize_slots)
     except LinearizeError:
         raise
     except Exception as error:
@@ -168,9 +167,9 @@ def _make(
 
 
 def _cache_example(
-    owner: nn.Module, tensors: Sequence[Tensor], cache: Any, past: int
+    owner: Any, tensors: Sequence[Tensor], cache: Any, past: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Example past marker `[P]`, keys `[B, Hkv, S, D]` and values `[B, Hkv, S, Dv]` as `cache.update` returns them."""
+    """Example past marker `[P]`, and keys `[B, Hkv, S, D]`, values `[B, Hkv, S, Dv]` of `cache.update`."""
     if hasattr(cache, "cross_attention_cache"):
         raise GraftError("encoder-decoder caches are not followed on graphs")
     child: AttentionModule = getattr(owner, child_name(0))

@@ -1,7 +1,8 @@
 """Example inputs: those the user gives, brought to one form, or made from a transformers model's config.
 
-Made by what the forward signature and the config say (`input_ids` and a vocabulary, `pixel_values` and an image
-size, ...), never by architecture name: candidates are built and the first one the model runs on is kept.
+Made by what the forward signature and the config say (`input_ids` and a vocabulary, `pixel_values` and an
+image size, ...), never by architecture name: candidates are built and the first one the model runs on is
+kept.
 """
 
 from __future__ import annotations
@@ -25,8 +26,8 @@ BATCHES = (2, 3)
 def example_inputs(model: nn.Module, inputs: Any = None) -> list[dict[str, Any]]:
     """Example inputs as keyword dicts (positional arguments under the names "0", "1", ...).
 
-    Made inputs come at two sizes and, where the model takes an attention mask, padded on either side; the last
-    one is the padded one. Raises InputError when `inputs` has an unusable form, or cannot be made.
+    Made inputs come at two sizes and, where the model takes an attention mask, padded on either side; the
+    last one is the padded one. Raises InputError when `inputs` has an unusable form, or cannot be made.
     """
     if inputs is not None:
         examples = _given(inputs)
@@ -35,19 +36,19 @@ def example_inputs(model: nn.Module, inputs: Any = None) -> list[dict[str, Any]]
         return examples
     if getattr(model, "config", None) is None or not hasattr(model, "main_input_name"):
         raise InputError(
-            f"example inputs can be made for transformers models only; call linearize(model, inputs) with inputs that "
-            f"{type(model).__name__}.forward takes"
+            "example inputs can be made for transformers models only; call linearize(model, inputs) with "
+            f"inputs that {type(model).__name__}.forward takes"
         )
     made: list[dict[str, Any]] = []
     problems: list[str] = []
-    for batch, length in zip(BATCHES, LENGTHS):
-        example = _first_that_runs(model, batch, length, problems)
-        if example is not None:
-            made.append(example)
+    for batch, length in zip(BATCHES, LENGTHS, strict=True):
+        found = _first_that_runs(model, batch, length, problems)
+        made += [] if found is None else [found]
     if not made:
         reason = problems[0] if problems else "no known input name in the forward signature"
         raise InputError(
-            f"no example inputs could be made for {type(model).__name__} ({reason}); give them: linearize(model, inputs)"
+            f"no example inputs could be made for {type(model).__name__} ({reason}); give them: "
+            "linearize(model, inputs)"
         )
     padded = _padded(model, made[-1])
     return made + ([padded] if padded is not None else [])
@@ -65,8 +66,8 @@ def _given(inputs: Any) -> list[dict[str, Any]]:
     if isinstance(inputs, (tuple, list)) and inputs:
         return [{str(index): value for index, value in enumerate(inputs)}]
     raise InputError(
-        "example inputs must be a dict of keyword arguments, a tuple of positional ones, one tensor, or a list of "
-        f"dicts; got {type(inputs).__name__}"
+        "example inputs must be a dict of keyword arguments, a tuple of positional ones, one tensor, or "
+        f"a list of dicts; got {type(inputs).__name__}"
     )
 
 
@@ -100,7 +101,7 @@ def _placed(model: nn.Module, example: Mapping[str, Any]) -> dict[str, Any]:
 def _candidates(model: nn.Module, batch: int, length: int) -> Iterator[dict[str, Any]]:
     """Plausible inputs for the forward signature, most likely first."""
     names = inspect.signature(model.forward).parameters
-    config = model.config
+    config: Any = model.config
     generator = torch.Generator().manual_seed(length)
     optional: dict[str, Any] = {}
     text = "input_ids" in names and _vocabulary(config) is not None
@@ -124,7 +125,7 @@ def _candidates(model: nn.Module, batch: int, length: int) -> Iterator[dict[str,
         yield {**optional, **decoder}
     if "inputs_embeds" in names and hasattr(config, "hidden_size"):
         yield {
-            "inputs_embeds": torch.randn(batch, length, config.hidden_size, generator=generator),
+            "inputs_embeds": torch.randn(batch, length, int(config.hidden_size), generator=generator),
             **decoder,
         }
     dummy = getattr(model, "dummy_inputs", None)

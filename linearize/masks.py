@@ -60,8 +60,9 @@ def check_structure(
 ) -> None:
     """Raise InputError unless `mask` says exactly "position pattern and real keys".
 
-    Packed documents, prefix masks and hand-made 4-D masks say more than linear attention can carry; running on
-    would be silently wrong. Skipped while tracing (it reads values) and for one query (nothing more can be said).
+    Packed documents, prefix masks and hand-made 4-D masks say more than linear attention can carry; running
+    on would be silently wrong. Skipped while tracing (it reads values) and for one query (nothing more can be
+    said).
     """
     if mask.ndim != 4 or mask.shape[2] == 1 or torch.compiler.is_compiling() or _is_traced(mask):
         return
@@ -74,7 +75,8 @@ def check_structure(
     ):
         kind = "causal" if causal else "bidirectional"
         raise InputError(
-            f"{where or 'the model'}: the attention mask is not a {kind} mask with padding (packed sequences or a "
+            f"{where or 'the model'}: the attention mask is not a {kind} mask with padding (packed "
+            f"sequences or a "
             "custom 4-D mask?), which the rewritten attention cannot follow; give a 2-D padding mask"
         )
 

@@ -23,8 +23,8 @@ from .passes.site import KVKind, MatchReport, Pattern, Reason, Refusal, Site
 VERSION = 1
 CHILD = "linear_attention"
 
-# Candidates that turned out not to be attention at all (a router's softmax, a classifier head) do not stand in
-# the way of rewriting everything that is.
+# Candidates that turned out not to be attention at all (a router's softmax, a classifier head) do not stand
+# in the way of rewriting everything that is.
 _HARMLESS = frozenset({Reason.NOT_ATTENTION})
 
 
@@ -38,8 +38,8 @@ class SitePlan:
     """One child module to be.
 
     path: dotted path of the owner ("" is the model itself). slot: which of the owner's sites within one call.
-    rung: "seam" or "graft", "" while undecided. spec: shapes and meaning. layer_index: index of the layer, for
-    `layers=` and for caches; None when the path holds no number. mask: the mask's label at discovery.
+    rung: "seam" or "graft", "" while undecided. spec: shapes and meaning. layer_index: index of the layer,
+    for `layers=` and for caches; None when the path holds no number. mask: the mask's label at discovery.
     calls: how often one forward pass of the model calls this child. source: where the attention was written.
     """
 
@@ -148,9 +148,8 @@ def site_spec(site: Site) -> SiteSpec:
     sizes = [shapes[key] for key in ("H", "Hkv", "D", "Dv")]
     numbers = [size for size in sizes if isinstance(size, int)]
     if len(numbers) != len(sizes):
-        raise ValueError(
-            f"heads and head sizes must be fixed numbers, got {dict(zip('H Hkv D Dv'.split(), sizes))}"
-        )
+        named = dict(zip(("H", "Hkv", "D", "Dv"), sizes, strict=True))
+        raise ValueError(f"heads and head sizes must be fixed numbers, got {named}")
     heads, kv_heads, head_dim, value_dim = numbers
     windowed = site.mask.pattern in (Pattern.WINDOW, Pattern.BAND)
     return SiteSpec(
@@ -181,10 +180,10 @@ def kept(config: LinearizeConfig, path: str, index: int | None) -> bool:
 def plan_sites(model: nn.Module, report: MatchReport, config: LinearizeConfig) -> Plan:
     """Decide what becomes of every candidate of `report`.
 
-    The sites within one call of an owner get one child each; an owner called twelve times with one site (shared
-    layers) has one child, called twelve times.
-    Raises NoAttentionError when there is no candidate, RefusedError when a wanted candidate cannot be rewritten
-    and `config.on_refusal` is "error", or when nothing is left to rewrite.
+    The sites within one call of an owner get one child each; an owner called twelve times with one site
+    (shared layers) has one child, called twelve times.
+    Raises NoAttentionError when there is no candidate, RefusedError when a wanted candidate cannot be
+    rewritten and `config.on_refusal` is "error", or when nothing is left to rewrite.
     """
     if not report.sites and all(refusal.reason in _HARMLESS for refusal in report.refusals):
         raise NoAttentionError(
@@ -268,7 +267,8 @@ def _raise_blocked(blocked: list[Skipped], config: LinearizeConfig, report: Matc
     if blocked and config.on_refusal == "error":
         raise RefusedError(
             f"{len(blocked)} attention site(s) cannot be rewritten, so nothing was: {_sentences(blocked)} "
-            "Allow partial rewriting with on_refusal='keep', or name what may be dropped with approximate=(...).",
+            "Allow partial rewriting with on_refusal='keep', or name what may be dropped with "
+            "approximate=(...).",
             report,
         )
 

@@ -1,7 +1,8 @@
-"""Undo inlining: runs of graph nodes that came from one call of a child module become a call of that child by name.
+"""Undo inlining: the graph nodes of one call of a child module become a call of that child by name.
 
-A child with one tensor in and one tensor out is called as a whole (`q_proj`, a norm, a dropout); of any other,
-its own children are tried, and what is left stays inlined with its parameters looked up on the live owner.
+A child with one tensor in and one tensor out is called as a whole (`q_proj`, a norm, a dropout); of any
+other, its own children are tried, and what is left stays inlined with its parameters looked up on the live
+owner.
 """
 
 from __future__ import annotations
@@ -16,11 +17,11 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
 Entry = tuple[str, str]
-"""A module call a node was recorded in: its key in `nn_module_stack` (calls differ), and the path from the owner."""
+"""A module call a node was recorded in: key in `nn_module_stack` (calls differ), path from the owner."""
 
 
 def reroll(gm: GraphModule, owner: nn.Module, live: Node) -> None:
-    """Rewrite `gm`, captured from a module whose child `owner` is the owner; `live` is the node of the live owner."""
+    """Rewrite `gm`, captured from a module whose child is `owner`; `live` is the node of the live owner."""
     nodes = [node for node in gm.graph.nodes if node.op == "call_function"]
     _reroll(gm, owner, live, nodes, 0)
     gm.graph.eliminate_dead_code(is_impure_node=lambda node: node.op in ("placeholder", "output"))

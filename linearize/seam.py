@@ -43,7 +43,7 @@ class SeamOwner(Rewritten):
     """Mixin of a rewritten owner that dispatches through the attention interface."""
 
     @staticmethod
-    def run(owner: nn.Module, forward: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def run(owner: Any, forward: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """One call of the owner: `forward` is the original class's."""
         cache = caches.find_cache(args, kwargs)
         layer = caches.self_layer(cache, owner._linearize_layer)
@@ -59,7 +59,7 @@ class SeamOwner(Rewritten):
                 caches.mark_filled(caches.self_layer(cache, owner._linearize_layer))
 
 
-def apply_seam(owner: nn.Module, path: str, layer: int | None) -> None:
+def apply_seam(owner: Any, path: str, layer: int | None) -> None:
     """Rewrite `owner` in place; its child modules are attached by the caller."""
     register()
     owner.config = copy.copy(owner.config)
@@ -85,7 +85,7 @@ def attention_forward(
     s_aux: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """The registered function. query `[B,H,T,D]`, key/value `[B,Hkv,S,*]`; returns `[B,T,H,Dv]` and no weights.
+    """The registered function: query `[B,H,T,D]`, key/value `[B,Hkv,S,*]` -> `[B,T,H,Dv]`, and no weights.
 
     `softcap`, `sliding_window`, `scaling` and `is_causal` are in the plan already; the identity check proves
     that the plan says the same.
@@ -107,14 +107,14 @@ def attention_forward(
     return output.transpose(1, 2).contiguous(), None
 
 
-def exact_call(owner: nn.Module, slot: int) -> bool:
-    """The child is softmax and nothing is being proved: run the site's own program, not what linear forms see."""
+def exact_call(owner: Any, slot: int) -> bool:
+    """Run the site's own program: its child is softmax, and no plain site is being proved."""
     child: AttentionModule = getattr(owner, child_name(slot))
     return isinstance(child, SoftmaxAttention) and not (owner._linearize_proof and owner._linearize_plain)
 
 
 def attend(
-    owner: nn.Module,
+    owner: Any,
     slot: int,
     query: Tensor,
     key: Tensor,

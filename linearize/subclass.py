@@ -1,4 +1,4 @@
-"""Turning an owner into a subclass of its own class, in place, so that it survives copy, pickle and isinstance."""
+"""Turning an owner into a subclass of its own class, in place; isinstance, copy and pickle still work."""
 
 from __future__ import annotations
 
@@ -35,9 +35,9 @@ class Rewritten:
 
 
 @functools.cache
-def subclass_of(base: type, mixin: type[Rewritten]) -> type:
-    """A subclass of `base` with its name and module (PEFT and FSDP record both) whose forward goes by `mixin`."""
-    original = base.forward  # type: ignore[attr-defined]
+def subclass_of(base: Any, mixin: Any) -> type:
+    """A subclass of `base`, with its name and module (PEFT and FSDP record both), that runs by `mixin`."""
+    original = base.forward
 
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         return mixin.run(self, original, args, kwargs)
@@ -58,25 +58,26 @@ def subclass_of(base: type, mixin: type[Rewritten]) -> type:
 
 def original_class(cls: type) -> type:
     """The class an owner had before it was rewritten."""
-    return cls._linearize_base  # type: ignore[attr-defined, no-any-return]
+    return cls._linearize_base  # type: ignore[attr-defined]
 
 
-def _rebuild(base: type, mixin: type[Rewritten]) -> nn.Module:
-    cls = subclass_of(base, mixin)
+def _rebuild(base: Any, mixin: Any) -> nn.Module:
+    cls: Any = subclass_of(base, mixin)
     return cls.__new__(cls)
 
 
-def become(owner: nn.Module, mixin: type[Rewritten]) -> None:
+def become(owner: nn.Module, mixin: Any) -> None:
     """Swap the class of `owner`, and rebind a forward that accelerate's hooks keep on the instance.
 
     Raises InvalidModelError when something else replaced `forward` on the instance: it would bypass ours.
     """
-    cls = subclass_of(type(owner), mixin)
+    base: Any = type(owner)
+    cls = subclass_of(base, mixin)
     if "forward" in owner.__dict__:
         if "_old_forward" not in owner.__dict__:
             raise InvalidModelError(
-                f"`forward` of a {type(owner).__name__} was replaced on the instance, which would bypass the rewrite; "
-                "convert before patching it"
+                f"`forward` of a {type(owner).__name__} was replaced on the instance, which would bypass the "
+                "rewrite; convert before patching it"
             )
         owner.__dict__["_old_forward"] = types.MethodType(cls.forward, owner)  # type: ignore[attr-defined]
     owner.__class__ = cls

@@ -1,8 +1,9 @@
-"""One traced form of a grafted owner: its forward as a graph with the attention replaced and real children called.
+"""One traced form of a grafted owner: its forward as a graph, attention replaced and real children called.
 
-The owner is captured without its cache (the cache's `update` becomes a hole in the graph, filled at call time),
-the proved sites become calls of `attend_site`, and everything the graph borrowed from the owner is looked up on
-the live owner at each call: a LoRA layer put over `q_proj` later is the one that runs, and nothing is held twice.
+The owner is captured without its cache (the cache's `update` becomes a hole in the graph, filled at call
+time), the proved sites become calls of `attend_site`, and everything the graph borrowed from the owner is
+looked up on the live owner at each call: a LoRA layer put over `q_proj` later is the one that runs, and
+nothing is held twice.
 """
 
 from __future__ import annotations
@@ -12,7 +13,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.fx.experimental._config as fx_config
 import torch.utils._pytree as pytree
 from torch import Tensor, nn
 from torch.export import Dim
@@ -92,7 +92,7 @@ class _Shell(nn.Module):
 
 
 def equal_sizes(tensors: Sequence[Tensor], stored: int) -> tuple[tuple[Place, ...], ...]:
-    """Groups of axes that have the same size, batches and lengths; heads and features are left out where known.
+    """Groups of batch and length axes of the same size; heads and features are left out where known.
 
     stored: how many of the tensors, the last ones, are keys and values `[B, Hkv, S, D]` of a cache.
     """
@@ -108,7 +108,7 @@ def equal_sizes(tensors: Sequence[Tensor], stored: int) -> tuple[tuple[Place, ..
 
 
 def _hole(past: Tensor, keys: Tensor, values: Tensor) -> Any:
-    """A stand-in cache for tracing: `update` remembers what it is given and returns the inputs keys and values."""
+    """A stand-in cache for tracing: `update` remembers what it is given and returns `keys` and `values`."""
     from transformers.cache_utils import Cache
 
     class Hole(Cache):
@@ -144,14 +144,15 @@ def trace(
 ) -> Variant:
     """Capture, match and rewrite the owner for one form of call.
 
-    rebuild: `(tensors, cache) -> (args, kwargs)`. cache: examples of the past marker `[P]` and of the keys and
-    values that `update` returns (meta tensors do), empty for a call without a cache. expected: sites per call in the plan.
+    rebuild: `(tensors, cache) -> (args, kwargs)`. cache: examples of the past marker `[P]` and of the keys
+    and values that `update` returns (meta tensors do), empty for a call without a cache. expected: sites per
+    call in the plan.
     Raises GraftError when the graph does not hold exactly those sites.
     """
     inputs = tuple(tensor.detach() for tensor in (*tensors, *(_real(tensor, tensors) for tensor in cache)))
     equal = equal_sizes(inputs, 2 if cache else 0)
-    # With sizes that happen to agree told apart the graph fits more calls, but not every attention can be proved.
-    attempts = [equal, ()] if cache else [(), equal]
+    # Telling apart sizes that happen to agree makes a graph for more calls; some proofs need them to agree.
+    attempts: list[tuple[tuple[Place, ...], ...]] = [equal, ()] if cache else [(), equal]
     for attempt, agreed in enumerate(attempts):
         try:
             return _trace(owner, forward, rebuild, inputs, agreed, bool(cache), expected)
@@ -166,7 +167,7 @@ def _trace(
     forward: Callable[..., Any],
     rebuild: Callable[..., Any],
     inputs: Sequence[Tensor],
-    equal: Sequence[Sequence[Place]],
+    equal: tuple[tuple[Place, ...], ...],
     cached: bool,
     expected: int,
 ) -> Variant:
@@ -183,7 +184,7 @@ def _trace(
     if cached and single is not None and inputs[single].shape[1] == 1:
         # One token at a time: its axis must be seen as an axis, or no attention can be recognised.
         axes[single][1] = Dim.AUTO
-    with fx_config.patch(backed_size_oblivious=cached):
+    with sizes_of_one_as_symbols(cached):
         gm = capture(shell, inputs, dynamic=(tuple(axes),))
     index = next(iter(indices), None)
     if cached and index is None:
@@ -212,6 +213,14 @@ def _trace(
 
 def _real(tensor: Tensor, beside: Sequence[Tensor]) -> Tensor:
     return torch.zeros(tensor.shape, dtype=tensor.dtype, device=beside[0].device)
+
+
+def sizes_of_one_as_symbols(on: bool) -> Any:
+    """Let export keep an axis of size one symbolic, where it is asked to; a context manager."""
+    import torch.fx.experimental._config as config
+
+    settings: Any = config
+    return settings.patch(backed_size_oblivious=on)
 
 
 def _axes(tensor: Tensor) -> dict[int, Any]:
@@ -286,7 +295,7 @@ def _fill_hole(graph: Graph, store: Node, index: int | None, equal: Sequence[Seq
 
 
 def _read_sizes_elsewhere(graph: Graph, inputs: Sequence[Node], equal: Sequence[Sequence[Place]]) -> None:
-    """Sizes that export reads from keys or values are needed before these exist: read them where they are equal."""
+    """Sizes that export reads from keys or values are needed before these exist: read them elsewhere."""
     holes = (len(inputs) - 2, len(inputs) - 1)
     instead = {
         place: next((other for other in group if other[0] not in holes), None)
@@ -350,7 +359,7 @@ def _live(graph: Graph) -> set[Node]:
     return seen
 
 
-# ------------------------------------------------------------------------------ what the graph calls while running
+# --- what the graph calls while running
 
 
 def _item(pair: Any, position: int) -> Any:
@@ -363,7 +372,7 @@ def update_cache(cache: Any, keys: Tensor, values: Tensor, index: int) -> Any:
 
 
 def attend_site(
-    owner: nn.Module,
+    owner: Any,
     slot: int,
     query: Tensor,
     key: Tensor,
@@ -375,8 +384,8 @@ def attend_site(
 ) -> Tensor:
     """One site: the owner's child, or the exact program for a child that is softmax.
 
-    query `[B, H, T, D]`, key `[B, Hkv, S, D]`, value `[B, Hkv, S, Dv]`, terms broadcastable to `[B, H, T, S]` with
-    the kind of their step; returns `[B, H, T, Dv]`.
+    query `[B, H, T, D]`, key `[B, Hkv, S, D]`, value `[B, Hkv, S, Dv]`, terms broadcastable to `[B, H, T, S]`
+    with the kind of their step; returns `[B, H, T, Dv]`.
     """
     if owner._linearize_log is not None:
         owner._linearize_log.append((slot, None))

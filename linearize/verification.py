@@ -26,7 +26,7 @@ GAIN = 16.0
 
 @dataclass
 class OwnerCall:
-    """First recorded call of an owner: detached arguments, and its outputs, as given and with enlarged input."""
+    """First recorded call of an owner: arguments, and outputs as given and with enlarged input."""
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
@@ -107,7 +107,7 @@ def floats(output: Any) -> tuple[Tensor, ...]:
 
 
 def record(model: nn.Module, paths: Sequence[str], inputs: Sequence[Mapping[str, Any]]) -> Recording:
-    """Run the original on every example input and keep what `verify` compares with. Call inside `quiet_run`."""
+    """Run the original and keep what `verify` compares with. Call inside `quiet_run`."""
     recording = Recording(inputs)
     first: dict[str, tuple[tuple[Any, ...], dict[str, Any], Any]] = {}
     handles = []
@@ -136,7 +136,7 @@ def record(model: nn.Module, paths: Sequence[str], inputs: Sequence[Mapping[str,
 
 
 def _enlarged(owner: nn.Module, recorded: OwnerCall) -> tuple[Tensor, ...] | None:
-    """The owner's output with every hidden state times GAIN; None in half precision, where rounding dominates."""
+    """Output with every hidden state times GAIN; None in half precision, where rounding dominates."""
 
     grown: dict[int, Tensor] = {}
 
@@ -155,7 +155,7 @@ def _enlarged(owner: nn.Module, recorded: OwnerCall) -> tuple[Tensor, ...] | Non
     }
     tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
     originals = [value for value in (*recorded.args, *recorded.kwargs.values()) if isinstance(value, Tensor)]
-    if all(a is b for a, b in zip(tensors, originals)):
+    if all(a is b for a, b in zip(tensors, originals, strict=True)):
         return None
     return floats(owner(*args, **kwargs))
 
@@ -163,7 +163,7 @@ def _enlarged(owner: nn.Module, recorded: OwnerCall) -> tuple[Tensor, ...] | Non
 def generate(
     model: nn.Module, inputs: Mapping[str, Any], tokens: int = 4, must: bool = False
 ) -> tuple[Tensor, ...] | None:
-    """Scores `[B, vocabulary]` of a few greedy steps with the model's own cache; None where it cannot generate.
+    """Scores `[B, vocabulary]` of a few greedy steps with the model's own cache; None if it cannot generate.
 
     must: raise VerificationError instead, because the original could.
     """
@@ -205,10 +205,10 @@ def verify(model: nn.Module, recording: Recording) -> None:
         if recorded.enlarged is not None:
             found = _enlarged(owner, recorded)
             _compare(recorded.enlarged, found or (), f"{path} with enlarged input", 10.0, skip_weights=True)
-    for example, expected in zip(recording.inputs, recording.outputs):
+    for example, expected in zip(recording.inputs, recording.outputs, strict=True):
         found = run_model(model, example)
         _compare(_real(expected, example), _real(found, example), f"the model on ({shapes(example)})", 1.0)
-    for example, scores in zip(recording.inputs, recording.generated):
+    for example, scores in zip(recording.inputs, recording.generated, strict=True):
         if scores is not None:
             _compare(scores, generate(model, example, must=True) or (), "cached decoding", 1.0)
 
@@ -239,7 +239,7 @@ def _compare(
         expected, found = expected[:1], found[:1]
     if len(expected) != len(found):
         raise VerificationError(f"{what}: {len(expected)} outputs became {len(found)}; nothing was changed")
-    for index, (a, b) in enumerate(zip(expected, found)):
+    for index, (a, b) in enumerate(zip(expected, found, strict=True)):
         if a.shape != b.shape:
             raise VerificationError(
                 f"{what}: output {index} changed shape from {tuple(a.shape)} to {tuple(b.shape)}"
