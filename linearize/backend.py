@@ -45,38 +45,50 @@ from .report import REFUSED, Report, Row, _describe, rows
 log = logging.getLogger(__name__)
 
 
+Kinship = tuple[str, str]
+"""How a parameter and an owner stand to each other: the parameter's path below what contains both, and the
+owner's. It is the same in every graph, while dynamo's own paths start wherever the graph does."""
+
+
 @dataclasses.dataclass(frozen=True)
 class _Place:
     """Where a compiled graph calls a site's module.
 
-    path, slot: the owner and which of its sites. anchor: index of the graph input that is the owner's first
-    parameter, None when no parameter of the owner or of a module around it is an input. spec: what to build.
+    path, slot: the owner, as this graph names it, and which of its sites. anchors: the graph inputs that are
+    parameters of the owner (or of the nearest module around it that has any), by index, and their kinship.
+    spec, device, dtype: what to build.
     """
 
     path: str
     slot: int
-    anchor: int | None
+    anchors: tuple[tuple[int, Kinship], ...]
     spec: SiteSpec
     device: torch.device
     dtype: torch.dtype
-    compiled_for: weakref.ref[Tensor] | None
-
-    @property
-    def first_anchor(self) -> Tensor | None:
-        """The owner's first parameter of the model that the graph was compiled for."""
-        return None if self.compiled_for is None else self.compiled_for()
 
 
 @dataclasses.dataclass(eq=False)
 class _Entry:
-    """A site module and whose it is: `anchor` is the owner's first parameter, not kept alive by this."""
+    """A site module, with what is needed to know its owner again. This does not keep the owner alive."""
 
     place: _Place
-    anchor: weakref.ref[Tensor] | None
     module: AttentionModule
+    owner: dict[Kinship, weakref.ref[Tensor]] = dataclasses.field(default_factory=dict)
 
-    def belongs_to(self, anchor: Tensor | None) -> bool:
-        return self.anchor is None if anchor is None else self.anchor is not None and self.anchor() is anchor
+    def belongs_to(self, path: str, anchors: Sequence[tuple[int, Kinship]], values: Sequence[Any]) -> bool:
+        """Whether a graph's owner is this entry's: a parameter in common, and none that differs.
+
+        One in common is not enough, as layers may tie some of their weights.
+        """
+        if not anchors:
+            return not self.owner and self.place.path == path
+        known = [(self.owner[kin](), values[index]) for index, kin in anchors if kin in self.owner]
+        return any(a is b for a, b in known) and all(a is None or a is b for a, b in known)
+
+    @property
+    def orphaned(self) -> bool:
+        """Its owner had parameters, and none of them exists any more."""
+        return bool(self.owner) and all(reference() is None for reference in self.owner.values())
 
 
 class Backend:
@@ -115,6 +127,7 @@ class Backend:
         self.trainable = trainable
         self.notes: list[str] = []
         self._entries: list[_Entry] = []
+        self._hints: dict[tuple[str, int, int], _Entry] = {}
         self._rows: dict[tuple[str, int, str], Row] = {}
         self._holder = nn.Module()
         self._pending: dict[str, Tensor] = {}
@@ -173,13 +186,14 @@ class Backend:
         self, graph: GraphModule, places: Mapping[tuple[str, int], _Place], example_inputs: Sequence[Any]
     ) -> Callable[..., Any]:
         """Rewrite, lift what the site modules own to inputs of the graph, and compile that."""
+        values = _values(graph)
         called: list[tuple[_Place, nn.Module]] = []
 
         def factory(site: Site) -> nn.Module | None:
             place = places.get((site.path, site.ordinal))
             if place is None:
                 return None
-            called.append((place, self.module_of(place, place.first_anchor)))
+            called.append((place, self.module_of(place, values)))
             return called[-1][1]
 
         lowered = lower_attention(graph, factory)
@@ -238,29 +252,27 @@ class Backend:
         self, refused: Mapping[tuple[str, int], tuple[str, str]], match: MatchReport, graph: GraphModule
     ) -> None:
         """Refuse a graph that would run softmax where an earlier one of the same owner is linear."""
-        if self.config.mechanism == "softmax":
-            return
         texts = [(path, message) for (path, _), (_, message) in refused.items()]
         texts += [(refusal.path, refusal.message) for refusal in match.refusals]
         for path, message in texts:
-            anchor = _anchor(graph, path)[1]
-            if any(entry.place.path == path and entry.belongs_to(anchor) for entry in self._entries):
+            if any(entry.belongs_to(path, _anchors(graph, path), _values(graph)) for entry in self._entries):
                 raise RefusedError(
                     f"the attention of {path or 'the model'} was rewritten in an earlier graph and cannot be "
-                    f"in this one: {message}. Softmax here and linear there would be wrong without a "
-                    "word; for decoding with a cache use linearize(model) instead of the backend.",
+                    f"in this one: {message}. Softmax here and linear there would be silently wrong; for "
+                    "decoding with a cache use linearize(model) instead of the backend.",
                     self.report,
                 )
 
     def _place(self, site: Site, slot: int, graph: GraphModule) -> _Place | tuple[str, str]:
         """Where and what to build for `site`, or (reason, sentence) where that is not certain."""
-        index, anchor = _anchor(graph, site.path)
-        value = site.value.node.meta["val"]
-        like = anchor if anchor is not None and anchor.is_floating_point() else value
-        place = _Place(site.path, slot, index, site_spec(site), like.device, like.dtype, _ref(anchor))
+        anchors, values = _anchors(graph, site.path), _values(graph)
+        like: Any = site.value.node.meta["val"]
+        if anchors and (first := values[anchors[0][0]]) is not None and first.is_floating_point():
+            like = first
+        place = _Place(site.path, slot, anchors, site_spec(site), like.device, like.dtype)
         if self.config.mechanism == "softmax":
             return place
-        known = self._find(place, anchor)
+        known = self._find(place, values)
         if site.shapes["T"] == 1 and not place.spec.causal:
             if is_cached_decode(site):
                 place = dataclasses.replace(
@@ -274,33 +286,35 @@ class Backend:
         if known is not None and _kind(known.place.spec) != _kind(place.spec):
             return (
                 Reason.SHAPE_UNKNOWN.value,
-                f"in an earlier graph this owner's attention was {known.module.extra_repr()!r}, here it is "
-                f"{_kind(place.spec)}; one set of parameters cannot be both",
+                f"in an earlier graph this owner's attention was {_kind(known.place.spec)!r}, here it is "
+                f"{_kind(place.spec)!r}; one set of parameters cannot be both",
             )
         return place
 
-    def _find(self, place: _Place, anchor: Tensor | None) -> _Entry | None:
+    def _find(self, place: _Place, values: Sequence[Any]) -> _Entry | None:
+        hint = (place.path, place.slot, id(values[place.anchors[0][0]]) if place.anchors else 0)
+        likely = self._hints.get(hint)
+        for entry in (likely, *self._entries) if likely is not None else self._entries:
+            if entry.place.slot == place.slot and entry.belongs_to(place.path, place.anchors, values):
+                self._hints[hint] = entry
+                return entry
+        # The owner's parameters may have been replaced (`load_state_dict(assign=True)`).
         same = [e for e in self._entries if (e.place.path, e.place.slot) == (place.path, place.slot)]
-        for entry in same:
-            if entry.belongs_to(anchor):
-                return entry
-        # The owner's parameter was replaced (`load_state_dict(assign=True)`): its entry refers to a dead one.
-        for entry in same:
-            if entry.anchor is not None and entry.anchor() is None:
-                entry.anchor = _ref(anchor)
-                return entry
-        return None
+        return next((entry for entry in same if entry.orphaned), None)
 
-    def module_of(self, place: _Place, anchor: Tensor | None) -> AttentionModule:
-        """The site's module, made on first sight."""
-        entry = self._find(place, anchor)
+    def module_of(self, place: _Place, values: Sequence[Any]) -> AttentionModule:
+        """The site's module, made on first sight. values: the inputs of the graph."""
+        entry = self._find(place, values)
         if entry is None:
             with torch.inference_mode(False):
                 module = build_attention(place.spec, self.config).to(device=place.device, dtype=place.dtype)
             module.requires_grad_(self.trainable)
-            entry = _Entry(place, _ref(anchor), module)
+            entry = _Entry(place, module)
             self._entries.append(entry)
             self._load_pending(self._hold(place, module), module)
+        for index, kin in place.anchors:
+            if kin not in entry.owner or entry.owner[kin]() is None:
+                entry.owner[kin] = weakref.ref(values[index])
         return entry.module
 
     def _hold(self, place: _Place, module: AttentionModule) -> str:
@@ -343,7 +357,7 @@ class _Call:
     def __call__(self, *args: Any) -> Any:
         extra: list[Tensor] = []
         for place, names in self.states:
-            module = self.backend.module_of(place, None if place.anchor is None else args[place.anchor])
+            module = self.backend.module_of(place, args)
             extra += [getattr(module, name) for name in names]
         return self.compiled(*args, *extra)
 
@@ -378,10 +392,6 @@ def linearize_backend(
     return backend(gm, example_inputs)
 
 
-def _ref(tensor: Tensor | None) -> weakref.ref[Tensor] | None:
-    return None if tensor is None else weakref.ref(tensor)
-
-
 def _kind(spec: SiteSpec) -> str:
     """What decides the shapes of a module's parameters and the meaning of its arguments."""
     kind = "cross" if spec.cross else "causal" if spec.causal else "bidirectional"
@@ -392,14 +402,31 @@ def _layer_index(path: str) -> int | None:
     return next((int(part) for part in path.split(".") if part.isdigit()), None)
 
 
-def _anchor(graph: GraphModule, path: str) -> tuple[int | None, Tensor | None]:
-    """Index and value of the first parameter of the owner at `path`, or of the nearest module around it."""
+def _values(graph: GraphModule) -> list[Tensor | None]:
+    """The real tensor behind each input of the graph, where it is known."""
     leaves = [node.meta.get("leaf") for node in graph.graph.find_nodes(op="placeholder")]
+    return [None if leaf is None else leaf.value for leaf in leaves]
+
+
+def _anchors(graph: GraphModule, path: str) -> tuple[tuple[int, Kinship], ...]:
+    """The inputs that are parameters of the owner at `path`, or of the nearest module around it with any."""
+    leaves = [node.meta.get("leaf") for node in graph.graph.find_nodes(op="placeholder")]
+    around = path
     while True:
-        for index, leaf in enumerate(leaves):
-            inside = leaf is not None and (not path or leaf.path.startswith(f"{path}."))
-            if inside and leaf.kind == "parameter" and leaf.value is not None:
-                return index, leaf.value
-        if not path:
-            return None, None
-        path = path.rpartition(".")[0]
+        found = [
+            (index, _kinship(leaf.path, path))
+            for index, leaf in enumerate(leaves)
+            if leaf is not None and leaf.kind == "parameter" and leaf.value is not None
+            if not around or leaf.path.startswith(f"{around}.")
+        ]
+        if found or not around:
+            return tuple(found)
+        around = around.rpartition(".")[0]
+
+
+def _kinship(parameter: str, owner: str) -> Kinship:
+    """`("layers.0.attn.q.weight", "layers.0.attn.core")` -> ("q.weight", "core")."""
+    a, b = parameter.split("."), owner.split(".") if owner else []
+    while a and b and a[0] == b[0]:
+        a.pop(0), b.pop(0)
+    return ".".join(a), ".".join(b)
