@@ -35,6 +35,7 @@ from .attention import AttentionModule, SiteSpec, build_attention
 from .config import LinearizeConfig
 from .decode import is_cached_decode
 from .errors import ConfigError, RefusedError
+from .owners import Entry, Place, anchors_of, graph_values
 from .passes import find_attention, lower_attention, raise_attention
 from .passes.capture import CaptureError, to_dialect
 from .passes.dynamo import fake, fake_mode, retrace
@@ -43,52 +44,6 @@ from .plan import _problem, child_name, kept, site_spec
 from .report import REFUSED, Report, Row, _describe, rows
 
 log = logging.getLogger(__name__)
-
-
-Kinship = tuple[str, str]
-"""How a parameter and an owner stand to each other: the parameter's path below what contains both, and the
-owner's. It is the same in every graph, while dynamo's own paths start wherever the graph does."""
-
-
-@dataclasses.dataclass(frozen=True)
-class _Place:
-    """Where a compiled graph calls a site's module.
-
-    path, slot: the owner, as this graph names it, and which of its sites. anchors: the graph inputs that are
-    parameters of the owner (or of the nearest module around it that has any), by index, and their kinship.
-    spec, device, dtype: what to build.
-    """
-
-    path: str
-    slot: int
-    anchors: tuple[tuple[int, Kinship], ...]
-    spec: SiteSpec
-    device: torch.device
-    dtype: torch.dtype
-
-
-@dataclasses.dataclass(eq=False)
-class _Entry:
-    """A site module, with what is needed to know its owner again. This does not keep the owner alive."""
-
-    place: _Place
-    module: AttentionModule
-    owner: dict[Kinship, weakref.ref[Tensor]] = dataclasses.field(default_factory=dict)
-
-    def belongs_to(self, path: str, anchors: Sequence[tuple[int, Kinship]], values: Sequence[Any]) -> bool:
-        """Whether a graph's owner is this entry's: a parameter in common, and none that differs.
-
-        One in common is not enough, as layers may tie some of their weights.
-        """
-        if not anchors:
-            return not self.owner and self.place.path == path
-        known = [(self.owner[kin](), values[index]) for index, kin in anchors if kin in self.owner]
-        return any(a is b for a, b in known) and all(a is None or a is b for a, b in known)
-
-    @property
-    def orphaned(self) -> bool:
-        """Its owner had parameters, and none of them exists any more."""
-        return bool(self.owner) and all(reference() is None for reference in self.owner.values())
 
 
 class Backend:
@@ -126,8 +81,8 @@ class Backend:
         self.inner = inner
         self.trainable = trainable
         self.notes: list[str] = []
-        self._entries: list[_Entry] = []
-        self._hints: dict[tuple[str, int, int], _Entry] = {}
+        self._entries: list[Entry] = []
+        self._hints: dict[tuple[str, int, int], Entry] = {}
         self._rows: dict[tuple[str, int, str], Row] = {}
         self._holder = nn.Module()
         self._pending: dict[str, Tensor] = {}
@@ -183,11 +138,11 @@ class Backend:
         return self._lower(graph, places, example_inputs)
 
     def _lower(
-        self, graph: GraphModule, places: Mapping[tuple[str, int], _Place], example_inputs: Sequence[Any]
+        self, graph: GraphModule, places: Mapping[tuple[str, int], Place], example_inputs: Sequence[Any]
     ) -> Callable[..., Any]:
         """Rewrite, lift what the site modules own to inputs of the graph, and compile that."""
-        values = _values(graph)
-        called: list[tuple[_Place, nn.Module]] = []
+        values = graph_values(graph)
+        called: list[tuple[Place, nn.Module]] = []
 
         def factory(site: Site) -> nn.Module | None:
             place = places.get((site.path, site.ordinal))
@@ -198,7 +153,7 @@ class Backend:
 
         lowered = lower_attention(graph, factory)
         lifted: dict[str, Tensor] = {}
-        states: list[tuple[_Place, tuple[str, ...]]] = []
+        states: list[tuple[Place, tuple[str, ...]]] = []
         done: set[nn.Module] = set()
         for number, (place, module) in enumerate(called):
             if module in done:  # shared layers call one module several times
@@ -215,9 +170,9 @@ class Backend:
     def _compile(self, gm: GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         return lookup_backend(self.inner)(gm, list(example_inputs))
 
-    def _plan(self, match: MatchReport, graph: GraphModule) -> dict[tuple[str, int], _Place]:
+    def _plan(self, match: MatchReport, graph: GraphModule) -> dict[tuple[str, int], Place]:
         """The sites to rewrite, by (owner path, ordinal); every candidate goes into the report."""
-        places: dict[tuple[str, int], _Place] = {}
+        places: dict[tuple[str, int], Place] = {}
         refused: dict[tuple[str, int], tuple[str, str]] = {}
         slots: Counter[tuple[str, int]] = Counter()
         for site in match.sites:
@@ -229,7 +184,7 @@ class Backend:
             problem = _problem(site, self.config)
             if problem is None:
                 found = self._place(site, slot, graph)
-                if isinstance(found, _Place):
+                if isinstance(found, Place):
                     places[key] = found
                     continue
                 problem = found
@@ -255,7 +210,10 @@ class Backend:
         texts = [(path, message) for (path, _), (_, message) in refused.items()]
         texts += [(refusal.path, refusal.message) for refusal in match.refusals]
         for path, message in texts:
-            if any(entry.belongs_to(path, _anchors(graph, path), _values(graph)) for entry in self._entries):
+            if any(
+                entry.belongs_to(path, anchors_of(graph, path), graph_values(graph))
+                for entry in self._entries
+            ):
                 raise RefusedError(
                     f"the attention of {path or 'the model'} was rewritten in an earlier graph and cannot be "
                     f"in this one: {message}. Softmax here and linear there would be silently wrong; for "
@@ -263,13 +221,13 @@ class Backend:
                     self.report,
                 )
 
-    def _place(self, site: Site, slot: int, graph: GraphModule) -> _Place | tuple[str, str]:
+    def _place(self, site: Site, slot: int, graph: GraphModule) -> Place | tuple[str, str]:
         """Where and what to build for `site`, or (reason, sentence) where that is not certain."""
-        anchors, values = _anchors(graph, site.path), _values(graph)
+        anchors, values = anchors_of(graph, site.path), graph_values(graph)
         like: Any = site.value.node.meta["val"]
         if anchors and (first := values[anchors[0][0]]) is not None and first.is_floating_point():
             like = first
-        place = _Place(site.path, slot, anchors, site_spec(site), like.device, like.dtype)
+        place = Place(site.path, slot, anchors, site_spec(site), like.device, like.dtype)
         if self.config.mechanism == "softmax":
             return place
         known = self._find(place, values)
@@ -291,7 +249,7 @@ class Backend:
             )
         return place
 
-    def _find(self, place: _Place, values: Sequence[Any]) -> _Entry | None:
+    def _find(self, place: Place, values: Sequence[Any]) -> Entry | None:
         hint = (place.path, place.slot, id(values[place.anchors[0][0]]) if place.anchors else 0)
         likely = self._hints.get(hint)
         for entry in (likely, *self._entries) if likely is not None else self._entries:
@@ -302,14 +260,14 @@ class Backend:
         same = [e for e in self._entries if (e.place.path, e.place.slot) == (place.path, place.slot)]
         return next((entry for entry in same if entry.orphaned), None)
 
-    def module_of(self, place: _Place, values: Sequence[Any]) -> AttentionModule:
+    def module_of(self, place: Place, values: Sequence[Any]) -> AttentionModule:
         """The site's module, made on first sight. values: the inputs of the graph."""
         entry = self._find(place, values)
         if entry is None:
             with torch.inference_mode(False):
                 module = build_attention(place.spec, self.config).to(device=place.device, dtype=place.dtype)
             module.requires_grad_(self.trainable)
-            entry = _Entry(place, module)
+            entry = Entry(place, module)
             self._entries.append(entry)
             self._load_pending(self._hold(place, module), module)
         for index, kin in place.anchors:
@@ -317,7 +275,7 @@ class Backend:
                 entry.owner[kin] = weakref.ref(values[index])
         return entry.module
 
-    def _hold(self, place: _Place, module: AttentionModule) -> str:
+    def _hold(self, place: Place, module: AttentionModule) -> str:
         """Register `module` under the name it would have in a converted model; returns that name."""
         owner = self._holder
         for part in place.path.split(".") if place.path else ():
@@ -352,7 +310,7 @@ class _Call:
 
     backend: Backend
     compiled: Callable[..., Any]
-    states: tuple[tuple[_Place, tuple[str, ...]], ...]
+    states: tuple[tuple[Place, tuple[str, ...]], ...]
 
     def __call__(self, *args: Any) -> Any:
         extra: list[Tensor] = []
@@ -400,33 +358,3 @@ def _kind(spec: SiteSpec) -> str:
 
 def _layer_index(path: str) -> int | None:
     return next((int(part) for part in path.split(".") if part.isdigit()), None)
-
-
-def _values(graph: GraphModule) -> list[Tensor | None]:
-    """The real tensor behind each input of the graph, where it is known."""
-    leaves = [node.meta.get("leaf") for node in graph.graph.find_nodes(op="placeholder")]
-    return [None if leaf is None else leaf.value for leaf in leaves]
-
-
-def _anchors(graph: GraphModule, path: str) -> tuple[tuple[int, Kinship], ...]:
-    """The inputs that are parameters of the owner at `path`, or of the nearest module around it with any."""
-    leaves = [node.meta.get("leaf") for node in graph.graph.find_nodes(op="placeholder")]
-    around = path
-    while True:
-        found = [
-            (index, _kinship(leaf.path, path))
-            for index, leaf in enumerate(leaves)
-            if leaf is not None and leaf.kind == "parameter" and leaf.value is not None
-            if not around or leaf.path.startswith(f"{around}.")
-        ]
-        if found or not around:
-            return tuple(found)
-        around = around.rpartition(".")[0]
-
-
-def _kinship(parameter: str, owner: str) -> Kinship:
-    """`("layers.0.attn.q.weight", "layers.0.attn.core")` -> ("q.weight", "core")."""
-    a, b = parameter.split("."), owner.split(".") if owner else []
-    while a and b and a[0] == b[0]:
-        a.pop(0), b.pop(0)
-    return ".".join(a), ".".join(b)
