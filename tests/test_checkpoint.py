@@ -18,6 +18,8 @@ from transformers import (
     AutoModelForCausalLM,
     BertConfig,
     BertModel,
+    FalconConfig,
+    FalconForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     LlamaModel,
@@ -360,11 +362,22 @@ def test_saving_over_a_directory_keeps_foreign_files_and_drops_stale_weights(tmp
     same(model, lz.load(target))
 
 
-def test_a_bidirectional_encoder_comes_back_too(tmp_path: Path) -> None:
-    torch.manual_seed(0)
+def tiny_bert() -> BertModel:
     config = BertConfig(
         vocab_size=96, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4
     )
-    model = shake(lz.linearize(BertModel(config).eval(), {"input_ids": tokens()}, CONFIG))
+    return BertModel(config)
+
+
+def tiny_falcon() -> FalconForCausalLM:
+    config = FalconConfig(vocab_size=96, hidden_size=32, num_hidden_layers=2, num_attention_heads=4)
+    return FalconForCausalLM(config)
+
+
+@pytest.mark.parametrize(("make", "rung"), [(tiny_bert, "seam"), (tiny_falcon, "graft")])
+def test_what_linearize_found_by_itself_comes_back_too(make, rung: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = shake(lz.linearize(make().eval(), {"input_ids": tokens()}, CONFIG))
+    assert {site.rung for site in model._linearize.plan.sites} == {rung}
     lz.save(model, tmp_path / "m")
     same(model, lz.load(tmp_path / "m"))
