@@ -165,7 +165,10 @@ def prove(
         if stuck:
             raise VerificationError(f"{stuck[0]}: {missed[stuck[0]]}; nothing was changed")
         rungs.update(dict.fromkeys(missed, "graft"))
-    candidate = allow_compact_masks(model, candidate)
+    if config.mechanism != "softmax":
+        # What stays softmax follows the square masks to the letter.
+        candidate = allow_compact_masks(model, candidate)
+    check_dropped_windows(candidate, config, report)
     verify(model, recording)
     proving(model, candidate, False)
     if config.mechanism != "softmax":
@@ -197,6 +200,20 @@ def allow_compact_masks(model: nn.Module, plan: Plan) -> Plan:
         plan = dataclasses.replace(plan, compact_masks=True)
         use_compact_masks(model, plan)
     return plan
+
+
+def check_dropped_windows(plan: Plan, config: LinearizeConfig, report: MatchReport) -> None:
+    """Raise RefusedError where a causal window would be dropped while masks still say it.
+
+    During decoding such a mask hides every key before the window, padding or not, so padding cannot be told.
+    """
+    windowed = [site.path for site in plan.sites if site.spec.causal and site.spec.window is not None]
+    if windowed and not plan.compact_masks and config.mechanism != "softmax":
+        raise RefusedError(
+            f"the window of {windowed[0]} can only be dropped when every attention of the model is rewritten "
+            "and dispatches through transformers' attention interface; keep its softmax",
+            report,
+        )
 
 
 def trial(model: nn.Module, plan: Plan, recording: Recording) -> dict[str, str]:

@@ -41,11 +41,28 @@ def self_layer(cache: Any, index: int | None) -> Any | None:
     return layers[index] if layers is not None and index < len(layers) else None
 
 
-def start_of_queries(layer: Any | None) -> int | Tensor | None:
-    """Column of the first query of this call, read before the layer is updated. None: the last columns."""
+def keep_everything(cache: Any, index: int | None) -> None:
+    """Replace the layer by one that forgets nothing, where it is still empty and keeps a sliding window only.
+
+    A site whose window was dropped reads every key; a dynamic cache made for the original would lose them.
+    """
+    layer = self_layer(cache, index)
+    if not getattr(layer, "is_sliding", False) or getattr(layer, "is_compileable", False):
+        return
+    from transformers.cache_utils import DynamicLayer
+
+    if int(layer.get_seq_length()) == 0:  # type: ignore[union-attr]
+        getattr(cache, "self_attention_cache", cache).layers[index] = DynamicLayer()
+
+
+def start_of_queries(layer: Any | None, whole: bool = False) -> int | Tensor | None:
+    """Column of the first query of this call, read before the layer is updated. None: the last columns.
+
+    whole: every key is needed; raises InputError for a static cache that keeps a sliding window.
+    """
     if layer is None or not getattr(layer, "is_compileable", False):
         return None
-    if getattr(layer, "is_sliding", False):
+    if whole and getattr(layer, "is_sliding", False):
         raise InputError(
             "a rewritten layer needs all keys, but the static cache keeps only a sliding window; "
             "use a DynamicCache (cache_implementation=None)"

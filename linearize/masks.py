@@ -15,19 +15,20 @@ import torch
 from torch import Tensor
 
 from .errors import InputError
+from .passes.mask import MASKED
 
 
 def visible(mask: Tensor) -> Tensor:
     """Bool mask, True where a key may be seen, from a bool keep-mask or a float additive mask.
 
-    Additive masks hide with the dtype's minimum, a large negative number or -inf; half the minimum of float16
-    (about -3e4) is far below any score and above every such value.
+    Additive masks hide with -inf, the dtype's minimum, or a large negative number such as GPT's -1e4; the matcher
+    draws the same line.
     """
     if mask.dtype == torch.bool:
         return mask
     if not mask.dtype.is_floating_point:
         return mask != 0
-    return mask > torch.finfo(torch.float16).min / 2
+    return mask > MASKED
 
 
 def key_mask_of(mask: Tensor | None, batch: int, key_length: int) -> Tensor | None:

@@ -48,7 +48,11 @@ class SeamOwner(Rewritten):
         cache = caches.find_cache(args, kwargs)
         layer = caches.self_layer(cache, owner._linearize_layer)
         caches.check_not_foreign(layer, owner._linearize_path)
-        owner._linearize_start = caches.start_of_queries(layer)
+        whole = drops_window(owner)
+        if whole:
+            caches.keep_everything(cache, owner._linearize_layer)
+            layer = caches.self_layer(cache, owner._linearize_layer)
+        owner._linearize_start = caches.start_of_queries(layer, whole)
         owner._linearize_seen = caches.decoded_length(cache, layer)
         owner._linearize_slot = 0
         try:
@@ -107,6 +111,12 @@ def attention_forward(
     return output.transpose(1, 2).contiguous(), None
 
 
+def drops_window(owner: Any) -> bool:
+    """Some site of the owner had a causal window, which its linear form does not follow."""
+    children = [child for child in owner.children() if isinstance(child, AttentionModule)]
+    return any(c.spec.window is not None and not isinstance(c, SoftmaxAttention) for c in children)
+
+
 def exact_call(owner: Any, slot: int) -> bool:
     """Run the site's own program: its child is softmax, and no plain site is being proved."""
     child: AttentionModule = getattr(owner, child_name(slot))
@@ -147,7 +157,7 @@ def attend(
     if plain and owner._linearize_proof:
         # Exactly what the linear form will see: equality then proves the key mask and the start as well.
         return child(query, key, value, key_mask=key_mask, query_start=start)
-    full = mask if mask is not None and mask.shape[-2] == query.shape[2] > 1 else None
+    full = mask if mask is not None and mask.shape[-2] == query.shape[2] else None
     if full is None and spec.causal and bias is not None:
         full = position_mask(query.shape[2], key.shape[2], start, key.device)
     if bias is not None:

@@ -19,14 +19,12 @@ from torch.export import Dim
 from torch.fx import Graph, GraphModule, Node
 
 from .cache import is_cache
-from .masks import visible
 from .passes import canonical, find_attention
 from .passes.capture import CaptureError, capture
 from .passes.raise_ import canonical_operands, emitter_for, replace_output
 from .passes.site import KVKind, Reason, Site
-from .plan import child_name
 from .reroll import reroll, resolve
-from .seam import attend, exact_call
+from .running import attend_site, item, update_cache
 
 Place = tuple[int, int]
 """An axis: index of the tensor among the inputs, and of the axis in it."""
@@ -286,7 +284,7 @@ def _fill_hole(graph: Graph, store: Node, index: int | None, equal: Sequence[Seq
     _read_sizes_elsewhere(graph, inputs, equal)
     with graph.inserting_before(output):
         updated = graph.call_function(update_cache, (store, new_keys, new_values, index))
-        parts = [graph.call_function(_item, (updated, position)) for position in (0, 1)]
+        parts = [graph.call_function(item, (updated, position)) for position in (0, 1)]
     for placeholder, part in zip((keys, old_values), parts, strict=True):
         part.meta["val"] = placeholder.meta["val"]
         placeholder.replace_all_uses_with(part)
@@ -356,55 +354,4 @@ def _live(graph: Graph) -> set[Node]:
         if node not in seen:
             seen.add(node)
             stack += node.all_input_nodes
-    return seen
-
-
-# --- what the graph calls while running
-
-
-def _item(pair: Any, position: int) -> Any:
-    return pair[position]
-
-
-def update_cache(cache: Any, keys: Tensor, values: Tensor, index: int) -> Any:
-    """The owner's `cache.update`: all keys and values so far."""
-    return cache.update(keys, values, index)
-
-
-def attend_site(
-    owner: Any,
-    slot: int,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    terms: Sequence[Tensor],
-    kinds: Sequence[str],
-    program: str,
-    tiled: bool,
-) -> Tensor:
-    """One site: the owner's child, or the exact program for a child that is softmax.
-
-    query `[B, H, T, D]`, key `[B, Hkv, S, D]`, value `[B, Hkv, S, Dv]`, terms broadcastable to `[B, H, T, S]`
-    with the kind of their step; returns `[B, H, T, Dv]`.
-    """
-    if owner._linearize_log is not None:
-        owner._linearize_log.append((slot, None))
-    mask = _visible(terms, kinds) if owner._linearize_padding else None
-    if exact_call(owner, slot):
-        return canonical.attention(query, key, value, list(terms), program, tiled)
-    start = owner._linearize_start
-    cross = getattr(owner, child_name(slot)).spec.cross
-    if owner._linearize_seen is not None and cross:
-        start = owner._linearize_seen - query.shape[2]
-    return attend(owner, slot, query, key, value, mask, start)
-
-
-def _visible(terms: Sequence[Tensor], kinds: Sequence[str]) -> Tensor | None:
-    """What all mask terms together let be seen: bool, broadcastable to `[B, H, T, S]`."""
-    seen: Tensor | None = None
-    for term, kind in zip(terms, kinds, strict=True):
-        if kind not in ("add", "fill", "keep", "sdpa"):
-            continue
-        part = ~term.bool() if kind == "fill" else term.bool() if kind == "keep" else visible(term)
-        seen = part if seen is None else seen & part
     return seen

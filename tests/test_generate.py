@@ -6,11 +6,13 @@ from typing import Any
 
 import pytest
 import torch
-from live_models import VOCAB, converted, llama, recompute, tokens
+import transformers
+from live_models import VOCAB, converted, llama, recompute, tokens, wake
 from torch import Tensor, nn
 from transformers import DynamicCache, StaticCache
 
-from linearize.errors import InputError
+from linearize.api import linearize
+from linearize.errors import InputError, RefusedError
 
 STEPS = 10
 GREEDY: dict[str, Any] = dict(max_new_tokens=STEPS, do_sample=False, eos_token_id=None, disable_compile=True)
@@ -118,6 +120,51 @@ def test_encoder_decoder_generation_equals_recomputing_every_prefix(name: str) -
     assert torch.equal(model.generate(source, attention_mask=mask, **settings), ids)
     static = model.generate(source, attention_mask=mask, cache_implementation="static", **settings)
     assert torch.equal(static, ids)
+
+
+def mistral(**changes: Any) -> nn.Module:
+    settings = dict(
+        vocab_size=VOCAB,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        sliding_window=6,
+        initializer_range=0.2,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=0,
+    )
+    torch.manual_seed(0)
+    return transformers.MistralForCausalLM(transformers.MistralConfig(**{**settings, **changes})).eval()
+
+
+def test_a_dropped_window_is_dropped_in_the_cache_and_the_masks_too() -> None:
+    model: Any = wake(linearize(mistral(), group_size=4, approximate=("window",)))
+    prompt, mask = tokens(2, 11), left_padding(2, 11)
+    out = model.generate(prompt, attention_mask=mask, **GREEDY)
+    for row, keep in enumerate(mask.bool()):
+        assert torch.equal(
+            out[row, 11:], recompute(model, prompt[row : row + 1, keep], STEPS)[0, keep.sum() :]
+        )
+    with pytest.raises(InputError, match="sliding window"):
+        model.generate(prompt, attention_mask=mask, cache_implementation="static", **GREEDY)
+
+
+def test_a_window_is_not_dropped_beside_layers_that_keep_theirs() -> None:
+    with pytest.raises(RefusedError, match="can only be dropped when every attention"):
+        linearize(mistral(), approximate=("window",), layers=(0,))
+
+
+def test_softmax_through_the_seam_keeps_the_window_while_decoding() -> None:
+    original: Any = mistral()
+    exact: Any = linearize(mistral(), mechanism="softmax")
+    prompt = tokens(2, 11)
+    for settings in (GREEDY, dict(GREEDY, cache_implementation="static")):
+        mask = left_padding(2, 11)
+        expected = original.generate(prompt, attention_mask=mask, **settings)
+        assert torch.equal(exact.generate(prompt, attention_mask=mask, **settings), expected)
 
 
 def test_an_eager_only_decoder_generates_through_its_graph() -> None:
