@@ -21,8 +21,8 @@ from .passes.mask import MASKED
 def visible(mask: Tensor) -> Tensor:
     """Bool mask, True where a key may be seen, from a bool keep-mask or a float additive mask.
 
-    Additive masks hide with -inf, the dtype's minimum, or a large negative number such as GPT's -1e4; the matcher
-    draws the same line.
+    Additive masks hide with -inf, the dtype's minimum, or a large negative number such as GPT's -1e4; the
+    matcher draws the same line.
     """
     if mask.dtype == torch.bool:
         return mask

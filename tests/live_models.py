@@ -156,7 +156,7 @@ def tokens(batch: int, length: int) -> Tensor:
 
 
 def wake(model: nn.Module) -> nn.Module:
-    """Give alpha and the convolution values: at their initial zeros, half of the mechanism computes nothing."""
+    """Give alpha and the convolution values: at their initial zeros, half of the mechanism does nothing."""
     generator = torch.Generator().manual_seed(5)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -190,7 +190,7 @@ def snapshot(model: nn.Module) -> tuple[Any, ...]:
 
 
 def recompute(model: nn.Module, ids: Tensor, steps: int, **inputs: Any) -> Tensor:
-    """Greedy decoding by running the whole prefix again for every token, without a cache. `[B, T + steps]`."""
+    """Greedy decoding by running the whole prefix again for every token: `[B, T]` -> `[B, T + steps]`."""
     mask = inputs.pop("attention_mask", None)
     for _ in range(steps):
         extra = dict(inputs)

@@ -168,4 +168,4 @@ def test_an_owner_whose_graph_cannot_be_made_leaves_the_model_as_it_was(
     model = plain()
     with pytest.raises(VerificationError, match="blocks.0.*no graph today"):
         linearize(model, activations())
-    assert type(model.blocks[0]) is EagerAttention and not children(model.blocks[0])  # type: ignore[index, arg-type]
+    assert type(model.blocks[0]) is EagerAttention and not children(model.blocks[0])

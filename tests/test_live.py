@@ -56,7 +56,7 @@ def run(name: str, model: Any, size: int = 2) -> torch.Tensor:
     return out[0]
 
 
-# ----------------------------------------------------------------------------------------------- the exact mechanism
+# --- the exact mechanism
 
 
 @pytest.mark.parametrize("name", CONVERTED)
@@ -78,7 +78,7 @@ def test_the_augmented_mechanism_computes_something_else(name: str) -> None:
     assert (result - run(name, original)).abs().max() > 1e-3
 
 
-# ------------------------------------------------------------------------------------------ still the user's model
+# --- still the user's model
 
 
 @pytest.mark.parametrize("name", CONVERTED)
@@ -169,7 +169,7 @@ def test_torch_export_at_another_length_gives_the_same(name: str) -> None:
     torch.testing.assert_close(pick(found), pick(expected), atol=1e-5, rtol=1e-4)
 
 
-# -------------------------------------------------------------------------------------- plans, hybrids and replaying
+# --- plans, hybrids and replaying
 
 
 def test_the_plan_survives_json_and_replays_without_a_search(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -228,7 +228,7 @@ def test_shared_layers_get_one_module_each_time_they_are_called() -> None:
     assert site.calls == 2 and isinstance(model(activations(3, 9)), torch.Tensor)
 
 
-# ---------------------------------------------------------------------------------------------------------- bad input
+# --- bad input
 
 
 class NoAttention(nn.Module):
@@ -382,4 +382,4 @@ def test_training_flags_and_random_state_are_left_alone() -> None:
     torch.manual_seed(3)
     linearize(model, activations())
     assert torch.equal(torch.rand(3), expected)
-    assert model.training and not model.blocks[0].training and model.blocks[1].training  # type: ignore[index, union-attr]
+    assert model.training and not model.blocks[0].training and model.blocks[1].training
