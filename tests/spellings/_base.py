@@ -13,8 +13,8 @@ from torch.export import Dim
 HEADS, DIM, WIDTH = 4, 8, 32  # query heads, features per head, model width = HEADS * DIM
 LONGEST = 48  # buffers (masks, position tables) reach this many tokens
 
-TRACED = (2, 7)  # (batch, length) of the capture; 7 so that no other size of the model equals it
-UNTRACED = (3, 11)
+TRACED = (3, 7)  # (batch, length) of the capture: sizes that nothing else in the models has
+UNTRACED = (5, 11)
 
 REGISTRY: dict[str, Spelling] = {}
 
@@ -40,7 +40,7 @@ class Facts:
     label: what the graph alone can know of it, where that is less (the mask is an input of arbitrary values).
     scale: product of all scalar scales, or "tensor" when one of them is a tensor. operand_scale: the part of
     it that is applied to q or k before the contraction, which belongs to the operands, not to the program.
-    kv: (kind, groups). cross: query and key lengths differ (None: at some sites). sites: how many the model holds, at `paths`.
+    kv: (kind, groups). cross: query and key lengths differ (None: at some). sites: how many, at `paths`.
     Biases and tensor scales reach the reference through `owner.adjust(scores, head, inputs, q, k)`.
     """
 
