@@ -8,10 +8,9 @@ parameters belong to a `Backend`, which the user holds:
     compiled(x)  # the new parameters exist from the first call on
     optimizer = AdamW([*model.parameters(), *backend.parameters()])
 
-A site's parameters are found again by its owner: by *which* tensor the owner's first parameter is, and by the
-owner's path and the site's place in it. Names alone would not do: a new shape is a new graph of one owner,
-and after a graph break dynamo compiles a layer's code once and runs it for every layer, with that layer's
-weights as inputs. So each compiled graph takes the new parameters as further inputs, chosen at every call.
+A new shape is a new graph of the same owner, and after a graph break dynamo compiles a layer's code once and
+runs it for every layer, with that layer's weights as inputs. So each compiled graph takes the new parameters
+as further inputs, chosen at every call by *which* tensors its weights are (`owners.py`).
 
 What a graph cannot show: state between calls. Decoding with a cache computes linear attention over the whole
 cache, numerically right but in linear time per token; `linearize(model)` is the way to a constant-size state.

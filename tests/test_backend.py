@@ -278,7 +278,7 @@ def test_an_owner_is_known_again_when_dynamo_starts_a_graph_elsewhere():
 
 
 def test_layers_that_tie_a_weight_have_their_own_parameters():
-    model, backend = Decoder(), Backend(**SMALL)
+    model, backend = Decoder(break_graph=True), Backend(**SMALL)
     model.layers[1].q_proj.weight = model.layers[0].q_proj.weight
     torch.compile(model, backend=backend)(ids(2, 6))
     assert len(backend.modules()) == 2

@@ -161,14 +161,28 @@ def test_dynamo_placeholders_keep_order_and_say_what_they_are():
 
 
 def test_a_float_attribute_is_a_constant_even_where_dynamo_makes_it_an_input():
-    model, spy = Stack(), Spy()
+    class Scaled(nn.Module):
+        scaling = 0.3
+
+        def forward(self, x: Tensor) -> Tensor:
+            return (x @ x.transpose(1, 2) * self.scaling).softmax(-1) @ x
+
+    model, spy, x = Scaled(), Spy(), torch.randn(2, 5, 4)
     compiled = torch.compile(model, backend=spy, dynamic=True)
-    ids = torch.randint(0, 10, (2, 6))
-    compiled(ids)
-    assert [node.kwargs["scale"] for node in fused(spy.graphs[0])] == [0.3, 0.3, 0.3]
-    model.layers[1].scaling = 0.7
-    torch.testing.assert_close(compiled(ids), model(ids))  # the guard on the constant must see the change
-    assert sorted(node.kwargs["scale"] for node in fused(spy.graphs[1])) == [0.3, 0.3, 0.7]
+    compiled(x)
+    assert 0.3 in spy.graphs[0].graph.find_nodes(op="call_function", target=torch.ops.aten.mul.Tensor)[0].args
+    model.scaling = 0.7
+    torch.testing.assert_close(compiled(x), model(x))  # the guard on the constant must see the change
+    assert len(spy.graphs) == 2
+
+
+def test_keys_and_values_of_a_fused_attention_share_one_length():
+    spy, tensors = Spy(), [torch.randn(2, 2, 5, 4) for _ in range(3)]
+    for tensor in tensors[1:]:
+        torch._dynamo.mark_dynamic(tensor, 2)
+    torch.compile(F.scaled_dot_product_attention, backend=spy)(*tensors)
+    key, value = (node.meta["val"].shape[2] for node in fused(spy.graphs[0])[0].args[1:3])
+    assert isinstance(key, torch.SymInt) and key.node.expr == value.node.expr
 
 
 # --- where a node is
