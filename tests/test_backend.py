@@ -130,8 +130,7 @@ def randomise(backend: Backend) -> None:
 # --- softmax is the identity
 
 
-@pytest.mark.parametrize("dynamic", [False, True])
-@pytest.mark.parametrize("inner", ["eager", "aot_eager"])
+@pytest.mark.parametrize(("inner", "dynamic"), [("eager", True), ("aot_eager", False)])
 def test_softmax_is_the_identity_forward_and_backward(inner, dynamic):
     model = NanoGPT()
     compiled = torch.compile(model, backend=Backend(mechanism="softmax", inner=inner), dynamic=dynamic)
@@ -187,9 +186,7 @@ def test_padding_reaches_the_attention_module():
 # --- training
 
 
-@pytest.mark.parametrize(
-    ("inner", "dynamic"), [("eager", False), ("eager", True), ("aot_eager", False), ("aot_eager", True)]
-)
+@pytest.mark.parametrize(("inner", "dynamic"), [("eager", False), ("aot_eager", True)])
 def test_gradients_reach_the_new_parameters_and_the_models(inner, dynamic):
     model, backend = Decoder(), Backend(**{**SMALL, "inner": inner})
     compiled = torch.compile(model, backend=backend, dynamic=dynamic)
@@ -321,7 +318,7 @@ def test_state_dict_round_trip_before_the_first_call():
 # --- decoding with a cache
 
 
-@pytest.mark.parametrize("dynamic", [None, False, True])
+@pytest.mark.parametrize("dynamic", [None, True])
 def test_cached_decoding_equals_the_whole_sequence(dynamic):
     model, backend, tokens = Decoder(), Backend(**SMALL), ids(2, 12)
     compiled = torch.compile(model, backend=backend, dynamic=dynamic)
@@ -331,7 +328,7 @@ def test_cached_decoding_equals_the_whole_sequence(dynamic):
         whole, _ = compiled(tokens)
         out, past = compiled(tokens[:, :5])
         pieces = [out]
-        for start, stop in ((5, 8), (8, 9), (9, 10), (10, 11), (11, 12)):
+        for start, stop in ((5, 8), (8, 9), (9, 10), (10, 12)):
             out, past = compiled(tokens[:, start:stop], past)
             pieces.append(out)
     torch.testing.assert_close(torch.cat(pieces, 1), whole, rtol=1e-5, atol=1e-5)
