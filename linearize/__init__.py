@@ -21,6 +21,7 @@ if (_ROOT / "pyproject.toml").is_file() and (_ROOT / "passes").is_dir():
 if TYPE_CHECKING:
     from .api import linearize as linearize
     from .attention import AttentionModule as AttentionModule
+    from .backend import Backend as Backend
     from .checkpoint import load as load
     from .checkpoint import save as save
     from .config import LinearizeConfig as LinearizeConfig
@@ -36,6 +37,7 @@ _EXPORTS = {
     "save": ".checkpoint",
     "load": ".checkpoint",
     "load_demo": ".demo",
+    "Backend": ".backend",
     "LinearizeConfig": ".config",
     "AttentionModule": ".attention",
     "LinearizeError": ".errors",
