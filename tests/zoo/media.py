@@ -175,20 +175,11 @@ VISION = (
         vision("data2vec-vision", {"full+bias": 2}, use_relative_position_bias=True),
         vision("swinv2", {"full+bias": 4}, base=WINDOWED, implementations=EAGER),
         vision("yolos", image_size=(16, 16), num_detection_tokens=3),
-        vision(
-            "mobilevit",
-            {"full": 9},
-            image_size=32,
-            hidden_sizes=[16, 24, 32],
-            neck_hidden_sizes=[8, 8, 16, 16, 16, 24, 32],
-            inputs_of=big_pixels,
-            implementations=EAGER,
-        ),
         vision("videomae", num_frames=2, tubelet_size=1, inputs_of=video),
         vision("vivit", num_frames=2, tubelet_size=[1, 4, 4], inputs_of=video),
         vision("vitdet", pretrain_image_size=16, implementations=EAGER),
         vision("dpt"),
-        vision("aimv2_vision_model"),
+        vision("aimv2_vision_model", {"full": 3}),
         vision("mlcd_vision_model"),
     ),
 )
@@ -284,10 +275,18 @@ def multimodal(name: str, sites: Mapping[str, int], model_type: str = "", **extr
 
 
 MULTIMODAL = (
-    multimodal("clip", {"causal": 2, "full": 2}, text_config=TEXT, vision_config=IMAGE, projection_dim=16),
+    multimodal(
+        "clip",
+        {"causal": 2, "full": 2},
+        padding_reaches=2,
+        text_config=TEXT,
+        vision_config=IMAGE,
+        projection_dim=16,
+    ),
     multimodal(
         "blip",
         {"full": 4},
+        padding_reaches=2,
         implementations=EAGER,
         text_config={**TEXT, "is_decoder": False},
         vision_config=IMAGE,
@@ -316,14 +315,27 @@ MULTIMODAL = (
     multimodal("clip_text_model", CAUSAL, inputs_of=tokens, **TEXT),
     # Further models with a spelling that stands above already.
     *slow(
-        multimodal("siglip", {"full": 5}, text_config=TEXT, vision_config=IMAGE),
-        multimodal("chinese_clip", {"full": 4}, text_config=TEXT, vision_config=IMAGE, projection_dim=16),
+        multimodal("siglip", {"full": 5}, padding_reaches=2, text_config=TEXT, vision_config=IMAGE),
         multimodal(
-            "owlvit", {"causal": 2, "full": 2}, text_config=TEXT, vision_config=IMAGE, projection_dim=16
+            "chinese_clip",
+            {"full": 4},
+            padding_reaches=2,
+            text_config=TEXT,
+            vision_config=IMAGE,
+            projection_dim=16,
+        ),
+        multimodal(
+            "owlvit",
+            {"causal": 2, "full": 2},
+            padding_reaches=2,
+            text_config=TEXT,
+            vision_config=IMAGE,
+            projection_dim=16,
         ),
         multimodal(
             "flava",
             {"full": 6},
+            padding_reaches=4,
             implementations=EAGER,
             text_config=TEXT,
             image_config=IMAGE,
