@@ -9,6 +9,7 @@ and dtype moves, is untouched Python.
 from __future__ import annotations
 
 import copy
+import dataclasses
 from typing import Any
 
 import torch
@@ -104,7 +105,11 @@ def attention_forward(
     if module._linearize_log is not None:
         module._linearize_log.append((slot, kwargs.get("sliding_window")))
     start = module._linearize_start
-    if module._linearize_seen is not None and getattr(module, child_name(slot)).spec.cross:
+    child = getattr(module, child_name(slot))
+    if dropout and dropout != child.spec.dropout and isinstance(child, SoftmaxAttention):
+        # The plan was made in evaluation mode, where the owner does not say how much it drops in training.
+        child.spec = dataclasses.replace(child.spec, dropout=dropout)
+    if module._linearize_seen is not None and child.spec.cross:
         # The decoder's own attention of this layer ran before and already counted this call's tokens.
         start = module._linearize_seen - query.shape[2]
     output = attend(module, slot, query, key, value, attention_mask, start, bias=position_bias, sinks=s_aux)

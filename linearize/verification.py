@@ -66,7 +66,11 @@ def quiet_run(model: nn.Module) -> Iterator[None]:
 def without_cache(model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Any]:
     """`inputs` with `use_cache=False` where the model takes it."""
     parameters = inspect.signature(model.forward).parameters
-    return {**inputs, "use_cache": False} if "use_cache" in parameters else dict(inputs)
+    takes = "use_cache" in parameters
+    if all(p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in parameters.values()):
+        # A wrapper (PEFT) that passes on whatever it is given.
+        takes = hasattr(getattr(model, "config", None), "use_cache")
+    return {**inputs, "use_cache": False} if takes else dict(inputs)
 
 
 def run_model(model: nn.Module, inputs: Mapping[str, Any]) -> tuple[Tensor, ...]:

@@ -58,6 +58,19 @@ def test_gradients_of_softmax_through_the_seam_equal_the_original_gradients() ->
         torch.testing.assert_close(theirs[name].grad, parameter.grad, atol=1e-5, rtol=1e-3)
 
 
+def test_softmax_through_the_seam_drops_as_much_as_the_original_in_training() -> None:
+    original = llama(attention_dropout=0.5)
+    exact = linearize(llama(attention_dropout=0.5), mechanism="softmax")
+    ids, outputs = tokens(2, 12), []
+    for model in (original, exact):
+        model.train()
+        torch.manual_seed(1)
+        outputs.append(model(ids).logits)
+    torch.testing.assert_close(outputs[1], outputs[0], atol=1e-5, rtol=1e-4)
+    model.eval()
+    torch.testing.assert_close(exact(ids).logits, original.eval()(ids).logits, atol=1e-5, rtol=1e-4)
+
+
 def test_gradient_checkpointing_gives_the_same_gradients() -> None:
     ids = tokens(2, 12)
     grads = []
@@ -101,6 +114,15 @@ def test_lora_added_before_conversion_survives_it() -> None:
             if "lora_B" in name:
                 parameter.fill_(0.1)
     assert (adapted(ids).logits - before).abs().max() > 1e-4
+
+
+def test_a_peft_model_can_be_converted_as_a_whole() -> None:
+    adapted = peft.get_peft_model(llama(), peft.LoraConfig(r=4, target_modules=["q_proj"]))
+    ids = tokens(2, 12)
+    linearize(adapted, {"input_ids": ids}, group_size=4)
+    assert len(new_parameters(adapted)) == 4
+    out = adapted.generate(input_ids=ids, max_new_tokens=3, do_sample=False)
+    assert out.shape[0] == 2 and torch.isfinite(adapted(ids).logits).all()
 
 
 def test_new_parameters_can_be_saved_with_an_adapter() -> None:
