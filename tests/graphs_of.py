@@ -89,7 +89,8 @@ def gradients(module: torch.nn.Module, inputs: dict[str, Tensor]) -> tuple[Tenso
     torch.manual_seed(3)  # for dropout
     output = module(*{**inputs, **leaves}.values())
     output = output[0] if isinstance(output, tuple) else output
-    named_leaves = {**leaves, **dict(module.named_parameters())}
+    parameters = {name.removeprefix("_orig_mod."): p for name, p in module.named_parameters()}  # torch.compile
+    named_leaves = {**leaves, **parameters}
     found = torch.autograd.grad(output.square().sum(), list(named_leaves.values()), allow_unused=True)
     return output, {name: g for name, g in zip(named_leaves, found, strict=True) if g is not None}
 
