@@ -108,7 +108,10 @@ def progress(result: dict[str, Any]) -> str:
     worst = max(result["errors"].values(), default=float("nan"))
     seconds = sum(result["seconds"].values())
     mask = "mask" if result["masked"] else "plain"
-    what = result["failure"] or f"{result['sites']} refused {len(result['refusals'])} error {worst:.1e}"
+    what = (
+        result["failure"][:80].strip()
+        or f"{result['sites']} refused {len(result['refusals'])} error {worst:.1e}"
+    )
     live = result.get("live", "")
     return f"{result['name']:30s} {result['implementation']:5s} {mask:5s} {what} {live} {seconds:.1f} s"
 
