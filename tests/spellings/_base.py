@@ -37,7 +37,8 @@ class Facts:
     """What a matcher must say about a spelling. Checked twice: against `reference`, and on the record.
 
     mask: `Mask.label`; top_left: its diagonal starts at key 0 although there are more keys than queries.
-    label: what the graph alone can know of it, where that is less (the mask is an input of arbitrary values).
+    label: what the graph alone can know of it, where that is less (the mask is an input of arbitrary values);
+    "a|b" where either is right.
     scale: product of all scalar scales, or "tensor" when one of them is a tensor. operand_scale: the part of
     it that is applied to q or k before the contraction, which belongs to the operands, not to the program.
     kv: (kind, groups). cross: query and key lengths differ (None: at some). sites: how many, at `paths`.

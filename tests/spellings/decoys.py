@@ -164,6 +164,27 @@ def additive_attention(m: Attention, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return torch.softmax(torch.tanh(q.unsqueeze(3) + k.unsqueeze(2)).sum(-1), dim=-1) @ v
 
 
+@spelling("decoy", reasons=("score-step", "weights-escape", "softcap-unsupported"))
+def softcap_after_subtracting_max(m: Attention, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """The row maximum is neutral only as long as nothing after it can tell; tanh can."""
+    scores = product(q, k)
+    return torch.softmax(torch.tanh(scores - scores.amax(-1, keepdim=True)), dim=-1) @ v
+
+
+def _sink(m: Attention) -> None:
+    m.sinks = nn.Parameter(torch.zeros(HEADS))
+
+
+@spelling("decoy", reasons=("score-step", "weights-escape", "sinks-unsupported"), setup=_sink)
+def sink_after_subtracting_max(m: Attention, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """The maximum is taken from the scores and not from the sink: the sink moves with every row."""
+    b, h, t, _ = q.shape
+    scores = product(q, k)
+    scores = scores - scores.amax(-1, keepdim=True)
+    scores = torch.cat([scores, m.sinks.view(1, h, 1, 1).expand(b, h, t, 1)], dim=-1)
+    return torch.softmax(scores, dim=-1)[..., :-1] @ v
+
+
 @spelling("decoy", reasons=("score-step", "weights-escape"), culprit="pow")
 def squared_scores(m: Attention, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return torch.softmax(product(q, k).pow(2), dim=-1) @ v

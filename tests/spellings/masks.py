@@ -187,6 +187,30 @@ def padding_on_merged_heads(m: Attention, q: Tensor, k: Tensor, v: Tensor, keep:
     return out.view(b, HEADS, t, DIM).transpose(1, 2).reshape(b, t, HEADS * DIM)
 
 
+UNCLEAR = "full+bias|other+bias"
+
+
+def _penalty(m: Attention) -> None:
+    m.adjust = lambda scores, h, named, q, k: scores - 2.0 * (~named["keep"])[:, None, :].to(q.dtype)
+
+
+@spelling("mask", facts=Facts(label=UNCLEAR), inputs=("x", "keep"), setup=_penalty)
+def padding_is_only_discouraged(m: Attention, q: Tensor, k: Tensor, v: Tensor, keep: Tensor) -> Tensor:
+    """The input adds a finite amount: it hides nothing, and it is not nothing either."""
+    return apply(product(q, k) + (~keep)[:, None, None, :].to(q.dtype) * -2.0, v)
+
+
+def _future_wins(m: Attention) -> None:
+    m.adjust = lambda scores, h, named, q, k: scores + torch.full_like(scores, 1e9).triu(1)
+
+
+@spelling("mask", facts=Facts(label="other+bias|other"), setup=_future_wins)
+def mask_subtracted(m: Attention, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """The wrong sign: a huge positive term hides every key that does not have it."""
+    i, j = grid(q.shape[2])
+    return apply(product(q, k) - (j > i).to(q.dtype) * -1e9, v)
+
+
 @spelling("mask", facts=BOTH, inputs=("x", "keep"), fx=False)
 def causal_and_padding_one_fill(m: Attention, q: Tensor, k: Tensor, v: Tensor, keep: Tensor) -> Tensor:
     i, j = grid(q.shape[2])
