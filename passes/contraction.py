@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,6 +12,7 @@ from .axes import shape_of
 aten = torch.ops.aten
 
 Label = str | int
+Labels = tuple[Label, ...]
 
 
 @dataclass(frozen=True)
@@ -26,9 +26,9 @@ class Contraction:
     node: Node
     left: Node
     right: Node
-    left_labels: tuple[Label, ...]
-    right_labels: tuple[Label, ...]
-    out_labels: tuple[Label, ...]
+    left_labels: Labels
+    right_labels: Labels
+    out_labels: Labels
     alpha: float = 1.0
     beta: float = 0.0
     addend: Node | None = None
@@ -38,19 +38,12 @@ class Contraction:
         return next(iter(set(self.left_labels) & set(self.right_labels) - set(self.out_labels)))
 
 
-def _matmul_labels(left_rank: int, right_rank: int) -> tuple[tuple[Label, ...], ...]:
+def _matmul_labels(left_rank: int, right_rank: int) -> tuple[Labels, Labels, Labels]:
     """Batch axes are numbered from the right, as broadcasting aligns them."""
-    left: tuple[Label, ...] = (*range(left_rank - 3, -1, -1), "row", "sum")
-    right: tuple[Label, ...] = (*range(right_rank - 3, -1, -1), "sum", "column")
-    out: tuple[Label, ...] = (*range(max(left_rank, right_rank) - 3, -1, -1), "row", "column")
+    left: Labels = (*range(left_rank - 3, -1, -1), "row", "sum")
+    right: Labels = (*range(right_rank - 3, -1, -1), "sum", "column")
+    out: Labels = (*range(max(left_rank, right_rank) - 3, -1, -1), "row", "column")
     return left, right, out
-
-
-def _ellipsis_ranks(
-    terms: Sequence[str], shapes: Sequence[Sequence[object]], spare: int
-) -> tuple[int, int, int]:
-    left, right = (len(s) - len(t.replace("...", "")) for s, t in zip(shapes, terms, strict=True))
-    return left, right, spare
 
 
 def _spell_ellipsis(term: str, rank: int) -> str:
@@ -68,17 +61,13 @@ def _read_einsum(node: Node) -> Contraction | None:
     first, second = operands
     assert isinstance(first, Node) and isinstance(second, Node)
     terms = inputs.split(",")
-    shapes = shape_of(first), shape_of(second)
-    if shapes[0] is None or shapes[1] is None:
+    shapes = [shape for operand in (first, second) if (shape := shape_of(operand)) is not None]
+    if len(shapes) != 2:
         return None
-    spare = max(
-        (len(s) - len(t.replace("...", "")) for s, t in zip(shapes, terms, strict=True) if "..." in t),
-        default=0,
-    )
-    left, right, output = (
-        _spell_ellipsis(t, n)
-        for t, n in zip((*terms, output), _ellipsis_ranks(terms, shapes, spare), strict=True)
-    )
+    ranks = [len(shape) - len(term.replace("...", "")) for shape, term in zip(shapes, terms, strict=True)]
+    spare = max((rank for rank, term in zip(ranks, terms, strict=True) if "..." in term), default=0)
+    left, right = (_spell_ellipsis(term, rank) for term, rank in zip(terms, ranks, strict=True))
+    output = _spell_ellipsis(output, spare)
     summed = (set(left) | set(right)) - set(output)
     distinct = all(len(set(term)) == len(term) for term in (left, right, output))
     if not distinct or len(summed) != 1 or not summed <= set(left) & set(right):

@@ -105,7 +105,7 @@ class _Writer:
                 values[inner] = self.attribute(f"{name}.{inner.target}", inner)
             elif inner.op == "output":
                 result = inner.args[0]
-                return values[result[0] if isinstance(result, (list, tuple)) else result]  # type: ignore[index]
+                return values[result[0] if isinstance(result, (list, tuple)) else result]
             elif inner.target is not aten._assert_tensor_metadata.default:
                 args = map_arg(inner.args, values.__getitem__)
                 values[inner] = self.call(inner.target, *args, **map_arg(inner.kwargs, values.__getitem__))

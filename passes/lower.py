@@ -4,6 +4,8 @@ computes.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 from torch.fx import GraphModule, Node
@@ -25,7 +27,7 @@ def lower_site(graph_module: GraphModule, site: Site, module: nn.Module, name: s
     """
     emitter = emitter_for(graph_module, site)
     query, key, value = canonical_operands(emitter, site)
-    keywords: dict[str, object] = {}
+    keywords: dict[str, Any] = {}
     if site.mask.padding:
         keywords["key_mask"] = key_mask(emitter, site)
     if site.mask.top_left:

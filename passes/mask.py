@@ -231,7 +231,7 @@ def _scene(
     sizes: Sizes,
     query: sympy.Expr,
     key: sympy.Expr,
-    roles: dict[Node, Role | Tensor],
+    roles: Mapping[Node, Role | Tensor],
     replaced: dict[int, int],
 ) -> Scene | None:
     """The mask at one choice, None where the graph does not run at these sizes."""
@@ -279,13 +279,16 @@ def _explains(visible: Tensor, pattern: Pattern, width: int | None, top_left: bo
     rows, columns = visible.shape[-2:]
     i = torch.arange(rows)[:, None] + (0 if top_left else columns - rows)
     j = torch.arange(columns)[None]
+    if pattern is Pattern.FULL:
+        return bool(visible.all())
+    if pattern is Pattern.CAUSAL:
+        return bool((visible == (j <= i)).all())
+    assert width is not None
     expected = {
-        Pattern.FULL: lambda: torch.ones(rows, columns, dtype=torch.bool),
-        Pattern.CAUSAL: lambda: j <= i,
-        Pattern.WINDOW: lambda: (j <= i) & (j > i - width),
-        Pattern.BAND: lambda: (j - i).abs() <= width,
-        Pattern.CHUNK: lambda: (j <= i) & (j // width == i // width),
-    }[pattern]()
+        Pattern.WINDOW: (j <= i) & (j > i - width),
+        Pattern.BAND: (j - i).abs() <= width,
+        Pattern.CHUNK: (j <= i) & (j // max(width, 1) == i // max(width, 1)),
+    }[pattern]
     return bool((visible == expected).all())
 
 

@@ -180,8 +180,11 @@ def _read_sink(node: Node, scores: Node) -> Effect:
     position = list(tensors).index(scores)
     sink = tensors[1 - position]
     shape, sink_shape = shape_of(scores), shape_of(sink) if isinstance(sink, Node) else None
-    dim = (node.args[1] if len(node.args) > 1 else 0) % len(shape or (1,))  # type: ignore[operator]
-    if shape is None or sink_shape is None or sink_shape[dim] != 1 or dim != len(shape) - 1:
+    dim = node.args[1] if len(node.args) > 1 else 0
+    column = (
+        shape is not None and sink_shape is not None and sink_shape[-1] == 1 and dim in (-1, len(shape) - 1)
+    )
+    if not column or not isinstance(sink, Node):
         raise Refused(
             Reason.SCORE_STEP, node, "the scores are concatenated with more than one sink column", "sink"
         )
@@ -548,15 +551,15 @@ def _read_sink_slice(
     if not any(t.effect.kind == "sink" for t in trace):
         raise Refused(Reason.VALUE_STEP, node, "part of the attention weights is cut off", "weights")
     _, dim, start = (*node.args, None, None)[:3]
-    axis = (dim or 0) % len(layout)  # type: ignore[operator]
     side = next(t.effect.value for t in trace if t.effect.kind == "sink")
-    length = shape_of(weights)
+    before, after = shape_of(weights), shape_of(node)
+    assert before is not None and after is not None
+    # Without its sink column a row has the keys again.
     fits = (
-        length is not None
-        and leaves(layout[axis]) == leaves(key_axis)
-        and (
-            start in (None, 0) and shape_of(node)[axis] + 1 == length[axis] if side == "last" else start == 1  # type: ignore[index]
-        )
+        dim in (-1, len(layout) - 1)
+        and leaves(layout[-1]) == leaves(key_axis)
+        and after[-1] + 1 == before[-1]
+        and (start in (None, 0) if side == "last" else start == 1)
     )
     if not fits:
         raise Refused(

@@ -55,10 +55,10 @@ def _moves(shape: Sequence[sympy.Expr], relayout: Relayout) -> Iterable[tuple[st
             if tuple(sizes) == tuple(range(len(sizes))):
                 continue
             yield kind, sizes
-            current = tuple(current[i] for i in sizes)  # type: ignore[index]
+            current = tuple(current[i] for i in sizes)
         elif current != tuple(sizes):
             yield kind, sizes
-            current = tuple(sizes)  # type: ignore[assignment]
+            current = tuple(sizes)
 
 
 def _simplest(shape: Sequence[sympy.Expr], relayout: Relayout) -> list[tuple[str, tuple[Any, ...]]]:
@@ -86,7 +86,7 @@ def move_tensor(tensor: Tensor, relayout: Relayout, sizes: Sizes) -> Tensor:
                 ("full", relayout.full),
                 ("merged", relayout.merged),
             )
-        )  # type: ignore[arg-type]
+        )
     )
     for kind, values in _simplest(numbers, concrete):
         tensor = getattr(tensor, kind)([int(v) for v in values])

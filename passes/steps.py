@@ -153,9 +153,9 @@ def _filled_with(node: Node) -> float | None:
     """The number a tensor is filled with (`full_like`, `zeros_like`, `full`), looking through views."""
     while node.target in VIEWS and isinstance(node.args[0], Node):
         node = node.args[0]
-    position = {aten.full_like.default: 1, aten.full.default: 1, aten.new_full.default: 2}.get(node.target)
-    if position is not None:
-        return _number(node.args[position])
+    for target, position in ((aten.full_like.default, 1), (aten.full.default, 1), (aten.new_full.default, 2)):
+        if node.target is target:
+            return _number(node.args[position])
     return 0.0 if node.target is aten.zeros_like.default else None
 
 

@@ -362,9 +362,10 @@ def values_of_all_heads_summed(m: Attention, q: Tensor, k: Tensor, v: Tensor) ->
 # ---- effects and others
 
 
-@spelling("decoy", reasons=("mutation",))
+@spelling("decoy", reasons=("mutation",), facts=Facts(), reference=False)
 def values_mutated_between(m: Attention, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """The values change after the scores were computed and before they are read."""
+    """The values change after the scores were computed and before they are read: exact if the result of the
+    write is what is read, so accepting it is right too."""
     v = v.clone()
     before = v + 0.0
     weights = torch.softmax(product(q, before), dim=-1)
