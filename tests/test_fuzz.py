@@ -314,15 +314,19 @@ def drop(module: GraphModule, site: Site) -> Iterator[Edit]:
 
 
 def write_in_place(module: GraphModule, site: Site) -> Iterator[Edit]:
-    """An operand is overwritten between two readers of the site."""
+    """An operand, or a slice of it, is overwritten between two readers of the site."""
 
-    def write(name: str, moment: str, graph: Graph) -> None:
-        insert(by_name(graph, moment), aten.mul_.Tensor, by_name(graph, name), 1.5)
+    def write(name: str, moment: str, partly: bool, graph: Graph) -> None:
+        target, place = by_name(graph, name), by_name(graph, moment)
+        if partly:
+            place = target = insert(place, aten.select.int, target, 0, 0)
+        insert(place, aten.mul_.Tensor, target, 1.5)
 
     read = [n for n in (site.query.node, site.key.node, site.value.node) if n.op == "call_function"]
     for node in read:
         for moment in (*site.body[:-1], *(n for n in read[:2] if n is not node)):
-            yield partial(write, node.name, moment.name)
+            for partly in (False, True):
+                yield partial(write, node.name, moment.name, partly)
 
 
 EDITS = {

@@ -61,7 +61,7 @@ def test_one_refused_site_leaves_its_neighbours_alone() -> None:
         ("talking_heads_before_softmax", "linear"),
         ("talking_heads_after_softmax", "linear"),
         ("softmax_over_queries", "matmul_1"),
-        ("values_mutated_between", "mul_"),
+        ("key_buffer_overwritten_between", "add_"),
         ("moe_router", "linear"),
     ],
 )

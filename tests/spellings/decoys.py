@@ -362,10 +362,9 @@ def values_of_all_heads_summed(m: Attention, q: Tensor, k: Tensor, v: Tensor) ->
 # ---- effects and others
 
 
-@spelling("decoy", reasons=("mutation",), facts=Facts(), reference=False)
+@spelling("decoy", facts=Facts(), reasons=("mutation",), reference=False)
 def values_mutated_between(m: Attention, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """The values change after the scores were computed and before they are read: exact if the result of the
-    write is what is read, so accepting it is right too."""
+    """The values change after the scores were computed and before they are read: a write nobody else sees."""
     v = v.clone()
     before = v + 0.0
     weights = torch.softmax(product(q, before), dim=-1)
@@ -373,13 +372,34 @@ def values_mutated_between(m: Attention, q: Tensor, k: Tensor, v: Tensor) -> Ten
     return weights @ v
 
 
-@spelling("decoy", reasons=("mutation",), facts=Facts(), reference=False)
+@spelling("decoy", facts=Facts(), reasons=("mutation",), reference=False)
 def keys_mutated_after_the_scores(m: Attention, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """A call placed at the value contraction would read the changed keys."""
     k = k.clone()
     scores = product(q, k)
     k.add_(1.0)
     return torch.softmax(scores, dim=-1) @ v + k
+
+
+def _store(m: Attention) -> None:
+    m.register_buffer("store", torch.randn(1, HEADS, 9, DIM), persistent=False)
+
+
+@spelling("decoy", reasons=("mutation",), setup=_store)
+def key_buffer_overwritten_between(m: Attention, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """A buffer read as keys and written before the values are read: everyone can see the write."""
+    scores = product(q, m.store)
+    m.store.add_(1.0)
+    return torch.softmax(scores, dim=-1) @ v.mean(2, keepdim=True).expand(-1, -1, 9, -1)
+
+
+@spelling("decoy", reasons=("mutation",), setup=_store, fx=False)
+def key_view_overwritten_through_another(m: Attention, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Keys and values are views of one buffer, written through another view between their readers."""
+    keys = m.store.transpose(1, 2)
+    scores = product(q, keys.transpose(1, 2))
+    m.store[:, :, 0] = 0.0
+    return torch.softmax(scores, dim=-1) @ keys.transpose(1, 2).expand(q.shape[0], -1, -1, -1)
 
 
 @spelling(
