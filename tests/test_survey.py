@@ -28,7 +28,7 @@ def rows() -> Iterator[object]:
                 yield pytest.param(entry, implementation, masked, id=name, marks=marks)
 
 
-@pytest.mark.parametrize(("entry", "implementation", "masked"), rows())
+@pytest.mark.parametrize(("entry", "implementation", "masked"), list(rows()))
 def test_sites_are_found_and_raising_them_is_identity(
     entry: Entry, implementation: str, masked: bool
 ) -> None:
