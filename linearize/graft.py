@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from . import cache as caches
 from .attention import AttentionModule
-from .errors import LinearizeError, VerificationError
+from .errors import VerificationError
 from .plan import SitePlan, child_name
 from .subclass import Rewritten, become, original_class
 from .variant import GraftError, Variant, trace
@@ -154,8 +154,6 @@ def _make(owner: Any, forward: Any, leaves: list[Any], spec: Any, example: tuple
     owner.__class__ = original_class(mixin)
     try:
         return trace(owner, forward, rebuild, tensors, example, owner._linearize_slots)
-    except LinearizeError:
-        raise
     except Exception as error:
         # Capture raises nearly anything; what matters to the caller is that this owner cannot be grafted.
         raise VerificationError(
@@ -171,7 +169,7 @@ def _cache_example(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Example past marker `[P]`, and keys `[B, Hkv, S, D]`, values `[B, Hkv, S, Dv]` of `cache.update`."""
     if hasattr(cache, "cross_attention_cache"):
-        raise GraftError("encoder-decoder caches are not followed on graphs")
+        raise GraftError(f"{owner._linearize_path}: encoder-decoder caches are not followed on graphs")
     child: AttentionModule = getattr(owner, child_name(0))
     spec = child.spec
     hidden = next(tensor for tensor in tensors if tensor.is_floating_point())

@@ -19,6 +19,7 @@ from torch.export import Dim
 from torch.fx import Graph, GraphModule, Node
 
 from .cache import is_cache
+from .errors import VerificationError
 from .passes import canonical, find_attention
 from .passes.capture import CaptureError, capture
 from .passes.raise_ import canonical_operands, emitter_for, replace_output
@@ -34,7 +35,7 @@ _CACHED_AXES = (0, 2)
 """Batch and length of keys and values `[B, Hkv, S, D]`."""
 
 
-class GraftError(RuntimeError):
+class GraftError(VerificationError):
     """The owner cannot be grafted; the message says at which step."""
 
 
