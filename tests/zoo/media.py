@@ -295,7 +295,9 @@ MULTIMODAL = (
     ),
     multimodal(
         "vilt",
-        FULL,
+        {},
+        refused={"capture": 1},
+        why="it chooses image patches by the values of its pixel mask",
         implementations=EAGER,
         **TEXT,
         **{k: IMAGE[k] for k in ("image_size", "patch_size", "num_channels")},
