@@ -40,6 +40,16 @@ def written_arguments(node: Node) -> list[Node]:
     return written
 
 
+def aliased(node: Node) -> Node | None:
+    """The argument whose memory the result of `node` shares by its schema (a slice, a write's result), if
+    any.
+    """
+    source = node.args[0] if node.op == "call_function" and node.args else None
+    schema = getattr(node.target, "_schema", None)
+    shares = schema is not None and any(result.alias_info is not None for result in schema.returns)
+    return source if isinstance(source, Node) and (shares or node.target is operator.getitem) else None
+
+
 def remove_dead(graph: Graph, seeds: Iterable[Node]) -> None:
     """Erase `seeds` that nothing uses, and what only they used.
 

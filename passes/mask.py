@@ -203,7 +203,10 @@ def _trials(hints: Mapping[sympy.Symbol, int], query: sympy.Expr, key: sympy.Exp
     if not lengths:
         return [Sizes(traced)]
     distinct = sorted({traced[symbol] for symbol in lengths})
-    longer = {hint: TRIAL_LENGTHS[min(i, len(TRIAL_LENGTHS) - 1)] for i, hint in enumerate(distinct)}
+    trials_of = zip(
+        distinct, itertools.chain(TRIAL_LENGTHS, itertools.repeat(TRIAL_LENGTHS[-1])), strict=False
+    )
+    longer = {hint: trial if hint <= 2 * SMALL else 2 * hint + trial for hint, trial in trials_of}
     alike = {symbol: longer[hint] if symbol in lengths else hint for symbol, hint in traced.items()}
     trials = [Sizes(traced), Sizes(alike)]
     if len(lengths) > len(distinct):
@@ -236,6 +239,8 @@ def _scene(
 ) -> Scene | None:
     """The mask at one choice, None where the graph does not run at these sizes."""
     rows, columns = sizes.number(query), sizes.number(key)
+    if rows < 1 or columns < 1:
+        return None  # lengths that are computed from others need not exist at every trial
     visible = torch.ones(1, 1, rows, columns, dtype=torch.bool)
     gated = torch.zeros(1, 1, 1, 1, dtype=torch.bool)
     biased = False
@@ -268,6 +273,8 @@ def _scene(
                 biased = True
         else:
             added = term.float() * (1.0 if step.kind == "sdpa" else step.value)
+            if bool((added >= -MASKED).any()):
+                return None  # a huge positive term masks all the others; nothing here reads that
             off = added <= MASKED
             biased |= bool((added.masked_fill(off, 0) != 0).any()) or bool(added.isnan().any())
             visible = visible & ~off
@@ -329,6 +336,8 @@ def _padding(
                 after = _scene(steps, sizes, query, key, {**roles, node: changed}, replaced)
                 if after is None or bool((after.visible & ~before.visible).any()):
                     return None
+                if after.biased and not before.biased:
+                    return None  # the input discourages keys instead of switching them off
                 gone = before.visible & ~after.visible
                 columns = gone.any(dim=-2, keepdim=True)
                 if bool((gone != (before.visible & columns)).any()):

@@ -32,6 +32,7 @@ from .axes import (
 )
 from .cone import SECOND_SHAPE_ONLY, SHAPE_ONLY
 from .contraction import Contraction, Label, read_contraction
+from .mask import MASKED
 from .site import Reason
 from .steps import SCORE_STEPS, WEIGHT_STEPS, Effect, Row
 
@@ -357,10 +358,16 @@ def _explain(
 
     trace, spelling = _start(scores, layout)
     inner = list(anchor.inner)
+    shifted = False
     current = scores.node
     for node in path:
         effects, layout = _read_step(node, current, layout, score_rows)
-        inner += [n for effect in effects if effect.kind == "shift" for n in _between(effect.term, current)]
+        for effect in effects:
+            shifted = shifted or effect.kind == "shift"
+            inner += _between(effect.term, current) if effect.kind == "shift" else []
+            if shifted and not _ignores_shift(effect):
+                message = f"{short_name(node)} after the row maximum was subtracted is not understood"
+                raise Refused(Reason.SCORE_STEP, node, message, "shift")
         trace += [Traced(effect, layout) for effect in effects if effect.kind != "shift"]
         spelling += [] if node.target in VIEWS and not effects else [short_name(node)]
         current = node
@@ -461,6 +468,14 @@ def _explain(
         spelling=spelling,
         contractions=(scores.node, output),
     )
+
+
+def _ignores_shift(effect: Effect) -> bool:
+    """Softmax after this step still does not see that whole rows were shifted before it."""
+    if effect.kind in ("scale", "div", "fill", "keep"):
+        constant = effect.value is not None
+        return constant and (effect.kind in ("scale", "div") or effect.value <= MASKED)
+    return effect.kind in ("shift", "add", "offset", "cast")
 
 
 def _between(node: Node | None, source: Node) -> list[Node]:

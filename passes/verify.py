@@ -16,7 +16,7 @@ from .axes import _targets, view_source
 from .capture import module_path, source_line
 from .cone import cone
 from .fused import FUSED, arguments
-from .graphs import written_arguments
+from .graphs import aliased, written_arguments
 from .heads import Heads
 from .mask import MaskReader
 from .match import Traced, Walk, reads_shape_only, short_name
@@ -119,7 +119,8 @@ def _is_random(node: Node) -> bool:
 
 
 def _root(node: Node) -> Node:
-    while (source := view_source(node)) is not None:
+    """The tensor whose memory `node` may share."""
+    while (source := view_source(node) or aliased(node)) is not None:
         node = source
     return node
 
