@@ -381,6 +381,16 @@ def keys_mutated_after_the_scores(m: Attention, q: Tensor, k: Tensor, v: Tensor)
     return torch.softmax(scores, dim=-1) @ v + k
 
 
+@spelling("decoy", facts=Facts(), reasons=("mutation",), reference=False)
+def write_seen_through_an_earlier_slice(m: Attention, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """A slice taken before the write shows it afterwards: the write is not private."""
+    k = k.clone()
+    last = k.select(2, -1)
+    scores = product(q, k)
+    k.add_(1.0)
+    return torch.softmax(scores, dim=-1) @ v + last.unsqueeze(2)
+
+
 def _store(m: Attention) -> None:
     m.register_buffer("store", torch.randn(1, HEADS, 9, DIM), persistent=False)
 
