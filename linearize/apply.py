@@ -87,7 +87,7 @@ def apply_owners(model: nn.Module, plan: Plan, config: LinearizeConfig) -> None:
         if sites[0].rung == "graft":
             apply_graft(owner, path, sites)
         else:
-            apply_seam(owner, path, sites[0].layer_index)
+            apply_seam(owner, path, sites)
     use_no_nested_tensors(model)
     if plan.compact_masks:
         use_compact_masks(model, plan)

@@ -74,23 +74,13 @@ def apply_graft(owner: Any, path: str, sites: Sequence[SitePlan]) -> None:
     owner._linearize_proof = False
     owner._linearize_log = None
     owner._linearize_padding = any("padding" in site.mask for site in sites)
-    owner._linearize_plain = all(_is_plain(site) for site in sites)
+    owner._linearize_plain = all(site.plain for site in sites)
     owner._linearize_slots = len(sites)
     owner._linearize_variants = Variants()
     become(owner, GraftOwner)
     if isinstance(owner, nn.MultiheadAttention):
         # A hooked module is what nn.TransformerEncoderLayer does not replace by its own fused call.
         owner.register_forward_hook(_keep_slow_path)
-
-
-def _is_plain(site: SitePlan) -> bool:
-    """Scores are scaled products under a causal or key mask: what a linear form sees is all there is."""
-    return (
-        site.spec.window is None
-        and site.spec.scale is not None
-        and site.mask.split("+")[0] in ("full", "causal")
-        and "bias" not in site.mask
-    )
 
 
 def use_no_nested_tensors(model: nn.Module) -> None:

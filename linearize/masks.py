@@ -71,14 +71,11 @@ def check_structure(
     if causal:
         expected = expected & position_mask(mask.shape[2], key_mask.shape[1], start, mask.device)
     seen = visible(mask)[..., : key_mask.shape[1]]
-    if not torch.equal(
-        seen.expand(torch.broadcast_shapes(seen.shape, expected.shape)), expected.expand_as(seen)
-    ):
+    if bool((seen != expected).any()):
         kind = "causal" if causal else "bidirectional"
         raise InputError(
             f"{where or 'the model'}: the attention mask is not a {kind} mask with padding (packed "
-            f"sequences or a "
-            "custom 4-D mask?), which the rewritten attention cannot follow; give a 2-D padding mask"
+            "sequences or a custom 4-D mask?), which the rewritten attention cannot follow; give a 2-D padding mask"
         )
 
 

@@ -61,6 +61,13 @@ class SitePlan:
         """Dotted path of the child module."""
         return f"{self.path}.{self.child}" if self.path else self.child
 
+    @property
+    def plain(self) -> bool:
+        """Scores are scaled products under a causal or key mask: what a linear form sees is all there is."""
+        pattern, *rest = self.mask.split("+")
+        known = pattern in ("full", "causal") and "bias" not in rest
+        return known and self.spec.window is None and self.spec.scale is not None
+
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
 

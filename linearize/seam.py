@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from . import cache as caches
 from .attention import AttentionModule, SoftmaxAttention
 from .errors import InvalidModelError
 from .masks import check_structure, compact_mask, key_mask_of, position_mask
-from .plan import child_name
+from .plan import SitePlan, child_name
 from .subclass import Rewritten, become
 
 NAME = "linearize"
@@ -64,13 +65,14 @@ class SeamOwner(Rewritten):
                 caches.mark_filled(caches.self_layer(cache, owner._linearize_layer))
 
 
-def apply_seam(owner: Any, path: str, layer: int | None) -> None:
+def apply_seam(owner: Any, path: str, sites: Sequence[SitePlan]) -> None:
     """Rewrite `owner` in place; its child modules are attached by the caller."""
     register()
     owner.config = copy.copy(owner.config)
     owner.config._attn_implementation_internal = NAME
     owner._linearize_path = path
-    owner._linearize_layer = layer
+    owner._linearize_layer = sites[0].layer_index
+    owner._linearize_plain = all(site.plain for site in sites)
     owner._linearize_start = owner._linearize_seen = None
     owner._linearize_slot = 0
     owner._linearize_proof = False
@@ -154,7 +156,7 @@ def attend(
         filled = (columns < start + query.shape[2])[None].expand(key.shape[0], -1)
         key_mask = filled if key_mask is None else key_mask & filled
     softmax = isinstance(child, SoftmaxAttention)
-    plain = spec.window is None and bias is None and sinks is None
+    plain = owner._linearize_plain and bias is None and sinks is None
     if mask is not None and key_mask is not None and plain and (owner._linearize_proof or not softmax):
         check_structure(mask, key_mask, spec.causal, start, owner._linearize_path)
     if not softmax:

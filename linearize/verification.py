@@ -76,6 +76,9 @@ def without_cache(model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Any]
 def run_model(model: nn.Module, inputs: Mapping[str, Any]) -> tuple[Tensor, ...]:
     """Floating outputs of one forward pass. Raises InputError when the model does not run on the inputs."""
     try:
+        torch.manual_seed(
+            0
+        )  # inside `quiet_run`, which restores it: some models draw masks even in evaluation
         return floats(call(model, without_cache(model, inputs)))
     except LinearizeError:
         raise

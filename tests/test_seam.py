@@ -13,7 +13,7 @@ from live_models import VOCAB, bert, converted, llama, recompute, tokens
 
 from linearize.api import linearize
 from linearize.attention import AttentionModule
-from linearize.errors import InputError, InvalidModelError
+from linearize.errors import InputError, InvalidModelError, RefusedError
 from linearize.masks import compact_mask, key_mask_of, visible
 from linearize.seam import NAME
 
@@ -180,3 +180,31 @@ def test_the_compact_mask_covers_the_empty_slots_of_a_static_cache() -> None:
     assert mask is not None and mask.tolist() == [[[[False, True, True, False, False]]]]
     assert compact_mask(1, 3, 3, attention_mask=torch.ones(1, 3, dtype=torch.bool)) is None
     assert compact_mask(1, 3, 3) is None
+
+
+def test_a_bias_inside_the_mask_is_not_taken_for_a_padding_mask() -> None:
+    torch.manual_seed(0)
+    config = transformers.BeitConfig(
+        hidden_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        intermediate_size=48,
+        image_size=16,
+        patch_size=4,
+        use_relative_position_bias=True,
+        initializer_range=0.2,
+    )
+    original = transformers.BeitModel(config).eval()
+    with torch.no_grad():
+        for name, parameter in original.named_parameters():
+            if "relative_position_bias" in name:
+                parameter.normal_()
+    pixels = torch.randn(2, 3, 16, 16)
+    expected = original(pixels).last_hidden_state
+    with pytest.raises(RefusedError, match="bias"):
+        linearize(original)
+    exact = linearize(copy.deepcopy(original), mechanism="softmax")
+    torch.testing.assert_close(exact(pixels).last_hidden_state, expected, atol=1e-5, rtol=1e-4)
+    assert (
+        linearize(original, approximate=("bias",))(pixels).last_hidden_state - expected
+    ).abs().max() > 1e-3
