@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch.fx import Graph, Node
 
-from .axes import _targets
+from .axes import overloads
 from .site import Reason
 from .steps import Effect
 
@@ -20,7 +20,7 @@ SOFTMAX = {
         (("softmax.int", "_softmax.default", "special_softmax.default"), False),
         (("_safe_softmax.default",), True),
     )
-    for target in _targets(*names)
+    for target in overloads(*names)
 }
 
 

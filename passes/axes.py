@@ -266,7 +266,7 @@ def _repeat_interleave(node: Node, layout: Layout) -> Layout | None:
     return (*layout[:dim], repeated, *layout[dim + 1 :])
 
 
-def _targets(*names: str) -> list[Any]:
+def overloads(*names: str) -> list[Any]:
     """Overloads by name; a name this torch version does not have is left out."""
     found = []
     for name in names:
@@ -276,10 +276,23 @@ def _targets(*names: str) -> list[Any]:
     return found
 
 
+CASTS = tuple(
+    overloads(
+        "to.dtype",
+        "to.device",
+        "to.dtype_layout",
+        "to.other",
+        "_to_copy.default",
+        "type_as.default",
+        "float.default",
+    )
+)
+"""Operators that may change the dtype and nothing else."""
+
 _RULES: list[tuple[Callable[[Node, Layout], Layout | None], list[Any]]] = [
     (
         _same,
-        _targets(
+        overloads(
             "contiguous.default",
             "clone.default",
             "alias.default",
@@ -287,29 +300,18 @@ _RULES: list[tuple[Callable[[Node, Layout], Layout | None], list[Any]]] = [
             "positive.default",
         ),
     ),
-    (
-        _cast,
-        _targets(
-            "to.dtype",
-            "to.device",
-            "to.dtype_layout",
-            "to.other",
-            "_to_copy.default",
-            "type_as.default",
-            "float.default",
-        ),
-    ),
-    (_whole_slice, _targets("slice.Tensor")),
-    (_transpose, _targets("transpose.int", "swapaxes.default", "swapdims.default")),
-    (_permute, _targets("permute.default")),
-    (_movedim, _targets("movedim.int", "moveaxis.int")),
+    (_cast, list(CASTS)),
+    (_whole_slice, overloads("slice.Tensor")),
+    (_transpose, overloads("transpose.int", "swapaxes.default", "swapdims.default")),
+    (_permute, overloads("permute.default")),
+    (_movedim, overloads("movedim.int", "moveaxis.int")),
     (
         _swap_last,
-        _targets("mT.default", "adjoint.default", "t.default", "matrix_H.default", "numpy_T.default"),
+        overloads("mT.default", "adjoint.default", "t.default", "matrix_H.default", "numpy_T.default"),
     ),
     (
         _reshape,
-        _targets(
+        overloads(
             "view.default",
             "reshape.default",
             "_unsafe_view.default",
@@ -319,11 +321,11 @@ _RULES: list[tuple[Callable[[Node, Layout], Layout | None], list[Any]]] = [
             "reshape_as.default",
         ),
     ),
-    (_unsqueeze, _targets("unsqueeze.default")),
-    (_squeeze, _targets("squeeze.dim", "squeeze.dims", "squeeze.default")),
-    (_expand, _targets("expand.default", "expand_as.default", "broadcast_to.default")),
-    (_repeat, _targets("repeat.default", "tile.default")),
-    (_repeat_interleave, _targets("repeat_interleave.self_int")),
+    (_unsqueeze, overloads("unsqueeze.default")),
+    (_squeeze, overloads("squeeze.dim", "squeeze.dims", "squeeze.default")),
+    (_expand, overloads("expand.default", "expand_as.default", "broadcast_to.default")),
+    (_repeat, overloads("repeat.default", "tile.default")),
+    (_repeat_interleave, overloads("repeat_interleave.self_int")),
 ]
 
 VIEWS: dict[Any, Callable[[Node, Layout], Layout | None]] = {
@@ -332,7 +334,7 @@ VIEWS: dict[Any, Callable[[Node, Layout], Layout | None]] = {
 """Operators that only move data, and what they do to a layout."""
 
 REPEATS = frozenset(
-    _targets(
+    overloads(
         "expand.default",
         "expand_as.default",
         "broadcast_to.default",

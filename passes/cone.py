@@ -15,12 +15,12 @@ import torch
 from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
 
-from .axes import _targets, expr
+from .axes import expr, overloads
 
 aten = torch.ops.aten
 
 SHAPE_ONLY = frozenset(
-    _targets(
+    overloads(
         "sym_size.int",
         "sym_numel.default",
         "new_ones.default",
@@ -40,7 +40,7 @@ SHAPE_ONLY = frozenset(
 """Operators that read the shape, dtype or device of their first argument and never its values."""
 
 SECOND_SHAPE_ONLY = frozenset(
-    _targets("expand_as.default", "view_as.default", "type_as.default", "reshape_as.default", "to.other")
+    overloads("expand_as.default", "view_as.default", "type_as.default", "reshape_as.default", "to.other")
 )
 """Operators that read only the shape or dtype of their second argument."""
 

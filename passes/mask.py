@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.fx import Graph, Node
 
-from .axes import _targets
+from .axes import overloads
 from .cone import Sizes, cone, evaluate, leaves
 from .contraction import read_contraction
 from .relayout import move_tensor
@@ -38,7 +38,7 @@ MAX_NODES = 600
 """A term with more ancestors than this computes from the model's activations and is not evaluated."""
 
 COMPARES = frozenset(
-    _targets(
+    overloads(
         "add.Tensor",
         "add.Scalar",
         "sub.Tensor",

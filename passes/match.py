@@ -21,10 +21,10 @@ from .axes import (
     VIEWS,
     Axis,
     Layout,
-    _targets,
     apply_view,
     is_one,
     leaves,
+    overloads,
     pair,
     provenance,
     resolve,
@@ -255,7 +255,7 @@ def _not_one_user(current: Node, users: list[Node], rows: dict[Any, Row]) -> Ref
 
 
 MIXERS = frozenset(
-    _targets("linear.default", "conv2d.default", "convolution.default", "conv1d.default", "conv2d.padding")
+    overloads("linear.default", "conv2d.default", "convolution.default", "conv1d.default", "conv2d.padding")
 )
 
 

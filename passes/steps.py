@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from .axes import VIEWS, _targets
+from .axes import CASTS, VIEWS, overloads
 from .cone import constant
 
 aten = torch.ops.aten
@@ -179,32 +179,22 @@ def _tanh(node: Node, scores: Node) -> list[Effect] | str:
     return [Effect("tanh")]
 
 
-CASTS = tuple(
-    _targets(
-        "to.dtype",
-        "to.device",
-        "to.dtype_layout",
-        "to.other",
-        "_to_copy.default",
-        "type_as.default",
-        "float.default",
-    )
-)
-
 SCORE_STEPS: tuple[Row, ...] = (
     Row(CASTS, (0,), _cast),
     Row(tuple(target for target in VIEWS if target not in CASTS), (0,), _view),
-    Row(tuple(_targets("mul.Tensor", "mul.Scalar")), (0, 1), _multiply("scale")),
-    Row(tuple(_targets("div.Tensor", "div.Scalar", "true_divide.Tensor")), (0,), _multiply("div")),
-    Row(tuple(_targets("tanh.default")), (0,), _tanh),
-    Row(tuple(_targets("add.Tensor", "add.Scalar")), (0, 1), _add(1.0)),
-    Row(tuple(_targets("sub.Tensor", "sub.Scalar")), (0,), _add(-1.0)),
-    Row(tuple(_targets("masked_fill.Scalar", "masked_fill.Tensor")), (0,), _fill),
+    Row(tuple(overloads("mul.Tensor", "mul.Scalar")), (0, 1), _multiply("scale")),
+    Row(tuple(overloads("div.Tensor", "div.Scalar", "true_divide.Tensor")), (0,), _multiply("div")),
+    Row(tuple(overloads("tanh.default")), (0,), _tanh),
+    Row(tuple(overloads("add.Tensor", "add.Scalar")), (0, 1), _add(1.0)),
+    Row(tuple(overloads("sub.Tensor", "sub.Scalar")), (0,), _add(-1.0)),
+    Row(tuple(overloads("masked_fill.Scalar", "masked_fill.Tensor")), (0,), _fill),
     Row(
-        tuple(_targets("where.self", "where.ScalarSelf", "where.ScalarOther", "where.Scalar")), (1, 2), _where
+        tuple(overloads("where.self", "where.ScalarSelf", "where.ScalarOther", "where.Scalar")),
+        (1, 2),
+        _where,
     ),
-    Row(tuple(_targets("clamp.default", "clamp_min.default")), (0,), _lower_clamp),
-    Row(tuple(_targets("maximum.default", "max.other")), (0, 1), _maximum),
+    Row(tuple(overloads("clamp.default", "clamp_min.default")), (0,), _lower_clamp),
+    Row(tuple(overloads("maximum.default", "max.other")), (0, 1), _maximum),
 )
 
 
@@ -221,11 +211,13 @@ def _nan_to_num(node: Node, weights: Node) -> list[Effect] | str:
 WEIGHT_STEPS: tuple[Row, ...] = (
     Row(CASTS, (0,), _cast),
     Row(tuple(target for target in VIEWS if target not in CASTS), (0,), _view),
-    Row(tuple(_targets("dropout.default")), (0,), _dropout),
-    Row(tuple(_targets("nan_to_num.default")), (0,), _nan_to_num),
-    Row(tuple(_targets("masked_fill.Scalar", "masked_fill.Tensor")), (0,), _fill),
+    Row(tuple(overloads("dropout.default")), (0,), _dropout),
+    Row(tuple(overloads("nan_to_num.default")), (0,), _nan_to_num),
+    Row(tuple(overloads("masked_fill.Scalar", "masked_fill.Tensor")), (0,), _fill),
     Row(
-        tuple(_targets("where.self", "where.ScalarSelf", "where.ScalarOther", "where.Scalar")), (1, 2), _where
+        tuple(overloads("where.self", "where.ScalarSelf", "where.ScalarOther", "where.Scalar")),
+        (1, 2),
+        _where,
     ),
 )
 """What may stand between softmax and the product with v."""

@@ -12,7 +12,7 @@ import torch
 from torch.fx import Node
 
 from .anchors import Refused
-from .axes import _targets, view_source
+from .axes import overloads, view_source
 from .capture import module_path, source_line
 from .cone import cone
 from .fused import FUSED, arguments
@@ -126,7 +126,7 @@ def _root(node: Node) -> Node:
 
 
 _COPIES = frozenset(
-    _targets("contiguous.default", "clone.default", "reshape.default", "repeat.default", "to.dtype",
+    overloads("contiguous.default", "clone.default", "reshape.default", "repeat.default", "to.dtype",
              "repeat_interleave.self_int", "flatten.using_ints", "_to_copy.default")
 )  # fmt: skip
 """Views that may copy, so that a later write to their source does not reach them."""
