@@ -74,8 +74,8 @@ def check_structure(
     if bool((seen != expected).any()):
         kind = "causal" if causal else "bidirectional"
         raise InputError(
-            f"{where or 'the model'}: the attention mask is not a {kind} mask with padding (packed sequences or "
-            "a custom 4-D mask?), which the rewritten attention cannot follow; give a 2-D padding mask"
+            f"{where or 'the model'}: the attention mask is not a {kind} mask with padding (packed sequences "
+            "or a custom 4-D mask?), which the rewritten attention cannot follow; give a 2-D padding mask"
         )
 
 
