@@ -39,8 +39,8 @@ from .passes import find_attention, lower_attention, raise_attention
 from .passes.capture import CaptureError, to_dialect
 from .passes.dynamo import fake, fake_mode, retrace
 from .passes.site import MatchReport, Reason, Site
-from .plan import _problem, child_name, kept, site_spec
-from .report import REFUSED, Report, Row, _describe, rows
+from .plan import problem_of, child_name, kept, site_spec
+from .report import REFUSED, Report, Row, describe, rows
 
 log = logging.getLogger(__name__)
 
@@ -180,7 +180,7 @@ class Backend:
             slots[site.path, site.call] += 1
             if kept(self.config, site.path, _layer_index(site.path)):
                 continue
-            problem = _problem(site, self.config)
+            problem = problem_of(site, self.config)
             if problem is None:
                 found = self._place(site, slot, graph)
                 if isinstance(found, Place):
@@ -188,7 +188,7 @@ class Backend:
                     continue
                 problem = found
             refused[key] = problem
-        becomes = dict.fromkeys(places, _describe(self.config))
+        becomes = dict.fromkeys(places, describe(self.config))
         for row in rows(match, refused, becomes):
             name = (row.path, row.ordinal, row.source)
             if row.verdict == REFUSED and row.reason != Reason.NOT_ATTENTION.value and name not in self._rows:

@@ -217,7 +217,7 @@ def plan_sites(model: nn.Module, report: MatchReport, config: LinearizeConfig) -
                 Skipped(path, site.ordinal, "kept", "left as softmax by `layers` or `keep_softmax`")
             )
             continue
-        problem = _problem(site, config)
+        problem = problem_of(site, config)
         if problem is not None:
             skip = Skipped(path, site.ordinal, *problem)
             skipped.append(skip)
@@ -260,7 +260,7 @@ def terms(site: Site) -> tuple[str, ...]:
     return tuple(found)
 
 
-def _problem(site: Site, config: LinearizeConfig) -> tuple[str, str] | None:
+def problem_of(site: Site, config: LinearizeConfig) -> tuple[str, str] | None:
     """Why `site` cannot be rewritten under `config`: reason code and sentence, or None."""
     try:
         spec = site_spec(site)

@@ -202,7 +202,7 @@ def inspect(
     """
     from . import api
     from .inputs import example_inputs
-    from .plan import LinearizeState, _problem, kept, layer_index
+    from .plan import LinearizeState, problem_of, kept, layer_index
     from .verification import quiet_run
 
     name = type(model).__name__
@@ -218,9 +218,9 @@ def inspect(
     for site in match.sites:
         if kept(settings, site.path, layer_index(model, site.path)):
             continue
-        found = _problem(site, settings)
+        found = problem_of(site, settings)
         if found is None:
-            becomes[site.path, site.ordinal] = _describe(settings)
+            becomes[site.path, site.ordinal] = describe(settings)
         else:
             refused[site.path, site.ordinal] = found
     # A module is rewritten as a whole or not at all.
@@ -233,7 +233,7 @@ def inspect(
     return Report(name, settings.mechanism, rows(match, refused, becomes))
 
 
-def _describe(config: LinearizeConfig) -> str:
+def describe(config: LinearizeConfig) -> str:
     """What a site becomes under `config`."""
     return "softmax, exact" if config.mechanism == "softmax" else config.mechanism
 
@@ -260,7 +260,7 @@ def _converted_rows(state: LinearizeState) -> tuple[Row, ...]:
             verdict=CONVERTED,
             reason="",
             message=f"applied by {site.rung}",
-            becomes=_describe(state.config),
+            becomes=describe(state.config),
         )
         for site in state.plan.sites
     ]

@@ -8,10 +8,10 @@ from functools import cache
 
 import pytest
 import torch
-from linearize.passes import MatchReport
+from linearize.passes import MatchReport, find_attention
 from spellings import ACCEPTED, Net, Spelling
 from torch import Tensor
-from torch.fx import GraphModule
+from torch.fx import GraphModule, Node
 
 
 @dataclass(frozen=True)
@@ -27,6 +27,12 @@ def graph_of(entry: Spelling, dtype: torch.dtype | None = None) -> Traced:
     dtype = dtype or (torch.float64 if entry.double else torch.float32)
     net = entry.model().to(dtype)
     return Traced(net, entry.export(net, dtype), dtype)
+
+
+@cache
+def report_of(entry: Spelling, dtype: torch.dtype | None = None) -> MatchReport:
+    """What the matcher says about `graph_of`, asked once."""
+    return find_attention(graph_of(entry, dtype).graph)
 
 
 def named(entries: Iterable[Spelling]) -> list:
@@ -65,10 +71,14 @@ ANCHORS = (
 )
 
 
+def is_candidate(node: Node) -> bool:
+    """By name alone: a softmax, a fused or a flex node."""
+    name = str(node.target)
+    return node.op == "call_function" and (name.startswith(ANCHORS) or name == "flex_attention")
+
+
 def fused_or_softmax(graph: GraphModule) -> int:
-    """How many candidates the graph holds by name alone: softmax nodes, fused nodes, flex nodes."""
-    names = [str(node.target) for node in graph.graph.nodes if node.op == "call_function"]
-    return sum(name.startswith(ANCHORS) or name == "flex_attention" for name in names)
+    return sum(is_candidate(node) for node in graph.graph.nodes)
 
 
 def canonical_calls(graph: GraphModule) -> int:
@@ -89,7 +99,9 @@ def gradients(module: torch.nn.Module, inputs: dict[str, Tensor]) -> tuple[Tenso
     torch.manual_seed(3)  # for dropout
     output = module(*{**inputs, **leaves}.values())
     output = output[0] if isinstance(output, tuple) else output
-    parameters = {name.removeprefix("_orig_mod."): p for name, p in module.named_parameters()}  # torch.compile
+    parameters = {
+        name.removeprefix("_orig_mod."): p for name, p in module.named_parameters()
+    }  # torch.compile
     named_leaves = {**leaves, **parameters}
     found = torch.autograd.grad(output.square().sum(), list(named_leaves.values()), allow_unused=True)
     return output, {name: g for name, g in zip(named_leaves, found, strict=True) if g is not None}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from graphs_of import accepted, graph_of, named, refused_rightly
+from graphs_of import accepted, graph_of, named, refused_rightly, report_of
 from linearize.passes import Site, find_attention
 from spellings import EITHER, REGISTRY, Spelling
 
@@ -47,7 +47,7 @@ def check_facts(entry: Spelling, sites: tuple[Site, ...]) -> None:
 def test_site_record_states_the_facts(entry: Spelling) -> None:
     graph = graph_of(entry).graph
     before = graph.code
-    report = find_attention(graph)
+    report = report_of(entry)
     assert not report.refusals, [(r.reason.value, str(r.node), r.message) for r in report.refusals]
     check_facts(entry, report.sites)
     assert graph.code == before, "finding changed the graph"
@@ -55,7 +55,7 @@ def test_site_record_states_the_facts(entry: Spelling) -> None:
 
 @pytest.mark.parametrize("entry", named(EITHER))
 def test_hard_spelling_is_understood_or_refused_with_its_reason(entry: Spelling) -> None:
-    report = find_attention(graph_of(entry).graph)
+    report = report_of(entry)
     if report.sites:
         check_facts(entry, report.sites)
     refused_rightly(entry, report)

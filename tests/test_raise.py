@@ -4,7 +4,16 @@ from __future__ import annotations
 
 import pytest
 import torch
-from graphs_of import accepted, canonical_calls, compare, fused_or_softmax, graph_of, named, tolerance
+from graphs_of import (
+    accepted,
+    canonical_calls,
+    compare,
+    fused_or_softmax,
+    graph_of,
+    named,
+    report_of,
+    tolerance,
+)
 from linearize.passes import find_attention, raise_attention
 from spellings import EITHER, REGISTRY, Spelling
 
@@ -12,7 +21,7 @@ from spellings import EITHER, REGISTRY, Spelling
 def check_raise(entry: Spelling, dtype: torch.dtype | None = None) -> int:
     """Raise the spelling's graph, compare forward and gradients at both sizes; returns how many sites."""
     traced = graph_of(entry, dtype)
-    report = find_attention(traced.graph)
+    report = report_of(entry, dtype)
     raised = raise_attention(traced.graph)
     assert canonical_calls(raised) == len(report.sites)
     kept = {refusal.anchor.name for refusal in report.refusals}

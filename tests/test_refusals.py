@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import pytest
-from graphs_of import canonical_calls, fused_or_softmax, graph_of, named, refused_rightly
-from linearize.passes import find_attention, raise_attention
+from graphs_of import canonical_calls, fused_or_softmax, graph_of, named, refused_rightly, report_of
+from linearize.passes import raise_attention
 from spellings import EITHER, REFUSED, REGISTRY, Spelling
 from torch.fx import Graph, GraphModule
 
@@ -19,7 +19,7 @@ def operators(graph: GraphModule) -> list:
 
 @pytest.mark.parametrize("entry", named(REFUSED))
 def test_decoy_is_refused_with_its_reason(entry: Spelling) -> None:
-    report = find_attention(graph_of(entry).graph)
+    report = report_of(entry)
     assert not report.sites, [site.spelling for site in report.sites]
     refused_rightly(entry, report)
 
@@ -39,7 +39,7 @@ def test_refused_graph_is_untouched(entry: Spelling) -> None:
 def test_every_candidate_is_in_the_report(entry: Spelling) -> None:
     """One row per softmax or fused node, no node twice."""
     graph = graph_of(entry).graph
-    report = find_attention(graph)
+    report = report_of(entry)
     anchors = [row.anchor for row in (*report.sites, *report.refusals)]
     assert len(anchors) == len(set(anchors))
     assert len(anchors) >= fused_or_softmax(graph)
@@ -48,7 +48,7 @@ def test_every_candidate_is_in_the_report(entry: Spelling) -> None:
 def test_one_refused_site_leaves_its_neighbours_alone() -> None:
     """RealFormer: the layer whose scores escape keeps its softmax, the other one may be raised."""
     graph = graph_of(REGISTRY["realformer"]).graph
-    report = find_attention(graph)
+    report = report_of(REGISTRY["realformer"])
     assert [refusal.reason.value for refusal in report.refusals][:1] == ["weights-escape"]
     assert len(report.sites) + len(report.refusals) == 2
     assert fused_or_softmax(raise_attention(graph)) == len(report.refusals)
@@ -67,7 +67,7 @@ def test_one_refused_site_leaves_its_neighbours_alone() -> None:
 )
 def test_refusal_names_the_culprit(name: str, culprit: str) -> None:
     """The node of a refusal is the one a reader has to look at."""
-    (refusal,) = find_attention(graph_of(REGISTRY[name]).graph).refusals
+    (refusal,) = report_of(REGISTRY[name]).refusals
     assert culprit in f"{refusal.node.name} {refusal.node.target}", refusal.message
     assert refusal.path == "attn"
     assert ".py:" in refusal.source
