@@ -202,7 +202,7 @@ def inspect(
     """
     from . import api
     from .inputs import example_inputs
-    from .plan import LinearizeState, problem_of, kept, layer_index
+    from .plan import LinearizeState, kept, layer_index, problem_of
     from .verification import quiet_run
 
     name = type(model).__name__
