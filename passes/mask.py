@@ -207,7 +207,7 @@ def _trials(hints: Mapping[sympy.Symbol, int], query: sympy.Expr, key: sympy.Exp
         distinct, itertools.chain(TRIAL_LENGTHS, itertools.repeat(TRIAL_LENGTHS[-1])), strict=False
     )
     longer = {hint: trial if hint <= 2 * SMALL else 2 * hint + trial for hint, trial in trials_of}
-    alike = {symbol: longer[hint] if symbol in lengths else hint for symbol, hint in traced.items()}
+    alike = {symbol: longer.get(hint, hint) for symbol, hint in traced.items()}
     trials = [Sizes(traced), Sizes(alike)]
     if len(lengths) > len(distinct):
         different = dict(zip(lengths, TRIAL_LENGTHS, strict=False))
@@ -266,6 +266,8 @@ def _scene(
         if step.kind == "scale":
             gated = gated | (term == 0)
         elif step.kind == "fill" or step.kind == "keep" or (step.kind == "sdpa" and term.dtype == torch.bool):
+            if step.kind != "sdpa" and step.value >= -MASKED:
+                return None
             masked = term.bool() if step.kind == "fill" else ~term.bool()
             if step.kind == "sdpa" or step.value <= MASKED:
                 visible = visible & ~masked
