@@ -4,15 +4,19 @@ You et al., "When Linear Attention Meets Autoregressive Decoding" (arXiv 2406.07
 (GATECH-EIC/Linearized-LLM at 273274e: `llama_attn_replace.py` for the causal form, `modeling_t5.py` for the
 other two). With q^ = q/|q|, k^ = k/|k| and group(t) = t // G, a query t of head h gives
 
-    o[t] = local_scale * sum_{j visible, group(j) == group(t)} relu(q^[t].k^[j])^2 v[j]        local
-         + alpha       * sum_{j, group(j) seen}                    q^[t].k^[j]     v[j]        grouped linear
-         +               sum_l w[h, l] v[t - l]                                                convolution
+    o[t] = sum_{j visible, group(j) == group(t)} (local_scale act(q^[t].k^[j]) + bias[t - j]) v[j]     local
+         + alpha * sum_{j, group(j) seen}        q^[t].k^[j] v[j]                                      grouped
+         +         sum_l w[h, l] v[t - l]                                                              convolution
 
-| form          | visible in the group | groups seen          | convolution                              |
-|---------------|----------------------|----------------------|------------------------------------------|
-| causal        | j <= t               | earlier ones only    | w [H, K], tap l weights v[t - l]         |
+| form          | visible in the group | groups seen          | convolution                               |
+|---------------|----------------------|----------------------|-------------------------------------------|
+| causal        | j <= t               | earlier ones only    | w [H, K], tap l weights v[t - l]          |
 | bidirectional | all                  | all, own included    | w [H, 2K-1], tap l weights v[t + K-1 - l] |
-| cross         | all                  | all, own included    | none                                     |
+| cross         | all                  | all, own included    | none                                      |
+
+act is relu(s)^2 in the paper's LLaMA form; see `ACTIVATIONS` for the others it compares. alpha and local_scale
+are one number, or one per head. bias is T5's relative position bias, by lag: [H, G] with lags 0..G-1 when
+causal, [H, 2G-1] with lags -(G-1)..G-1 otherwise.
 
 Choices where the sources leave room:
 - Nothing divides by sqrt(d), G or a sum of weights; the reference code has none of these. A row of zeros
@@ -27,8 +31,19 @@ Choices where the sources leave room:
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
+
+ACTIVATIONS = {
+    "relu2": lambda s: s.relu().square(),
+    "linear": lambda s: s,
+    # FLASH (Hua et al., 2022): the Laplace function that approximates relu^2, sigma = sqrt(1 / 4 pi).
+    "laplace": lambda s: 0.5 * (1 + torch.erf((s - math.sqrt(0.5)) * math.sqrt(2 * math.pi))),
+    # YOSO (Zeng et al., 2021): collision probability of 8 hash bits; 0.98 keeps arccos differentiable.
+    "yoso": lambda s: (1 - torch.arccos(0.98 * s) / math.pi) ** 8,
+}
 
 
 def _unit(x: Tensor) -> Tensor:
@@ -36,35 +51,51 @@ def _unit(x: Tensor) -> Tensor:
     return torch.where(norm > 0, x / norm, torch.zeros_like(x))
 
 
+def _per_head(x: Tensor | float) -> Tensor:
+    return torch.as_tensor(x, dtype=torch.float64).reshape(-1, 1, 1)
+
+
 def augmented_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
     *,
-    alpha: Tensor | float,
+    alpha: Tensor | float | None,
     conv_weight: Tensor | None,
-    local_scale: float = 1.0,
+    local_scale: Tensor | float | None = 1.0,
+    local_bias: Tensor | None = None,
+    activation: str = "relu2",
     group_size: int = 64,
     causal: bool = True,
     cross: bool = False,
     query_start: int = 0,
+    normalize: bool = True,
 ) -> Tensor:
     """query [B, H, T, D], key [B, H, S, D], value [B, H, S, Dv] -> [B, H, T, Dv], all float64.
 
-    T == S unless `cross` or `query_start` is set; heads are already repeated; there is no padding.
+    T == S unless `cross` or `query_start` is set; heads are already repeated; there is no padding. alpha or
+    local_scale None leaves its part out.
     """
     query, key, value = query.double(), key.double(), value.double()
     t = torch.arange(query.shape[2])[:, None] + query_start
     j = torch.arange(key.shape[2])[None, :]
+    lag = t - j
     own_group = t // group_size == j // group_size
-    visible = own_group & (j <= t) if causal else own_group
+    visible = own_group & (lag >= 0) if causal else own_group
     seen = (j // group_size < t // group_size) if causal else torch.ones_like(own_group)
 
-    scores = _unit(query) @ _unit(key).mT
-    weights = local_scale * scores.relu().square() * visible + alpha * scores * seen
+    scores = _unit(query) @ _unit(key).mT if normalize else query @ key.mT
+    weights = torch.zeros_like(scores)
+    if local_scale is not None:
+        weights = weights + _per_head(local_scale) * ACTIVATIONS[activation](scores) * visible
+    if local_bias is not None:
+        column = lag if causal else lag + group_size - 1
+        weights = weights + local_bias.double()[:, column.clamp(0, local_bias.shape[-1] - 1)] * visible
+    if alpha is not None:
+        weights = weights + _per_head(alpha) * scores * seen
     if conv_weight is not None and not cross:
         taps = conv_weight.shape[-1]
-        lag = t - j if causal else t - j + taps // 2
-        conv = conv_weight.double()[:, lag.clamp(0, taps - 1)]
-        weights = weights + conv * ((lag >= 0) & (lag < taps))
+        tap = lag if causal else lag + taps // 2
+        conv = conv_weight.double()[:, tap.clamp(0, taps - 1)]
+        weights = weights + conv * ((tap >= 0) & (tap < taps))
     return weights @ value
