@@ -1,0 +1,86 @@
+"""The GPU form: causal forward, backward, decode step and tree as Triton kernels.
+
+`forward`, `backward`, `step` and `tree` compute the causal form of `kernels/oracle.py`; `supports` says
+whether a call can take this form and `unavailable_reason` whether this machine can. Nothing outside this
+folder imports triton, and nothing imports this folder before it is needed: without triton that raises
+ImportError.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+try:
+    import triton  # noqa: F401
+except ImportError as error:
+    raise ImportError("the Triton kernels need triton: pip install 'linearize[triton]'") from error
+
+from .forward import forward
+from .launch import interpreted
+
+__all__ = ["available", "backward", "forward", "step", "supports", "tree", "unavailable_reason"]
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+ACTIVATIONS = ("relu2", "linear")
+LARGEST_HEAD = 256
+LARGEST_GROUP = 128
+
+
+def __getattr__(name: str) -> Any:
+    if name == "backward":
+        from .backward import backward
+
+        return backward
+    if name == "step":
+        from .decode import step
+
+        return step
+    if name == "tree":
+        from .tree import tree
+
+        return tree
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def unavailable_reason(device: torch.device) -> str | None:
+    """Why kernels cannot run on tensors of `device`; None when they can."""
+    if interpreted():
+        return None
+    if device.type != "cuda":
+        return f"Triton kernels run on a GPU, the tensors are on {device.type}"
+    if torch.version.hip is None and torch.cuda.get_device_capability(device) < (8, 0):
+        return "the Triton kernels need compute capability 8.0 or newer"
+    return None
+
+
+def available(device: torch.device) -> bool:
+    return unavailable_reason(device) is None
+
+
+def supports(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    conv_weight: Tensor | None,
+    activation: str,
+    group_size: int,
+) -> str | None:
+    """Why a call (shapes as in `forward`) cannot take this form; None when it can. Looks at no data."""
+    if not query.dtype == key.dtype == value.dtype:
+        return f"query, key and value have different dtypes ({query.dtype}, {key.dtype}, {value.dtype})"
+    if query.dtype not in DTYPES:
+        return f"dtype {query.dtype} (has float32, bfloat16, float16)"
+    if activation not in ACTIVATIONS:
+        return f"local activation {activation!r} (has {', '.join(ACTIVATIONS)})"
+    if not 1 <= group_size <= LARGEST_GROUP:
+        return f"group size {group_size} (has 1 to {LARGEST_GROUP})"
+    if max(query.shape[-1], value.shape[-1]) > LARGEST_HEAD:
+        return f"head dimension {max(query.shape[-1], value.shape[-1])} (has up to {LARGEST_HEAD})"
+    if conv_weight is not None and conv_weight.shape[-1] > 1024:
+        return f"{conv_weight.shape[-1]} convolution taps (has up to 1024)"
+    if query.numel() == 0 or value.numel() == 0:
+        return "an empty tensor"
+    return None

@@ -1,0 +1,296 @@
+# mypy: allow-untyped-defs
+"""Causal augmented linear attention, forward (the formula: `kernels/oracle.py`).
+
+A program owns one query head and BV columns of the value, walks the tokens in tiles of whole groups and keeps
+the state S = sum of k^T v over the tiles behind it, [D, BV] float32, in registers:
+
+    o  = q (alpha S)                 earlier tiles
+    o += p v                         this tile: p = scale act(q k^T) within a group and alpha q k^T between
+                                     groups, at or below the diagonal, plus the taps that stay in the tile
+    o += T_n v_n                     taps that reach into the n-th tile before
+    S += k^T v
+
+so the convolution costs one product per neighbour, nothing of size [T / G, D, D] is stored, and each program
+reads its q, k, v once. When heads and columns give too few programs for the device, the length is split: one
+kernel sums k^T v per split, one adds them up, and the same walk starts each split from its sum.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+import triton
+import triton.language as tl
+
+from .launch import (
+    Launch,
+    Target,
+    load_band,
+    load_rows,
+    padded,
+    readable,
+    run,
+    store_rows,
+    target_of,
+    tile_rows,
+)
+from .normalize import unit_rows
+
+
+@triton.jit(do_not_specialize=["length", "splits", "span"])
+def forward_kernel(
+    Q, K, V, OUT, ALPHA, SCALE, TAPS, STATE,
+    q_b, q_h, q_t, k_b, k_h, k_t, v_b, v_h, v_t,
+    length, heads, repeats, splits, span,
+    D: tl.constexpr, BD: tl.constexpr, DV: tl.constexpr, BV: tl.constexpr,
+    TILE: tl.constexpr, USED: tl.constexpr, GROUP: tl.constexpr, N_TAPS: tl.constexpr, RELU2: tl.constexpr,
+):  # fmt: skip
+    """Grid (B H DV/BV, splits). ALPHA, SCALE [H], TAPS [H, N_TAPS]: float32, or None.
+
+    STATE [B Hkv, splits - 1, D, DV] float32: the sum of k^T v before each split but the first, or None.
+    """
+    COLUMNS: tl.constexpr = (DV + BV - 1) // BV
+    SEVERAL: tl.constexpr = GROUP < USED
+    DT: tl.constexpr = Q.dtype.element_ty
+    head = (tl.program_id(0) // COLUMNS).to(tl.int64)
+    split = tl.program_id(1)
+    b, h = head // heads, head % heads
+    kv = h // repeats
+    Q += b * q_b + h * q_h
+    K += b * k_b + kv * k_h
+    V += b * v_b + kv * v_h
+    OUT += head * length * DV
+    i, d = tl.arange(0, TILE), tl.arange(0, BD)
+    dv = tl.program_id(0) % COLUMNS * BV + tl.arange(0, BV)
+    DVP: tl.constexpr = COLUMNS * BV
+
+    lag = i[:, None] - i[None, :]
+    same = (i // GROUP)[:, None] == (i // GROUP)[None, :]
+    if ALPHA is not None:
+        alpha = tl.load(ALPHA + h)
+    if SCALE is not None:
+        scale = tl.load(SCALE + h)
+    if TAPS is not None:
+        TAPS += h * N_TAPS
+        inside = load_band(TAPS, lag, N_TAPS).to(DT)
+        if N_TAPS > 1:
+            before = load_band(TAPS, lag + TILE, N_TAPS).to(DT)
+
+    if ALPHA is not None:
+        state = tl.zeros((BD, BV), tl.float32)
+        if STATE is not None:
+            at = ((b * (heads // repeats) + kv) * (splits - 1) + split - 1) * D * DV
+            keep = (d < D)[:, None] & (dv < DV)[None, :] & (split > 0)
+            state = tl.load(STATE + at + d[:, None] * DV + dv[None, :], mask=keep, other=0.0)
+
+    last = tl.minimum((split + 1) * span, tl.cdiv(length, USED))
+    for tile in tl.range(split * span, last):
+        start = tile * USED
+        end = tl.minimum(start + USED, length)
+        v = load_rows(V, start, i, dv, v_t, end, DV, DVP)
+        o = tl.zeros((TILE, BV), tl.float32)
+        p = tl.zeros((TILE, TILE), tl.float32)
+        if (ALPHA is not None) or (SCALE is not None):
+            q = load_rows(Q, start, i, d, q_t, end, D, BD)
+            k = load_rows(K, start, i, d, k_t, end, D, BD)
+        if ALPHA is not None:
+            if DT == tl.float16:
+                # A float16 operand overflows where the sum does not: multiply by the mean of k^T v instead.
+                seen = tl.maximum(start, 1).to(tl.float32)
+                o = tl.dot(q, (state / seen).to(DT), input_precision="ieee") * (alpha * seen)
+            else:
+                o = tl.dot(q, (state * alpha).to(DT), input_precision="ieee")
+        if (SCALE is not None) or (ALPHA is not None and SEVERAL):
+            s = tl.dot(q, tl.trans(k), input_precision="ieee")
+            if SCALE is not None:
+                if RELU2:
+                    p = tl.maximum(s, 0.0)
+                    p = p * p * scale
+                else:
+                    p = s * scale
+            if SEVERAL:
+                if ALPHA is not None:
+                    p = tl.where(same, p, s * alpha)
+                else:
+                    p = tl.where(same, p, 0.0)
+            p = tl.where(lag >= 0, p, 0.0)
+        if TAPS is not None:
+            p += inside.to(tl.float32)
+        o = tl.dot(p.to(DT), v, o, input_precision="ieee")
+        if TAPS is not None:
+            if N_TAPS > 1:
+                v_before = load_rows(V, start - TILE, i, dv, v_t, length, DV, DVP)
+                o = tl.dot(before, v_before, o, input_precision="ieee")
+            for n in tl.static_range(2, (N_TAPS + TILE - 2) // TILE + 1):
+                far = load_band(TAPS, lag + n * TILE, N_TAPS).to(DT)
+                v_far = load_rows(V, start - n * TILE, i, dv, v_t, length, DV, DVP)
+                o = tl.dot(far, v_far, o, input_precision="ieee")
+        store_rows(OUT, o, start, i, dv, DV, end, DV, DVP)
+        if ALPHA is not None:
+            state = tl.dot(tl.trans(k), v, state, input_precision="ieee")
+
+
+@triton.jit(do_not_specialize=["length", "splits", "span"])
+def state_kernel(
+    K, V, STATE, k_b, k_h, k_t, v_b, v_h, v_t, length, heads, splits, span,
+    D: tl.constexpr, BD: tl.constexpr, DV: tl.constexpr, BV: tl.constexpr,
+    TILE: tl.constexpr, USED: tl.constexpr,
+):  # fmt: skip
+    """STATE [B Hkv, splits - 1, D, DV] = k^T v of all splits but the last; grid (B Hkv DV/BV, splits-1)."""
+    COLUMNS: tl.constexpr = (DV + BV - 1) // BV
+    DVP: tl.constexpr = COLUMNS * BV
+    head = (tl.program_id(0) // COLUMNS).to(tl.int64)
+    split = tl.program_id(1)
+    b, h = head // heads, head % heads
+    K += b * k_b + h * k_h
+    V += b * v_b + h * v_h
+    i, d = tl.arange(0, TILE), tl.arange(0, BD)
+    dv = tl.program_id(0) % COLUMNS * BV + tl.arange(0, BV)
+    state = tl.zeros((BD, BV), tl.float32)
+    for tile in tl.range(split * span, (split + 1) * span):
+        start = tile * USED
+        end = tl.minimum(start + USED, length)
+        k = load_rows(K, start, i, d, k_t, end, D, BD)
+        v = load_rows(V, start, i, dv, v_t, end, DV, DVP)
+        state = tl.dot(tl.trans(k), v, state, input_precision="ieee")
+    at = (head * (splits - 1) + split) * D * DV
+    keep = (d < D)[:, None] & (dv < DV)[None, :]
+    tl.store(STATE + at + d[:, None] * DV + dv[None, :], state, mask=keep)
+
+
+@triton.jit(do_not_specialize=["count"])
+def scan_kernel(STATE, count, SIZE: tl.constexpr, BLOCK: tl.constexpr):
+    """STATE [N, count, SIZE]: running sums over `count`, in place; grid (N, SIZE / BLOCK)."""
+    at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    STATE += tl.program_id(0).to(tl.int64) * count * SIZE
+    total = tl.zeros((BLOCK,), tl.float32)
+    for n in tl.range(0, count):
+        total += tl.load(STATE + n.to(tl.int64) * SIZE + at, mask=at < SIZE, other=0.0)
+        tl.store(STATE + n.to(tl.int64) * SIZE + at, total, mask=at < SIZE)
+
+
+class Tile(NamedTuple):
+    columns: int
+    """BV: columns of the value that a program owns."""
+    warps: int
+    stages: int
+
+
+def forward_tile(target: Target, dim: int, value_dim: int, dtype: torch.dtype, rows: int) -> Tile:
+    """Chosen by registers and stack of the compiled code (tests/test_triton_aot.py), not by timing."""
+    return Tile(min(64, padded(value_dim)), 4, 2)
+
+
+def forward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    alpha: Tensor | None,
+    local_scale: Tensor | None,
+    conv_weight: Tensor | None,
+    activation: str,
+    group_size: int,
+    normalize: bool,
+    *,
+    target: Target | None = None,
+) -> Tensor:
+    """The causal core of `oracle.augmented_attention` on aligned, unpadded tokens.
+
+    query [B, H, T, D], key [B, Hkv, T, D], value [B, Hkv, T, Dv], float32, bfloat16 or float16, any strides;
+    alpha, local_scale [H] and conv_weight [H, K] float32, or None to leave that part out
+    -> [B, H, T, Dv] contiguous, in value's dtype. `supports` (see the package) says what it takes; nothing is
+    checked here. `target` stands in for the device when tiles and splits are chosen.
+    """
+    target = target_of(query.device) if target is None else target
+    launches, out = plan(
+        query, key, value, alpha, local_scale, conv_weight, activation, group_size, normalize, target
+    )
+    run(launches, query.device)
+    return out
+
+
+def plan(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    alpha: Tensor | None,
+    local_scale: Tensor | None,
+    conv_weight: Tensor | None,
+    activation: str,
+    group_size: int,
+    normalize: bool,
+    target: Target,
+) -> tuple[list[Launch], Tensor]:
+    """The launches of `forward`, and the tensor they fill."""
+    batch, heads, length, dim = query.shape
+    kv_heads, value_dim = key.shape[1], value.shape[3]
+    tile, used = tile_rows(group_size)
+    columns, warps, stages = forward_tile(target, dim, value_dim, query.dtype, tile)
+    slices, tiles = triton.cdiv(value_dim, columns), triton.cdiv(length, used)
+    out = torch.empty((batch, heads, length, value_dim), dtype=value.dtype, device=value.device)
+    launches: list[Launch] = []
+    query, key, value = readable(query), readable(key), readable(value)
+    if normalize:
+        before, query = unit_rows(query)
+        launches.append(before)
+        before, key = unit_rows(key)
+        launches.append(before)
+
+    span = triton.cdiv(tiles, _splits(batch * heads * slices, tiles, target.processors))
+    splits = triton.cdiv(tiles, span)
+    k_strides = dict(k_b=key.stride(0), k_h=key.stride(1), k_t=key.stride(2))
+    v_strides = dict(v_b=value.stride(0), v_h=value.stride(1), v_t=value.stride(2))
+    shape = dict(D=dim, BD=padded(dim), DV=value_dim, BV=columns, TILE=tile, USED=used)
+    state = None
+    if splits > 1 and alpha is not None:
+        count, size = batch * kv_heads, dim * value_dim
+        state = torch.empty((count, splits - 1, size), dtype=torch.float32, device=value.device)
+        numbers = dict(length=length, heads=kv_heads, splits=splits, span=span)
+        launches.append(
+            Launch(
+                state_kernel,
+                (count * slices, splits - 1),
+                {**dict(K=key, V=value, STATE=state), **k_strides, **v_strides, **numbers},
+                shape,
+                warps,
+                stages,
+            )
+        )
+        if splits > 2:
+            launches.append(
+                Launch(
+                    scan_kernel,
+                    (count, triton.cdiv(size, _SCAN)),
+                    dict(STATE=state, count=splits - 1),
+                    dict(SIZE=size, BLOCK=_SCAN),
+                    matrix=False,
+                )
+            )
+    tensors = dict(Q=query, K=key, V=value, OUT=out, STATE=state)
+    weights = dict(ALPHA=alpha, SCALE=local_scale, TAPS=conv_weight)
+    q_strides = dict(q_b=query.stride(0), q_h=query.stride(1), q_t=query.stride(2))
+    numbers = dict(length=length, heads=heads, repeats=heads // kv_heads, splits=splits, span=span)
+    taps = 0 if conv_weight is None else conv_weight.shape[1]
+    options = dict(GROUP=group_size, N_TAPS=taps, RELU2=activation == "relu2")
+    launches.append(
+        Launch(
+            forward_kernel,
+            (batch * heads * slices, splits),
+            {**tensors, **weights, **q_strides, **k_strides, **v_strides, **numbers},
+            {**shape, **options},
+            warps,
+            stages,
+        )
+    )
+    return launches, out
+
+
+_SCAN = 1024
+
+
+def _splits(programs: int, tiles: int, processors: int) -> int:
+    """Two programs per processor where the length allows it: fewer than four tiles are not worth a split."""
+    return max(1, min(2 * processors // programs, tiles // 4))
