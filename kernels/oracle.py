@@ -4,19 +4,19 @@ You et al., "When Linear Attention Meets Autoregressive Decoding" (arXiv 2406.07
 (GATECH-EIC/Linearized-LLM at 273274e: `llama_attn_replace.py` for the causal form, `modeling_t5.py` for the
 other two). With q^ = q/|q|, k^ = k/|k| and group(t) = t // G, a query t of head h gives
 
-    o[t] = sum_{j visible, group(j) == group(t)} (local_scale act(q^[t].k^[j]) + bias[t - j]) v[j]     local
-         + alpha * sum_{j, group(j) seen}        q^[t].k^[j] v[j]                                      grouped
-         +         sum_l w[h, l] v[t - l]                                                              convolution
+    o[t] = sum_{j visible, group(j) == group(t)} (local_scale act(q^[t].k^[j]) + bias[t - j]) v[j] local
+         + alpha * sum_{j, group(j) seen}        q^[t].k^[j] v[j]                                  grouped
+         +         sum_l w[h, l] v[t - l]                                                         convolution
 
-| form          | visible in the group | groups seen          | convolution                               |
-|---------------|----------------------|----------------------|-------------------------------------------|
-| causal        | j <= t               | earlier ones only    | w [H, K], tap l weights v[t - l]          |
-| bidirectional | all                  | all, own included    | w [H, 2K-1], tap l weights v[t + K-1 - l] |
-| cross         | all                  | all, own included    | none                                      |
+| form          | visible in the group | groups seen         | convolution                               |
+|---------------|----------------------|---------------------|-------------------------------------------|
+| causal        | j <= t               | earlier ones only   | w [H, K], tap l weights v[t - l]          |
+| bidirectional | all                  | all, own included   | w [H, 2K-1], tap l weights v[t + K-1 - l] |
+| cross         | all                  | all, own included   | none                                      |
 
-act is relu(s)^2 in the paper's LLaMA form; see `ACTIVATIONS` for the others it compares. alpha and local_scale
-are one number, or one per head. bias is T5's relative position bias, by lag: [H, G] with lags 0..G-1 when
-causal, [H, 2G-1] with lags -(G-1)..G-1 otherwise.
+act is relu(s)^2 in the paper's LLaMA form; see `ACTIVATIONS` for the others it compares. alpha and
+local_scale are one number, or one per head. bias is T5's relative position bias, by lag: [H, G] with lags
+0..G-1 when causal, [H, 2G-1] with lags -(G-1)..G-1 otherwise.
 
 Choices where the sources leave room:
 - Nothing divides by sqrt(d), G or a sum of weights; the reference code has none of these. A row of zeros

@@ -1,11 +1,15 @@
-"""Augmented linear attention in plain PyTorch: the formula of `oracle.py`, linear in length.
+"""Augmented linear attention composed of PyTorch operators: the formula of `oracle.py`, linear in length.
 
-Three routes to the same numbers, without Python loops or branches on data:
+Every form of it, causal or not, padded or not, late queries or not; and differentiable as often as wanted.
+Three routes to the same numbers, without branches on data:
 
 - `_row`     one query (cached decode): one row of weights over all keys.
 - aligned    queries and keys are the same unpadded tokens: pad to whole groups and reshape.
 - gathered   anything else (padding, a chunk of queries after cached keys, cross-attention): whole groups are
              collected by index first, then the same group products run.
+
+Causal groups are left to `walk.py`, which carries one state from group to group; only for second derivatives
+(`composed`) are the states of all groups formed at once.
 
 Padding is removed by *rank*: a real token's rank is the number of real tokens before it, and groups,
 convolution and causality all count ranks. A padded token takes part in nothing.
@@ -17,12 +21,14 @@ thousands of outer products do not survive bfloat16, and CPUs run bfloat16 produ
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from .activations import ACTIVATIONS
+from .walk import Walk
 
 Index = Any
 """A position along an axis: an int, a 0-d tensor, or a tensor `[B, 1]` when rows differ."""
@@ -33,45 +39,47 @@ def augmented_attention(
     key: Tensor,
     value: Tensor,
     *,
-    alpha: Tensor | float | None,
+    alpha: Tensor | None,
+    local_scale: Tensor | None,
     conv_weight: Tensor | None,
-    local_scale: float = 1.0,
+    local_bias: Tensor | None = None,
+    activation: str = "relu2",
     group_size: int = 64,
     causal: bool = True,
     cross: bool = False,
-    kv_layout: str = "interleaved",
     key_mask: Tensor | None = None,
     query_start: Index = None,
     normalize: bool = True,
+    composed: bool = False,
 ) -> Tensor:
     """query [B, H, T, D], key [B, Hkv, S, D], value [B, Hkv, S, Dv] -> [B, H, T, Dv] in value's dtype.
 
-    Arguments are described and checked in `linearize.ops.augmented_attention`; nothing is checked here.
+    alpha and local_scale [H], conv_weight [H, K], local_bias [H, G] or [H, 2G - 1]; None leaves a part out.
+    Query head h reads key/value head h // (H // Hkv). The rest is described and checked in
+    `linearize.ops.augmented_attention`; nothing is checked here.
     """
     heads, kv_heads, length = query.shape[1], key.shape[1], query.shape[2]
     dtype = torch.float64 if value.dtype == torch.float64 else torch.float32
-    with _full_precision(value.device):
-        q = _split_heads(query.to(dtype), kv_heads, kv_layout)
-        k, v = key.to(dtype), value.to(dtype)
-        if normalize:
-            q = unit(q)
-        conv = None
-        if conv_weight is not None and not cross:
-            conv = _split_heads(conv_weight.to(dtype).unsqueeze(0), kv_heads, kv_layout).squeeze(0)
-        if query_start is None:
-            query_start = key.shape[2] - length if causal else 0
-        alpha = alpha.to(dtype) if isinstance(alpha, Tensor) else alpha
-        core = _Core(alpha, conv, local_scale, group_size, causal)
-        if length == 1:
-            out = _row(core, q, k, v, key_mask, query_start, cross, normalize)
+    q = query.to(dtype).unflatten(1, (kv_heads, -1))
+    k, v = key.to(dtype), value.to(dtype)
+    if normalize:
+        q = unit(q)
+    if query_start is None:
+        query_start = key.shape[2] - length if causal else 0
+    tables = tuple(
+        None if x is None else x.to(dtype).unflatten(0, (kv_heads, -1))
+        for x in (alpha, local_scale, None if cross else conv_weight, local_bias)
+    )
+    core = _Core(tables, activation, group_size, causal, composed)
+    if length == 1:
+        out = _row(core, q, k, v, key_mask, query_start, cross, normalize)
+    else:
+        k = unit(k) if normalize else k
+        if key_mask is None and not cross and _is_zero(query_start) and length == key.shape[2]:
+            out = _aligned(core, q, k, v)
         else:
-            k = unit(k) if normalize else k
-            if key_mask is None and not cross and _is_zero(query_start) and length == key.shape[2]:
-                out = _aligned(core, q, k, v)
-            else:
-                out = _gathered(core, q, k, v, key_mask, query_start, cross)
-        out = out.transpose(1, 2) if kv_layout == "tiled" else out
-        return out.reshape(query.shape[0], heads, length, value.shape[3]).to(value.dtype)
+            out = _gathered(core, q, k, v, key_mask, query_start, cross)
+    return out.reshape(query.shape[0], heads, length, value.shape[3]).to(value.dtype)
 
 
 def unit(x: Tensor) -> Tensor:
@@ -85,14 +93,19 @@ def _norm(x: Tensor) -> Tensor:
 
 
 class _Core:
-    """The formula's constants, and its products on whole groups."""
+    """The formula's constants [Hkv, R, ...], and its products on whole groups."""
 
     def __init__(
-        self, alpha: Tensor | float | None, conv: Tensor | None, local_scale: float, group: int, causal: bool
+        self,
+        tables: tuple[Tensor | None, ...],
+        activation: str,
+        group: int,
+        causal: bool,
+        composed: bool,
     ) -> None:
-        self.alpha, self.conv, self.local_scale = alpha, conv, local_scale
-        self.group, self.causal = group, causal
-        taps = 1 if conv is None else conv.shape[-1]
+        self.alpha, self.local_scale, self.conv, self.bias = tables
+        self.activation, self.group, self.causal, self.composed = activation, group, causal, composed
+        taps = 1 if self.conv is None else self.conv.shape[-1]
         # Rows of v that the convolution reads before and after each group.
         self.before = taps - 1 if causal else taps // 2
         self.after = 0 if causal else taps // 2
@@ -100,9 +113,22 @@ class _Core:
     def taps_at(self, lag: Tensor) -> Tensor:
         """Convolution weights at lags t - j of any shape [...]: [Hkv, R, ...], zero outside the taps."""
         assert self.conv is not None
-        tap = lag + self.after
-        inside = (tap >= 0) & (tap < self.conv.shape[-1])
-        return self.conv[:, :, tap.clamp(0, self.conv.shape[-1] - 1)] * inside
+        return _at_lag(self.conv, lag + self.after)
+
+    def local(self, scores: Tensor, scale: Tensor | None, bias: Tensor | None) -> Tensor | None:
+        """Weights inside a group, from its scores and the two terms in a shape that fits them."""
+        weights = None
+        if scale is not None:
+            weights = ACTIVATIONS[self.activation].value(scores) * scale
+        if bias is not None:
+            weights = bias if weights is None else weights + bias
+        return weights
+
+    def bias_at(self, lag: Tensor) -> Tensor | None:
+        """Relative position bias at lags t - j inside one group: [Hkv, R, ...]."""
+        if self.bias is None:
+            return None
+        return _at_lag(self.bias, lag if self.causal else lag + self.group - 1)
 
     def groups(self, q: Tensor, k: Tensor, v: Tensor, state: Tensor | None) -> Tensor:
         """Whole groups: q [B, Hkv, R, N*G, D], k [B, Hkv, N*G, D] -> [B, Hkv, R, N*G, Dv].
@@ -110,32 +136,60 @@ class _Core:
         v [B, Hkv, before + N*G + after, Dv] brings its neighbours for the convolution. state [B, Hkv, D, Dv]
         is the sum of k^T v over everything earlier (causal; None: nothing) or over all keys (otherwise).
         """
+        if self.causal and not self.composed:
+            return self._walk(q, k, v, state)
         size, repeats = self.group, q.shape[2]
         rows = q.unflatten(3, (-1, size)).transpose(2, 3).flatten(3, 4)  # [B, Hkv, N, R*G, D]
         k = k.unflatten(2, (-1, size))  # [B, Hkv, N, G, D]
         blocks = v[:, :, self.before : v.shape[2] - self.after].unflatten(2, (-1, size))
         place = torch.arange(size, device=q.device)
 
-        factor: Tensor | float = self.local_scale
-        if self.causal:
-            factor = (place[:, None] >= place).repeat(repeats, 1).to(q.dtype) * factor
-        weights = (rows @ k.mT).relu_().square() * factor
+        def per_row(x: Tensor) -> Tensor:
+            """[Hkv, R, n] or [Hkv, R, G, n] -> [Hkv, 1, R*G, n]"""
+            x = x.unsqueeze(2).expand(-1, -1, size, -1) if x.dim() == 3 else x
+            return x.flatten(1, 2).unsqueeze(1)
+
+        alpha = None if self.alpha is None else per_row(self.alpha.unsqueeze(2))
+        scale = None if self.local_scale is None else per_row(self.local_scale.unsqueeze(2))
+        bias = self.bias_at(place[:, None] - place)
+        weights = self.local(rows @ k.mT, scale, None if bias is None else per_row(bias))
+        if weights is not None and self.causal:
+            weights = weights * (place[:, None] >= place).repeat(repeats, 1).to(q.dtype)
         window = blocks
         if self.conv is not None:
             column = torch.arange(-self.before, size + self.after, device=q.device)
-            band = self.taps_at(place[:, None] - column).flatten(1, 2)  # [Hkv, R*G, before + G + after]
-            weights = F.pad(weights, (self.before, self.after)).add_(band[:, None])
+            if weights is not None:
+                weights = F.pad(weights, (self.before, self.after))
+            band = per_row(self.taps_at(place[:, None] - column))
+            weights = band if weights is None else weights + band
             window = v.unfold(2, size + self.before + self.after, size).mT
-        out = weights @ window
-        if self.alpha is not None and self.causal:
-            own = k.mT @ blocks
-            earlier = own.cumsum(2) - own
-            out.add_((rows * self.alpha) @ (earlier if state is None else earlier.add_(state.unsqueeze(2))))
-        out = out.unflatten(3, (repeats, size)).transpose(2, 3).flatten(3, 4)
-        if self.alpha is not None and not self.causal:
-            assert state is not None
-            out = out + (q * self.alpha) @ state.unsqueeze(2)
-        return out
+        out = torch.zeros_like(rows[..., :1]) if weights is None else weights @ window
+        if alpha is not None:
+            if self.causal:
+                own = k.mT @ blocks
+                earlier = own.cumsum(2) - own
+                seen = earlier if state is None else earlier + state.unsqueeze(2)
+            else:
+                assert state is not None
+                seen = state.unsqueeze(2)
+            out = out + (rows * alpha) @ seen
+        out = out.expand(*out.shape[:-1], v.shape[-1])
+        return out.unflatten(3, (repeats, size)).transpose(2, 3).flatten(3, 4)
+
+    def _walk(self, q: Tensor, k: Tensor, v: Tensor, state: Tensor | None) -> Tensor:
+        tables = (self.alpha, self.local_scale, self.conv)
+        flat = [None if x is None else x.flatten(0, 1) for x in tables]
+        bias = None if self.bias is None else self.bias.flatten(0, 1)
+        out = Walk.apply(
+            q.flatten(1, 2), k, v, *flat, self.activation, self.group, False, bias, state, self.before
+        )
+        return out.unflatten(1, q.shape[1:3])
+
+
+def _at_lag(weight: Tensor, tap: Tensor) -> Tensor:
+    """weight [..., n] at taps of any shape: [..., *taps], zero outside 0..n-1."""
+    inside = (tap >= 0) & (tap < weight.shape[-1])
+    return weight[..., tap.clamp(0, weight.shape[-1] - 1)] * inside
 
 
 def _aligned(core: _Core, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -224,23 +278,23 @@ def _row(
     scores = q.squeeze(3) @ k.mT
     if normalize:
         scores = scores / _norm(k).mT
-    weights = scores.relu().square() * _columns(own) * core.local_scale
+    bias = core.bias_at(lag)
+    scale = None if core.local_scale is None else core.local_scale.unsqueeze(2)
+    local = core.local(scores, scale, None if bias is None else _by_row(bias))
+    weights = torch.zeros_like(scores) if local is None else local * _columns(own)
     if core.alpha is not None:
-        weights = weights + scores * core.alpha * (_columns(ahead > 0) if core.causal else 1)
+        weights = weights + scores * core.alpha.unsqueeze(2) * (_columns(ahead > 0) if core.causal else 1)
     if core.conv is not None:
-        taps = core.taps_at(lag)  # [Hkv, R, S] or [Hkv, R, B, S]
-        weights = weights + (taps if lag.dim() == 1 else taps.permute(2, 0, 1, 3))
+        weights = weights + _by_row(core.taps_at(lag))
     if key_mask is not None:
         weights = weights * _columns(key_mask)
     out = (weights @ v).unsqueeze(3)
     return out if query_real is None else out * query_real[:, :, None, None, None]
 
 
-def _split_heads(x: Tensor, kv_heads: int, kv_layout: str) -> Tensor:
-    """[B, H, ...] -> [B, Hkv, R, ...]: query heads by the key/value head they read."""
-    if kv_layout == "tiled":
-        return x.unflatten(1, (-1, kv_heads)).transpose(1, 2)
-    return x.unflatten(1, (kv_heads, -1))
+def _by_row(x: Tensor) -> Tensor:
+    """[Hkv, R, S], or [Hkv, R, B, S] when the rows of the batch differ, for weights [B, Hkv, R, S]."""
+    return x if x.dim() == 3 else x.permute(2, 0, 1, 3)
 
 
 def _at(table: Tensor, index: Tensor, size: Any) -> Tensor:
@@ -273,10 +327,3 @@ def _round_up(length: Any, multiple: int) -> Any:
 
 def _is_zero(x: Index) -> bool:
     return not isinstance(x, Tensor) and x == 0
-
-
-def _full_precision(device: torch.device) -> AbstractContextManager[Any]:
-    """Keep autocast from rounding the state; entered only when needed, so that plain graphs stay plain."""
-    if torch.is_autocast_enabled(device.type):
-        return torch.autocast(device.type, enabled=False)
-    return nullcontext()

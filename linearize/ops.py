@@ -1,7 +1,4 @@
-"""The public face of the kernels: checked, documented functions on tensors.
-
-Only the PyTorch reference form exists so far; compiled forms will be chosen here, by device.
-"""
+"""The public face of the kernels: checked, documented functions on tensors."""
 
 from __future__ import annotations
 
@@ -12,8 +9,10 @@ from torch import Tensor
 
 from .errors import InputError
 from .kernels import registered
+from .kernels.activations import ACTIVATIONS
+from .kernels.dispatch import FORMS, Choice
 
-__all__ = ["augmented_attention", "conv_width"]
+__all__ = ["Choice", "augmented_attention", "conv_width", "which"]
 
 
 def conv_width(taps: int, causal: bool) -> int:
@@ -28,7 +27,9 @@ def augmented_attention(
     *,
     alpha: Tensor | float | None,
     conv_weight: Tensor | None,
-    local_scale: float = 1.0,
+    local_scale: Tensor | float | None = 1.0,
+    local_bias: Tensor | None = None,
+    activation: str = "relu2",
     group_size: int = 64,
     causal: bool = True,
     cross: bool = False,
@@ -36,15 +37,19 @@ def augmented_attention(
     key_mask: Tensor | None = None,
     query_start: int | Tensor | None = None,
     normalize: bool = True,
+    form: str | None = None,
 ) -> Tensor:
     """Augmented linear attention (formula: `kernels/oracle.py`), differentiable in every tensor argument.
 
     query: `[B, H, T, D]`, any strides. key: `[B, Hkv, S, D]`, value: `[B, Hkv, S, Dv]`, not repeated; H is a
         multiple of Hkv. Floating point; sums are kept in float32 (float64 for float64 input).
-    alpha: weight of the grouped linear part, one number; None leaves that part out.
+    alpha: weight of the grouped linear part, one number or one per head, `[1]` or `[H]`; None leaves it out.
     conv_weight: `[H, K]`; causal: tap l weights `value[t - l]`; bidirectional: K odd, tap l weights
         `value[t + K // 2 - l]`. None, or `cross`, leaves the convolution out.
-    local_scale: weight of the part inside a group of `group_size` tokens.
+    local_scale: weight of the part inside a group of `group_size` tokens, as alpha.
+    local_bias: added to the weights inside a group by lag t - j (T5): `[H, group_size]` for lags 0.. when
+        causal, else `[H, 2 * group_size - 1]` for lags -(group_size - 1)...
+    activation: what a score becomes inside a group: "relu2" (the paper's), "linear", "laplace" or "yoso".
     causal: a query sees earlier tokens and itself; otherwise everything.
     cross: queries and keys are different sequences (not with `causal`). Query group i meets key group i.
     kv_layout: query head h reads key/value head `h // (H // Hkv)` ("interleaved") or `h % Hkv` ("tiled").
@@ -54,36 +59,124 @@ def augmented_attention(
         the last T; later columns are ignored. cross: position of the first query in its own sequence, by
         default 0. An int or a 0-d integer tensor (whose value is not checked).
     normalize: divide query and key rows by their norm first (False: they already are, or must not be).
+    form: "torch", "cpu" or "triton" insists on one form; None takes what `which` names.
 
-    Returns `[B, H, T, Dv]` in the dtype of `value`. Raises InputError when arguments do not fit together.
+    Returns `[B, H, T, Dv]` in the dtype of `value`. Attention dropout has no place here: it zeroes entries of
+    a weight matrix that is never formed. Raises InputError when arguments do not fit together.
     """
-    _check(query, key, value, alpha, conv_weight, group_size, causal, cross, kv_layout, key_mask, query_start)
-    if alpha is not None and not isinstance(alpha, Tensor):
-        alpha = torch.full((1,), alpha, dtype=torch.float64, device=query.device)
-    at_tensor = isinstance(query_start, Tensor)
-    return registered.augmented_attention(
+    arguments = _arguments(**locals())
+    if form is not None:
+        _choice(arguments)
+    out = registered.augmented_attention(*arguments)
+    return _from_interleaved(out, key.shape[1]) if kv_layout == "tiled" else out
+
+
+def which(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Choice:
+    """The form that `augmented_attention` would run with the same arguments, and why.
+
+    Returns a `Choice` with `form` ("torch", "cpu", "triton"), `reason` (one sentence) and `slow` (True when a
+    faster form exists for this device but cannot run here). Raises InputError as the call would.
+    """
+    defaults = augmented_attention.__kwdefaults__ or {}
+    unknown = options.keys() - defaults.keys() - {"alpha", "conv_weight"}
+    if unknown:
+        raise InputError(f"augmented_attention has no argument {', '.join(sorted(unknown))}")
+    given = {"alpha": None, "conv_weight": None, **defaults, **options}
+    return _choice(_arguments(query=query, key=key, value=value, **given))
+
+
+def _choice(arguments: tuple[Any, ...]) -> Choice:
+    try:
+        return registered.Arguments(*arguments).choose()
+    except ValueError as error:
+        raise InputError(str(error)) from error
+
+
+def _arguments(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    alpha: Tensor | float | None,
+    conv_weight: Tensor | None,
+    local_scale: Tensor | float | None,
+    local_bias: Tensor | None,
+    activation: str,
+    group_size: int,
+    causal: bool,
+    cross: bool,
+    kv_layout: str,
+    key_mask: Tensor | None,
+    query_start: int | Tensor | None,
+    normalize: bool,
+    form: str | None,
+) -> tuple[Any, ...]:
+    """Checked, in the order of the registered operator, heads interleaved, tables one row per head."""
+    _check(query, key, value, conv_weight, group_size, causal, cross, kv_layout, key_mask, query_start)
+    heads, kv_heads = query.shape[1], key.shape[1]
+    width = group_size if causal else 2 * group_size - 1
+    if local_bias is not None and tuple(local_bias.shape) != (heads, width):
+        raise InputError(f"local_bias must be [{heads}, {width}], got {tuple(local_bias.shape)}")
+    if activation not in ACTIVATIONS:
+        raise InputError(f"activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}")
+    if form is not None and form not in FORMS:
+        raise InputError(f"form must be one of {', '.join(FORMS)}, or None, got {form!r}")
+    tables = [
+        _per_head("alpha", alpha, query),
+        _per_head("local_scale", local_scale, query),
+        None if cross else conv_weight,
+        local_bias,
+    ]
+    if kv_layout == "tiled":
+        query = _to_interleaved(query, kv_heads)
+        tables = [None if x is None else _to_interleaved(x.unsqueeze(0), kv_heads)[0] for x in tables]
+    late = isinstance(query_start, Tensor)
+    return (
         query,
         key,
         value,
-        alpha,
-        conv_weight,
-        float(local_scale),
+        *tables,
+        activation,
         group_size,
         causal,
         cross,
-        kv_layout,
         key_mask,
-        None if at_tensor else query_start,
-        query_start if at_tensor else None,
+        None if late else query_start,
+        query_start if late else None,
         normalize,
+        form,
     )
+
+
+def _per_head(name: str, x: Tensor | float | None, query: Tensor) -> Tensor | None:
+    """One number or `[1]` or `[H]` as `[H]`."""
+    if x is None:
+        return None
+    heads = query.shape[1]
+    if not isinstance(x, Tensor):
+        if x == 0:
+            return None
+        dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
+        return torch.full((heads,), float(x), dtype=dtype, device=query.device)
+    if x.numel() == 1:
+        return x.reshape(1).expand(heads)
+    if x.dim() != 1 or x.shape[0] != heads:
+        raise InputError(f"{name} must be one number or [{heads}], got shape {tuple(x.shape)}")
+    return x
+
+
+def _to_interleaved(x: Tensor, kv_heads: int) -> Tensor:
+    """Head h of `[B, H, ...]` reads key/value head h % kv_heads; afterwards h // (H // kv_heads)."""
+    return x.unflatten(1, (-1, kv_heads)).transpose(1, 2).flatten(1, 2)
+
+
+def _from_interleaved(x: Tensor, kv_heads: int) -> Tensor:
+    return x.unflatten(1, (kv_heads, -1)).transpose(1, 2).flatten(1, 2)
 
 
 def _check(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    alpha: Tensor | float | None,
     conv_weight: Tensor | None,
     group_size: int,
     causal: bool,
@@ -122,8 +215,6 @@ def _check(
         raise InputError(f"kv_layout must be 'interleaved' or 'tiled', got {kv_layout!r}")
     if causal and cross:
         raise InputError("cross-attention has no order between queries and keys: set causal=False")
-    if isinstance(alpha, Tensor) and alpha.numel() != 1:
-        raise InputError(f"alpha must be one number, got shape {tuple(alpha.shape)}")
     if conv_weight is not None:
         if conv_weight.dim() != 2 or conv_weight.shape[0] != heads or conv_weight.shape[1] < 1:
             raise InputError(f"conv_weight must be [{heads}, taps], got {tuple(conv_weight.shape)}")

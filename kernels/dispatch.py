@@ -1,0 +1,96 @@
+"""Which form computes a call: `torch` always can, `cpu` (C++) and `triton` where they are built and fit."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from functools import cache
+from importlib import import_module
+from types import ModuleType
+
+from torch import Tensor
+
+FORMS = ("torch", "cpu", "triton")
+_DEVICE_OF = {"cpu": "cpu", "triton": "cuda"}
+_LOG = logging.getLogger("linearize")
+
+
+@dataclass(frozen=True)
+class Choice:
+    """form: one of `FORMS`. reason: one sentence. slow: this device has a faster form, but not here."""
+
+    form: str
+    reason: str
+    slow: bool = False
+
+
+def choose(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    conv_weight: Tensor | None,
+    local_bias: Tensor | None,
+    activation: str,
+    group_size: int,
+    causal: bool,
+    form: str | None = None,
+) -> Choice:
+    """The form for one call (shapes as in `walk.forward`). Reads no data.
+
+    causal: queries are the keys' own tokens, or follow a state. form: the one that must be taken; raises
+    ValueError, with the reason, when it cannot take the call.
+    """
+    if form == "torch":
+        return Choice("torch", "asked for")
+    wanted = form or ("triton" if query.device.type == "cuda" else "cpu")
+    reason = _refusal(wanted, query, key, value, conv_weight, local_bias, activation, group_size, causal)
+    if reason is None:
+        return Choice(wanted, f"causal, on {query.device.type}")
+    if form is not None:
+        raise ValueError(f"form {form!r} cannot take this call: {reason.reason}")
+    return reason
+
+
+def _refusal(
+    form: str,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    conv_weight: Tensor | None,
+    local_bias: Tensor | None,
+    activation: str,
+    group_size: int,
+    causal: bool,
+) -> Choice | None:
+    """The torch form instead, with the reason why `form` cannot take the call."""
+    if query.device.type != _DEVICE_OF[form]:
+        return Choice("torch", f"the {form} form needs {_DEVICE_OF[form]} tensors, not {query.device.type}")
+    if not causal:
+        return Choice("torch", "only causal attention of a sequence to itself has a compiled form")
+    if local_bias is not None:
+        return Choice("torch", "a relative position bias has no compiled form")
+    module = load(form)
+    if isinstance(module, str):
+        return Choice("torch", module, slow=True)
+    missing = module.unavailable_reason(query.device)
+    if missing is not None:
+        return Choice("torch", missing, slow=True)
+    unsupported = module.supports(query, key, value, conv_weight, activation, group_size)
+    return None if unsupported is None else Choice("torch", f"the {form} form does not take {unsupported}")
+
+
+@cache
+def load(form: str) -> ModuleType | str:
+    """The module of a compiled form, or one sentence saying why it cannot be imported."""
+    try:
+        module = import_module(f".{form}", __package__)
+        return module if hasattr(module, "unavailable_reason") else f"the {form} form is not there yet"
+    except ImportError as error:
+        return str(error)
+
+
+@cache
+def say(choice: Choice) -> None:
+    """Log what runs, once for each kind of call: a warning when a faster form is missing."""
+    level = logging.WARNING if choice.slow else logging.DEBUG
+    _LOG.log(level, "attention runs in its %s form: %s", choice.form, choice.reason)
