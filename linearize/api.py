@@ -148,7 +148,7 @@ def prove(
     Owners go by the seam when they dispatch through the attention interface and the call arrives, otherwise
     by the graft.
     """
-    exact = dataclasses.replace(config, mechanism="softmax")
+    exact = config.exact()
     before = Transaction(model)
     rungs = {p: "seam" if dispatches(model.get_submodule(p)) else "graft" for p in plan.owners}
     while True:

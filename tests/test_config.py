@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
+import pickle
 
 import pytest
 from linearize.passes.site import Reason
@@ -18,7 +20,9 @@ SPEC = SiteSpec(num_heads=4, num_key_value_heads=2, head_dim=8, value_dim=8, cau
 
 def test_round_trip_through_json():
     config = LinearizeConfig(
-        mechanism="local",
+        mechanism="performer",
+        augmentation=True,
+        options={"seed": 3, "features": 16},
         group_size=16,
         conv_taps=3,
         local_scale=0.5,
@@ -28,7 +32,7 @@ def test_round_trip_through_json():
         approximate=("softcap", "bias"),
     )
     assert LinearizeConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
-    assert config.to_dict()["version"] == 1
+    assert config.to_dict()["version"] == 2
     changed = {f.name for f in dataclasses.fields(config) if getattr(config, f.name) != f.default}
     assert changed == {f.name for f in dataclasses.fields(config)}, "the round trip must cover every field"
 
@@ -51,6 +55,10 @@ def test_absent_fields_take_defaults_and_lists_become_tuples():
         ("local_scale", "1"),
         ("local_scale", float("nan")),
         ("local_scale", float("inf")),
+        ("augmentation", 1),
+        ("augmentation", "yes"),
+        ("options", ("features", 3)),
+        ("options", {3: 4}),
         ("layers", (-1,)),
         ("layers", 3),
         ("layers", ("a",)),
@@ -67,9 +75,8 @@ def test_a_bad_value_is_named(field, value):
 
 
 def test_an_unknown_mechanism_lists_the_known_ones():
-    with pytest.raises(
-        ConfigError, match="unknown mechanism 'augmentd'; known: augmented, grouped, local, softmax"
-    ):
+    known = "unknown mechanism 'augmentd'; known: augmented, castling, flash_global, flash_local, grouped, "
+    with pytest.raises(ConfigError, match=known):
         LinearizeConfig(mechanism="augmentd")
     with pytest.raises(ConfigError, match="unknown mechanism"):
         LinearizeConfig(mechanism=None)
@@ -80,10 +87,57 @@ def test_unknown_fields_and_versions_say_what_to_do():
         LinearizeConfig.from_dict({"groupsize": 64})
     with pytest.raises(ConfigError, match="known fields: mechanism"):
         LinearizeConfig.from_dict({"zzz": 64})
-    with pytest.raises(ConfigError, match="version 2"):
-        LinearizeConfig.from_dict({"version": 2})
+    for version in (0, 3, "2", None, True):
+        with pytest.raises(ConfigError, match=f"version {version!r}"):
+            LinearizeConfig.from_dict({"version": version})
     with pytest.raises(ConfigError, match="mapping"):
         LinearizeConfig.from_dict([1])
+
+
+def test_a_config_of_version_1_means_what_it_meant():
+    """It knew neither augmentation nor options: `augmented` had its convolution, the ablations none."""
+    for mechanism in ("augmented", "local", "grouped", "softmax"):
+        config = LinearizeConfig.from_dict({"version": 1, "mechanism": mechanism, "group_size": 16})
+        assert config == LinearizeConfig(mechanism=mechanism, group_size=16)
+        assert config.augments == (mechanism == "augmented")
+
+
+def test_options_belong_to_their_mechanism():
+    config = LinearizeConfig(mechanism="performer", options={"features": 16})
+    assert config.option("features") == 16 and config.option("seed") == 0
+    with pytest.raises(KeyError):
+        config.option("window")
+    assert hash(config) == hash(LinearizeConfig(mechanism="performer", options={"features": 16}))
+    assert copy.deepcopy(config) == config and pickle.loads(pickle.dumps(config)) == config
+    with pytest.raises(ConfigError, match="'performer' has no option 'feature'; did you mean 'features'"):
+        LinearizeConfig(mechanism="performer", options={"feature": 16})
+    with pytest.raises(ConfigError, match="known: features, seed"):
+        LinearizeConfig(mechanism="performer", options={"window": 16})
+    with pytest.raises(ConfigError, match="'local' has no option 'window' .known: it has none"):
+        LinearizeConfig(mechanism="local", options={"window": 16})
+
+
+@pytest.mark.parametrize("value", (0, -1, 1.0, True, "16"))
+def test_an_option_out_of_range_says_what_it_takes(value):
+    with pytest.raises(ConfigError, match="'window' of mechanism 'softmax_window' must be an int >= 1"):
+        LinearizeConfig(mechanism="softmax_window", options={"window": value})
+    with pytest.raises(ConfigError, match="must be 'relu2' or 'laplace'"):
+        LinearizeConfig(mechanism="flash_local", options={"activation": value})
+
+
+def test_augmentation_is_the_mechanisms_own_unless_said():
+    assert LinearizeConfig().augments and not LinearizeConfig(augmentation=False).augments
+    local = LinearizeConfig(mechanism="local")
+    assert not local.augments and dataclasses.replace(local, augmentation=True).augments
+    assert build_attention(SPEC, LinearizeConfig(augmentation=False)).conv_weight is None
+    assert build_attention(SPEC, LinearizeConfig(mechanism="local", augmentation=True)).conv_weight is not None
+    with pytest.raises(ConfigError, match="'softmax' takes no convolution"):
+        LinearizeConfig(mechanism="softmax", augmentation=True)
+
+
+def test_the_exact_config_keeps_the_choice_of_sites():
+    config = LinearizeConfig(mechanism="performer", options={"features": 8}, augmentation=True, layers=(1,))
+    assert config.exact() == LinearizeConfig(mechanism="softmax", layers=(1,))
 
 
 @pytest.mark.parametrize("name", sorted(mechanisms.available()))

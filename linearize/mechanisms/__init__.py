@@ -1,6 +1,7 @@
 """What can take a softmax's place: one file per mechanism, found by its `MECHANISM`.
 
-To add one, add a file here that defines `MECHANISM = Mechanism(...)`; nothing else lists them.
+To add one, add a file here that defines `MECHANISM = Mechanism(...)`; nothing else lists them. Most are
+compositions (`composed.py`): maps of query and key, calls of the one core operator, and what joins them.
 """
 
 from __future__ import annotations
@@ -12,15 +13,18 @@ from importlib import import_module
 from types import MappingProxyType
 
 from ..errors import ConfigError
-from .base import Mechanism
+from .base import Mechanism, Option
 
-__all__ = ["Mechanism", "available", "get"]
+__all__ = ["Mechanism", "Option", "available", "get"]
+
+_SHARED = frozenset({"base", "composed"})
+"""Files here that are no mechanism but what mechanisms are made of."""
 
 
 @cache
 def available() -> Mapping[str, Mechanism]:
     """Every mechanism by name."""
-    files = sorted(info.name for info in pkgutil.iter_modules(__path__) if info.name != "base")
+    files = sorted(info.name for info in pkgutil.iter_modules(__path__) if info.name not in _SHARED)
     found = [import_module(f".{name}", __name__).MECHANISM for name in files]
     return MappingProxyType({mechanism.name: mechanism for mechanism in found})
 

@@ -1,11 +1,14 @@
-"""What every mechanism states about itself: how to build its module and which attentions it can carry."""
+"""What every mechanism states about itself: its options, how to build its module, what it can carry."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field
+from difflib import get_close_matches
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
 
+from ..errors import ConfigError
 from ..passes.site import Reason
 
 if TYPE_CHECKING:
@@ -31,6 +34,33 @@ finite values added to the scores; "alibi": a bias known to be ALiBi.
 
 _DROPPABLE = frozenset({"softcap", "sinks", "alibi", "bias", "window"})
 
+EVERYWHERE = frozenset({"causal", "bidirectional", "cross"})
+
+
+@dataclass(frozen=True)
+class Option:
+    """One setting of a mechanism. meaning: for people; expected: what `valid` accepts, in words."""
+
+    default: int | float | str | None
+    meaning: str
+    expected: str
+    valid: Callable[[Any], bool]
+
+
+def whole(default: int | None, meaning: str, least: int = 1) -> Option:
+    """An option that is an int, at least `least`; None is allowed when it is the default."""
+
+    def valid(value: Any) -> bool:
+        number = isinstance(value, int) and not isinstance(value, bool) and value >= least
+        return number or (value is None and default is None)
+
+    return Option(default, meaning, f"an int >= {least}", valid)
+
+
+def choice(default: str, meaning: str, values: tuple[str, ...]) -> Option:
+    """An option that is one of a few words."""
+    return Option(default, meaning, " or ".join(map(repr, values)), lambda value: value in values)
+
 
 @dataclass(frozen=True)
 class Mechanism:
@@ -38,12 +68,33 @@ class Mechanism:
 
     formula: one line for people. build: makes the module of one site; the spec has passed `refusal`.
     supports: what it carries exactly as the site means it, among the keys of `_REASONS`.
+    options: what `LinearizeConfig.options` may set, by name.
+    augmentation: whether the convolution of the paper is added unless the user says otherwise; None where it
+    cannot be.
     """
 
     name: str
     formula: str
     supports: frozenset[str]
     build: Callable[[SiteSpec, LinearizeConfig], AttentionModule]
+    options: Mapping[str, Option] = field(default_factory=lambda: MappingProxyType({}))
+    augmentation: bool | None = False
+
+    def check_options(self, options: Mapping[str, Any]) -> None:
+        """Raise ConfigError, naming what is known, for an option this mechanism lacks or a wrong value."""
+        for name, value in options.items():
+            option = self.options.get(name)
+            if option is None:
+                known = ", ".join(self.options) or "it has none"
+                close = get_close_matches(str(name), self.options, n=1)
+                hint = f"; did you mean {close[0]!r}?" if close else ""
+                raise ConfigError(
+                    f"options: mechanism {self.name!r} has no option {name!r}{hint} (known: {known})"
+                )
+            if not option.valid(value):
+                raise ConfigError(
+                    f"options: {name!r} of mechanism {self.name!r} must be {option.expected}, got {value!r}"
+                )
 
     def refusal(
         self, spec: SiteSpec, terms: Collection[str] = (), approximate: Collection[str] = ()

@@ -1,21 +1,28 @@
-"""Ablation: the local part of `augmented` alone, relu(q.k)^2 inside each group. No parameters."""
+"""Ablation: the local part of `augmented` alone, relu(q.k)^2 inside each group. No parameters of its own.
+
+Formula, source and oracle: `kernels/oracle.py`. State: the keys and values of the open group.
+"""
 
 from __future__ import annotations
 
 from ..attention import LinearAttention, SiteSpec
 from ..config import LinearizeConfig
-from .base import Mechanism
+from .base import EVERYWHERE, Mechanism
 
 
 def _build(spec: SiteSpec, config: LinearizeConfig) -> LinearAttention:
     return LinearAttention(
-        spec, group_size=config.group_size, conv_taps=None, local_scale=config.local_scale, alpha=None
+        spec,
+        group_size=config.group_size,
+        conv_taps=config.conv_taps if config.augments else None,
+        local_scale=config.local_scale,
+        alpha=None,
     )
 
 
 MECHANISM = Mechanism(
     name="local",
     formula="local_scale * relu(q.k)^2 in the group",
-    supports=frozenset({"causal", "bidirectional", "cross"}),
+    supports=EVERYWHERE,
     build=_build,
 )

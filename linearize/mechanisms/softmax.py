@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ..attention import SiteSpec, SoftmaxAttention
 from ..config import LinearizeConfig
-from .base import Mechanism
+from .base import EVERYWHERE, Mechanism
 
 
 def _build(spec: SiteSpec, config: LinearizeConfig) -> SoftmaxAttention:
@@ -14,8 +14,7 @@ def _build(spec: SiteSpec, config: LinearizeConfig) -> SoftmaxAttention:
 MECHANISM = Mechanism(
     name="softmax",
     formula="softmax(program(q.k)) v",
-    supports=frozenset(
-        {"causal", "bidirectional", "cross", "softcap", "sinks", "alibi", "bias", "window", "mask"}
-    ),
+    supports=EVERYWHERE | {"softcap", "sinks", "alibi", "bias", "window", "mask"},
     build=_build,
+    augmentation=None,
 )

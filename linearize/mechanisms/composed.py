@@ -1,0 +1,241 @@
+"""Mechanisms as compositions: maps of query and key, calls of the one core operator, and what joins them.
+
+A mechanism is described by `terms`, which maps one call's query, key and value to the arguments of core calls,
+and by `combine`, which joins the results. Both look at each token alone. So the same description gives every
+form: the parallel one here, and one decoding step, where each term keeps its own constant state (the sum of
+k^T v over finished groups, the rows of the open group and of the convolution).
+
+What all of them share:
+- `augmentation` adds the paper's convolution over values (arXiv 2406.07368), one filter per head, zero at
+  first, after whatever normalisation the mechanism has, to causal and bidirectional sites.
+- A normalised mechanism gets numerator and denominator from one call with value' = [value | 1] in float32.
+- The site's attention dropout is not applied: it would zero entries of a weight matrix that is never formed.
+- The output of a padded query is zero, and a query without any key gets zero.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from .. import ops
+from ..attention import AttentionModule, SiteSpec
+
+if TYPE_CHECKING:
+    from ..config import LinearizeConfig
+
+
+@dataclass(frozen=True)
+class Term:
+    """Arguments of one call of `ops.augmented_attention`; None leaves that part out.
+
+    query [B, H, T, D], key [B, Hkv, S, D], value [B, Hkv, S, Dv], one dtype; alpha, local_scale: a number or a
+    tensor [1] or [H]; conv_weight [H, taps].
+    """
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    alpha: Tensor | float | None = None
+    local_scale: Tensor | float | None = None
+    conv_weight: Tensor | None = None
+    activation: str = "linear"
+    normalize: bool = False
+
+
+class ComposedAttention(AttentionModule):
+    """A site's attention as core calls. Subclasses give `terms`, and `combine` unless a sum will do.
+
+    They create their parameters, then call `reset_parameters`, which subclasses with parameters extend.
+    """
+
+    conv_joins: ClassVar[bool] = False
+    """The terms carry the convolution themselves: nothing but a sum follows them."""
+
+    def __init__(self, spec: SiteSpec, config: LinearizeConfig) -> None:
+        super().__init__(spec)
+        self.group_size = config.group_size
+        self.conv_weight: nn.Parameter | None = None
+        if config.augments and not spec.cross:
+            width = ops.conv_width(config.conv_taps, spec.causal)
+            self.conv_weight = nn.Parameter(torch.empty(spec.num_heads, width))
+
+    def reset_parameters(self) -> None:
+        """Initial values; call it after `to_empty` when the module was built on the meta device."""
+        with torch.no_grad():
+            if self.conv_weight is not None:
+                self.conv_weight.zero_()
+
+    def terms(self, query: Tensor, key: Tensor, value: Tensor) -> list[Term]:
+        """query [B, H, T, D], key [B, Hkv, S, D], value [B, Hkv, S, Dv], any floating dtypes."""
+        raise NotImplementedError
+
+    def combine(self, outputs: Sequence[Tensor]) -> Tensor:
+        """One tensor per term -> [B, H, T, Dv]."""
+        total = outputs[0]
+        for output in outputs[1:]:
+            total = total + output
+        return total
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *,
+        key_mask: Tensor | None = None,
+        query_start: int | Tensor | None = None,
+        mask: Tensor | None = None,
+        program: Sequence[tuple[str, Any, Tensor | None]] | None = None,
+        sinks: Tensor | None = None,
+    ) -> Tensor:
+        start = query_start if self.spec.causal or self.spec.cross else None
+        with full_precision(value.device):
+            out = self.mix(query, key, value, key_mask, start)
+            if self.conv_weight is not None and not self.conv_joins:
+                out = out + self.run(Term(query, key, value, conv_weight=self.conv_weight), key_mask, start)
+        return out.to(value.dtype)
+
+    def mix(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_mask: Tensor | None,
+        query_start: int | Tensor | None,
+    ) -> Tensor:
+        """The mechanism without the convolution (with it, if `conv_joins`)."""
+        terms = self.terms(query, key, value)
+        return self.combine([self.run(term, key_mask, query_start) for term in terms])
+
+    def run(
+        self,
+        term: Term,
+        key_mask: Tensor | None,
+        query_start: int | Tensor | None,
+        causal: bool | None = None,
+    ) -> Tensor:
+        """One core call. causal: other than the site's own."""
+        return ops.augmented_attention(
+            term.query,
+            term.key,
+            term.value,
+            alpha=term.alpha,
+            conv_weight=term.conv_weight,
+            local_scale=term.local_scale,
+            activation=term.activation,
+            group_size=self.group_size,
+            causal=self.spec.causal if causal is None else causal,
+            cross=self.spec.cross,
+            kv_layout=self.spec.kv_layout,
+            key_mask=key_mask,
+            query_start=query_start,
+            normalize=term.normalize,
+        )
+
+    def over_all(self, query: Tensor, key: Tensor, value: Tensor, weight: float = 1.0, **more: Any) -> Term:
+        """weight * sum of q.k v over every key the site lets a query see: the linear kernel's term.
+
+        Causal: the query's own group up to itself, and all earlier groups. Otherwise the core's grouped part
+        counts every group already.
+        """
+        local = weight if self.spec.causal else None
+        return Term(query, key, value, alpha=weight, local_scale=local, **more)
+
+    @property
+    def scale(self) -> float:
+        """Factor of the site's scores."""
+        return self.spec.head_dim**-0.5 if self.spec.scale is None else self.spec.scale
+
+    def of_query_heads(self, x: Tensor) -> Tensor:
+        """x [Hkv, ...], a parameter per key/value head -> [H, ...], for the query heads that read it."""
+        repeats = self.spec.num_heads // self.spec.num_key_value_heads
+        if self.spec.kv_layout == "tiled":
+            return x.repeat(repeats, *(1,) * (x.dim() - 1))
+        return x.repeat_interleave(repeats, 0)
+
+    def split_heads(self, x: Tensor) -> Tensor:
+        """[B, H, T, D] -> [B, Hkv, R, T, D]: the R query heads of each key/value head."""
+        if self.spec.kv_layout == "tiled":
+            return x.unflatten(1, (-1, self.spec.num_key_value_heads)).transpose(1, 2)
+        return x.unflatten(1, (self.spec.num_key_value_heads, -1))
+
+    def merge_heads(self, x: Tensor) -> Tensor:
+        """Inverse of `split_heads`."""
+        return (x.transpose(1, 2) if self.spec.kv_layout == "tiled" else x).flatten(1, 2)
+
+    def extra_repr(self) -> str:
+        taps = 0 if self.conv_weight is None else self.conv_weight.shape[1]
+        return f"{super().extra_repr()}, group_size={self.group_size}, taps={taps}"
+
+
+class NormalizedAttention(ComposedAttention):
+    """sum f(q).f(k) v / sum f(q).f(k), the sums over every key a query may see. Subclasses give `features`."""
+
+    least: ClassVar[float] = 0.0
+    """Denominators are kept at or above this; at 0, a denominator of 0 gives an output of 0."""
+
+    def features(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
+        """query [B, H, T, D], key [B, Hkv, S, D] in float32 or wider -> [B, H, T, F], [B, Hkv, S, F]."""
+        raise NotImplementedError
+
+    def terms(self, query: Tensor, key: Tensor, value: Tensor) -> list[Term]:
+        query, key = self.features(widen(query), widen(key))
+        return [self.over_all(query, key, with_one(widen(value)))]
+
+    def combine(self, outputs: Sequence[Tensor]) -> Tensor:
+        (joined,) = outputs
+        total = joined[..., -1:]
+        if self.least:
+            total = total.clamp(min=self.least)
+        else:
+            total = torch.where(total > 0, total, torch.ones_like(total))
+        return joined[..., :-1] / total
+
+
+def widen(x: Tensor) -> Tensor:
+    """float32, or float64 where it is float64 already."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def with_one(value: Tensor) -> Tensor:
+    """[..., Dv] -> [..., Dv + 1]: the last column counts, so one sum gives numerator and denominator."""
+    return torch.cat([value, value.new_ones(value.shape[:-1]).unsqueeze(-1)], dim=-1)
+
+
+def unit(x: Tensor) -> Tensor:
+    """x / |x| along the last axis; a row of zeros stays zero, and its gradient finite."""
+    # Scaled first: the square of a large entry would overflow, of a small one vanish.
+    largest = x.detach().abs().amax(-1, keepdim=True)
+    x = x / torch.where(largest > 0, largest, torch.ones_like(largest))
+    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    return x / torch.where(norm > 0, norm, torch.ones_like(norm))
+
+
+def orthogonal_gaussian(rows: int, columns: int, seed: int) -> Tensor:
+    """float32 [rows, columns] on the CPU: Gaussian vectors, orthogonal within blocks of `columns` rows.
+
+    Choromanski et al. (arXiv 2009.14794), section 2.4: directions of an orthogonal block, norms of Gaussian
+    vectors. The same for the same seed, on any device.
+    """
+    generator = torch.Generator("cpu").manual_seed(seed)
+
+    def normal(count: int) -> Tensor:
+        return torch.randn(count, columns, generator=generator, device="cpu", dtype=torch.float64)
+
+    blocks = [torch.linalg.qr(normal(columns)).Q.T for _ in range(math.ceil(rows / columns))]
+    norms = normal(rows).norm(dim=1, keepdim=True)
+    return (torch.cat(blocks)[:rows] * norms).float()
+
+
+def full_precision(device: torch.device) -> AbstractContextManager[Any]:
+    """Keep autocast from rounding maps and sums; entered only when needed, so that graphs stay plain."""
+    if torch.is_autocast_enabled(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return nullcontext()

@@ -1,0 +1,210 @@
+"""Exact softmax over the nearest tokens, a linear kernel over all others, one normaliser for both.
+
+    o[t] = (sum_{j near} exp(scale q[t].k[j]) v[j] + exp(b) sum_{j far} f(q[t]).g(k[j]) v[j]) / (the same, v = 1)
+    causal:         near is t - window < j <= t, far is j <= t - window
+    bidirectional:  near is |t - j| < window,    far is all other j
+    f(q) = [softmax(A q), softmax(-A q)] + 1e-6, g(k) likewise with B                  as in `hedgehog`
+
+The combination is that of LoLCATs (arXiv 2410.10254); its scores and features share a learned mixing weight,
+here exp(b), per head. While the window covers the sequence this is the site's own attention, exactly, with its
+own scale. Cross-attention has no near tokens and is refused.
+
+Parallel form: window softmax in blocks of `window` queries, O(T window) memory, heads not repeated; the far
+part is one linear core call on keys and values delayed by `window` tokens (without causality a second one on
+the reversed sequence). Both come with the logarithm of their sum of weights, and are joined by a sigmoid of the
+difference, so that no exponential overflows.
+State: the last `window` keys and values, and [2D, Dv + 1] per key/value head for the tokens that left them.
+Initialisation: A and B the identity; b = log(D / 2), so that a pair without features of its own weighs 1.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+from ..attention import SiteSpec
+from .base import Mechanism, whole
+from .composed import ComposedAttention, widen, with_one
+from .hedgehog import HedgehogMap, oracle_weights
+
+if TYPE_CHECKING:
+    from ..config import LinearizeConfig
+
+
+class SoftmaxWindowAttention(ComposedAttention):
+    def __init__(self, spec: SiteSpec, config: LinearizeConfig) -> None:
+        super().__init__(spec, config)
+        self.window: int = config.option("window")
+        self.query_map = HedgehogMap(spec.num_heads, spec.head_dim)
+        self.key_map = HedgehogMap(spec.num_key_value_heads, spec.head_dim)
+        self.far_weight = nn.Parameter(torch.empty(spec.num_heads))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        super().reset_parameters()
+        self.query_map.reset_parameters()
+        self.key_map.reset_parameters()
+        with torch.no_grad():
+            self.far_weight.fill_(math.log(self.spec.head_dim / 2))
+
+    def mix(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_mask: Tensor | None,
+        query_start: int | Tensor | None,
+    ) -> Tensor:
+        query, key, value = widen(query), widen(key), widen(value)
+        near, log_near = self._near(query, key, value, key_mask, query_start)
+        if statically_known_true(key.shape[2] <= self.window):
+            return near
+        joined = self._far(self.query_map(query), self.key_map(key), with_one(value), key_mask, query_start)
+        total = joined[..., -1:]
+        some = total > 0
+        total = torch.where(some, total, torch.ones_like(total))
+        log_far = total.log() + self.far_weight.to(total.dtype)[:, None, None]
+        share = torch.where(some, torch.sigmoid(log_far - log_near), torch.zeros_like(total))
+        return near + share * (joined[..., :-1] / total - near)
+
+    def _far(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_mask: Tensor | None,
+        query_start: int | Tensor | None,
+    ) -> Tensor:
+        """Sums of weights times value over the tokens outside the window: [B, H, T, Dv + 1]."""
+        past = self._delayed(query, key, value, key_mask, query_start)
+        if self.spec.causal:
+            return past
+        flipped = [None if key_mask is None else key_mask.flip(1), None]
+        future = self._delayed(query.flip(2), key.flip(2), value.flip(2), *flipped)
+        return past + future.flip(2)
+
+    def _delayed(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_mask: Tensor | None,
+        query_start: int | Tensor | None,
+    ) -> Tensor:
+        """sum q.k v over the keys at least `window` real tokens before each query."""
+        if key_mask is None:
+            key, value = (F.pad(x, (0, 0, self.window, 0))[:, :, : x.shape[2]] for x in (key, value))
+        else:
+            rank = key_mask.cumsum(1) - 1
+            source = torch.argsort(~key_mask, dim=1, stable=True).gather(1, (rank - self.window).clamp(min=0))
+            there = (rank >= self.window)[:, None, :, None]
+            key, value = _take(key, source) * there, _take(value, source)
+        return self.run(self.over_all(query, key, value), key_mask, query_start, causal=True)
+
+    def _near(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_mask: Tensor | None,
+        query_start: int | Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        """Softmax over the window, block by block: [B, H, T, Dv], and the log of its sum, [B, H, T, 1].
+
+        Everything is counted in ranks, real tokens before a token: the queries of a call have consecutive
+        ranks, block n holds `block` of them, and its keys are the ranks around it.
+        """
+        length, keys, device = query.shape[2], key.shape[2], query.device
+        start: Any = (keys - length if query_start is None else query_start) if self.spec.causal else 0
+        window = min(self.window, keys) if isinstance(keys, int) else self.window
+        block = min(window, length) if isinstance(length, int) else window
+        before, after = window - 1, 0 if self.spec.causal else window - 1
+        blocks = (length + block - 1) // block
+
+        first: Any = start  # rank of the first query, [B, 1] under a mask
+        count: Any = keys
+        order = back = real = None
+        if key_mask is not None:
+            columns = torch.arange(length, device=device) + start
+            order = torch.argsort(~key_mask, dim=1, stable=True)  # rank -> column, real tokens first
+            rank = (key_mask.cumsum(1) - 1).index_select(1, columns)
+            real = key_mask.index_select(1, columns)
+            count = key_mask.sum(1, keepdim=True)
+            first = rank[:, :1] + 1 - real[:, :1].long()
+            query = _take(query, torch.argsort(~real, dim=1, stable=True))
+            back = (rank - first).clamp(min=0)
+
+        span = before + block + after
+        position = torch.arange(blocks * block + before + after, device=device) - before + first
+        present = (position >= 0) & (position < count)
+        source = position.clamp(min=0).clamp(max=keys - 1)
+        if order is not None:
+            source = order.gather(1, source)
+        near_keys = _take(key, source).unfold(2, span, block)  # [B, Hkv, N, D, span]
+        near_values = _take(value, source).unfold(2, span, block)
+        lag = torch.arange(block, device=device)[:, None] + before - torch.arange(span, device=device)
+        visible = (lag >= -after) & (lag <= before)
+        seen = present.unfold(-1, span, block).unsqueeze(-2) & visible  # [N, block, span] or [B, N, ...]
+        if seen.dim() == 4:
+            seen = seen[:, None, :, None]  # [B, 1, N, 1, block, span]
+        else:
+            seen = seen[:, None]
+
+        rows = F.pad(query * self.scale, (0, 0, 0, blocks * block - length)).unflatten(2, (-1, block))
+        rows = self.split_heads(rows).transpose(2, 3)  # [B, Hkv, N, R, block, D]
+        scores = (rows.flatten(3, 4) @ near_keys).unflatten(3, (-1, block))
+        # Not -inf: a row without any key must have finite numbers as well.
+        scores = scores.masked_fill(~seen, torch.finfo(scores.dtype).min)
+        log_sum = scores.logsumexp(-1, keepdim=True)
+        weights = (scores - log_sum).exp()
+        out = (weights.flatten(3, 4) @ near_values.mT).unflatten(3, (-1, block))
+        joined = torch.cat([out, log_sum], dim=-1).transpose(2, 3).flatten(3, 4)  # [B, Hkv, R, N * block, Dv + 1]
+        joined = self.merge_heads(joined)[:, :, :length]
+        if back is not None and real is not None:
+            joined = _take(joined, back) * real[:, None, :, None]
+        return joined[..., :-1], joined[..., -1:]
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, window={self.window}"
+
+
+def _take(x: Tensor, index: Tensor) -> Tensor:
+    """Rows `index` ([n], or [B, n] when the rows of the batch differ) of x [B, heads, L, D]."""
+    if index.dim() == 1:
+        return x.index_select(2, index)
+    return x.gather(2, index[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3]))
+
+
+def oracle(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    query_map: Tensor,
+    key_map: Tensor,
+    far_weight: Tensor,
+    *,
+    window: int,
+    scale: float,
+    causal: bool,
+) -> Tensor:
+    """float64 [B, H, T, D] with heads repeated; maps [H, D, D], far_weight [H]."""
+    lag = torch.arange(query.shape[2])[:, None] - torch.arange(key.shape[2])
+    far = oracle_weights(query, key, query_map, key_map) * far_weight.exp()[:, None, None]
+    weights = torch.where(lag.abs() < window, torch.exp(query @ key.mT * scale), far)
+    if causal:
+        weights = weights.tril()
+    return weights @ value / weights.sum(-1, keepdim=True)
+
+
+MECHANISM = Mechanism(
+    name="softmax_window",
+    formula="softmax over the last `window` tokens + f(q).g(k) over earlier ones, one normaliser",
+    supports=frozenset({"causal", "bidirectional"}),
+    build=SoftmaxWindowAttention,
+    options={"window": whole(64, "tokens that see each other exactly, the present one included")},
+)
