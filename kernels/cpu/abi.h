@@ -1,0 +1,42 @@
+// What crosses the C ABI: blocks of 64-bit fields, packed by `__init__.py` in the same order.
+#pragma once
+#include <cstddef>
+#include <cstdint>
+
+namespace linearize {
+
+enum Dtype : int64_t { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2 };
+enum Activation : int64_t { RELU2 = 0, LINEAR = 1 };
+
+// [batch, head, row, column] with strides in elements; columns are adjacent.
+struct Tensor {
+  void* data;
+  int64_t batch, head, row;
+};
+
+// The operator of kernels/oracle.py in its causal form. A null pointer leaves that part out.
+struct Core {
+  int64_t dtype, batch, heads, kv_heads, length, dim, value_dim;
+  int64_t group, taps, activation, normalize;
+  const float *alpha, *local, *conv;  // [heads], [heads], [heads, taps]
+};
+
+struct Forward {
+  Core core;
+  Tensor query, key, value, out;
+};
+
+struct Backward {
+  Core core;
+  Tensor grad, query, key, value, dquery, dkey, dvalue;
+  float *dalpha, *dlocal, *dconv;  // one row per batch entry: [batch, heads], [batch, heads], [batch, heads, taps]
+};
+
+// One instruction set's kernels. A unit is one (batch, kv head), or in the forward a part of its query heads.
+// Units are independent of each other; `scratch` is zeroed memory of the size that the `_scratch` function gives.
+struct Kernels {
+  size_t (*forward_scratch)(const Forward&);
+  void (*forward_unit)(const Forward&, int64_t unit, int64_t first_head, int64_t last_head, float* scratch);
+};
+
+}  // namespace linearize

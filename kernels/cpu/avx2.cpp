@@ -1,0 +1,7 @@
+// Built with -mavx2 -mfma -mf16c.
+#include "forward.h"
+
+namespace linearize {
+extern const Kernels avx2_kernels;
+const Kernels avx2_kernels = {forward_scratch, forward_unit};
+}  // namespace linearize

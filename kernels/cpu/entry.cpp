@@ -1,0 +1,88 @@
+// The C ABI, the choice of instruction set and the threads. Built for any x86-64.
+#include <atomic>
+#include <cstdlib>
+#include <cstring>
+#include <new>
+#include <thread>
+#include <vector>
+
+#include "abi.h"
+
+namespace linearize {
+extern const Kernels avx2_kernels, avx512_kernels;
+
+namespace {
+
+enum Isa : int64_t { NONE = 0, AVX2 = 1, AVX512 = 2 };
+
+Isa best_isa() {
+  if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma") || !__builtin_cpu_supports("f16c")) return NONE;
+  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
+                 __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl")
+             ? AVX512
+             : AVX2;
+}
+
+const Kernels& kernels_of(int64_t isa) { return isa == AVX512 ? avx512_kernels : avx2_kernels; }
+
+// Zeroed and aligned to cache lines. The kernels rely on padding that nobody has written being finite.
+class Scratch {
+ public:
+  explicit Scratch(size_t floats) {
+    size_t bytes = (floats * sizeof(float) + 127) / 64 * 64;
+    block_ = static_cast<float*>(std::aligned_alloc(64, bytes));
+    if (block_) std::memset(block_, 0, bytes);
+  }
+  ~Scratch() { std::free(block_); }
+  Scratch(const Scratch&) = delete;
+  float* get() const { return block_; }
+
+ private:
+  float* block_;
+};
+
+// work(unit, scratch) for every unit, on up to `threads` threads; false if memory ran out. A thread that cannot be
+// started is done without.
+template <class Work>
+bool for_each(int64_t units, int64_t threads, size_t floats, const Work& work) {
+  std::atomic<int64_t> next{0};
+  std::atomic<int64_t> done{0};
+  auto body = [&] {
+    Scratch scratch(floats);
+    if (!scratch.get()) return;
+    for (int64_t unit; (unit = next.fetch_add(1)) < units; done.fetch_add(1)) work(unit, scratch.get());
+  };
+  std::vector<std::thread> others;
+  try {
+    for (int64_t i = 1; i < threads && i < units; i++) others.emplace_back(body);
+  } catch (...) {
+  }
+  body();
+  for (auto& thread : others) thread.join();
+  return done.load() == units;
+}
+
+}  // namespace
+}  // namespace linearize
+
+using namespace linearize;
+
+extern "C" {
+
+__attribute__((visibility("default"))) int64_t linearize_isa() { return best_isa(); }
+
+// Each returns 0, or 1 when memory ran out.
+__attribute__((visibility("default"))) int linearize_forward(const Forward* f, int64_t isa, int64_t threads) {
+  const Kernels& kernels = kernels_of(isa);
+  const Core& core = f->core;
+  const int64_t shared = core.heads / core.kv_heads, units = core.batch * core.kv_heads;
+  // Fewer key/value heads than threads: the query heads of one are split, each part building the state anew.
+  int64_t parts = units < threads ? (threads + units - 1) / units : 1;
+  if (parts > shared) parts = shared;
+  return !for_each(units * parts, threads, kernels.forward_scratch(*f), [&](int64_t i, float* scratch) {
+    const int64_t part = i % parts;
+    kernels.forward_unit(*f, i / parts, part * shared / parts, (part + 1) * shared / parts, scratch);
+  });
+}
+
+}  // extern "C"
