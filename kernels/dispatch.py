@@ -69,13 +69,13 @@ def _refusal(
         return Choice("torch", "only causal attention of a sequence to itself has a compiled form")
     if local_bias is not None:
         return Choice("torch", "a relative position bias has no compiled form")
-    module = load(form)
-    if isinstance(module, str):
-        return Choice("torch", module, slow=True)
-    missing = module.unavailable_reason(query.device)
+    found = load(form)
+    if isinstance(found, str):
+        return Choice("torch", found, slow=True)
+    missing = found.unavailable_reason() if form == "cpu" else found.unavailable_reason(query.device)
     if missing is not None:
         return Choice("torch", missing, slow=True)
-    unsupported = module.supports(query, key, value, conv_weight, activation, group_size)
+    unsupported = found.supports(query, key, value, conv_weight, activation, group_size)
     return None if unsupported is None else Choice("torch", f"the {form} form does not take {unsupported}")
 
 
@@ -83,10 +83,17 @@ def _refusal(
 def load(form: str) -> ModuleType | str:
     """The module of a compiled form, or one sentence saying why it cannot be imported."""
     try:
-        module = import_module(f".{form}", __package__)
-        return module if hasattr(module, "unavailable_reason") else f"the {form} form is not there yet"
+        found = import_module(f".{form}", __package__)
+        return found if hasattr(found, "tree") else f"the {form} form is not there yet"
     except ImportError as error:
         return str(error)
+
+
+def module(choice: Choice) -> ModuleType:
+    """The module of a compiled form that was chosen."""
+    found = load(choice.form)
+    assert isinstance(found, ModuleType)
+    return found
 
 
 @cache

@@ -22,6 +22,8 @@ _SCHEMA = (
     "Tensor? local_bias, str activation, SymInt group_size, bool causal, bool cross, Tensor? key_mask, "
     "SymInt? query_start, Tensor? query_start_tensor, bool normalize, str? form"
 )
+Tables = tuple[Tensor | None, Tensor | None, Tensor | None]
+Options = tuple[str, int, bool]
 _DIFFERENTIABLE = 7
 """The first arguments: query to local_bias."""
 
@@ -46,6 +48,14 @@ class Arguments:
     query_start_tensor: Tensor | None
     normalize: bool
     form: str | None
+
+    @property
+    def tables(self) -> Tables:
+        return self.alpha, self.local_scale, self.conv_weight
+
+    @property
+    def options(self) -> Options:
+        return self.activation, self.group_size, self.normalize
 
     @property
     def aligned(self) -> bool:
@@ -73,13 +83,11 @@ def augmented_attention(*arguments: Any) -> Tensor:
     call = Arguments(*arguments)
     choice = call.choose()
     dispatch.say(choice)
-    with _full_precision(call.query.device):
+    with full_precision(call.query.device):
         if not call.aligned:
             return _composed(call).contiguous()
-        ranks = _ranks(call)
-        query, key, value = _to_front(ranks, call.query, call.key, call.value)
-        out = _causal(choice, "forward", (query, key, value), call)
-        return out if ranks is None else ranks.to_columns(out)
+        tensors = (call.query, call.key, call.value)
+        return compute_causal(choice, *tensors, call.tables, call.options, call.key_mask, call.local_bias)
 
 
 @augmented_attention.register_fake
@@ -100,13 +108,9 @@ def _backward_impl(grad: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     call = Arguments(*arguments)
     given = arguments[:_DIFFERENTIABLE]
     found: list[Tensor | None]
-    with _full_precision(grad.device):
+    with full_precision(grad.device):
         if call.aligned:
-            ranks = _ranks(call)
-            tensors = _to_front(ranks, grad, call.query, call.key, call.value)
-            found = [*_causal(call.choose(), "backward", tensors, call)]
-            if ranks is not None:
-                found[:3] = [ranks.to_columns(x) for x in found[:3] if x is not None]
+            found = _causal_backward(grad, call)
         else:
             leaves: list[Any] = [None if x is None else x.detach().requires_grad_() for x in given]
             with torch.enable_grad():
@@ -137,7 +141,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     rest = [None] * (len(inputs) - _DIFFERENTIABLE)
     if torch.is_grad_enabled():  # the caller will differentiate the gradients again
         wanted = [x for x, needed in zip(inputs, ctx.needs_input_grad, strict=True) if needed]
-        with _full_precision(grad.device):
+        with full_precision(grad.device):
             out = _composed(Arguments(*inputs), twice=True)
         found = iter(torch.autograd.grad(out, wanted, grad, create_graph=True, allow_unused=True))
         return (*(next(found) if needed else None for needed in ctx.needs_input_grad),)
@@ -148,16 +152,76 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 augmented_attention.register_autograd(_backward, setup_context=_save)
 
 
-def _causal(choice: dispatch.Choice, direction: str, tensors: tuple[Tensor, ...], call: Arguments) -> Any:
-    """`forward` or `backward` of the chosen form, on tokens without padding."""
-    tables = (call.alpha, call.local_scale, call.conv_weight)
-    options = (call.activation, call.group_size, call.normalize)
+@augmented_attention.register_vmap
+def _vmap(info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> tuple[Tensor, int]:
+    call, samples = _over_heads(info, in_dims, arguments), info.batch_size
+    return augmented_attention(*call).unflatten(1, (samples, -1)), 1
+
+
+@torch.library.register_vmap("linearize::augmented_attention_backward")
+def _vmap_backward(info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> tuple[Any, Any]:
+    samples = info.batch_size
+    call = _over_heads(info, in_dims, arguments)
+    grads = torch.ops.linearize.augmented_attention_backward(*call)
+    split: list[Tensor] = []
+    dims: list[int | None] = []
+    for x in grads:
+        none = x.dim() == 1 and x.shape[0] == 0  # the gradient of a table that is None
+        dims.append(None if none else 1 if x.dim() == 4 else 0)
+        split.append(x if none else x.unflatten(1 if x.dim() == 4 else 0, (samples, -1)))
+    return tuple(split), tuple(dims)
+
+
+def _over_heads(info: Any, in_dims: tuple[int | None, ...], arguments: tuple[Any, ...]) -> list[Any]:
+    """The mapped dimension joins the heads, so that every sample has its own tables and its own gradients.
+
+    Only tensors with heads can be mapped over: a mask of its own per sample has no heads to join.
+    """
+    call: list[Any] = []
+    for x, dim in zip(arguments, in_dims, strict=True):
+        if isinstance(x, Tensor) and (x.dim() - (dim is not None) == 4 or x.dtype.is_floating_point):
+            x = x.movedim(dim, 0) if dim is not None else x.expand(info.batch_size, *x.shape)
+            x = x.transpose(0, 1).flatten(1, 2) if x.dim() == 5 else x.flatten(0, 1)
+        elif dim is not None:
+            raise NotImplementedError(
+                "vmap over key_mask or query_start: join the mapped dimension to the batch instead"
+            )
+        call.append(x)
+    return call
+
+
+def compute_causal(
+    choice: dispatch.Choice,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    tables: Tables,
+    options: Options,
+    key_mask: Tensor | None,
+    local_bias: Tensor | None = None,
+) -> Tensor:
+    """The causal operator in the chosen form, padding removed and put back; arguments as in `Arguments`."""
+    ranks = _ranks(key_mask)
+    q, k, v = _to_front(ranks, query, key, value)
     if choice.form == "torch":
-        result = getattr(walk, direction)(*tensors, *tables, *options, local_bias=call.local_bias)
-        return result if direction == "forward" else result[:_DIFFERENTIABLE]
-    floats = (None if x is None else x.float().contiguous() for x in tables)
-    result = getattr(dispatch.load(choice.form), direction)(*tensors, *floats, *options)
-    return result if direction == "forward" else (*result, None)
+        out = walk.forward(q, k, v, *tables, *options, local_bias=local_bias)
+    else:
+        out = dispatch.module(choice).forward(q, k, v, *floats(tables), *options)
+    return out if ranks is None else ranks.to_columns(out)
+
+
+def _causal_backward(grad: Tensor, call: Arguments) -> list[Tensor | None]:
+    choice, ranks = call.choose(), _ranks(call.key_mask)
+    do, q, k, v = _to_front(ranks, grad, call.query, call.key, call.value)
+    if choice.form == "torch":
+        found = [*walk.backward(do, q, k, v, *call.tables, *call.options, local_bias=call.local_bias)]
+        found = found[:_DIFFERENTIABLE]
+    else:
+        compiled = dispatch.module(choice)
+        found = [*compiled.backward(do, q, k, v, *floats(call.tables), *call.options), None]
+    if ranks is not None:
+        found[:3] = [ranks.to_columns(x) for x in found[:3] if x is not None]
+    return found
 
 
 def _composed(call: Arguments, twice: bool = False) -> Tensor:
@@ -180,21 +244,26 @@ def _composed(call: Arguments, twice: bool = False) -> Tensor:
     )
 
 
-def _ranks(call: Arguments) -> Ranks | None:
-    mask = call.key_mask
+def floats(tables: Tables) -> Tables:
+    """Tables as the compiled forms read them."""
+    alpha, local_scale, conv_weight = (None if x is None else x.float().contiguous() for x in tables)
+    return alpha, local_scale, conv_weight
+
+
+def _ranks(mask: Tensor | None) -> Ranks | None:
     # Most masks hide nothing; on a GPU asking costs a synchronisation, more than the reordering.
     if mask is None or (mask.device.type == "cpu" and bool(mask.all())):
         return None
     return Ranks(mask)
 
 
-def _to_front(ranks: Ranks | None, *tensors: Tensor) -> tuple[Tensor, ...]:
+def _to_front(ranks: Ranks | None, *tensors: Tensor) -> Any:
     if ranks is not None:
         return tuple(ranks.to_front(x) for x in tensors)
     return tuple(x if x.stride(-1) == 1 else x.contiguous() for x in tensors)
 
 
-def _full_precision(device: torch.device) -> AbstractContextManager[Any]:
+def full_precision(device: torch.device) -> AbstractContextManager[Any]:
     """Keep autocast from rounding the state; entered only when needed, so that plain graphs stay plain."""
     if torch.is_autocast_enabled(device.type):
         return torch.autocast(device.type, enabled=False)

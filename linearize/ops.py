@@ -7,12 +7,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .arguments import attention_arguments, check_state, choice, from_interleaved, stateful_arguments
 from .errors import InputError
-from .kernels import registered
-from .kernels.activations import ACTIVATIONS
-from .kernels.dispatch import FORMS, Choice
+from .kernels import registered, stateful
+from .kernels.dispatch import Choice
+from .state import AttentionState
 
-__all__ = ["Choice", "augmented_attention", "conv_width", "which"]
+__all__ = [
+    "AttentionState",
+    "Choice",
+    "augmented_attention",
+    "augmented_commit",
+    "augmented_extend",
+    "augmented_tree",
+    "conv_width",
+    "which",
+]
 
 
 def conv_width(taps: int, causal: bool) -> int:
@@ -64,11 +74,11 @@ def augmented_attention(
     Returns `[B, H, T, Dv]` in the dtype of `value`. Attention dropout has no place here: it zeroes entries of
     a weight matrix that is never formed. Raises InputError when arguments do not fit together.
     """
-    arguments = _arguments(**locals())
+    arguments = attention_arguments(**locals())
     if form is not None:
-        _choice(arguments)
+        choice(arguments)
     out = registered.augmented_attention(*arguments)
-    return _from_interleaved(out, key.shape[1]) if kv_layout == "tiled" else out
+    return from_interleaved(out, key.shape[1]) if kv_layout == "tiled" else out
 
 
 def which(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Choice:
@@ -82,173 +92,114 @@ def which(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Choice:
     if unknown:
         raise InputError(f"augmented_attention has no argument {', '.join(sorted(unknown))}")
     given = {"alpha": None, "conv_weight": None, **defaults, **options}
-    return _choice(_arguments(query=query, key=key, value=value, **given))
+    return choice(attention_arguments(query=query, key=key, value=value, **given))
 
 
-def _choice(arguments: tuple[Any, ...]) -> Choice:
-    try:
-        return registered.Arguments(*arguments).choose()
-    except ValueError as error:
-        raise InputError(str(error)) from error
-
-
-def _arguments(
+def augmented_extend(
     query: Tensor,
     key: Tensor,
     value: Tensor,
+    state: AttentionState,
+    *,
     alpha: Tensor | float | None,
     conv_weight: Tensor | None,
-    local_scale: Tensor | float | None,
-    local_bias: Tensor | None,
-    activation: str,
-    group_size: int,
-    causal: bool,
-    cross: bool,
-    kv_layout: str,
-    key_mask: Tensor | None,
-    query_start: int | Tensor | None,
-    normalize: bool,
-    form: str | None,
-) -> tuple[Any, ...]:
-    """Checked, in the order of the registered operator, heads interleaved, tables one row per head."""
-    _check(query, key, value, conv_weight, group_size, causal, cross, kv_layout, key_mask, query_start)
-    heads, kv_heads = query.shape[1], key.shape[1]
-    width = group_size if causal else 2 * group_size - 1
-    if local_bias is not None and tuple(local_bias.shape) != (heads, width):
-        raise InputError(f"local_bias must be [{heads}, {width}], got {tuple(local_bias.shape)}")
-    if activation not in ACTIVATIONS:
-        raise InputError(f"activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}")
-    if form is not None and form not in FORMS:
-        raise InputError(f"form must be one of {', '.join(FORMS)}, or None, got {form!r}")
-    tables = [
-        _per_head("alpha", alpha, query),
-        _per_head("local_scale", local_scale, query),
-        None if cross else conv_weight,
-        local_bias,
-    ]
-    if kv_layout == "tiled":
-        query = _to_interleaved(query, kv_heads)
-        tables = [None if x is None else _to_interleaved(x.unsqueeze(0), kv_heads)[0] for x in tables]
-    late = isinstance(query_start, Tensor)
-    return (
-        query,
-        key,
-        value,
-        *tables,
-        activation,
-        group_size,
-        causal,
-        cross,
-        key_mask,
-        None if late else query_start,
-        query_start if late else None,
-        normalize,
-        form,
+    local_scale: Tensor | float | None = 1.0,
+    activation: str = "relu2",
+    key_mask: Tensor | None = None,
+    normalize: bool = True,
+    form: str | None = None,
+) -> Tensor:
+    """Causal `augmented_attention` of the next T tokens after `state`, which is brought up to date in place.
+
+    Prefill (any T on an empty state), chunked prefill and single steps give what one call over the whole
+    sequence would. query: `[B, H, T, D]`, key: `[B, Hkv, T, D]`, value: `[B, Hkv, T, Dv]`; the rest as in
+    `augmented_attention`, with the options the state was made for (`AttentionState.new`).
+    key_mask: bool `[B, T]`; a False token changes nothing and its output is zero, so rows may advance
+    unevenly.
+
+    Returns `[B, H, T, Dv]`. No gradients: train with `augmented_attention`. Raises InputError when arguments
+    do not fit together or to the state, which is then unchanged.
+    """
+    check_state(query, key, value, conv_weight, state, key_mask)
+    tables, options = stateful_arguments(
+        query, alpha, local_scale, conv_weight, activation, state.group_size, normalize, form
+    )
+    return stateful.augmented_extend(query, key, value, *state.tensors, *tables, *options, key_mask, form)
+
+
+def augmented_tree(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    state: AttentionState,
+    parents: Tensor,
+    *,
+    alpha: Tensor | float | None,
+    conv_weight: Tensor | None,
+    local_scale: Tensor | float | None = 1.0,
+    activation: str = "relu2",
+    normalize: bool = True,
+    form: str | None = None,
+) -> Tensor:
+    """Outputs of N draft tokens that form a tree after `state`, exact for every branch; the state is only
+    read.
+
+    query: `[B, H, N, D]`, key: `[B, Hkv, N, D]`, value: `[B, Hkv, N, Dv]`. parents: int `[N]` or `[B, N]`,
+    the index of each node's parent, -1 for a child of the last committed token; parents come before children.
+    A node's output is what `augmented_extend` would give after its ancestors: groups follow positions, and
+    the convolution is unfolded along the branch (You et al., section 4.3), exact at group borders too.
+
+    Returns `[B, H, N, Dv]`. Raises InputError for a node before its parent, or arguments that do not fit.
+    """
+    check_state(query, key, value, conv_weight, state, None)
+    depth, ancestors = lineage(parents, query.shape[0], query.shape[2], query.device)
+    tables, options = stateful_arguments(
+        query, alpha, local_scale, conv_weight, activation, state.group_size, normalize, form
+    )
+    return stateful.augmented_tree(
+        query, key, value, *state.tensors, depth, ancestors, *tables, *options, form
     )
 
 
-def _per_head(name: str, x: Tensor | float | None, query: Tensor) -> Tensor | None:
-    """One number or `[1]` or `[H]` as `[H]`."""
-    if x is None:
-        return None
-    heads = query.shape[1]
-    if not isinstance(x, Tensor):
-        if x == 0:
-            return None
-        dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
-        return torch.full((heads,), float(x), dtype=dtype, device=query.device)
-    if x.numel() == 1:
-        return x.reshape(1).expand(heads)
-    if x.dim() != 1 or x.shape[0] != heads:
-        raise InputError(f"{name} must be one number or [{heads}], got shape {tuple(x.shape)}")
-    return x
-
-
-def _to_interleaved(x: Tensor, kv_heads: int) -> Tensor:
-    """Head h of `[B, H, ...]` reads key/value head h % kv_heads; afterwards h // (H // kv_heads)."""
-    return x.unflatten(1, (-1, kv_heads)).transpose(1, 2).flatten(1, 2)
-
-
-def _from_interleaved(x: Tensor, kv_heads: int) -> Tensor:
-    return x.unflatten(1, (kv_heads, -1)).transpose(1, 2).flatten(1, 2)
-
-
-def _check(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    conv_weight: Tensor | None,
-    group_size: int,
-    causal: bool,
-    cross: bool,
-    kv_layout: str,
-    key_mask: Tensor | None,
-    query_start: int | Tensor | None,
+def augmented_commit(
+    key: Tensor, value: Tensor, state: AttentionState, path: Tensor | None = None, *, normalize: bool = True
 ) -> None:
-    """Everything that can be known without reading data or tying symbolic lengths together."""
-    for name, tensor in (("query", query), ("key", key), ("value", value)):
-        if tensor.dim() != 4 or not tensor.is_floating_point():
+    """Append tokens whose outputs are known already, such as the accepted branch of a tree, in place.
+
+    key: `[B, Hkv, N, D]`, value: `[B, Hkv, N, Dv]`. path: int `[B, P]`, the nodes to append in order, -1 for
+    nothing (rows accept different numbers); None appends all N. Raises InputError when shapes do not fit.
+    """
+    check_state(key, key, value, None, state, None)
+    key_mask = None
+    if path is not None:
+        if path.dim() != 2 or path.shape[0] != key.shape[0] or path.is_floating_point():
             raise InputError(
-                f"{name} must be a floating point [batch, heads, length, features] tensor, "
-                f"got {tensor.dtype} {tuple(tensor.shape)}"
+                f"path must be integers [{key.shape[0]}, P], got {path.dtype} {tuple(path.shape)}"
             )
-    if query.shape[0] != key.shape[0] or key.shape[0] != value.shape[0]:
-        raise InputError(
-            f"query, key and value need one batch size: "
-            f"got {query.shape[0]}, {key.shape[0]} and {value.shape[0]}"
-        )
-    heads, kv_heads = query.shape[1], key.shape[1]
-    if value.shape[1] != kv_heads or heads % kv_heads:
-        raise InputError(
-            f"key and value need the same number of heads, a divisor of the query's: "
-            f"got query {heads}, key {kv_heads}, value {value.shape[1]}"
-        )
-    if query.shape[3] != key.shape[3]:
-        raise InputError(
-            f"query has {query.shape[3]} features per head and key has {key.shape[3]}; they must agree"
-        )
-    if key.shape[2] != value.shape[2]:
-        raise InputError(f"key has {key.shape[2]} tokens and value has {value.shape[2]}; they must agree")
-    if group_size < 1:
-        raise InputError(f"group_size must be at least 1, got {group_size}")
-    if kv_layout not in ("interleaved", "tiled"):
-        raise InputError(f"kv_layout must be 'interleaved' or 'tiled', got {kv_layout!r}")
-    if causal and cross:
-        raise InputError("cross-attention has no order between queries and keys: set causal=False")
-    if conv_weight is not None:
-        if conv_weight.dim() != 2 or conv_weight.shape[0] != heads or conv_weight.shape[1] < 1:
-            raise InputError(f"conv_weight must be [{heads}, taps], got {tuple(conv_weight.shape)}")
-        if not causal and conv_weight.shape[1] % 2 == 0:
-            raise InputError(
-                f"a bidirectional convolution is centred and needs an odd number of taps, "
-                f"got {conv_weight.shape[1]}"
-            )
-    if key_mask is not None and (
-        key_mask.dtype != torch.bool
-        or key_mask.dim() != 2
-        or key_mask.shape[0] != key.shape[0]
-        or key_mask.shape[1] != key.shape[2]
-    ):
-        raise InputError(
-            f"key_mask must be bool {list(key.shape[::2])}, True for real tokens: "
-            f"got {key_mask.dtype} {tuple(key_mask.shape)}"
-        )
-    if not causal and not cross and query_start is not None:
-        raise InputError("query_start has no meaning for bidirectional self-attention (cross=False)")
-    _check_lengths(query.shape[2], key.shape[2], causal, cross, query_start)
+        key_mask = path >= 0
+        index = path.clamp_min(0)[:, None, :, None]
+        key = key.gather(2, index.expand(-1, key.shape[1], -1, key.shape[3]))
+        value = value.gather(2, index.expand(-1, value.shape[1], -1, value.shape[3]))
+    stateful.augmented_append(key, value, *state.tensors, state.group_size, normalize, key_mask)
 
 
-def _check_lengths(
-    queries: Any, keys: Any, causal: bool, cross: bool, query_start: int | Tensor | None
-) -> None:
-    """Lengths are compared where they are plain ints: a comparison of symbols would specialise a trace."""
-    if type(queries) is not int or type(keys) is not int or cross:
-        return
-    if not causal and queries != keys:
-        raise InputError(f"bidirectional self-attention got {queries} queries and {keys} keys (cross=False)")
-    if causal and queries > keys:
-        raise InputError(f"causal attention got {queries} queries but only {keys} keys")
-    if type(query_start) is int and not 0 <= query_start <= keys - queries:
+def lineage(parents: Tensor, batch: int, nodes: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Depth int64 `[B, N]` and ancestors-or-self bool `[B, N, N]` of a tree given by its parents.
+
+    Raises InputError for a shape that is not `[N]` or `[B, N]`, or a node that is not after its parent (so a
+    cycle cannot be written down).
+    """
+    shape = tuple(parents.shape)
+    if parents.is_floating_point() or shape not in ((nodes,), (batch, nodes)):
         raise InputError(
-            f"queries at columns {query_start}..{query_start + queries} do not lie inside {keys} keys"
+            f"parents must be integers [{nodes}] or [{batch}, {nodes}], got {parents.dtype} {shape}"
         )
+    parents = parents.to("cpu").expand(batch, nodes)
+    if bool((parents >= torch.arange(nodes)).any()) or bool((parents < -1).any()):
+        raise InputError("every node of the tree must come after its parent, and a root has parent -1")
+    ancestors = torch.eye(nodes, dtype=torch.bool).repeat(batch, 1, 1)
+    rows = torch.arange(batch)
+    for node in range(nodes):
+        above = ancestors[rows, parents[:, node].clamp_min(0)] & (parents[:, node] >= 0)[:, None]
+        ancestors[:, node] |= above
+    return (ancestors.sum(2) - 1).to(device), ancestors.to(device)

@@ -387,7 +387,7 @@ def test_registered_op_passes_the_library_checks():
         (dict(local_bias=torch.zeros(4, 63)), "local_bias must be"),
         (dict(activation="relu"), "activation must be one of relu2"),
         (dict(form="cuda"), "form must be one of torch"),
-        (dict(form="triton"), "the triton form runs on cuda"),
+        (dict(form="triton"), "the triton form needs cuda"),
         (dict(conv_weight=torch.zeros(2, 4)), r"conv_weight must be \[4, taps\]"),
         (dict(causal=False), "odd number of taps"),
         (dict(causal=False, conv_weight=None, query_start=0), "bidirectional"),
