@@ -1,7 +1,7 @@
 """The C++ kernels of `kernels/cpu`: a shared library with a plain C interface, optional.
 
-Everything else about the package is in pyproject.toml. Without a compiler, or on another family of processors,
-the installation succeeds without the library, and linearize computes in PyTorch.
+Everything else about the package is in pyproject.toml. Without a compiler, or on another family of
+processors, the installation succeeds without the library, and linearize computes in PyTorch.
 """
 
 from __future__ import annotations

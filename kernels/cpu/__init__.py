@@ -1,15 +1,15 @@
 """Augmented linear attention in C++ for x86-64 with AVX2 or AVX512: forward, backward, cached step and tree.
 
 The formula is `oracle.py`'s in its causal form, for aligned queries and keys without padding. One shared
-library lies beside this file, built by `setup.py` where a compiler is found; it has a plain C interface and is
-called through ctypes, which lets go of the GIL. Numbers come in as float32, bfloat16 or float16 and are
+library lies beside this file, built by `setup.py` where a compiler is found; it has a plain C interface and
+is called through ctypes, which lets go of the GIL. Numbers come in as float32, bfloat16 or float16 and are
 computed in float32.
 
     abi.h                   what crosses the C interface
     entry.cpp               its functions, the threads, the choice between AVX2 and AVX512
     avx2.cpp, avx512.cpp    the kernels, once per instruction set
     vector.h                vectors, rows of tensors, register tiles
-    forward.h               the whole sequence
+    forward.h, backward.h   the whole sequence
 """
 
 from __future__ import annotations
@@ -82,6 +82,44 @@ def forward(
     fields = (*call.core, *call.tensors, *_place(out))
     _run(_library().linearize_forward, fields, isa, call.threads(3))
     return out
+
+
+def backward(
+    grad: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    alpha: Tensor | None,
+    local_scale: Tensor | None,
+    conv_weight: Tensor | None,
+    activation: str,
+    group_size: int,
+    normalize: bool,
+    *,
+    isa: str | None = None,
+) -> tuple[Tensor | None, ...]:
+    """Gradients of `forward`'s query, key, value, alpha, local_scale and conv_weight; grad [B, H, T, Dv] like out.
+
+    Each has its input's dtype, and is None where the input is. Memory beyond the gradients: one state for
+    every 64 groups.
+    """
+    call = _Call(query, key, value, alpha, local_scale, conv_weight, activation, group_size, normalize)
+    if grad.shape != (call.batch, call.heads, call.length, call.value_dim) or grad.dtype != value.dtype:
+        raise ValueError(f"grad must be like the output, not {list(grad.shape)} in {grad.dtype}")
+    grad = _columns_adjacent(grad)
+    inputs = [torch.empty(x.shape, dtype=x.dtype) for x in (query, key, value)]
+    # One row of sums for each entry of the batch: rows are written by different threads.
+    sums = [
+        None if x is None else torch.empty(call.batch, *x.shape) for x in (alpha, local_scale, conv_weight)
+    ]
+    fields = (
+        *(*call.core, *_place(grad), *call.tensors),
+        *(field for x in inputs for field in _place(x)),
+        *(0 if x is None else x.data_ptr() for x in sums),
+    )
+    _run(_library().linearize_backward, fields, isa, call.threads(9))
+    parameters = zip(sums, (alpha, local_scale, conv_weight), strict=True)
+    return (*inputs, *(None if x is None or y is None else x.sum(0).to(y.dtype) for x, y in parameters))
 
 
 class _Call:
@@ -182,7 +220,7 @@ def _load() -> tuple[ctypes.CDLL | None, str | None, str, int]:
     names = {number: name for name, number in _ISAS.items()}
     if found not in names:
         return None, "this processor has no AVX2", "", 0
-    for function in (library.linearize_forward,):
+    for function in (library.linearize_forward, library.linearize_backward):
         function.argtypes = [ctypes.c_char_p, ctypes.c_int64, ctypes.c_int64]
         function.restype = ctypes.c_int
     return library, None, names[found], found

@@ -37,6 +37,8 @@ struct Backward {
 struct Kernels {
   size_t (*forward_scratch)(const Forward&);
   void (*forward_unit)(const Forward&, int64_t unit, int64_t first_head, int64_t last_head, float* scratch);
+  size_t (*backward_scratch)(const Backward&);
+  void (*backward_unit)(const Backward&, int64_t unit, float* scratch);
 };
 
 }  // namespace linearize

@@ -85,4 +85,10 @@ __attribute__((visibility("default"))) int linearize_forward(const Forward* f, i
   });
 }
 
+__attribute__((visibility("default"))) int linearize_backward(const Backward* f, int64_t isa, int64_t threads) {
+  const Kernels& kernels = kernels_of(isa);
+  return !for_each(f->core.batch * f->core.kv_heads, threads, kernels.backward_scratch(*f),
+                   [&](int64_t unit, float* scratch) { kernels.backward_unit(*f, unit, scratch); });
+}
+
 }  // extern "C"
