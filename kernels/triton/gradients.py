@@ -1,0 +1,355 @@
+# mypy: allow-untyped-defs
+"""The kernels of the backward: gradients of the causal core, tile by tile, with the state in registers.
+
+With s = q k^T inside a tile, S the state before the tile (sum of k^T v), R the one after it (sum of alpha
+q^T do over later tiles), A the tile's weights (scale act(s) within a group, alpha s to an earlier group),
+P = do v^T, and T_n the band of taps that reach n tiles back:
+
+    dq = alpha do S^T + dA k                     dA = dA/ds P        forward walk, BS columns of D
+    dk = v R^T + dA^T q                                              reverse walk, BS columns of D
+    dv = k R + (A + T_0)^T do + T_n^T do_n                           reverse walk, BS columns of DV
+    dalpha = sum (do S^T) . q + sum s P, earlier groups              in the first walk
+    dscale = sum act(s) P, own group                                 in the first walk
+    dtaps[l] = sum of the diagonals i - j = l of do v^T              a kernel of its own
+
+Grouped-query heads: dk and dv take one program for a key/value head, which goes through its query heads
+inside each tile, so that their sum stays in registers and has one order: no atomics anywhere.
+
+Bytes per token and head, D = DV, element size e, one slice, H = Hkv: dq 5De, dk 5De, dv 4De (the do of a
+neighbour tile comes from L2), taps 2De. Shared memory: the tiles q, k, v, do, [TILE, D] each, per stage.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .launch import load_band, load_rows, store_rows
+
+
+@triton.jit(do_not_specialize=["length", "splits", "span"])
+def query_grad_kernel(
+    Q, K, V, GRAD, OUT, ALPHA, SCALE, STATE, D_ALPHA, D_SCALE,
+    q_b, q_h, q_t, k_b, k_h, k_t, v_b, v_h, v_t, g_b, g_h, g_t,
+    length, heads, repeats, splits, span,
+    D: tl.constexpr, BD: tl.constexpr, DV: tl.constexpr, BV: tl.constexpr, BS: tl.constexpr,
+    TILE: tl.constexpr, USED: tl.constexpr, GROUP: tl.constexpr, RELU2: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """OUT = dq [B, H, T, D]; grid (B H D/BS, splits). STATE as in the forward.
+
+    Each program leaves its share of dalpha in D_ALPHA [B, H, splits, D/BS], of dscale in D_SCALE likewise.
+    """
+    SLICES: tl.constexpr = (D + BS - 1) // BS
+    DS: tl.constexpr = SLICES * BS
+    SEVERAL: tl.constexpr = GROUP < USED
+    DT: tl.constexpr = Q.dtype.element_ty
+    head = (tl.program_id(0) // SLICES).to(tl.int64)
+    piece = tl.program_id(0) % SLICES
+    split = tl.program_id(1)
+    b, h = head // heads, head % heads
+    kv = h // repeats
+    Q += b * q_b + h * q_h
+    K += b * k_b + kv * k_h
+    V += b * v_b + kv * v_h
+    GRAD += b * g_b + h * g_h
+    OUT += head * length * D
+    i, d, dv = tl.arange(0, TILE), tl.arange(0, BD), tl.arange(0, BV)
+    ds = piece * BS + tl.arange(0, BS)
+    lag = i[:, None] - i[None, :]
+    same = (i // GROUP)[:, None] == (i // GROUP)[None, :]
+    sum_alpha = tl.zeros((TILE,), tl.float32)
+    sum_scale = tl.zeros((TILE,), tl.float32)
+    if ALPHA is not None:
+        alpha = tl.load(ALPHA + h)
+        state = tl.zeros((BS, BV), tl.float32)
+        if STATE is not None:
+            at = ((b * (heads // repeats) + kv) * (splits - 1) + split - 1) * D * DV
+            keep = (ds < D)[:, None] & (dv < DV)[None, :] & (split > 0)
+            state = tl.load(STATE + at + ds[:, None] * DV + dv[None, :], mask=keep, other=0.0)
+    if SCALE is not None:
+        scale = tl.load(SCALE + h)
+
+    last = tl.minimum((split + 1) * span, tl.cdiv(length, USED))
+    for tile in tl.range(split * span, last, num_stages=STAGES):
+        start = tile * USED
+        end = tl.minimum(start + USED, length)
+        do = load_rows(GRAD, start, i, dv, g_t, end, DV, BV)
+        v = load_rows(V, start, i, dv, v_t, end, DV, BV)
+        q_slice = load_rows(Q, start, i, ds, q_t, end, D, DS)
+        k_slice = load_rows(K, start, i, ds, k_t, end, D, DS)
+        dq = tl.zeros((TILE, BS), tl.float32)
+        if ALPHA is not None:
+            if DT == tl.float16:
+                # A float16 operand overflows where the sum does not: multiply by the mean of k^T v instead.
+                seen = tl.maximum(start, 1).to(tl.float32)
+                dq = tl.dot(do, tl.trans((state / seen).to(DT)), input_precision="ieee") * seen
+            else:
+                dq = tl.dot(do, tl.trans(state.to(DT)), input_precision="ieee")
+            sum_alpha += tl.sum(dq * q_slice.to(tl.float32), 1)
+            dq *= alpha
+            state = tl.dot(tl.trans(k_slice), v, state, input_precision="ieee")
+        if (SCALE is not None) or (ALPHA is not None and SEVERAL):
+            if SLICES == 1:
+                q = q_slice
+                k = k_slice
+            else:
+                q = load_rows(Q, start, i, d, q_t, end, D, BD)
+                k = load_rows(K, start, i, d, k_t, end, D, BD)
+            s = tl.dot(q, tl.trans(k), input_precision="ieee")
+            dp = tl.dot(do, tl.trans(v), input_precision="ieee")
+            dp = tl.where(lag >= 0, dp, 0.0)
+            if SEVERAL:
+                far = tl.where(same, 0.0, dp)
+                dp = tl.where(same, dp, 0.0)
+            if SCALE is not None:
+                if RELU2:
+                    r = tl.maximum(s, 0.0)
+                    sum_scale += tl.sum(r * r * dp, 1)
+                    dp *= r * (2.0 * scale)
+                else:
+                    sum_scale += tl.sum(s * dp, 1)
+                    dp *= scale
+            if SEVERAL:
+                if ALPHA is not None:
+                    if piece == 0:
+                        sum_alpha += tl.sum(s * far, 1)
+                    if SCALE is not None:
+                        dp += far * alpha
+                    else:
+                        dp = far * alpha
+            dq = tl.dot(dp.to(DT), k_slice, dq, input_precision="ieee")
+        store_rows(OUT, dq, start, i, ds, D, end, D, DS)
+    at = (head * splits + split) * SLICES + piece
+    if ALPHA is not None:
+        tl.store(D_ALPHA + at, tl.sum(sum_alpha, 0))
+    if SCALE is not None:
+        tl.store(D_SCALE + at, tl.where(piece == 0, tl.sum(sum_scale, 0), 0.0))
+
+
+@triton.jit(do_not_specialize=["length", "splits", "span"])
+def key_grad_kernel(
+    Q, K, V, GRAD, OUT, ALPHA, SCALE, STATE,
+    q_b, q_h, q_t, k_b, k_h, k_t, v_b, v_h, v_t, g_b, g_h, g_t,
+    length, heads, splits, span,
+    D: tl.constexpr, BD: tl.constexpr, DV: tl.constexpr, BV: tl.constexpr, BS: tl.constexpr,
+    TILE: tl.constexpr, USED: tl.constexpr, GROUP: tl.constexpr, REPEATS: tl.constexpr, RELU2: tl.constexpr,
+    STAGES: tl.constexpr,
+):  # fmt: skip
+    """OUT = dk [B, Hkv, T, D]; grid (B Hkv D/BS, splits). Rows of a tile of scores are keys, columns queries.
+
+    STATE [B Hkv, splits - 1, D, DV]: sums of alpha q^T do over the last 1, 2, .. splits, or None.
+    """
+    SLICES: tl.constexpr = (D + BS - 1) // BS
+    DS: tl.constexpr = SLICES * BS
+    SEVERAL: tl.constexpr = GROUP < USED
+    DT: tl.constexpr = Q.dtype.element_ty
+    head = (tl.program_id(0) // SLICES).to(tl.int64)
+    split = tl.program_id(1)
+    b, h = head // heads, head % heads
+    Q += b * q_b + h * REPEATS * q_h
+    K += b * k_b + h * k_h
+    V += b * v_b + h * v_h
+    GRAD += b * g_b + h * REPEATS * g_h
+    OUT += head * length * D
+    i, d, dv = tl.arange(0, TILE), tl.arange(0, BD), tl.arange(0, BV)
+    ds = tl.program_id(0) % SLICES * BS + tl.arange(0, BS)
+    lag = i[None, :] - i[:, None]
+    same = (i // GROUP)[:, None] == (i // GROUP)[None, :]
+    if ALPHA is not None:
+        state = tl.zeros((BS, BV), tl.float32)
+        if STATE is not None:
+            at = (head * (splits - 1) + splits - 2 - split) * D * DV
+            keep = (ds < D)[:, None] & (dv < DV)[None, :] & (split < splits - 1)
+            state = tl.load(STATE + at + ds[:, None] * DV + dv[None, :], mask=keep, other=0.0)
+
+    first = split * span
+    last = tl.minimum(first + span, tl.cdiv(length, USED))
+    for back in tl.range(0, last - first, num_stages=STAGES):
+        start = (last - 1 - back) * USED
+        end = tl.minimum(start + USED, length)
+        v = load_rows(V, start, i, dv, v_t, end, DV, BV)
+        k = load_rows(K, start, i, d, k_t, end, D, BD)
+        dk = tl.zeros((TILE, BS), tl.float32)
+        if ALPHA is not None:
+            if DT == tl.float16:
+                seen = tl.maximum(length - end, 1).to(tl.float32)
+                dk = tl.dot(v, tl.trans((state / seen).to(DT)), input_precision="ieee") * seen
+            else:
+                dk = tl.dot(v, tl.trans(state.to(DT)), input_precision="ieee")
+        for repeat in tl.range(0, REPEATS, num_stages=STAGES):
+            do = load_rows(GRAD + repeat * g_h, start, i, dv, g_t, end, DV, BV)
+            q_slice = load_rows(Q + repeat * q_h, start, i, ds, q_t, end, D, DS)
+            if (SCALE is not None) or (ALPHA is not None and SEVERAL):
+                dp = tl.dot(v, tl.trans(do), input_precision="ieee")
+                dp = tl.where(lag >= 0, dp, 0.0)
+                if SEVERAL:
+                    far = tl.where(same, 0.0, dp)
+                    dp = tl.where(same, dp, 0.0)
+                if SCALE is not None:
+                    dp *= tl.load(SCALE + h * REPEATS + repeat)
+                    if RELU2:
+                        if SLICES == 1:
+                            q = q_slice
+                        else:
+                            q = load_rows(Q + repeat * q_h, start, i, d, q_t, end, D, BD)
+                        s = tl.dot(k, tl.trans(q), input_precision="ieee")
+                        dp *= 2.0 * tl.maximum(s, 0.0)
+                if SEVERAL:
+                    if ALPHA is not None:
+                        if SCALE is not None:
+                            dp += far * tl.load(ALPHA + h * REPEATS + repeat)
+                        else:
+                            dp = far * tl.load(ALPHA + h * REPEATS + repeat)
+                dk = tl.dot(dp.to(DT), q_slice, dk, input_precision="ieee")
+            if ALPHA is not None:
+                alpha = tl.load(ALPHA + h * REPEATS + repeat)
+                state += alpha * tl.dot(tl.trans(q_slice), do, input_precision="ieee")
+        store_rows(OUT, dk, start, i, ds, D, end, D, DS)
+
+
+@triton.jit(do_not_specialize=["length", "splits", "span"])
+def value_grad_kernel(
+    Q, K, GRAD, OUT, ALPHA, SCALE, TAPS, STATE,
+    q_b, q_h, q_t, k_b, k_h, k_t, g_b, g_h, g_t,
+    length, heads, splits, span,
+    D: tl.constexpr, BD: tl.constexpr, DV: tl.constexpr, BS: tl.constexpr,
+    TILE: tl.constexpr, USED: tl.constexpr, GROUP: tl.constexpr, REPEATS: tl.constexpr, N_TAPS: tl.constexpr,
+    RELU2: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """OUT = dv [B, Hkv, T, DV]; grid (B Hkv DV/BS, splits). The forward walk mirrored; STATE as in dk."""
+    SLICES: tl.constexpr = (DV + BS - 1) // BS
+    DS: tl.constexpr = SLICES * BS
+    SEVERAL: tl.constexpr = GROUP < USED
+    DT: tl.constexpr = Q.dtype.element_ty
+    head = (tl.program_id(0) // SLICES).to(tl.int64)
+    split = tl.program_id(1)
+    b, h = head // heads, head % heads
+    Q += b * q_b + h * REPEATS * q_h
+    K += b * k_b + h * k_h
+    GRAD += b * g_b + h * REPEATS * g_h
+    OUT += head * length * DV
+    i, d = tl.arange(0, TILE), tl.arange(0, BD)
+    dv = tl.program_id(0) % SLICES * BS + tl.arange(0, BS)
+    lag = i[None, :] - i[:, None]
+    same = (i // GROUP)[:, None] == (i // GROUP)[None, :]
+    if ALPHA is not None:
+        state = tl.zeros((BD, BS), tl.float32)
+        if STATE is not None:
+            at = (head * (splits - 1) + splits - 2 - split) * D * DV
+            keep = (d < D)[:, None] & (dv < DV)[None, :] & (split < splits - 1)
+            state = tl.load(STATE + at + d[:, None] * DV + dv[None, :], mask=keep, other=0.0)
+
+    first = split * span
+    last = tl.minimum(first + span, tl.cdiv(length, USED))
+    for back in tl.range(0, last - first, num_stages=STAGES):
+        start = (last - 1 - back) * USED
+        end = tl.minimum(start + USED, length)
+        out = tl.zeros((TILE, BS), tl.float32)
+        k = load_rows(K, start, i, d, k_t, end, D, BD)
+        if ALPHA is not None:
+            if DT == tl.float16:
+                seen = tl.maximum(length - end, 1).to(tl.float32)
+                out = tl.dot(k, (state / seen).to(DT), input_precision="ieee") * seen
+            else:
+                out = tl.dot(k, state.to(DT), input_precision="ieee")
+        for repeat in tl.range(0, REPEATS, num_stages=STAGES):
+            q = load_rows(Q + repeat * q_h, start, i, d, q_t, end, D, BD)
+            do = load_rows(GRAD + repeat * g_h, start, i, dv, g_t, end, DV, DS)
+            p = tl.zeros((TILE, TILE), tl.float32)
+            if (SCALE is not None) or (ALPHA is not None and SEVERAL):
+                s = tl.dot(k, tl.trans(q), input_precision="ieee")
+                if SCALE is not None:
+                    if RELU2:
+                        p = tl.maximum(s, 0.0)
+                        p = p * p * tl.load(SCALE + h * REPEATS + repeat)
+                    else:
+                        p = s * tl.load(SCALE + h * REPEATS + repeat)
+                if SEVERAL:
+                    if ALPHA is not None:
+                        p = tl.where(same, p, s * tl.load(ALPHA + h * REPEATS + repeat))
+                    else:
+                        p = tl.where(same, p, 0.0)
+                p = tl.where(lag >= 0, p, 0.0)
+            if TAPS is not None:
+                p += load_band(TAPS + (h * REPEATS + repeat) * N_TAPS, lag, N_TAPS)
+            out = tl.dot(p.to(DT), do, out, input_precision="ieee")
+            if TAPS is not None:
+                for n in tl.static_range(0, (N_TAPS + TILE - 2) // TILE):
+                    far = USED + n * TILE
+                    band = load_band(TAPS + (h * REPEATS + repeat) * N_TAPS, lag + far, N_TAPS)
+                    do_far = load_rows(GRAD + repeat * g_h, start + far, i, dv, g_t, length, DV, DS)
+                    out = tl.dot(band.to(DT), do_far, out, input_precision="ieee")
+            if ALPHA is not None:
+                alpha = tl.load(ALPHA + h * REPEATS + repeat)
+                state += alpha * tl.dot(tl.trans(q), do, input_precision="ieee")
+        store_rows(OUT, out, start, i, dv, DV, end, DV, DS)
+
+
+@triton.jit(do_not_specialize=["length", "splits", "span"])
+def grad_state_kernel(
+    Q, GRAD, ALPHA, STATE, q_b, q_h, q_t, g_b, g_h, g_t, length, heads, splits, span,
+    D: tl.constexpr, BD: tl.constexpr, DV: tl.constexpr, BS: tl.constexpr,
+    TILE: tl.constexpr, USED: tl.constexpr, REPEATS: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """STATE [B Hkv, splits - 1, D, DV] = alpha q^T do over each split but the first, the last one foremost.
+
+    Grid (B Hkv DV/BS, splits - 1). Running sums of it are what the reverse walks start from.
+    """
+    SLICES: tl.constexpr = (DV + BS - 1) // BS
+    DS: tl.constexpr = SLICES * BS
+    head = (tl.program_id(0) // SLICES).to(tl.int64)
+    b, h = head // heads, head % heads
+    split = splits - 1 - tl.program_id(1)
+    Q += b * q_b + h * REPEATS * q_h
+    GRAD += b * g_b + h * REPEATS * g_h
+    i, d = tl.arange(0, TILE), tl.arange(0, BD)
+    dv = tl.program_id(0) % SLICES * BS + tl.arange(0, BS)
+    state = tl.zeros((BD, BS), tl.float32)
+    last = tl.minimum((split + 1) * span, tl.cdiv(length, USED))
+    for repeat in tl.range(0, REPEATS):
+        part = tl.zeros((BD, BS), tl.float32)
+        for tile in tl.range(split * span, last, num_stages=STAGES):
+            start = tile * USED
+            end = tl.minimum(start + USED, length)
+            q = load_rows(Q + repeat * q_h, start, i, d, q_t, end, D, BD)
+            do = load_rows(GRAD + repeat * g_h, start, i, dv, g_t, end, DV, DS)
+            part = tl.dot(tl.trans(q), do, part, input_precision="ieee")
+        state += part * tl.load(ALPHA + h * REPEATS + repeat)
+    at = (head * (splits - 1) + tl.program_id(1)) * D * DV
+    keep = (d < D)[:, None] & (dv < DV)[None, :]
+    tl.store(STATE + at + d[:, None] * DV + dv[None, :], state, mask=keep)
+
+
+@triton.jit(do_not_specialize=["length", "splits", "span"])
+def taps_grad_kernel(
+    V, GRAD, OUT, v_b, v_h, v_t, g_b, g_h, g_t, length, heads, repeats, splits, span,
+    DV: tl.constexpr, BV: tl.constexpr, TILE: tl.constexpr, BLOCKS: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """OUT [B H, splits, BLOCKS, TILE, TILE]: block n sums do v^T, v from BLOCKS - 1 - n tiles earlier.
+
+    Grid (B H, splits, BLOCKS/2): a program reads do once for two blocks. Groups play no part here.
+    """
+    head = tl.program_id(0).to(tl.int64)
+    split = tl.program_id(1)
+    b, h = head // heads, head % heads
+    V += b * v_b + h // repeats * v_h
+    GRAD += b * g_b + h * g_h
+    i, dv = tl.arange(0, TILE), tl.arange(0, BV)
+    near = tl.program_id(2) * 2
+    first = tl.zeros((TILE, TILE), tl.float32)
+    second = tl.zeros((TILE, TILE), tl.float32)
+    last = tl.minimum((split + 1) * span, tl.cdiv(length, TILE))
+    for tile in tl.range(split * span, last, num_stages=STAGES):
+        start = tile * TILE
+        do = load_rows(GRAD, start, i, dv, g_t, length, DV, BV)
+        v = load_rows(V, start - near * TILE, i, dv, v_t, length, DV, BV)
+        first = tl.dot(do, tl.trans(v), first, input_precision="ieee")
+        if BLOCKS > 1:
+            v = load_rows(V, start - (near + 1) * TILE, i, dv, v_t, length, DV, BV)
+            second = tl.dot(do, tl.trans(v), second, input_precision="ieee")
+    # As [TILE, BLOCKS TILE], so that every lag is one diagonal.
+    at = (head * splits + split) * TILE * BLOCKS * TILE + i[:, None] * (BLOCKS * TILE) + i[None, :]
+    tl.store(OUT + at + (BLOCKS - 1 - near) * TILE, first)
+    if BLOCKS > 1:
+        if near + 1 < BLOCKS:
+            tl.store(OUT + at + (BLOCKS - 2 - near) * TILE, second)
