@@ -57,6 +57,8 @@ def step(
     The state is changed in place, except for rows that are not `active` (bool [B]), whose output is zero.
     """
     state = State(recurrent, key_window, value_window, length, folded)
+    if active is not None:  # whatever padding holds, NaN included
+        query, key, value = (x.masked_fill(~active[:, None, None, None], 0) for x in (query, key, value))
     self_only = torch.ones(query.shape[0], 1, 1, dtype=torch.bool, device=query.device)
     depth = torch.zeros_like(length)[:, None]
     tables = (alpha, local_scale, conv_weight)

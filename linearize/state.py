@@ -15,7 +15,8 @@ from .kernels.state import State
 class AttentionState:
     """What `ops.augmented_extend` carries from call to call; `kernels/state.py` describes the tensors.
 
-    group_size, taps: of the operator it belongs to. max_rewind: tokens that can be taken back at any time.
+    group_size, taps: of the operator it belongs to. max_rewind: tokens that can be taken back at any time,
+    counted from the furthest that was reached.
     """
 
     tensors: State
@@ -80,7 +81,7 @@ class AttentionState:
         length, folded = self.tensors.length, self.tensors.folded
         target = length - count
         kept = torch.where(folded > 0, folded + max(self.taps - 1, 0), 0)
-        if bool((target < kept).any()) or bool((target > length).any()):
+        if bool(((target < kept) & (target != length)).any()) or bool((target > length).any()):
             raise InputError(
                 f"cannot take back {count} tokens of {length.tolist()}: this state was made with "
                 f"max_rewind={self.max_rewind}"
