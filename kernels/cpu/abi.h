@@ -32,13 +32,40 @@ struct Backward {
   float *dalpha, *dlocal, *dconv;  // one row per batch entry: [batch, heads], [batch, heads], [batch, heads, taps]
 };
 
+// What is kept between calls; see kernels/state.py. The windows are rings of `window` rows.
+struct State {
+  Tensor recurrent, key_window, value_window;
+  int64_t window_dtype, window;
+  int64_t *length, *folded;  // [batch]
+};
+
+struct Step {
+  Core core;
+  Tensor query, key, value, out;
+  State state;
+  const uint8_t* active;  // [batch] or null
+};
+
+struct Tree {
+  Core core;  // length: the number of nodes
+  Tensor query, key, value, out;
+  State state;
+  const int64_t* depth;      // [batch, nodes]
+  const uint8_t* ancestors;  // [batch, nodes, nodes]
+};
+
 // One instruction set's kernels. A unit is one (batch, kv head), or in the forward a part of its query heads.
-// Units are independent of each other; `scratch` is zeroed memory of the size that the `_scratch` function gives.
+// Units are independent of each other. `scratch` is memory for as many floats as the `_scratch` function says, zeroed
+// for forward and backward.
 struct Kernels {
   size_t (*forward_scratch)(const Forward&);
   void (*forward_unit)(const Forward&, int64_t unit, int64_t first_head, int64_t last_head, float* scratch);
   size_t (*backward_scratch)(const Backward&);
   void (*backward_unit)(const Backward&, int64_t unit, float* scratch);
+  size_t (*step_scratch)(const Step&);
+  void (*step_unit)(const Step&, int64_t unit, float* scratch);
+  size_t (*tree_scratch)(const Tree&);
+  void (*tree_unit)(const Tree&, int64_t unit, float* scratch);
 };
 
 }  // namespace linearize

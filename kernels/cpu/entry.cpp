@@ -25,13 +25,13 @@ Isa best_isa() {
 
 const Kernels& kernels_of(int64_t isa) { return isa == AVX512 ? avx512_kernels : avx2_kernels; }
 
-// Zeroed and aligned to cache lines. The kernels rely on padding that nobody has written being finite.
+// Aligned to cache lines. Zeroed, where padding that nobody writes must be finite.
 class Scratch {
  public:
-  explicit Scratch(size_t floats) {
+  Scratch(size_t floats, bool zeroed) {
     size_t bytes = (floats * sizeof(float) + 127) / 64 * 64;
     block_ = static_cast<float*>(std::aligned_alloc(64, bytes));
-    if (block_) std::memset(block_, 0, bytes);
+    if (block_ && zeroed) std::memset(block_, 0, bytes);
   }
   ~Scratch() { std::free(block_); }
   Scratch(const Scratch&) = delete;
@@ -44,11 +44,11 @@ class Scratch {
 // work(unit, scratch) for every unit, on up to `threads` threads; false if memory ran out. A thread that cannot be
 // started is done without.
 template <class Work>
-bool for_each(int64_t units, int64_t threads, size_t floats, const Work& work) {
+bool for_each(int64_t units, int64_t threads, size_t floats, bool zeroed, const Work& work) {
   std::atomic<int64_t> next{0};
   std::atomic<int64_t> done{0};
   auto body = [&] {
-    Scratch scratch(floats);
+    Scratch scratch(floats, zeroed);
     if (!scratch.get()) return;
     for (int64_t unit; (unit = next.fetch_add(1)) < units; done.fetch_add(1)) work(unit, scratch.get());
   };
@@ -79,7 +79,7 @@ __attribute__((visibility("default"))) int linearize_forward(const Forward* f, i
   // Fewer key/value heads than threads: the query heads of one are split, each part building the state anew.
   int64_t parts = units < threads ? (threads + units - 1) / units : 1;
   if (parts > shared) parts = shared;
-  return !for_each(units * parts, threads, kernels.forward_scratch(*f), [&](int64_t i, float* scratch) {
+  return !for_each(units * parts, threads, kernels.forward_scratch(*f), true, [&](int64_t i, float* scratch) {
     const int64_t part = i % parts;
     kernels.forward_unit(*f, i / parts, part * shared / parts, (part + 1) * shared / parts, scratch);
   });
@@ -87,8 +87,27 @@ __attribute__((visibility("default"))) int linearize_forward(const Forward* f, i
 
 __attribute__((visibility("default"))) int linearize_backward(const Backward* f, int64_t isa, int64_t threads) {
   const Kernels& kernels = kernels_of(isa);
-  return !for_each(f->core.batch * f->core.kv_heads, threads, kernels.backward_scratch(*f),
+  return !for_each(f->core.batch * f->core.kv_heads, threads, kernels.backward_scratch(*f), true,
                    [&](int64_t unit, float* scratch) { kernels.backward_unit(*f, unit, scratch); });
+}
+
+__attribute__((visibility("default"))) int linearize_step(const Step* s, int64_t isa, int64_t threads) {
+  const Kernels& kernels = kernels_of(isa);
+  if (!for_each(s->core.batch * s->core.kv_heads, threads, kernels.step_scratch(*s), false,
+                [&](int64_t unit, float* scratch) { kernels.step_unit(*s, unit, scratch); }))
+    return 1;
+  for (int64_t b = 0; b < s->core.batch; b++) {
+    if (s->active && !s->active[b]) continue;
+    if (s->state.length[b] - s->state.folded[b] == s->state.window) s->state.folded[b] += s->core.group;
+    s->state.length[b]++;
+  }
+  return 0;
+}
+
+__attribute__((visibility("default"))) int linearize_tree(const Tree* t, int64_t isa, int64_t threads) {
+  const Kernels& kernels = kernels_of(isa);
+  return !for_each(t->core.batch * t->core.kv_heads, threads, kernels.tree_scratch(*t), false,
+                   [&](int64_t unit, float* scratch) { kernels.tree_unit(*t, unit, scratch); });
 }
 
 }  // extern "C"

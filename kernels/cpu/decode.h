@@ -1,0 +1,295 @@
+// After a state of constant size: one token (step) or a tree of N draft nodes. The state is that of kernels/state.py:
+// `recurrent` holds tokens before `folded`, position p of the rest lies in row p % window of the two rings, keys
+// already divided by their norms. With u at position t, everything below is one row of weights over positions p:
+//
+//   o = alpha q recurrent + sum of x[p] v[p],   x[p] = local act(q.k[p])  in t's group,  alpha q.k[p]  in earlier ones,
+//                                                      + w[t - p]
+#pragma once
+#include "forward.h"
+
+namespace linearize {
+namespace {
+
+// The first n of WIDTH floats, zeros behind them.
+INLINE Vec load_first(const float* p, int64_t n) {
+  if (n >= WIDTH) return load(p);
+#ifdef __AVX512F__
+  return (Vec)_mm512_maskz_loadu_ps(static_cast<__mmask16>((1u << n) - 1), p);
+#else
+  const Ints first = count_up() < static_cast<int32_t>(n);
+  return (Vec)_mm256_maskload_ps(p, (__m256i)first);
+#endif
+}
+
+INLINE float dot(const float* x, const float* y, int64_t n) {  // x is padded, y is not
+  Vec total = {};
+  for (int64_t i = 0; i < n; i += WIDTH) total += load(x + i) * load_first(y + i, n - i);
+  return sum(total);
+}
+
+// out[columns] += sum over r of x[r] rows[r][columns]; `out` is padded.
+INLINE void add_rows(float* out, const float* x, const float* rows, int64_t stride, int64_t count, int64_t columns) {
+  constexpr int V = 4;
+  int64_t c = 0;
+  for (; c + V * WIDTH <= columns; c += V * WIDTH) {
+    Vec even[V] = {}, odd[V] = {};  // two chains of additions each, to hide their latency
+    const float* p = rows + c;
+    int64_t r = 0;
+    for (; r + 2 <= count; r += 2, p += 2 * stride)
+      for (int j = 0; j < V; j++) {
+        even[j] += x[r] * load(p + j * WIDTH);
+        odd[j] += x[r + 1] * load(p + stride + j * WIDTH);
+      }
+    for (int j = 0; j < V; j++) {
+      if (r < count) even[j] += x[r] * load(p + j * WIDTH);
+      store(out + c + j * WIDTH, load(out + c + j * WIDTH) + (even[j] + odd[j]));
+    }
+  }
+  for (; c < columns; c += WIDTH) {
+    Vec even = {}, odd = {};
+    int64_t r = 0;
+    for (; r + 2 <= count; r += 2) {
+      even += x[r] * load_first(rows + r * stride + c, columns - c);
+      odd += x[r + 1] * load_first(rows + (r + 1) * stride + c, columns - c);
+    }
+    if (r < count) even += x[r] * load_first(rows + r * stride + c, columns - c);
+    store(out + c, load(out + c) + (even + odd));
+  }
+}
+
+INLINE const float* recurrent_of(const State& s, int64_t b, int64_t kv) {
+  return reinterpret_cast<const float*>(row_of(s.recurrent, FLOAT32, b, kv, 0));
+}
+
+// Ring rows of positions first .. last -> f(rows as floats, stride, position of the first, how many), in one or two
+// pieces. Rows that are not float32 go through `copy`.
+template <class F>
+INLINE void ring_rows(const State& s, const Tensor& ring, int64_t b, int64_t kv, int64_t first, int64_t last,
+                      int64_t n, float* copy, F&& f) {
+  while (first < last) {
+    const int64_t row = first % s.window, count = least(last - first, s.window - row);
+    if (s.window_dtype == FLOAT32) {
+      f(reinterpret_cast<const float*>(row_of(ring, FLOAT32, b, kv, row)), ring.row, first, count);
+    } else {
+      const int64_t wide = round_up(n, WIDTH);
+      read_rows(copy, wide, ring, s.window_dtype, b, kv, row, count, n);
+      f(static_cast<const float*>(copy), wide, first, count);
+    }
+    first += count;
+  }
+}
+
+struct StepScratch {
+  float *query, *key, *value, *weights, *out, *rows, *keys, *values, *state;
+
+  StepScratch(Arena& arena, const Step& s) {
+    const int64_t wide_dim = round_up(s.core.dim, WIDTH), wide_value = round_up(s.core.value_dim, WIDTH);
+    query = arena.take(wide_dim), key = arena.take(wide_dim);
+    value = arena.take(wide_value), out = arena.take(wide_value);
+    weights = arena.take(s.core.heads / s.core.kv_heads * (s.state.window + 1));
+    rows = arena.take(s.state.window * most(wide_dim, wide_value));
+    keys = arena.take(s.core.group * wide_dim), values = arena.take(s.core.group * wide_value);
+    state = arena.take((wide_dim + TILE_ROWS) * wide_value);
+  }
+};
+
+size_t step_scratch(const Step& s) {
+  Arena arena{nullptr};
+  StepScratch counted(arena, s);
+  return arena.used;
+}
+
+// Moves the group after `folded` from the rings into `recurrent`.
+void fold_group(const Step& s, StepScratch& m, int64_t b, int64_t kv, int64_t folded) {
+  const Core& core = s.core;
+  const int64_t wide_dim = round_up(core.dim, WIDTH), wide_value = round_up(core.value_dim, WIDTH);
+  const int64_t row = folded % s.state.window;  // a group never wraps: the window is a multiple of it
+  read_rows(m.keys, wide_dim, s.state.key_window, s.state.window_dtype, b, kv, row, core.group, core.dim);
+  read_rows(m.values, wide_value, s.state.value_window, s.state.window_dtype, b, kv, row, core.group, core.value_dim);
+  read_rows(m.state, wide_value, s.state.recurrent, FLOAT32, b, kv, 0, core.dim, core.value_dim);
+  product<COLUMNS, ADD>(m.state, wide_value, m.keys, wide_dim, m.values, wide_value, core.dim, wide_value,
+                        core.group);
+  write_rows(s.state.recurrent, FLOAT32, b, kv, 0, m.state, wide_value, core.dim, core.value_dim);
+}
+
+void step_unit(const Step& s, int64_t unit, float* scratch) {
+  const Core& core = s.core;
+  Arena arena{scratch};
+  StepScratch m(arena, s);
+  const int64_t b = unit / core.kv_heads, kv = unit % core.kv_heads, shared = core.heads / core.kv_heads;
+  const int64_t wide_value = round_up(core.value_dim, WIDTH), window = s.state.window;
+  if (s.active && !s.active[b]) {
+    memset(m.out, 0, wide_value * sizeof(float));
+    for (int64_t h = 0; h < shared; h++)
+      write_rows(s.out, core.dtype, b, kv * shared + h, 0, m.out, wide_value, 1, core.value_dim);
+    return;
+  }
+  const int64_t now = s.state.length[b];
+  int64_t folded = s.state.folded[b];
+  if (now - folded == window) {
+    fold_group(s, m, b, kv, folded);
+    folded += core.group;
+  }
+  read_rows(m.key, 0, s.key, core.dtype, b, kv, 0, 1, core.dim, core.normalize);
+  read_rows(m.value, 0, s.value, core.dtype, b, kv, 0, 1, core.value_dim);
+  write_rows(s.state.key_window, s.state.window_dtype, b, kv, now % window, m.key, 0, 1, core.dim);
+  write_rows(s.state.value_window, s.state.window_dtype, b, kv, now % window, m.value, 0, 1, core.value_dim);
+
+  const int64_t group_start = now - now % core.group;
+  // Positions that matter: scored ones, and what the taps reach.
+  const int64_t held = now - window + 1;  // no position before this one is in the rings
+  const int64_t scored = most(held, core.alpha ? folded : core.local ? group_start : now);
+  const int64_t tapped = most(most(0, held), core.conv ? now - core.taps + 1 : now);
+  const int64_t first = least(scored, tapped);
+  for (int64_t h = 0; h < shared; h++) {
+    const int64_t head = kv * shared + h;
+    const float alpha = core.alpha ? core.alpha[head] : 0, local = core.local ? core.local[head] : 0;
+    float* x = m.weights - first;  // by position
+    read_rows(m.query, 0, s.query, core.dtype, b, head, 0, 1, core.dim, core.normalize);
+    for (int64_t p = first; p <= now; p++) x[p] = 0;
+    auto score = [&](const float* keys, int64_t stride, int64_t from, int64_t count) {
+      for (int64_t i = 0; i < count; i++) {
+        const float product = dot(m.query, keys + i * stride, core.dim);
+        const float kept = core.activation == RELU2 && product < 0 ? 0 : product;
+        x[from + i] = from + i < group_start ? alpha * product
+                                             : local * (core.activation == RELU2 ? kept * kept : product);
+      }
+    };
+    ring_rows(s.state, s.state.key_window, b, kv, scored, now, core.dim, m.rows, score);
+    score(m.key, 0, now, 1);
+    if (core.conv)
+      for (int64_t p = tapped; p <= now; p++) x[p] += core.conv[head * core.taps + now - p];
+    memset(m.out, 0, wide_value * sizeof(float));
+    ring_rows(s.state, s.state.value_window, b, kv, first, now, core.value_dim, m.rows,
+              [&](const float* values, int64_t stride, int64_t from, int64_t count) {
+                add_rows(m.out, x + from, values, stride, count, core.value_dim);
+              });
+    add_rows(m.out, x + now, m.value, 0, 1, core.value_dim);
+    if (core.alpha && folded > 0) {
+      for (int64_t d = 0; d < core.dim; d++) m.query[d] *= alpha;
+      add_rows(m.out, m.query, recurrent_of(s.state, b, kv), s.state.recurrent.row, core.dim, core.value_dim);
+    }
+    write_rows(s.out, core.dtype, b, head, 0, m.out, 0, 1, core.value_dim);
+  }
+}
+
+struct TreeScratch {
+  int64_t columns;  // window rows and nodes, whole vectors
+  int64_t nodes, wide_dim, wide_value;
+  float *keys, *keys_t, *values, *query, *scores, *out, *state, *same, *earlier, *taps;
+  int32_t *tap, *depth, *group;
+
+  TreeScratch(Arena& arena, const Tree& t) {
+    wide_dim = round_up(t.core.dim, WIDTH), wide_value = round_up(t.core.value_dim, WIDTH);
+    nodes = t.core.length;
+    columns = round_up(t.state.window + nodes, WIDTH);
+    keys = arena.take(columns * wide_dim), keys_t = arena.take(columns * most(wide_dim, wide_value));
+    values = arena.take(columns * wide_value);
+    query = arena.take((nodes + TILE_ROWS) * wide_dim);
+    scores = arena.take((nodes + TILE_ROWS) * columns), out = arena.take((nodes + TILE_ROWS) * wide_value);
+    state = arena.take(wide_dim * wide_value);
+    same = arena.take(nodes * nodes), earlier = arena.take(nodes * nodes);
+    taps = arena.take(t.core.taps + 1);
+    tap = reinterpret_cast<int32_t*>(arena.take(nodes * nodes));
+    depth = reinterpret_cast<int32_t*>(arena.take(nodes)), group = reinterpret_cast<int32_t*>(arena.take(nodes));
+  }
+};
+
+size_t tree_scratch(const Tree& t) {
+  Arena arena{nullptr};
+  TreeScratch counted(arena, t);
+  return arena.used;
+}
+
+// Which nodes a node sees, and how: 1 or 0 for its own group and for earlier ones, and the tap (`taps` for none).
+void tree_tables(const Tree& t, TreeScratch& m, int64_t b, int64_t now) {
+  const int64_t n = m.nodes;
+  const int32_t taps = static_cast<int32_t>(t.core.taps);
+  for (int64_t u = 0; u < n; u++) {
+    m.depth[u] = static_cast<int32_t>(t.depth[b * n + u]);
+    m.group[u] = static_cast<int32_t>((now + m.depth[u]) / t.core.group - now / t.core.group);
+  }
+  for (int64_t u = 0; u < n; u++) {
+    const uint8_t* seen = t.ancestors + (b * n + u) * n;
+    for (int64_t a = 0; a < n; a++) {
+      const int32_t lag = m.depth[u] - m.depth[a];
+      m.same[u * n + a] = seen[a] && m.group[u] == m.group[a] ? 1 : 0;
+      m.earlier[u * n + a] = seen[a] && m.group[u] != m.group[a] ? 1 : 0;
+      m.tap[u * n + a] = seen[a] && lag >= 0 && lag < taps ? lag : taps;
+    }
+  }
+}
+
+// A row of scores (positions first .. now, then nodes) -> weights, for node u.
+template <int ACTIVATION>
+void weigh_node(const Tree& t, const TreeScratch& m, float* row, int64_t u, int64_t now, int64_t first, int64_t folded,
+                float alpha, float local) {
+  auto act = [](float s) { return ACTIVATION == RELU2 ? (s > 0 ? s * s : 0.f) : s; };
+  const int64_t at = now + m.depth[u], group_start = at - at % t.core.group;
+  float* x = row - first;  // by position
+  const int64_t linear = least(now, most(first, folded)), own = least(now, most(linear, group_start));
+  for (int64_t p = first; p < linear; p++) x[p] = 0;
+  for (int64_t p = linear; p < own; p++) x[p] *= alpha;
+  for (int64_t p = own; p < now; p++) x[p] = act(x[p]) * local;
+  for (int64_t p = most(first, at - t.core.taps + 1); p < now; p++) x[p] += m.taps[at - p];
+  float* nodes = x + now;
+  const float *same = m.same + u * m.nodes, *earlier = m.earlier + u * m.nodes;
+  const int32_t* tap = m.tap + u * m.nodes;
+  for (int64_t a = 0; a < m.nodes; a++)
+    nodes[a] = act(nodes[a]) * (same[a] * local) + nodes[a] * (earlier[a] * alpha) + m.taps[tap[a]];
+}
+
+void tree_unit(const Tree& t, int64_t unit, float* scratch) {
+  const Core& core = t.core;
+  Arena arena{scratch};
+  TreeScratch m(arena, t);
+  const int64_t b = unit / core.kv_heads, kv = unit % core.kv_heads, shared = core.heads / core.kv_heads;
+  const int64_t now = t.state.length[b], folded = t.state.folded[b], n = m.nodes;
+  tree_tables(t, m, b, now);
+
+  const int64_t scored = core.alpha ? folded : core.local ? now - now % core.group : now;
+  const int64_t first = most(most(0, now - t.state.window), least(scored, core.conv ? now - core.taps + 1 : now));
+  const int64_t count = now - first, columns = round_up(count + n, WIDTH);
+  float* row = m.keys;
+  auto copy = [&row](const float* rows, int64_t stride, int64_t some, int64_t width) {
+    for (int64_t i = 0; i < some; i++, row += round_up(width, WIDTH))
+      for (int64_t d = 0; d < width; d += WIDTH) store(row + d, load_first(rows + i * stride + d, width - d));
+  };
+  ring_rows(t.state, t.state.key_window, b, kv, first, now, core.dim, m.keys_t,
+            [&](const float* rows, int64_t stride, int64_t, int64_t some) { copy(rows, stride, some, core.dim); });
+  read_rows(row, m.wide_dim, t.key, core.dtype, b, kv, 0, n, core.dim, core.normalize);
+  clear_rows(m.keys, m.wide_dim, count + n, columns);
+  row = m.values;
+  ring_rows(t.state, t.state.value_window, b, kv, first, now, core.value_dim, m.keys_t,
+            [&](const float* rows, int64_t stride, int64_t, int64_t some) {
+              copy(rows, stride, some, core.value_dim);
+            });
+  read_rows(row, m.wide_value, t.value, core.dtype, b, kv, 0, n, core.value_dim);
+  transpose(m.keys_t, columns, m.keys, m.wide_dim, columns, m.wide_dim);
+  const bool linear = core.alpha && folded > 0;
+  if (linear) read_rows(m.state, m.wide_value, t.state.recurrent, FLOAT32, b, kv, 0, core.dim, core.value_dim);
+
+  for (int64_t h = 0; h < shared; h++) {
+    const int64_t head = kv * shared + h;
+    const float alpha = core.alpha ? core.alpha[head] : 0, local = core.local ? core.local[head] : 0;
+    for (int64_t l = 0; l < core.taps; l++) m.taps[l] = core.conv[head * core.taps + l];
+    m.taps[core.taps] = 0;
+    read_rows(m.query, m.wide_dim, t.query, core.dtype, b, head, 0, n, core.dim, core.normalize);
+    clear_rows(m.query, m.wide_dim, n, round_up(n, ROW_STEP));
+    product<ROWS, SET>(m.scores, columns, m.query, m.wide_dim, m.keys_t, columns, n, columns, core.dim);
+    for (int64_t u = 0; u < n; u++)
+      if (core.activation == RELU2)
+        weigh_node<RELU2>(t, m, m.scores + u * columns, u, now, first, folded, alpha, local);
+      else
+        weigh_node<LINEAR>(t, m, m.scores + u * columns, u, now, first, folded, alpha, local);
+    product<ROWS, SET>(m.out, m.wide_value, m.scores, columns, m.values, m.wide_value, n, m.wide_value, count + n);
+    if (linear) {
+      for (int64_t i = 0; i < n * m.wide_dim; i += WIDTH) store(m.query + i, load(m.query + i) * alpha);
+      product<ROWS, ADD>(m.out, m.wide_value, m.query, m.wide_dim, m.state, m.wide_value, n, m.wide_value, core.dim);
+    }
+    write_rows(t.out, core.dtype, b, head, 0, m.out, m.wide_value, n, core.value_dim);
+  }
+}
+
+}  // namespace
+}  // namespace linearize
