@@ -130,7 +130,9 @@ def test_augmentation_is_the_mechanisms_own_unless_said():
     local = LinearizeConfig(mechanism="local")
     assert not local.augments and dataclasses.replace(local, augmentation=True).augments
     assert build_attention(SPEC, LinearizeConfig(augmentation=False)).conv_weight is None
-    assert build_attention(SPEC, LinearizeConfig(mechanism="local", augmentation=True)).conv_weight is not None
+    for name in ("local", "relu"):
+        built = build_attention(SPEC, LinearizeConfig(mechanism=name, augmentation=True))
+        assert built.conv_weight is not None and not built.conv_weight.any()
     with pytest.raises(ConfigError, match="'softmax' takes no convolution"):
         LinearizeConfig(mechanism="softmax", augmentation=True)
 

@@ -13,11 +13,12 @@ from importlib import import_module
 from types import MappingProxyType
 
 from ..errors import ConfigError
+from . import window as _window  # noqa: F401  registers its operator, which graphs saved earlier may call
 from .base import Mechanism, Option
 
 __all__ = ["Mechanism", "Option", "available", "get"]
 
-_SHARED = frozenset({"base", "composed"})
+_SHARED = frozenset({"base", "composed", "window"})
 """Files here that are no mechanism but what mechanisms are made of."""
 
 

@@ -1,8 +1,8 @@
 """The paper's augmented linear attention (arXiv 2406.07368), its default here.
 
 o = local_scale * local + alpha * grouped + convolution(v); the formula and its source are in
-`kernels/oracle.py`, the forms beside it. alpha (one number per site) and the convolution (one filter per head)
-start at zero, so a fresh module computes the local part alone.
+`kernels/oracle.py`, the forms beside it. alpha (one number per site) and the convolution (one filter per
+head) start at zero, so a fresh module computes the local part alone.
 
 State: [D, Dv] per key/value head, the sum of k^T v over finished groups, and a window of keys and values that
 serves the open group and the convolution.

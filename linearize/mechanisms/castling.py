@@ -1,11 +1,12 @@
 """Castling-ViT's linear-angular attention (You et al., arXiv 2211.10526), linear part.
 
-    o[t] = unit(1/2 v[t] + 1/pi sum_j q^[t].k^[j] v[j])        j <= t if causal,  q^ = q / |q|,  unit(o) = o / |o|
+    o[t] = unit(1/2 v[t] + 1/pi sum_j q^[t].k^[j] v[j])        j <= t if causal
+    q^ = q / |q|,  unit(o) = o / |o|
 
 The angular kernel 1 - arccos(s) / pi is 1/2 + s / pi + higher orders; the constant is applied to the token's
-own value only, as Castling-ViT and arXiv 2406.07368's code do. There is no own value in cross-attention, which
-is refused. Castling-ViT's depthwise convolution is the `augmentation`; its auxiliary masked softmax exists
-during its training only. The site's scale plays no part.
+own value only, as Castling-ViT and arXiv 2406.07368's code do. There is no own value in cross-attention,
+which is refused. Castling-ViT's depthwise convolution is the `augmentation`; its auxiliary masked softmax
+exists during its training only. The site's scale plays no part.
 
 Parallel form: one core call, linear over all keys, with 1/2 v[t] as a convolution of one tap.
 State: [D, Dv] per key/value head. Initialisation: no parameters.

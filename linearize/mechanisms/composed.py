@@ -1,9 +1,10 @@
 """Mechanisms as compositions: maps of query and key, calls of the one core operator, and what joins them.
 
-A mechanism is described by `terms`, which maps one call's query, key and value to the arguments of core calls,
-and by `combine`, which joins the results. Both look at each token alone. So the same description gives every
-form: the parallel one here, and one decoding step, where each term keeps its own constant state (the sum of
-k^T v over finished groups, the rows of the open group and of the convolution).
+A mechanism is described by `terms`, which maps one call's query, key and value to the arguments of core
+calls, and by `combine`, which joins the results. Both look at each token alone. So the same description gives
+every form: the parallel one here, and one decoding step, where each term keeps its own constant state (the
+sum of k^T v over finished groups, the rows of the open group and of the convolution). The two mechanisms that
+are more than core calls, `linformer` and `softmax_window`, say what they are in `mix` instead.
 
 What all of them share:
 - `augmentation` adds the paper's convolution over values (arXiv 2406.07368), one filter per head, zero at
@@ -35,8 +36,8 @@ if TYPE_CHECKING:
 class Term:
     """Arguments of one call of `ops.augmented_attention`; None leaves that part out.
 
-    query [B, H, T, D], key [B, Hkv, S, D], value [B, Hkv, S, Dv], one dtype; alpha, local_scale: a number or a
-    tensor [1] or [H]; conv_weight [H, taps].
+    query [B, H, T, D], key [B, Hkv, S, D], value [B, Hkv, S, Dv], one dtype; alpha, local_scale: a number or
+    a tensor [1] or [H]; conv_weight [H, taps].
     """
 
     query: Tensor
@@ -55,7 +56,7 @@ class ComposedAttention(AttentionModule):
     They create their parameters, then call `reset_parameters`, which subclasses with parameters extend.
     """
 
-    conv_joins: ClassVar[bool] = False
+    conv_joins: bool = False
     """The terms carry the convolution themselves: nothing but a sum follows them."""
 
     def __init__(self, spec: SiteSpec, config: LinearizeConfig) -> None:
@@ -176,7 +177,7 @@ class ComposedAttention(AttentionModule):
 
 
 class NormalizedAttention(ComposedAttention):
-    """sum f(q).f(k) v / sum f(q).f(k), the sums over every key a query may see. Subclasses give `features`."""
+    """sum f(q).f(k) v / sum f(q).f(k), over every key a query may see. Subclasses give `features`."""
 
     least: ClassVar[float] = 0.0
     """Denominators are kept at or above this; at 0, a denominator of 0 gives an output of 0."""
@@ -206,7 +207,12 @@ def widen(x: Tensor) -> Tensor:
 
 def with_one(value: Tensor) -> Tensor:
     """[..., Dv] -> [..., Dv + 1]: the last column counts, so one sum gives numerator and denominator."""
-    return torch.cat([value, value.new_ones(value.shape[:-1]).unsqueeze(-1)], dim=-1)
+    return torch.cat([value, ones(value)], dim=-1)
+
+
+def ones(x: Tensor) -> Tensor:
+    """[..., D] -> ones [..., 1]: a query and key whose product is 1."""
+    return x.new_ones(x.shape[:-1]).unsqueeze(-1)
 
 
 def unit(x: Tensor) -> Tensor:
@@ -218,12 +224,13 @@ def unit(x: Tensor) -> Tensor:
     return x / torch.where(norm > 0, norm, torch.ones_like(norm))
 
 
-def orthogonal_gaussian(rows: int, columns: int, seed: int) -> Tensor:
-    """float32 [rows, columns] on the CPU: Gaussian vectors, orthogonal within blocks of `columns` rows.
+def orthogonal_gaussian(like: Tensor, seed: int) -> Tensor:
+    """float32 of the shape of `like` [rows, columns], on the CPU: Gaussian vectors, orthogonal in blocks.
 
-    Choromanski et al. (arXiv 2009.14794), section 2.4: directions of an orthogonal block, norms of Gaussian
-    vectors. The same for the same seed, on any device.
+    Choromanski et al. (arXiv 2009.14794), section 2.4: directions of orthogonal blocks of `columns` rows,
+    norms of Gaussian vectors. The same for the same seed, on any device.
     """
+    rows, columns = like.shape
     generator = torch.Generator("cpu").manual_seed(seed)
 
     def normal(count: int) -> Tensor:

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from ..attention import SiteSpec
 from .base import EVERYWHERE, Mechanism
-from .composed import Term, widen
+from .composed import Term, ones, widen
 from .flash_local import FlashAttention
 
 if TYPE_CHECKING:
@@ -42,8 +42,9 @@ class FlashGlobalAttention(FlashAttention):
             return [Term(query, key, value, alpha=1 / self.group_size, conv_weight=self.conv_weight)]
         # The sum before its division can leave float16, so all in float32; n is a sum of ones.
         query, key, value = widen(query), widen(key), widen(value)
-        ones = [x.new_ones(x.shape[:-1]).unsqueeze(-1) for x in (query, key, value)]
-        return [Term(*self.offset(query, key), value, alpha=1.0), Term(*ones, alpha=1.0)]
+        count = Term(ones(query), ones(key), ones(value), alpha=1.0)
+        query, key = self.offset(query, key)
+        return [Term(query, key, value, alpha=1.0), count]
 
     def combine(self, outputs: Sequence[Tensor]) -> Tensor:
         if self.spec.causal:

@@ -9,7 +9,7 @@ site's scale plays no part: 1/G is FLASH's own. Left out: T5's bias inside f, wh
 FLASH's gate, which belongs to its block.
 
 Parallel form: one core call, local part alone. State: the keys and values of the open group.
-Initialisation: gamma one, beta zero, so q' = q (FLASH trains from scratch and starts from gamma ~ N(0, 0.02^2)).
+Initialisation: gamma one, beta zero, so q' = q (FLASH trains from scratch, from gamma ~ N(0, 0.02^2)).
 """
 
 from __future__ import annotations

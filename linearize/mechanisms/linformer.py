@@ -2,14 +2,14 @@
 
     o[t] = softmax_i(scale q[t].(E k)[i]) (F v)[i],   (E k)[i] = sum_j E[rank(j), i] k[j],  i < r
 
-rank(j) counts the real keys before j, so padding, wherever it is, changes nothing. E and F [max_length, r] are
-shared by all heads of the site (section 4's head-wise sharing). A sum over the whole sequence mixes the future
-into every row, so causal sites are refused. `max_length` bounds the key columns, padding included; more raise
-InputError. A query of a sequence without any real key gets zero.
+rank(j) counts the real keys before j, so padding, wherever it is, changes nothing. E and F [max_length, r]
+are shared by all heads of the site (section 4's head-wise sharing). A sum over the whole sequence mixes the
+future into every row, so causal sites are refused. `max_length` bounds the key columns, padding included;
+more raise InputError. A query of a sequence without any real key gets zero.
 
 Parallel form: two products along the sequence, then softmax over r rows: O(T r), no core call.
-State: none, as there is no decoding; in cross-attention the r rows of an encoder's output are all that is kept.
-Initialisation: E and F Gaussian with variance 1 / r, from `seed` (the random projection of the paper's proof).
+State: none, as there is no decoding; in cross-attention r rows are all that is kept of an encoder's output.
+Initialisation: E and F Gaussian with variance 1 / r, from `seed` (the projection of the paper's proof).
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@
     g(k) = exp(min(W k' - |k'|^2 / 2, 40)) + 1e-4                     q' = sqrt(scale) q, k' = sqrt(scale) k
 
 E[f(q).f(k)] / m = exp(scale q.k): with many features this is the site's own softmax. W [m, D] are Gaussian
-vectors, orthogonal in blocks (section 2.4), drawn once from `seed` and kept as a buffer, saved with the model.
+vectors, orthogonal in blocks (section 2.4), drawn once from `seed`: a buffer, saved with the model.
 
 Stable for any norm, and causal to the last bit, unlike a maximum over keys, which the future would move:
 f is divided by its largest entry, which cancels; a key's exponent is at most |w|^2 / 2, and capped where that
@@ -46,7 +46,7 @@ class PerformerAttention(NormalizedAttention):
 
     def reset_parameters(self) -> None:
         super().reset_parameters()
-        self.projection.copy_(orthogonal_gaussian(*self.projection.shape, self.seed))
+        self.projection.copy_(orthogonal_gaussian(self.projection, self.seed))
 
     def features(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
         projection = self.projection.to(query.dtype)

@@ -39,7 +39,7 @@ def oracle(query: Tensor, key: Tensor, value: Tensor, *, causal: bool) -> Tensor
     if causal:
         weights = weights.tril()
     total = weights.sum(-1, keepdim=True)
-    return torch.where(total > 0, weights @ value / total, 0.0)
+    return weights @ value / torch.where(total > 0, total, 1.0)
 
 
 MECHANISM = Mechanism(

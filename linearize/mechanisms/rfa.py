@@ -3,12 +3,12 @@
     o[t] = sum_j f(q[t]).f(k[j]) v[j] / max(sum_j f(q[t]).f(k[j]), 0.1)      j <= t if causal
     f(x) = [sin(W (sigma * x^)), cos(W (sigma * x^))] / sqrt m,              x^ = x / |x|
 
-E[f(q).f(k)] = exp(-|sigma (q^ - k^)|^2 / 2), proportional to exp(sigma^2 q^.k^) since rows have unit length; the
-site's scale plays no part. W [m, D]: Gaussian vectors, orthogonal in blocks, from `seed`, kept as a buffer and
-saved with the model. sigma is learned per feature and key/value head (section 3.1's reparameterisation).
+E[f(q).f(k)] = exp(-|sigma (q^ - k^)|^2 / 2), proportional to exp(sigma^2 q^.k^) since rows have unit length;
+the site's scale plays no part. W [m, D]: Gaussian vectors, orthogonal in blocks, from `seed`: a buffer, saved
+with the model. sigma is learned per feature and key/value head (section 3.1's reparameterisation).
 
-An estimate, unlike what it estimates, can be near zero or negative. So the denominator is kept away from zero,
-as the authors' code does (`clamp`): 0.1 is below exp(-2) = 0.135, the least that one key weighs at sigma = 1.
+An estimate, unlike what it estimates, can be near zero or negative. So the denominator is kept away from
+zero, as the authors' code does (`clamp`): 0.1 is below exp(-2) = 0.135, the least one key weighs at sigma 1.
 
 Parallel form: one core call, linear, numerator and denominator together.
 State: [2m, Dv + 1] per key/value head. Initialisation: sigma one.
@@ -43,7 +43,7 @@ class RandomFeatureAttention(NormalizedAttention):
 
     def reset_parameters(self) -> None:
         super().reset_parameters()
-        self.projection.copy_(orthogonal_gaussian(*self.projection.shape, self.seed))
+        self.projection.copy_(orthogonal_gaussian(self.projection, self.seed))
         with torch.no_grad():
             self.sigma.fill_(1)
 

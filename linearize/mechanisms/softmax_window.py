@@ -1,18 +1,18 @@
 """Exact softmax over the nearest tokens, a linear kernel over all others, one normaliser for both.
 
-    o[t] = (sum_{j near} exp(scale q[t].k[j]) v[j] + exp(b) sum_{j far} f(q[t]).g(k[j]) v[j]) / (the same, v = 1)
+    o[t] = (sum_{near j} exp(scale q[t].k[j]) v[j] + exp(b) sum_{far j} f(q[t]).g(k[j]) v[j]) / same, v = 1
     causal:         near is t - window < j <= t, far is j <= t - window
     bidirectional:  near is |t - j| < window,    far is all other j
     f(q) = [softmax(A q), softmax(-A q)] + 1e-6, g(k) likewise with B                  as in `hedgehog`
 
 The combination is that of LoLCATs (arXiv 2410.10254); its scores and features share a learned mixing weight,
-here exp(b), per head. While the window covers the sequence this is the site's own attention, exactly, with its
-own scale. Cross-attention has no near tokens and is refused.
+here exp(b), per head. While the window covers the sequence this is the site's own attention, exactly, with
+its own scale. Cross-attention has no near tokens and is refused.
 
-Parallel form: window softmax in blocks of `window` queries, O(T window) memory, heads not repeated; the far
-part is one linear core call on keys and values delayed by `window` tokens (without causality a second one on
-the reversed sequence). Both come with the logarithm of their sum of weights, and are joined by a sigmoid of the
-difference, so that no exponential overflows.
+Parallel form: window softmax in blocks of `window` queries, O(T window) memory, heads not repeated
+(`window.py`); the far part is one linear core call on keys and values delayed by `window` tokens (without
+causality a second one on the reversed sequence). Both come with the logarithm of their sum of weights, and
+are joined by a sigmoid of the difference, so that no exponential overflows.
 State: the last `window` keys and values, and [2D, Dv + 1] per key/value head for the tokens that left them.
 Initialisation: A and B the identity; b = log(D / 2), so that a pair without features of its own weighs 1.
 """
@@ -20,7 +20,7 @@ Initialisation: A and B the identity; b = log(D / 2), so that a pair without fea
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -29,8 +29,9 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from ..attention import SiteSpec
 from .base import Mechanism, whole
-from .composed import ComposedAttention, widen, with_one
+from .composed import ComposedAttention, Term, widen, with_one
 from .hedgehog import HedgehogMap, oracle_weights
+from .window import softmax_window
 
 if TYPE_CHECKING:
     from ..config import LinearizeConfig
@@ -61,7 +62,10 @@ class SoftmaxWindowAttention(ComposedAttention):
         query_start: int | Tensor | None,
     ) -> Tensor:
         query, key, value = widen(query), widen(key), widen(value)
-        near, log_near = self._near(query, key, value, key_mask, query_start)
+        rows = self.split_heads(query * self.scale)
+        joined = softmax_window(rows, key, value, key_mask, query_start, self.window, self.spec.causal)
+        joined = self.merge_heads(joined)
+        near, log_near = joined[..., :-1], joined[..., -1:]
         if statically_known_true(key.shape[2] <= self.window):
             return near
         joined = self._far(self.query_map(query), self.key_map(key), with_one(value), key_mask, query_start)
@@ -103,80 +107,16 @@ class SoftmaxWindowAttention(ComposedAttention):
             rank = key_mask.cumsum(1) - 1
             source = torch.argsort(~key_mask, dim=1, stable=True).gather(1, (rank - self.window).clamp(min=0))
             there = (rank >= self.window)[:, None, :, None]
-            key, value = _take(key, source) * there, _take(value, source)
-        return self.run(self.over_all(query, key, value), key_mask, query_start, causal=True)
-
-    def _near(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        key_mask: Tensor | None,
-        query_start: int | Tensor | None,
-    ) -> tuple[Tensor, Tensor]:
-        """Softmax over the window, block by block: [B, H, T, Dv], and the log of its sum, [B, H, T, 1].
-
-        Everything is counted in ranks, real tokens before a token: the queries of a call have consecutive
-        ranks, block n holds `block` of them, and its keys are the ranks around it.
-        """
-        length, keys, device = query.shape[2], key.shape[2], query.device
-        start: Any = (keys - length if query_start is None else query_start) if self.spec.causal else 0
-        window = min(self.window, keys) if isinstance(keys, int) else self.window
-        block = min(window, length) if isinstance(length, int) else window
-        before, after = window - 1, 0 if self.spec.causal else window - 1
-        blocks = (length + block - 1) // block
-
-        first: Any = start  # rank of the first query, [B, 1] under a mask
-        count: Any = keys
-        order = back = real = None
-        if key_mask is not None:
-            columns = torch.arange(length, device=device) + start
-            order = torch.argsort(~key_mask, dim=1, stable=True)  # rank -> column, real tokens first
-            rank = (key_mask.cumsum(1) - 1).index_select(1, columns)
-            real = key_mask.index_select(1, columns)
-            count = key_mask.sum(1, keepdim=True)
-            first = rank[:, :1] + 1 - real[:, :1].long()
-            query = _take(query, torch.argsort(~real, dim=1, stable=True))
-            back = (rank - first).clamp(min=0)
-
-        span = before + block + after
-        position = torch.arange(blocks * block + before + after, device=device) - before + first
-        present = (position >= 0) & (position < count)
-        source = position.clamp(min=0).clamp(max=keys - 1)
-        if order is not None:
-            source = order.gather(1, source)
-        near_keys = _take(key, source).unfold(2, span, block)  # [B, Hkv, N, D, span]
-        near_values = _take(value, source).unfold(2, span, block)
-        lag = torch.arange(block, device=device)[:, None] + before - torch.arange(span, device=device)
-        visible = (lag >= -after) & (lag <= before)
-        seen = present.unfold(-1, span, block).unsqueeze(-2) & visible  # [N, block, span] or [B, N, ...]
-        if seen.dim() == 4:
-            seen = seen[:, None, :, None]  # [B, 1, N, 1, block, span]
-        else:
-            seen = seen[:, None]
-
-        rows = F.pad(query * self.scale, (0, 0, 0, blocks * block - length)).unflatten(2, (-1, block))
-        rows = self.split_heads(rows).transpose(2, 3)  # [B, Hkv, N, R, block, D]
-        scores = (rows.flatten(3, 4) @ near_keys).unflatten(3, (-1, block))
-        # Not -inf: a row without any key must have finite numbers as well.
-        scores = scores.masked_fill(~seen, torch.finfo(scores.dtype).min)
-        log_sum = scores.logsumexp(-1, keepdim=True)
-        weights = (scores - log_sum).exp()
-        out = (weights.flatten(3, 4) @ near_values.mT).unflatten(3, (-1, block))
-        joined = torch.cat([out, log_sum], dim=-1).transpose(2, 3).flatten(3, 4)  # [B, Hkv, R, N * block, Dv + 1]
-        joined = self.merge_heads(joined)[:, :, :length]
-        if back is not None and real is not None:
-            joined = _take(joined, back) * real[:, None, :, None]
-        return joined[..., :-1], joined[..., -1:]
+            key, value = _rows(key, source) * there, _rows(value, source)
+        term = Term(query, key, value, alpha=1.0, local_scale=1.0)
+        return self.run(term, key_mask, query_start, causal=True)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, window={self.window}"
 
 
-def _take(x: Tensor, index: Tensor) -> Tensor:
-    """Rows `index` ([n], or [B, n] when the rows of the batch differ) of x [B, heads, L, D]."""
-    if index.dim() == 1:
-        return x.index_select(2, index)
+def _rows(x: Tensor, index: Tensor) -> Tensor:
+    """Rows `index` [B, n] of x [B, heads, L, D]."""
     return x.gather(2, index[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3]))
 
 

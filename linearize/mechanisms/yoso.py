@@ -26,7 +26,7 @@ from torch import Tensor
 
 from ..attention import SiteSpec
 from .base import EVERYWHERE, Mechanism
-from .composed import ComposedAttention, Term, unit, widen
+from .composed import ComposedAttention, Term, ones, unit, widen
 
 if TYPE_CHECKING:
     from ..config import LinearizeConfig
@@ -43,11 +43,10 @@ class YosoAttention(ComposedAttention):
     def terms(self, query: Tensor, key: Tensor, value: Tensor) -> list[Term]:
         # In float32 throughout: the parts are rounded once, after their sum.
         query, key, value = widen(query), widen(key), widen(value)
-        ones = [x.new_ones(x.shape[:-1]).unsqueeze(-1) for x in (query, key)]
         own = None if self.spec.causal else -_C0
         terms = [
             Term(query, key, value, alpha=_C1, local_scale=1.0, activation="yoso", normalize=True),
-            Term(*ones, value, alpha=_C0, local_scale=own),
+            Term(ones(query), ones(key), value, alpha=_C0, local_scale=own),
         ]
         if not self.spec.causal:
             terms.append(Term(query, key, value, local_scale=-_C1, normalize=True))

@@ -1,0 +1,157 @@
+"""`torch.ops.linearize.softmax_window`: softmax over nearby tokens in blocks, with the log of its sum.
+
+One opaque node in any graph, as the core operator is and for the same reason: seen through, the number of
+blocks would be compared with 1, and a trace on a short input would be valid for short inputs only. The
+backward recomputes the forward, so that training keeps the arguments and nothing of size [T, window].
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+_ARGUMENTS = (
+    "Tensor query, Tensor key, Tensor value, Tensor? key_mask, SymInt? query_start, "
+    "Tensor? query_start_tensor, int window, bool causal"
+)
+
+
+def softmax_window(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_mask: Tensor | None,
+    query_start: int | Tensor | None,
+    window: int,
+    causal: bool,
+) -> Tensor:
+    """softmax(q.k) v over the tokens less than `window` away, not later ones if causal; log sum exp(q.k).
+
+    query [B, Hkv, R, T, D], scaled, R query heads per key/value head; key [B, Hkv, S, D]; value
+    [B, Hkv, S, Dv]; one dtype, in which all is computed. key_mask [B, S]: distances count real tokens only.
+    query_start: key column of the first query if causal (None: queries are the last columns).
+    -> [B, Hkv, R, T, Dv + 1], the logarithm in the last column; zeros for padded queries.
+    """
+    tensor = isinstance(query_start, Tensor)
+    at = (None, query_start) if tensor else (query_start, None)
+    return _softmax_window(query, key, value, key_mask, *at, window, causal)
+
+
+@torch.library.custom_op("linearize::softmax_window", mutates_args=(), schema=f"({_ARGUMENTS}) -> Tensor")
+def _softmax_window(query: Tensor, key: Tensor, value: Tensor, *options: Any) -> Tensor:
+    return forward(query, key, value, *options).contiguous()
+
+
+def forward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_mask: Tensor | None,
+    query_start: Any,
+    query_start_tensor: Tensor | None,
+    window: int,
+    causal: bool,
+) -> Tensor:
+    """The operator seen through: arguments as in `softmax_window`, the start as an int or as a tensor.
+
+    Everything is counted in ranks, real tokens before a token: queries of a call have consecutive ranks.
+    Block n holds `block` of them; all its keys are the ranks from `before` ahead of it to `after` past it.
+    """
+    length, keys, device = query.shape[3], key.shape[2], query.device
+    start = query_start if query_start_tensor is None else query_start_tensor
+    if start is None:
+        start = keys - length if causal else 0
+    window = min(window, keys)
+    block = min(window, length)
+    before, after = window - 1, 0 if causal else window - 1
+    blocks = -(-length // block)
+
+    first = start  # rank of the first query, [B, 1] under a mask
+    count: Any = keys
+    order = back = None
+    if key_mask is not None:
+        columns = torch.arange(length, device=device) + start
+        order = torch.argsort(~key_mask, dim=1, stable=True)  # rank -> column, real tokens first
+        rank = (key_mask.cumsum(1) - 1).index_select(1, columns)
+        real = key_mask.index_select(1, columns)
+        count = key_mask.sum(1, keepdim=True)
+        first = rank[:, :1] + 1 - real[:, :1].long()
+        query = _take(query, torch.argsort(~real, dim=1, stable=True))
+        back = (rank - first).clamp(min=0)
+
+    span = before + block + after
+    position = torch.arange(blocks * block + before + after, device=device) - before + first
+    present = (position >= 0) & (position < count)
+    source = position.clamp(min=0).clamp(max=keys - 1)
+    if order is not None:
+        source = order.gather(1, source)
+    near_keys = _take(key, source).unfold(2, span, block)  # [B, Hkv, N, D, span]
+    near_values = _take(value, source).unfold(2, span, block)
+    lag = torch.arange(block, device=device)[:, None] + before - torch.arange(span, device=device)
+    seen = present.unfold(-1, span, block).unsqueeze(-2) & (lag >= -after) & (lag <= before)
+    seen = seen[:, None] if seen.dim() == 3 else seen[:, None, :, None]  # [..., N, 1, block, span]
+
+    rows = F.pad(query, (0, 0, 0, blocks * block - length)).unflatten(3, (-1, block)).transpose(2, 3)
+    scores = (rows.flatten(3, 4) @ near_keys).unflatten(3, (-1, block))  # [B, Hkv, N, R, block, span]
+    # Not -inf: a row without any key must have finite numbers as well.
+    scores = scores.masked_fill(~seen, torch.finfo(scores.dtype).min)
+    log_sum = scores.logsumexp(-1, keepdim=True)
+    out = (scores.softmax(-1).flatten(3, 4) @ near_values.mT).unflatten(3, (-1, block))
+    joined = torch.cat([out, log_sum], dim=-1).transpose(2, 3).flatten(3, 4)[:, :, :, :length]
+    return joined if back is None else _take(joined, back) * real[:, None, None, :, None]
+
+
+def _take(x: Tensor, index: Tensor) -> Tensor:
+    """Rows `index` ([n], or [B, n] when the rows of the batch differ) of x [B, ..., L, D]."""
+    if index.dim() == 1:
+        return x.index_select(-2, index)
+    index = index.reshape(index.shape[0], *(1,) * (x.dim() - 3), index.shape[1], 1)
+    return x.gather(-2, index.expand(*x.shape[:-2], index.shape[-2], x.shape[-1]))
+
+
+@_softmax_window.register_fake
+def _fake(query: Tensor, key: Tensor, value: Tensor, *options: Any) -> Tensor:
+    return query.new_empty((*query.shape[:4], value.shape[3] + 1))
+
+
+# Not a `custom_op`: those run with autograd switched off for good, and this one differentiates inside.
+torch.library.define(
+    "linearize::softmax_window_backward", f"(Tensor grad, {_ARGUMENTS}) -> (Tensor, Tensor, Tensor)"
+)
+
+
+@torch.library.impl("linearize::softmax_window_backward", "CompositeExplicitAutograd")
+def _backward_impl(grad: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
+    leaves = [x.detach().requires_grad_() for x in inputs[:3]]
+    with torch.enable_grad():
+        out = forward(*leaves, *inputs[3:])
+    return tuple(x.contiguous() for x in torch.autograd.grad(out, leaves, grad))
+
+
+@torch.library.register_fake("linearize::softmax_window_backward")
+def _backward_fake(grad: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
+    return tuple(x.new_empty(x.shape) for x in inputs[:3])
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.is_tensor = [isinstance(item, Tensor) for item in inputs]
+    ctx.others = [None if isinstance(item, Tensor) else item for item in inputs]
+    ctx.save_for_backward(*(item for item in inputs if isinstance(item, Tensor)))
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    saved = iter(ctx.saved_tensors)
+    inputs = [next(saved) if there else other for there, other in zip(ctx.is_tensor, ctx.others, strict=True)]
+    needed, rest = ctx.needs_input_grad[:3], (None,) * (len(inputs) - 3)
+    if torch.is_grad_enabled():  # the caller will differentiate the gradients again
+        wanted = [x for x, need in zip(inputs[:3], needed, strict=True) if need]
+        found = iter(torch.autograd.grad(forward(*inputs), wanted, grad, create_graph=True))
+        return (*(next(found) if need else None for need in needed), *rest)
+    grads = torch.ops.linearize.softmax_window_backward(grad, *inputs)
+    return (*(x if need else None for x, need in zip(grads, needed, strict=True)), *rest)
+
+
+_softmax_window.register_autograd(_backward, setup_context=_save)
