@@ -16,11 +16,9 @@ computed in float32.
 from __future__ import annotations
 
 import ctypes
-from array import array
-from collections.abc import Iterable
+import struct
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,6 +28,8 @@ ACTIVATIONS = {"relu2": 0, "linear": 1}
 """What the kernels compute; the numbers are those of `abi.h`."""
 
 _ISAS = {"avx2": 1, "avx512": 2}
+_CORE = 14
+"""Fields of `Core` in abi.h."""
 _SMALL = 4e6
 """Multiplications worth a thread: a few times what starting one costs."""
 
@@ -45,8 +45,7 @@ def unavailable_reason(device: torch.device | None = None) -> str | None:
 
 
 def isa() -> str:
-    """The instruction set that is used: "avx512" or "avx2". Raises RuntimeError when there is none."""
-    _library()
+    """The instruction set that is used: "avx512" or "avx2"; "" when `available()` is False."""
     return _load()[2]
 
 
@@ -79,10 +78,13 @@ def forward(
     alpha and local_scale [H], conv_weight [H, K], each None to leave its part out. Any strides. isa: "avx2"
     to keep to that instruction set. ValueError for shapes, dtypes or devices that do not fit.
     """
-    call = _Call(query, key, value, alpha, local_scale, conv_weight, activation, group_size, normalize)
-    out = value.new_empty(call.batch, call.heads, call.length, call.value_dim)
-    fields = (*call.core, *call.tensors, *_place(out))
-    _run(_library().linearize_forward, fields, isa, call.threads(3))
+    fields, kept = _core(
+        query, key, value, alpha, local_scale, conv_weight, activation, group_size, normalize
+    )
+    batch, heads, length, dim = query.shape
+    out = value.new_empty(batch, heads, length, value.shape[3])
+    threads = _threads(batch * heads * length * dim * value.shape[3] * 3)
+    _run("forward", (*fields, *_place(out)[1]), isa, threads)
     return out
 
 
@@ -105,24 +107,24 @@ def backward(
     Each has its input's dtype, and is None where the input is. Memory beyond the gradients: one state for
     every 64 groups.
     """
-    call = _Call(query, key, value, alpha, local_scale, conv_weight, activation, group_size, normalize)
-    if grad.shape != (call.batch, call.heads, call.length, call.value_dim) or grad.dtype != value.dtype:
-        raise ValueError(f"grad must be like the output, not {list(grad.shape)} in {grad.dtype}")
-    grad = _columns_adjacent(grad)
-    inputs = [x.new_empty(x.shape) for x in (query, key, value)]
-    # One row of sums for each entry of the batch: rows are written by different threads.
-    sums = [
-        None if x is None else x.new_empty(call.batch, *x.shape, dtype=torch.float32)
-        for x in (alpha, local_scale, conv_weight)
-    ]
-    fields = (
-        *(*call.core, *_place(grad), *call.tensors),
-        *(field for x in inputs for field in _place(x)),
-        *(0 if x is None else x.data_ptr() for x in sums),
+    fields, kept = _core(
+        query, key, value, alpha, local_scale, conv_weight, activation, group_size, normalize
     )
-    _run(_library().linearize_backward, fields, isa, call.threads(9))
-    parameters = zip(sums, (alpha, local_scale, conv_weight), strict=True)
-    return (*inputs, *(None if x is None or y is None else x.sum(0).to(y.dtype) for x, y in parameters))
+    batch, heads, length, dim = query.shape
+    if grad.shape != (batch, heads, length, value.shape[3]) or grad.dtype != value.dtype or not grad.is_cpu:
+        raise ValueError(f"grad must be like the output, not {list(grad.shape)} in {grad.dtype}")
+    grad, grad_fields = _place(grad)
+    dquery, dkey, dvalue = (x.new_empty(x.shape) for x in (query, key, value))
+    # One row of sums for each entry of the batch: rows are written by different threads.
+    parameters = (alpha, local_scale, conv_weight)
+    sums = [None if x is None else x.new_empty(batch, *x.shape, dtype=torch.float32) for x in parameters]
+    results = [field for x in (dquery, dkey, dvalue) for field in _place(x)[1]]
+    results += [0 if x is None else x.data_ptr() for x in sums]
+    threads = _threads(batch * heads * length * dim * value.shape[3] * 9)
+    _run("backward", (*fields[:_CORE], *grad_fields, *fields[_CORE:], *results), isa, threads)
+    pairs = zip(sums, parameters, strict=True)
+    totals = [None if x is None or y is None else x.sum(0).to(y.dtype) for x, y in pairs]
+    return (dquery, dkey, dvalue, *totals)
 
 
 def step(
@@ -150,16 +152,18 @@ def step(
     state and their output is zero. The windows may have another dtype than query. ValueError for shapes,
     dtypes, devices or strides that do not fit.
     """
-    call = _Call(query, key, value, alpha, local_scale, conv_weight, activation, group_size, normalize)
-    if call.length != 1:
-        raise ValueError(f"a step takes one token, not {call.length}")
+    fields, kept = _core(
+        query, key, value, alpha, local_scale, conv_weight, activation, group_size, normalize
+    )
+    batch, heads, tokens, _ = query.shape
+    if tokens != 1:
+        raise ValueError(f"a step takes one token, not {tokens}")
     if active is not None:
-        active = _table(active, (call.batch,), torch.bool, "active")
-    state = call.state(recurrent, key_window, value_window, length, folded)
-    out = value.new_empty(call.batch, call.heads, 1, call.value_dim)
-    where = 0 if active is None else active.data_ptr()
-    threads = call.threads_for(key_window.shape[2])
-    _run(_library().linearize_step, (*call.core, *call.tensors, *_place(out), *state, where), isa, threads)
+        active = _table(active, (batch,), torch.bool, "active")
+    state = _state(query, value, conv_weight, group_size, recurrent, key_window, value_window, length, folded)
+    out = value.new_empty(batch, heads, 1, value.shape[3])
+    threads = _state_threads(query, recurrent, key_window)
+    _run("step", (*fields, *_place(out)[1], *state, 0 if active is None else active.data_ptr()), isa, threads)
     return out
 
 
@@ -188,150 +192,171 @@ def tree(
     key and value [B, Hkv, N, D or Dv]; depth int64 [B, N], a node sits at position length + depth; ancestors
     bool [B, N, N], [u, a] True when a is u or an ancestor of u. ValueError as in `step`.
     """
-    call = _Call(query, key, value, alpha, local_scale, conv_weight, activation, group_size, normalize)
-    nodes = call.length
-    depth = _table(depth, (call.batch, nodes), torch.int64, "depth")
-    ancestors = _table(ancestors, (call.batch, nodes, nodes), torch.bool, "ancestors")
-    state = call.state(recurrent, key_window, value_window, length, folded)
-    out = value.new_empty(call.batch, call.heads, nodes, call.value_dim)
-    fields = (*call.core, *call.tensors, *_place(out), *state, depth.data_ptr(), ancestors.data_ptr())
-    _run(_library().linearize_tree, fields, isa, call.threads_for(key_window.shape[2]))
+    fields, kept = _core(
+        query, key, value, alpha, local_scale, conv_weight, activation, group_size, normalize
+    )
+    batch, heads, nodes, _ = query.shape
+    depth = _table(depth, (batch, nodes), torch.int64, "depth")
+    ancestors = _table(ancestors, (batch, nodes, nodes), torch.bool, "ancestors")
+    state = _state(query, value, conv_weight, group_size, recurrent, key_window, value_window, length, folded)
+    out = value.new_empty(batch, heads, nodes, value.shape[3])
+    threads = _state_threads(query, recurrent, key_window)
+    tables = depth.data_ptr(), ancestors.data_ptr()
+    _run("tree", (*fields, *_place(out)[1], *state, *tables), isa, threads)
     return out
 
 
-class _Call:
-    """Checked arguments as the fields of `Core`, and the tensors that must live until the call returns."""
+# The functions below run once for every token that is decoded, so that they are written to be short of calls.
 
-    def __init__(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        alpha: Tensor | None,
-        local_scale: Tensor | None,
-        conv_weight: Tensor | None,
-        activation: str,
-        group_size: int,
-        normalize: bool,
-    ) -> None:
-        self.batch, self.heads, self.length, self.dim = batch, heads, length, dim = query.shape
-        _, self.kv_heads, _, self.value_dim = _, kv_heads, _, value_dim = value.shape
-        if (
-            key.shape != (batch, kv_heads, length, dim)
-            or value.shape != (batch, kv_heads, length, value_dim)
-            or heads % kv_heads
-        ):
-            shapes = [list(x.shape) for x in (query, key, value)]
-            raise ValueError(f"shapes of query, key and value do not fit: {shapes}")
+
+def _core(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    alpha: Tensor | None,
+    local_scale: Tensor | None,
+    conv_weight: Tensor | None,
+    activation: str,
+    group_size: int,
+    normalize: bool,
+) -> tuple[tuple[int, ...], tuple[Tensor | None, ...]]:
+    """Checks the arguments: the fields of `Core`, query, key and value, and the tensors these point into."""
+    batch, heads, length, dim = query.shape
+    value_batch, kv_heads, value_length, value_dim = value.shape
+    if (
+        key.shape != (batch, kv_heads, length, dim)
+        or value_batch != batch
+        or value_length != length
+        or heads % kv_heads
+    ):
+        shapes = [list(x.shape) for x in (query, key, value)]
+        raise ValueError(f"shapes of query, key and value do not fit: {shapes}")
+    dtype = query.dtype
+    if dtype != key.dtype or dtype != value.dtype or dtype not in DTYPES or activation not in ACTIVATIONS:
         refused = supports(query, key, value, conv_weight, activation, group_size)
-        if refused:
-            raise ValueError(f"the CPU kernel does not take {refused}")
-        if not (query.is_cpu and key.is_cpu and value.is_cpu):
-            raise ValueError(f"the CPU kernel takes tensors on the CPU, not on {query.device}")
-        if group_size < 1 or not query.numel() or not value_dim:
-            raise ValueError(f"nothing to compute: group_size {group_size}, query {list(query.shape)}")
-        self.group, self.taps = group_size, 0 if conv_weight is None else conv_weight.shape[1]
-        self.inputs = [_columns_adjacent(x) for x in (query, key, value)]
-        self.parameters = [
-            _parameter(alpha, (heads,), "alpha"),
-            _parameter(local_scale, (heads,), "local_scale"),
-            _parameter(conv_weight, (heads, self.taps), "conv_weight"),
-        ]
-        self.core = (
-            *(DTYPES[query.dtype], batch, heads, kv_heads, length, dim, value_dim),
-            *(group_size, self.taps, ACTIVATIONS[activation], int(normalize)),
-            *[0 if x is None else x.data_ptr() for x in self.parameters],
+        raise ValueError(f"the CPU kernel does not take {refused}")
+    if not (query.is_cpu and key.is_cpu and value.is_cpu):
+        raise ValueError(f"the CPU kernel takes tensors on the CPU, not on {query.device}")
+    if group_size < 1 or not (batch and heads and length and dim and value_dim):
+        raise ValueError(f"nothing to compute: group_size {group_size}, query {list(query.shape)}")
+    taps = 0 if conv_weight is None else conv_weight.shape[1]
+    query, query_fields = _place(query)
+    key, key_fields = _place(key)
+    value, value_fields = _place(value)
+    alpha, alpha_at = _parameter(alpha, (heads,), "alpha")
+    local_scale, local_at = _parameter(local_scale, (heads,), "local_scale")
+    conv_weight, conv_at = _parameter(conv_weight, (heads, taps), "conv_weight")
+    fields = (
+        *(DTYPES[dtype], batch, heads, kv_heads, length, dim, value_dim),
+        *(group_size, taps, ACTIVATIONS[activation], normalize, alpha_at, local_at, conv_at),
+        *query_fields,
+        *key_fields,
+        *value_fields,
+    )
+    return fields, (query, key, value, alpha, local_scale, conv_weight)
+
+
+def _state(
+    query: Tensor,
+    value: Tensor,
+    conv_weight: Tensor | None,
+    group_size: int,
+    recurrent: Tensor,
+    key_window: Tensor,
+    value_window: Tensor,
+    length: Tensor,
+    folded: Tensor,
+) -> tuple[int, ...]:
+    """The fields of `State`. The tensors may be written to, so that none can be copied first."""
+    batch, _, _, dim = query.shape
+    _, kv_heads, _, value_dim = value.shape
+    window = key_window.shape[2]
+    if (
+        recurrent.shape != (batch, kv_heads, dim, value_dim)
+        or key_window.shape != (batch, kv_heads, window, dim)
+        or value_window.shape != (batch, kv_heads, window, value_dim)
+        or length.shape != (batch,)
+        or folded.shape != (batch,)
+    ):
+        shapes = [list(x.shape) for x in (recurrent, key_window, value_window, length, folded)]
+        raise ValueError(f"the shapes of the state do not fit query, key and value: {shapes}")
+    taps = 0 if conv_weight is None else conv_weight.shape[1]
+    if window % group_size or window < taps:
+        raise ValueError(
+            f"a window of {window} rows holds no whole groups of {group_size}, or not {taps} taps"
         )
-        self.tensors = [field for x in self.inputs for field in _place(x)]
-
-    def state(
-        self, recurrent: Tensor, key_window: Tensor, value_window: Tensor, length: Tensor, folded: Tensor
-    ) -> tuple[int, ...]:
-        """The fields of `State` in abi.h. The tensors are written to, so that none can be copied first."""
-        head, window = (self.batch, self.kv_heads), key_window.shape[2]
-        if (
-            recurrent.shape != (*head, self.dim, self.value_dim)
-            or key_window.shape != (*head, window, self.dim)
-            or value_window.shape != (*head, window, self.value_dim)
-            or not length.shape == folded.shape == (self.batch,)
-        ):
-            shapes = [list(x.shape) for x in (recurrent, key_window, value_window, length, folded)]
-            raise ValueError(f"the shapes of the state do not fit query, key and value: {shapes}")
-        if window % self.group or window < self.taps:
-            raise ValueError(
-                f"a window of {window} rows is no multiple of {self.group}, or less than {self.taps} taps"
-            )
-        if (
-            recurrent.dtype != torch.float32
-            or key_window.dtype not in DTYPES
-            or key_window.dtype != value_window.dtype
-            or not length.dtype == folded.dtype == torch.int64
-        ):
-            dtypes = [x.dtype for x in (recurrent, key_window, value_window, length, folded)]
-            raise ValueError(f"the CPU kernel does not take a state in {dtypes}")
-        state = (recurrent, key_window, value_window)
-        if not all(x.is_cpu and (x.stride(3) == 1 or x.shape[3] == 1) for x in state) or not (
-            length.is_contiguous() and folded.is_contiguous() and length.is_cpu and folded.is_cpu
-        ):
-            raise ValueError("the columns of the state must be adjacent, and all of it on the CPU")
-        return (
-            *(field for x in state for field in _place(x)),
-            *(DTYPES[key_window.dtype], window, length.data_ptr(), folded.data_ptr()),
-        )
-
-    def threads(self, products: int) -> int:
-        """Threads worth starting, when every token takes part in about so many [D, Dv] products."""
-        work = self.batch * self.heads * self.length * self.dim * self.value_dim * products
-        return 1 if work < 2 * _SMALL else min(torch.get_num_threads(), int(work / _SMALL))
-
-    def threads_for(self, window: int) -> int:
-        """Likewise for tokens that read a state: its size counts, for it must come from memory."""
-        rows = 8 * self.dim + window + self.heads // self.kv_heads * self.length * (self.dim + window)
-        work = self.batch * self.kv_heads * rows * (self.dim + self.value_dim)
-        return 1 if work < 2 * _SMALL else min(torch.get_num_threads(), int(work / _SMALL))
+    dtype = key_window.dtype
+    if (
+        recurrent.dtype != torch.float32
+        or dtype not in DTYPES
+        or value_window.dtype != dtype
+        or length.dtype != torch.int64
+        or folded.dtype != torch.int64
+    ):
+        dtypes = [x.dtype for x in (recurrent, key_window, value_window, length, folded)]
+        raise ValueError(f"the CPU kernel does not take a state in {dtypes}")
+    if not (
+        (recurrent.is_cpu and key_window.is_cpu and value_window.is_cpu and length.is_cpu and folded.is_cpu)
+        and (batch == 1 or length.stride(0) == folded.stride(0) == 1)
+    ):
+        raise ValueError("all of the state must be on the CPU, the lengths side by side")
+    places = []
+    for x in (recurrent, key_window, value_window):
+        place, fields = _place(x)
+        if place is not x:
+            raise ValueError("the columns of the state must be adjacent")
+        places += fields
+    return *places, DTYPES[dtype], window, length.data_ptr(), folded.data_ptr()
 
 
-def _run(function: Any, fields: Iterable[int], isa: str | None, threads: int) -> None:
-    chosen = best = _load()[3]
-    if isa is not None:
-        chosen = _ISAS[isa]
-        if chosen > best:
-            raise ValueError(f"this processor has no {isa}")
-    if function(array("q", fields).tobytes(), chosen, threads):
+def _run(name: str, fields: tuple[int, ...], isa: str | None, threads: int) -> None:
+    library, _, _, best = _load()
+    chosen = best if isa is None else _ISAS[isa]
+    if library is None or chosen > best:
+        raise RuntimeError(f"the CPU kernel cannot run: {unavailable_reason() or f'no {isa} here'}")
+    if getattr(library, f"linearize_{name}")(struct.pack(f"{len(fields)}q", *fields), chosen, threads):
         raise MemoryError("the CPU kernel could not allocate its scratch memory")
 
 
-def _place(x: Tensor) -> tuple[int, int, int, int]:
-    """The fields of `Tensor` in abi.h."""
-    batch, head, row, _ = x.stride()
-    return x.data_ptr(), batch, head, row
+def _threads(work: int) -> int:
+    return 1 if work < 2 * _SMALL else min(torch.get_num_threads(), int(work / _SMALL))
 
 
-def _columns_adjacent(x: Tensor) -> Tensor:
-    return x if x.stride(3) == 1 or x.shape[3] == 1 else x.contiguous()
+def _state_threads(query: Tensor, recurrent: Tensor, key_window: Tensor) -> int:
+    """One token is little arithmetic, but its state may have to come from memory: each counts for four."""
+    size = recurrent.numel() + 2 * key_window.numel()
+    if size * 4 < 2 * _SMALL and query.shape[2] == 1:
+        return 1
+    rows = query.shape[1] * query.shape[2] // recurrent.shape[1]
+    return _threads(size * (4 + rows))
 
 
-def _parameter(x: Tensor | None, shape: tuple[int, ...], name: str) -> Tensor | None:
+def _place(x: Tensor) -> tuple[Tensor, tuple[int, int, int, int]]:
+    """The fields of `Tensor` in abi.h, and the tensor they tell of: x, copied if its columns are apart."""
+    batch, head, row, column = x.stride()
+    if column != 1 and x.shape[3] != 1:
+        x = x.contiguous()
+        batch, head, row, _ = x.stride()
+    return x, (x.data_ptr(), batch, head, row)
+
+
+def _parameter(x: Tensor | None, shape: tuple[int, ...], name: str) -> tuple[Tensor | None, int]:
+    """x as adjacent float32 numbers, and its address; None and 0 leave it out."""
     if x is None:
-        return None
-    if x.shape != shape or not x.is_cpu or not x.numel():
+        return None, 0
+    if x.shape != shape or not x.is_cpu or not shape[-1]:
         raise ValueError(
             f"{name} must have shape {list(shape)} on the CPU, not {list(x.shape)} on {x.device}"
         )
-    return x if x.dtype is torch.float32 and x.is_contiguous() else x.detach().float().contiguous()
+    if x.dtype is not torch.float32 or not x.is_contiguous():
+        x = x.detach().float().contiguous()
+    return x, x.data_ptr()
 
 
 def _table(x: Tensor, shape: tuple[int, ...], dtype: torch.dtype, name: str) -> Tensor:
     if x.shape != shape or x.dtype != dtype or not x.is_cpu:
         raise ValueError(f"{name} must be {dtype} {list(shape)} on the CPU, not {x.dtype} {list(x.shape)}")
     return x.contiguous()
-
-
-def _library() -> ctypes.CDLL:
-    library, reason, *_ = _load()
-    if library is None:
-        raise RuntimeError(f"the CPU kernel is not available: {reason}")
-    return library
 
 
 @cache
