@@ -216,10 +216,13 @@ def _commit(key: Tensor, value: Tensor, count: Tensor, state: State, group_size:
 
 
 def _at(position: Tensor, new: Tensor, ring: Tensor | None, length: Tensor, count: Tensor) -> Tensor:
-    """The rows at `position` [B, n]: from the ring before `length`, then from `new`; zeros elsewhere."""
+    """The rows at `position` [B, n]: from the ring before `length`, then from `new`; zeros elsewhere.
+
+    Positions that the ring no longer holds give other rows of it; only outputs that are dropped read those.
+    """
     index = (position - length[:, None]).clamp(0, new.shape[2] - 1)
     out = _take(new, index)
-    first = length[:, None] if ring is None else (length[:, None] - ring.shape[2]).clamp_min(0)
+    first = length[:, None] if ring is None else torch.zeros_like(length)[:, None]
     if ring is not None:
         old = (position < length[:, None])[:, None, :, None]
         out = torch.where(old, _take(ring, position % ring.shape[2]), out)
