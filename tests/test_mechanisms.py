@@ -106,7 +106,7 @@ CASES: dict[str, tuple[str, dict[str, Any], Oracle]] = {
         "hedgehog",
         {},
         lambda q, k, v, p, causal, cross: hedgehog.oracle(
-            q, k, v, p["query_map.weight"], p["key_map.weight"], causal=causal
+            q, k, v, p["query_map"], p["key_map"], causal=causal
         ),
     ),
     "transnormer": (
@@ -127,8 +127,8 @@ CASES: dict[str, tuple[str, dict[str, Any], Oracle]] = {
             q,
             k,
             v,
-            p["query_map.weight"],
-            p["key_map.weight"],
+            p["query_map"],
+            p["key_map"],
             p["far_weight"],
             window=WINDOW,
             scale=0.4,
@@ -136,7 +136,7 @@ CASES: dict[str, tuple[str, dict[str, Any], Oracle]] = {
         ),
     ),
 }
-PER_KEY_HEAD = ("key_gamma", "key_beta", "key_map.weight", "sigma")
+PER_KEY_HEAD = ("key_gamma", "key_beta", "key_map", "sigma")
 """Parameters with one row per key/value head."""
 
 EACH = [
@@ -427,6 +427,14 @@ def test_a_window_never_makes_a_square_of_the_length(form: str) -> None:
 
 
 # --- settings, seeds, storage
+
+
+def test_parameters_and_buffers_lie_on_the_module_itself() -> None:
+    """The compile backend passes them to the graph by plain names."""
+    for case, (name, _, _) in CASES.items():
+        for form in SPECS:
+            if form in mechanisms.get(name).supports:
+                assert not [key for key in build(case, SPECS[form]).state_dict() if "." in key]
 
 
 def test_linformer_says_how_long_a_sequence_may_be() -> None:

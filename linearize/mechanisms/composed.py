@@ -53,7 +53,8 @@ class Term:
 class ComposedAttention(AttentionModule):
     """A site's attention as core calls. Subclasses give `terms`, and `combine` unless a sum will do.
 
-    They create their parameters, then call `reset_parameters`, which subclasses with parameters extend.
+    They create their parameters, on themselves (the compile backend finds them by plain names), then call
+    `reset_parameters`, which subclasses with parameters extend.
     """
 
     conv_joins: bool = False

@@ -28,36 +28,36 @@ if TYPE_CHECKING:
 _EPSILON = 1e-6
 
 
-class HedgehogMap(nn.Module):
-    """[B, heads, L, D] -> [B, heads, L, 2D], positive, with a learned [D, D] per head."""
+def positive(x: Tensor, weight: Tensor) -> Tensor:
+    """x [B, heads, L, D], weight [heads, D, D] -> features [B, heads, L, 2D]."""
+    x = x @ weight.to(x.dtype).mT
+    return torch.cat([x.softmax(-1), (-x).softmax(-1)], dim=-1) + _EPSILON
 
-    def __init__(self, heads: int, dim: int) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(heads, dim, dim))
 
-    def reset_parameters(self) -> None:
-        with torch.no_grad():
-            self.weight.copy_(torch.eye(self.weight.shape[-1], device=self.weight.device))
+def square(heads: int, dim: int) -> nn.Parameter:
+    """A map per head, still empty."""
+    return nn.Parameter(torch.empty(heads, dim, dim))
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = x @ self.weight.to(x.dtype).mT
-        return torch.cat([x.softmax(-1), (-x).softmax(-1)], dim=-1) + _EPSILON
+
+def set_identity(*maps: Tensor) -> None:
+    with torch.no_grad():
+        for weight in maps:
+            weight.copy_(torch.eye(weight.shape[-1], device=weight.device))
 
 
 class HedgehogAttention(NormalizedAttention):
     def __init__(self, spec: SiteSpec, config: LinearizeConfig) -> None:
         super().__init__(spec, config)
-        self.query_map = HedgehogMap(spec.num_heads, spec.head_dim)
-        self.key_map = HedgehogMap(spec.num_key_value_heads, spec.head_dim)
+        self.query_map = square(spec.num_heads, spec.head_dim)
+        self.key_map = square(spec.num_key_value_heads, spec.head_dim)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
         super().reset_parameters()
-        self.query_map.reset_parameters()
-        self.key_map.reset_parameters()
+        set_identity(self.query_map, self.key_map)
 
     def features(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
-        return self.query_map(query), self.key_map(key)
+        return positive(query, self.query_map), positive(key, self.key_map)
 
 
 def oracle_weights(query: Tensor, key: Tensor, query_map: Tensor, key_map: Tensor) -> Tensor:

@@ -30,7 +30,7 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 from ..attention import SiteSpec
 from .base import Mechanism, whole
 from .composed import ComposedAttention, Term, widen, with_one
-from .hedgehog import HedgehogMap, oracle_weights
+from .hedgehog import oracle_weights, positive, set_identity, square
 from .window import softmax_window
 
 if TYPE_CHECKING:
@@ -41,15 +41,14 @@ class SoftmaxWindowAttention(ComposedAttention):
     def __init__(self, spec: SiteSpec, config: LinearizeConfig) -> None:
         super().__init__(spec, config)
         self.window: int = config.option("window")
-        self.query_map = HedgehogMap(spec.num_heads, spec.head_dim)
-        self.key_map = HedgehogMap(spec.num_key_value_heads, spec.head_dim)
+        self.query_map = square(spec.num_heads, spec.head_dim)
+        self.key_map = square(spec.num_key_value_heads, spec.head_dim)
         self.far_weight = nn.Parameter(torch.empty(spec.num_heads))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
         super().reset_parameters()
-        self.query_map.reset_parameters()
-        self.key_map.reset_parameters()
+        set_identity(self.query_map, self.key_map)
         with torch.no_grad():
             self.far_weight.fill_(math.log(self.spec.head_dim / 2))
 
@@ -68,7 +67,8 @@ class SoftmaxWindowAttention(ComposedAttention):
         near, log_near = joined[..., :-1], joined[..., -1:]
         if statically_known_true(key.shape[2] <= self.window):
             return near
-        joined = self._far(self.query_map(query), self.key_map(key), with_one(value), key_mask, query_start)
+        query, key = positive(query, self.query_map), positive(key, self.key_map)
+        joined = self._far(query, key, with_one(value), key_mask, query_start)
         total = joined[..., -1:]
         some = total > 0
         total = torch.where(some, total, torch.ones_like(total))
