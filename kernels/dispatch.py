@@ -72,7 +72,7 @@ def _refusal(
     found = load(form)
     if isinstance(found, str):
         return Choice("torch", found, slow=True)
-    missing = found.unavailable_reason() if form == "cpu" else found.unavailable_reason(query.device)
+    missing = found.unavailable_reason(query.device)
     if missing is not None:
         return Choice("torch", missing, slow=True)
     unsupported = found.supports(query, key, value, conv_weight, activation, group_size)
@@ -83,8 +83,7 @@ def _refusal(
 def load(form: str) -> ModuleType | str:
     """The module of a compiled form, or one sentence saying why it cannot be imported."""
     try:
-        found = import_module(f".{form}", __package__)
-        return found if hasattr(found, "tree") else f"the {form} form is not there yet"
+        return import_module(f".{form}", __package__)
     except ImportError as error:
         return str(error)
 
