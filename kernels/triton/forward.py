@@ -11,13 +11,19 @@ the state S = sum of k^T v over the tiles behind it, [D, BV] float32, in registe
     S += k^T v
 
 so the convolution costs one product per neighbour, nothing of size [T / G, D, D] is stored, and each program
-reads its q, k, v once. When heads and columns give too few programs for the device, the length is split: one
-kernel sums k^T v per split, one adds them up, and the same walk starts each split from its sum.
+reads its q, k, v once (v twice, the second time from L2). When heads and columns give too few programs for
+the device, the length is split: one kernel sums k^T v per split, one adds them up, and the same walk starts
+each split from its sum.
+
+Everything is computed transposed (S^T, o^T, p^T): S^T then goes from the accumulator of one product to the
+left operand of the next without leaving the registers, and only p, [64, 64], passes through shared memory.
+
+Shared memory per stage: q, k [TILE, D], v and its neighbour [TILE, BV]; beside them p and T_1, [TILE, TILE].
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -28,8 +34,11 @@ import triton.language as tl
 from .launch import (
     Launch,
     Target,
+    describable,
+    described,
     load_band,
     load_rows,
+    load_tile,
     padded,
     readable,
     run,
@@ -47,30 +56,32 @@ def forward_kernel(
     length, heads, repeats, splits, span,
     D: tl.constexpr, BD: tl.constexpr, DV: tl.constexpr, BV: tl.constexpr,
     TILE: tl.constexpr, USED: tl.constexpr, GROUP: tl.constexpr, N_TAPS: tl.constexpr, RELU2: tl.constexpr,
+    DESCRIBED: tl.constexpr,
 ):  # fmt: skip
-    """Grid (B H DV/BV, splits). ALPHA, SCALE [H], TAPS [H, N_TAPS]: float32, or None.
+    """Grid (B H DV/BV, splits). ALPHA, SCALE [H], TAPS [H, N_TAPS]: float32, or None. OUT contiguous.
 
-    STATE [B Hkv, splits - 1, D, DV] float32: the sum of k^T v before each split but the first, or None.
+    Q, K, V: descriptors of tiles when DESCRIBED, else pointers. STATE [B Hkv, splits - 1, D, DV] float32: the
+    sum of k^T v before each split but the first, or None.
     """
     COLUMNS: tl.constexpr = (DV + BV - 1) // BV
+    DVP: tl.constexpr = COLUMNS * BV
     SEVERAL: tl.constexpr = GROUP < USED
-    DT: tl.constexpr = Q.dtype.element_ty
-    head = (tl.program_id(0) // COLUMNS).to(tl.int64)
+    DT: tl.constexpr = OUT.dtype.element_ty
+    head = tl.program_id(0) // COLUMNS
     split = tl.program_id(1)
     b, h = head // heads, head % heads
     kv = h // repeats
-    Q += b * q_b + h * q_h
-    K += b * k_b + kv * k_h
-    V += b * v_b + kv * v_h
-    OUT += head * length * DV
+    if not DESCRIBED:
+        Q += b.to(tl.int64) * q_b + h.to(tl.int64) * q_h
+        K += b.to(tl.int64) * k_b + kv.to(tl.int64) * k_h
+        V += b.to(tl.int64) * v_b + kv.to(tl.int64) * v_h
+    OUT += head.to(tl.int64) * length * DV
     i, d = tl.arange(0, TILE), tl.arange(0, BD)
-    dv = tl.program_id(0) % COLUMNS * BV + tl.arange(0, BV)
-    DVP: tl.constexpr = COLUMNS * BV
+    first = tl.program_id(0) % COLUMNS * BV
+    dv = first + tl.arange(0, BV)
 
-    lag = i[:, None] - i[None, :]
-    same = (i // GROUP)[:, None] == (i // GROUP)[None, :]
-    if ALPHA is not None:
-        alpha = tl.load(ALPHA + h)
+    lag = i[None, :] - i[:, None]  # rows are keys, columns queries
+    same = (i // GROUP)[None, :] == (i // GROUP)[:, None]
     if SCALE is not None:
         scale = tl.load(SCALE + h)
     if TAPS is not None:
@@ -78,33 +89,33 @@ def forward_kernel(
         inside = load_band(TAPS, lag, N_TAPS).to(DT)
         if N_TAPS > 1:
             before = load_band(TAPS, lag + TILE, N_TAPS).to(DT)
-
     if ALPHA is not None:
-        state = tl.zeros((BD, BV), tl.float32)
+        alpha = tl.load(ALPHA + h)
+        state = tl.zeros((BV, BD), tl.float32)
         if STATE is not None:
-            at = ((b * (heads // repeats) + kv) * (splits - 1) + split - 1) * D * DV
-            keep = (d < D)[:, None] & (dv < DV)[None, :] & (split > 0)
-            state = tl.load(STATE + at + d[:, None] * DV + dv[None, :], mask=keep, other=0.0)
+            at = (b * (heads // repeats) + kv).to(tl.int64) * (splits - 1) + split - 1
+            keep = (dv < DV)[:, None] & (d < D)[None, :] & (split > 0)
+            state = tl.load(STATE + at * D * DV + d[None, :] * DV + dv[:, None], mask=keep, other=0.0)
 
     last = tl.minimum((split + 1) * span, tl.cdiv(length, USED))
     for tile in tl.range(split * span, last):
         start = tile * USED
         end = tl.minimum(start + USED, length)
-        v = load_rows(V, start, i, dv, v_t, end, DV, DVP)
-        o = tl.zeros((TILE, BV), tl.float32)
+        v = load_tile(V, b, kv, start, i, dv, first, v_t, end, DV, DVP, BV, DESCRIBED)
+        o = tl.zeros((BV, TILE), tl.float32)
         p = tl.zeros((TILE, TILE), tl.float32)
         if (ALPHA is not None) or (SCALE is not None):
-            q = load_rows(Q, start, i, d, q_t, end, D, BD)
-            k = load_rows(K, start, i, d, k_t, end, D, BD)
+            q = load_tile(Q, b, h, start, i, d, 0, q_t, end, D, BD, BD, DESCRIBED)
+            k = load_tile(K, b, kv, start, i, d, 0, k_t, end, D, BD, BD, DESCRIBED)
         if ALPHA is not None:
             if DT == tl.float16:
                 # A float16 operand overflows where the sum does not: multiply by the mean of k^T v instead.
                 seen = tl.maximum(start, 1).to(tl.float32)
-                o = tl.dot(q, (state / seen).to(DT), input_precision="ieee") * (alpha * seen)
+                o = tl.dot((state / seen).to(DT), tl.trans(q), input_precision="ieee") * (alpha * seen)
             else:
-                o = tl.dot(q, (state * alpha).to(DT), input_precision="ieee")
+                o = tl.dot((state * alpha).to(DT), tl.trans(q), input_precision="ieee")
         if (SCALE is not None) or (ALPHA is not None and SEVERAL):
-            s = tl.dot(q, tl.trans(k), input_precision="ieee")
+            s = tl.dot(k, tl.trans(q), input_precision="ieee")
             if SCALE is not None:
                 if RELU2:
                     p = tl.maximum(s, 0.0)
@@ -119,18 +130,18 @@ def forward_kernel(
             p = tl.where(lag >= 0, p, 0.0)
         if TAPS is not None:
             p += inside.to(tl.float32)
-        o = tl.dot(p.to(DT), v, o, input_precision="ieee")
+        o = tl.dot(tl.trans(v), p.to(DT), o, input_precision="ieee")
         if TAPS is not None:
             if N_TAPS > 1:
-                v_before = load_rows(V, start - TILE, i, dv, v_t, length, DV, DVP)
-                o = tl.dot(before, v_before, o, input_precision="ieee")
+                near = load_tile(V, b, kv, start - TILE, i, dv, first, v_t, length, DV, DVP, BV, DESCRIBED)
+                o = tl.dot(tl.trans(near), before, o, input_precision="ieee")
             for n in tl.static_range(2, (N_TAPS + TILE - 2) // TILE + 1):
-                far = load_band(TAPS, lag + n * TILE, N_TAPS).to(DT)
-                v_far = load_rows(V, start - n * TILE, i, dv, v_t, length, DV, DVP)
-                o = tl.dot(far, v_far, o, input_precision="ieee")
-        store_rows(OUT, o, start, i, dv, DV, end, DV, DVP)
+                far = load_tile(V, b, kv, start - n * TILE, i, dv, first, v_t, length, DV, DVP, BV, DESCRIBED)
+                band = load_band(TAPS, lag + n * TILE, N_TAPS).to(DT)
+                o = tl.dot(tl.trans(far), band, o, input_precision="ieee")
+        store_rows(OUT, tl.trans(o), start, i, dv, DV, end, DV, DVP)
         if ALPHA is not None:
-            state = tl.dot(tl.trans(k), v, state, input_precision="ieee")
+            state = tl.dot(tl.trans(v), k, state, input_precision="ieee")
 
 
 @triton.jit(do_not_specialize=["length", "splits", "span"])
@@ -179,9 +190,31 @@ class Tile(NamedTuple):
     stages: int
 
 
-def forward_tile(target: Target, dim: int, value_dim: int, dtype: torch.dtype, rows: int) -> Tile:
-    """Chosen by registers and stack of the compiled code (tests/test_triton_aot.py), not by timing."""
-    return Tile(min(64, padded(value_dim)), 4, 2)
+def forward_tile(
+    target: Target, dim: int, value_dim: int, dtype: torch.dtype, rows: int, by_descriptor: bool
+) -> Tile:
+    """Chosen by registers, stack and shared memory of the compiled code, not by timing.
+
+    The aim on sm_90 is two programs per multiprocessor: at most 113 KB of shared memory and 255 registers for
+    four warps each. tests/test_triton_aot.py compiles what this returns.
+    """
+    engine = target.backend == "cuda" and 90 <= target.arch < 120  # wgmma and its successor: 64 rows or more
+    if dtype == torch.float32:
+        # No matrix instructions: operands pass through registers whole, and only narrow slices fit there.
+        found = Tile(32, 4, 1) if target.backend == "hip" else Tile(16, 8, 1)
+    elif rows > 64:
+        found = Tile(32, 4, 1) if target.backend == "hip" else Tile(64, 8, 1) if engine else Tile(32, 8, 1)
+    elif target.backend == "hip":
+        found = Tile(64, 4, 2 if dim <= 128 else 1)
+    elif not engine:
+        found = Tile(64, 8, 2) if dim <= 64 else Tile(64, 8, 3) if dim <= 128 else Tile(32, 8, 1)
+    elif target.arch >= 100:
+        found = Tile(64, 4, 2) if dim <= 64 else Tile(128, 8, 2) if dim <= 128 else Tile(64, 8, 2)
+    elif by_descriptor:
+        found = Tile(64, 4, 3) if dim <= 64 else Tile(64, 4, 2) if dim <= 128 else Tile(64, 8, 1)
+    else:
+        found = Tile(64, 8, 2) if dim <= 128 else Tile(32, 8, 2)
+    return found._replace(columns=min(found.columns, max(padded(value_dim), 64 if engine else 16)))
 
 
 def forward(
@@ -223,13 +256,12 @@ def plan(
     group_size: int,
     normalize: bool,
     target: Target,
+    tile: Tile | None = None,
 ) -> tuple[list[Launch], Tensor]:
-    """The launches of `forward`, and the tensor they fill."""
+    """The launches of `forward`, and the tensor they fill. `tile` replaces the choice of `forward_tile`."""
     batch, heads, length, dim = query.shape
     kv_heads, value_dim = key.shape[1], value.shape[3]
-    tile, used = tile_rows(group_size)
-    columns, warps, stages = forward_tile(target, dim, value_dim, query.dtype, tile)
-    slices, tiles = triton.cdiv(value_dim, columns), triton.cdiv(length, used)
+    rows, used = tile_rows(group_size)
     out = torch.empty((batch, heads, length, value_dim), dtype=value.dtype, device=value.device)
     launches: list[Launch] = []
     query, key, value = readable(query), readable(key), readable(value)
@@ -238,12 +270,19 @@ def plan(
         launches.append(before)
         before, key = unit_rows(key)
         launches.append(before)
+    # A descriptor reads whole tiles: it cannot leave out rows between the used ones and the next tile's.
+    whole = used == rows and query.dtype != torch.float32
+    by_descriptor = whole and describable(target, query, key, value)
+    if tile is None:
+        tile = forward_tile(target, dim, value_dim, query.dtype, rows, by_descriptor)
 
-    span = triton.cdiv(tiles, _splits(batch * heads * slices, tiles, target.processors))
+    slices, tiles = triton.cdiv(value_dim, tile.columns), triton.cdiv(length, used)
+    span = triton.cdiv(tiles, splits_for(batch * heads * slices, tiles, target.processors))
     splits = triton.cdiv(tiles, span)
+    q_strides = dict(q_b=query.stride(0), q_h=query.stride(1), q_t=query.stride(2))
     k_strides = dict(k_b=key.stride(0), k_h=key.stride(1), k_t=key.stride(2))
     v_strides = dict(v_b=value.stride(0), v_h=value.stride(1), v_t=value.stride(2))
-    shape = dict(D=dim, BD=padded(dim), DV=value_dim, BV=columns, TILE=tile, USED=used)
+    shape = dict(D=dim, BD=padded(dim), DV=value_dim, BV=tile.columns, TILE=rows, USED=used)
     state = None
     if splits > 1 and alpha is not None:
         count, size = batch * kv_heads, dim * value_dim
@@ -255,8 +294,8 @@ def plan(
                 (count * slices, splits - 1),
                 {**dict(K=key, V=value, STATE=state), **k_strides, **v_strides, **numbers},
                 shape,
-                warps,
-                stages,
+                tile.warps,
+                tile.stages,
             )
         )
         if splits > 2:
@@ -269,20 +308,24 @@ def plan(
                     matrix=False,
                 )
             )
-    tensors = dict(Q=query, K=key, V=value, OUT=out, STATE=state)
+    tensors: dict[str, Any] = dict(Q=query, K=key, V=value, OUT=out, STATE=state)
+    if by_descriptor:
+        wide = padded(dim)
+        descriptors = dict(Q=described(query, rows, wide), K=described(key, rows, wide))
+        tensors.update(descriptors, V=described(value, rows, tile.columns))
     weights = dict(ALPHA=alpha, SCALE=local_scale, TAPS=conv_weight)
-    q_strides = dict(q_b=query.stride(0), q_h=query.stride(1), q_t=query.stride(2))
     numbers = dict(length=length, heads=heads, repeats=heads // kv_heads, splits=splits, span=span)
     taps = 0 if conv_weight is None else conv_weight.shape[1]
-    options = dict(GROUP=group_size, N_TAPS=taps, RELU2=activation == "relu2")
+    options = dict(GROUP=group_size, N_TAPS=taps, RELU2=activation == "relu2", DESCRIBED=by_descriptor)
     launches.append(
         Launch(
             forward_kernel,
             (batch * heads * slices, splits),
             {**tensors, **weights, **q_strides, **k_strides, **v_strides, **numbers},
             {**shape, **options},
-            warps,
-            stages,
+            tile.warps,
+            tile.stages,
+            matrix=query.dtype != torch.float32,
         )
     )
     return launches, out
@@ -291,6 +334,10 @@ def plan(
 _SCAN = 1024
 
 
-def _splits(programs: int, tiles: int, processors: int) -> int:
+def splits_for(programs: int, tiles: int, processors: int) -> int:
     """Two programs per processor where the length allows it: fewer than four tiles are not worth a split."""
     return max(1, min(2 * processors // programs, tiles // 4))
+
+
+# For backward.py until it imports the public name.
+_splits = splits_for

@@ -23,6 +23,7 @@ from torch import Tensor
 
 import triton
 import triton.language as tl
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 
 class Target(NamedTuple):
@@ -100,6 +101,30 @@ def readable(x: Tensor) -> Tensor:
     return x if fits else x.contiguous()
 
 
+def describable(target: Target, *tensors: Tensor) -> bool:
+    """Whether the device has a copy engine that reads tiles by descriptor, and could read these [B, H, T, D].
+
+    Descriptors save the registers of addresses and masks, and the instructions that copy. Ampere has none of
+    this: there triton emulates them at the price of all registers. Consumer Blackwell (12.x) has them but too
+    little shared memory for the tiles chosen with them.
+    """
+    engine = target.backend == "cuda" and 90 <= target.arch < 120
+    return engine and all(_describable(x) for x in tensors)
+
+
+def _describable(x: Tensor) -> bool:
+    bytes_apart = [s * x.element_size() for n, s in zip(x.shape[:-1], x.stride(), strict=False) if n > 1]
+    aligned = all(step > 0 and step % 16 == 0 for step in bytes_apart)
+    return aligned and x.stride(-1) == 1 and (x.device.type == "meta" or x.data_ptr() % 16 == 0)
+
+
+def described(x: Tensor, rows: int, columns: int) -> TensorDescriptor:
+    """x [B, H, T, D] as a descriptor that loads [1, 1, rows, columns], zeros outside."""
+    # The stride of an axis of one means nothing in torch and must be aligned here.
+    strides = [s if n > 1 else 16 for n, s in zip(x.shape[:-1], x.stride(), strict=False)]
+    return TensorDescriptor(x, list(x.shape), [*strides, 1], [1, 1, rows, columns])
+
+
 @triton.jit
 def load_rows(pointer, start, rows, columns, stride, length, WIDTH: tl.constexpr, PADDED: tl.constexpr):
     """[rows, columns] of rows `start + rows` of a matrix [length, WIDTH]; zeros outside. `columns` < PADDED.
@@ -112,6 +137,22 @@ def load_rows(pointer, start, rows, columns, stride, length, WIDTH: tl.constexpr
         return tl.load(at, mask=keep[:, None], other=0.0)
     else:
         return tl.load(at, mask=keep[:, None] & (columns < WIDTH)[None, :], other=0.0)
+
+
+@triton.jit
+def load_tile(
+    X, b, h, start, rows, columns, first, stride, length, WIDTH: tl.constexpr, PADDED: tl.constexpr,
+    BLOCK: tl.constexpr, DESCRIBED: tl.constexpr,
+):  # fmt: skip
+    """Rows `start + rows` and `columns` = first + [0, BLOCK) of head (b, h): [rows, BLOCK], zeros outside.
+
+    X is a descriptor of the whole [B, H, T, WIDTH] tensor (see `described`) when DESCRIBED, and otherwise a
+    pointer to the head's own matrix, as for `load_rows`.
+    """
+    if DESCRIBED:
+        return X.load([b, h, start, first]).reshape(X.block_shape[2], BLOCK)
+    else:
+        return load_rows(X, start, rows, columns, stride, length, WIDTH, PADDED)
 
 
 @triton.jit

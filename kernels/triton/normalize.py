@@ -87,9 +87,3 @@ def _launch(kernel, x: Tensor, tensors: dict[str, Tensor]) -> Launch:
         dict(D=dim, BD=padded(dim), ROWS=_ROWS),
         matrix=False,
     )
-
-
-def aot_cases(dtype: torch.dtype, dim: int) -> list[Launch]:
-    """Launches as made for tensors [2, 4, 1000, dim], for compiling without a device."""
-    x = torch.empty(2, 4, 1000, dim, dtype=dtype, device="meta")
-    return [unit_rows(x)[0], unit_rows_backward(x, x)[0]]
