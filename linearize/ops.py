@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .arguments import attention_arguments, check_state, choice, from_interleaved, stateful_arguments
 from .errors import InputError
-from .kernels import registered, stateful
+from .kernels import registered, stateful  # noqa: F401 (registers the state's operators)
 from .kernels.dispatch import Choice
 from .state import AttentionState
 
@@ -124,7 +124,9 @@ def augmented_extend(
     tables, options = stateful_arguments(
         query, alpha, local_scale, conv_weight, activation, state.group_size, normalize, form
     )
-    return stateful.augmented_extend(query, key, value, *state.tensors, *tables, *options, key_mask, form)
+    return torch.ops.linearize.augmented_extend(
+        query, key, value, *state.tensors, *tables, *options, key_mask, form
+    )
 
 
 def augmented_tree(
@@ -156,7 +158,7 @@ def augmented_tree(
     tables, options = stateful_arguments(
         query, alpha, local_scale, conv_weight, activation, state.group_size, normalize, form
     )
-    return stateful.augmented_tree(
+    return torch.ops.linearize.augmented_tree(
         query, key, value, *state.tensors, depth, ancestors, *tables, *options, form
     )
 
@@ -180,7 +182,7 @@ def augmented_commit(
         index = path.clamp_min(0)[:, None, :, None]
         key = key.gather(2, index.expand(-1, key.shape[1], -1, key.shape[3]))
         value = value.gather(2, index.expand(-1, value.shape[1], -1, value.shape[3]))
-    stateful.augmented_append(key, value, *state.tensors, state.group_size, normalize, key_mask)
+    torch.ops.linearize.augmented_append(key, value, *state.tensors, state.group_size, normalize, key_mask)
 
 
 def lineage(parents: Tensor, batch: int, nodes: int, device: torch.device) -> tuple[Tensor, Tensor]:

@@ -7,7 +7,7 @@ import random
 
 import pytest
 import torch
-from linearize.kernels import oracle, stateful
+from linearize.kernels import oracle
 from torch import Tensor
 from torch._dynamo.testing import CompileCounter
 
@@ -243,16 +243,16 @@ def test_registered_ops_pass_the_library_checks():
     real = torch.rand(2, 3) > 0.3
     for size, mask in ((1, None), (3, real), (1, real[:, :1])):
         torch.library.opcheck(
-            stateful.augmented_extend,
+            torch.ops.linearize.augmented_extend.default,
             (*case.tokens(slice(11, 11 + size)), *case.state.clone().tensors, *tables, mask, None),
         )
     depth, ancestors = ops.lineage(torch.tensor([-1, 0, 0]), 2, 3, torch.device("cpu"))
     torch.library.opcheck(
-        stateful.augmented_tree,
+        torch.ops.linearize.augmented_tree.default,
         (*case.tokens(slice(11, 14)), *case.state.tensors, depth, ancestors, *tables, None),
     )
     torch.library.opcheck(
-        stateful.augmented_append,
+        torch.ops.linearize.augmented_append.default,
         (*case.tokens(slice(11, 14))[1:], *case.state.clone().tensors, 8, True, real),
     )
 
