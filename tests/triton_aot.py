@@ -29,7 +29,8 @@ TARGETS = {
 
 # What a matrix product compiles to. sm_90 and up have older, slower forms too, so the name matters.
 _MATRIX = {"sm_80": "HMMA", "sm_90": "HGMMA", "sm_100": "UTC[A-Z]*MMA", "gfx942": "v_mfma"}
-STACK_LIMIT = 64
+# Bytes of shared memory that one program can have. What wants more compiles, to nothing.
+_SHARED = {"sm_80": 166912, "sm_90": 232448, "sm_100": 232448, "gfx942": 65536}
 
 _TYPES = {
     torch.float32: "fp32",
@@ -56,11 +57,13 @@ class Built:
     matrix: int
     """Matrix instructions of the target's own kind."""
 
-    def faults(self, launch: Launch) -> list[str]:
-        """Why this must not ship; empty when it may."""
+    def faults(self, launch: Launch, stack: int = 64) -> list[str]:
+        """Why this must not ship; empty when it may. stack: the bytes of it that are let pass."""
         found = []
-        if self.stack > STACK_LIMIT:
+        if self.stack > stack:
             found.append(f"{self.stack} bytes of stack")
+        if self.shared > _SHARED[self.target]:
+            found.append(f"{self.shared} bytes of shared memory")
         if self.target == "gfx942" and self.spills:
             found.append(f"{self.spills} spilled registers")
         if launch.matrix and not self.matrix:
@@ -72,6 +75,14 @@ class Built:
             f"{self.target:7} {self.kernel:24} {self.registers:4} registers {self.stack:5} B stack "
             f"{self.spills:4} spills {self.shared:7} B shared {self.matrix:4} matrix instructions"
         )
+
+
+def identity(launch: Launch) -> str:
+    """Equal for launches that compile to the same code."""
+    source = _source(launch)
+    return (
+        f"{source.name} {source.signature} {source.constants} {source.attrs} {launch.warps} {launch.stages}"
+    )
 
 
 def build(launch: Launch, target: str) -> Built:
