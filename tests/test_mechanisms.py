@@ -369,6 +369,16 @@ def test_keys_that_no_random_feature_meets_are_averaged() -> None:
     close(out, mean.repeat_interleave(2, 1), 1e-4)
 
 
+def test_keys_that_no_learned_feature_meets_are_averaged() -> None:
+    """Query and key features are one-hot, in different places: float32 has no other weight for them."""
+    config = LinearizeConfig(mechanism="hedgehog", group_size=GROUP)
+    query, key, value = (torch.zeros_like(x) for x in inputs("causal", 40))
+    query[..., 0], query[..., 1], key[..., 2], key[..., 3] = 200, -200, 200, -200
+    value.normal_()
+    mean = value.cumsum(2) / torch.arange(1, 41)[:, None]
+    close(build_attention(SPEC, config)(query, key, value), mean.repeat_interleave(2, 1), 1e-5)
+
+
 # --- softmax_window
 
 
@@ -401,6 +411,24 @@ def test_scores_far_beyond_exp_keep_the_window_exact() -> None:
     assert peaked.any() and out.isfinite().all()
     # Scores of 10^4 are rounded to 10^-3, differently by different orders of summation.
     close(out.transpose(1, 2)[peaked.mT], sharp.transpose(1, 2)[peaked.mT], 1e-3)
+
+
+@pytest.mark.parametrize("form", ("causal", "bidirectional"))
+def test_the_window_operator_can_be_differentiated_twice(form: str) -> None:
+    query, key, value = (x.double().requires_grad_() for x in inputs(form, 9, batch=1))
+    mask = torch.ones(1, 9, dtype=torch.bool)
+    mask[0, 2] = False
+
+    def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        out = window.softmax_window(q.unflatten(1, (2, 2)), k, v, mask, None, 3, form == "causal")
+        return out * mask[:, None, None, :, None]
+
+    once, again = (
+        torch.autograd.grad(call(query, key, value).sum(), query, create_graph=c) for c in (False, True)
+    )
+    torch.testing.assert_close(once, again)
+    assert torch.autograd.gradcheck(call, (query, key, value))
+    assert torch.autograd.gradgradcheck(call, (query[..., :2], key[..., :2], value[..., :1]), fast_mode=True)
 
 
 class Largest(TorchDispatchMode):
