@@ -1,8 +1,8 @@
 """Every Triton kernel compiles for GPUs that are not here, in the tiles it would be launched with, and well.
 
-Well means: matrix instructions of the target's own kind, no spilled registers, no stack. Compilers fail at this
-silently and by an order of magnitude: ptxas turns some kernels for sm_80 into 32 registers and 10 KB of stack,
-and a kernel that asks for more shared memory than there is comes out empty.
+Well means: matrix instructions of the target's own kind, no spilled registers, no stack. Compilers fail at
+this silently and by an order of magnitude: ptxas turns some kernels for sm_80 into 32 registers and 10 KB of
+stack, and a kernel that asks for more shared memory than there is comes out empty.
 """
 
 from __future__ import annotations
@@ -16,15 +16,11 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
-
 from linearize.kernels.triton.launch import Launch
+from torch import Tensor
+from triton_aot import TARGETS, build, identity
 
 TESTS = Path(__file__).resolve().parent
-
-pytest.importorskip("triton")
-from triton_aot import TARGETS, build, identity  # noqa: E402
-
 HEADS, KV_HEADS = 8, 4
 
 
@@ -45,7 +41,7 @@ def launches(
     value_dim: int | None = None,
     activation: str = "relu2",
 ) -> Iterator[Launch]:
-    """What the four entry points would launch: long inputs whole (many heads) and split (few), a step, a tree."""
+    """What the entry points would launch: long inputs whole (many heads) and split (few), a step, a tree."""
     device, value_dim = TARGETS[target], value_dim or dim
     tables = (meta(HEADS), meta(HEADS), meta(HEADS, taps))
     how = (activation, group_size, True)
@@ -145,9 +141,9 @@ def test_triton_3_6_compiles_them_too(tmp_path: Path) -> None:
     code = f"""
 import sys
 sys.path.insert(0, {str(tmp_path)!r})
-import triton, pytest
+import pytest, triton
 assert triton.__version__ == "3.6.0", triton.__version__
-sys.exit(pytest.main([{str(TESTS / "test_triton_aot.py")!r}, "-q", "-m", "not slow", "-p", "no:cacheprovider"]))
+sys.exit(pytest.main(["tests/test_triton_aot.py", "-q", "-m", "not slow", "-p", "no:cacheprovider"]))
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=TESTS.parent, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
