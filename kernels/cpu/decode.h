@@ -275,7 +275,6 @@ void tree_unit(const Tree& t, int64_t unit, float* scratch) {
     for (int64_t l = 0; l < core.taps; l++) m.taps[l] = core.conv[head * core.taps + l];
     m.taps[core.taps] = 0;
     read_rows(m.query, m.wide_dim, t.query, core.dtype, b, head, 0, n, core.dim, core.normalize);
-    clear_rows(m.query, m.wide_dim, n, round_up(n, ROW_STEP));
     product<ROWS, SET>(m.scores, columns, m.query, m.wide_dim, m.keys_t, columns, n, columns, core.dim);
     for (int64_t u = 0; u < n; u++)
       if (core.activation == RELU2)

@@ -122,10 +122,8 @@ void forward_unit(const Forward& f, int64_t unit, int64_t first_head, int64_t la
       const int64_t head = kv * shared + h;
       const float alpha = core.alpha ? core.alpha[head] : 0, local = core.local ? core.local[head] : 0;
       const float* taps = core.conv ? reversed + h * taps_stride : nullptr;
-      if (core.local || core.alpha) {
+      if (core.local || core.alpha)
         read_rows(m.query, z.wide_dim, f.query, core.dtype, b, head, start, rows, z.dim, core.normalize);
-        clear_rows(m.query, z.wide_dim, rows, round_up(rows, ROW_STEP));
-      }
       for (int64_t i = 0; i < rows; i += TILE_ROWS) {
         const int64_t height = least(TILE_ROWS, rows - i), reach = i + height;
         const float* query = m.query + i * z.wide_dim;
