@@ -73,6 +73,9 @@ class AttentionModule(nn.Module):
     Child modules of a converted model are instances of this; `spec` says which site they stand for.
     """
 
+    keeps_bias = False
+    """`forward` takes the site's relative position bias too, as `bias` [1, H, T, S]."""
+
     def __init__(self, spec: SiteSpec) -> None:
         super().__init__()
         self.spec = spec
@@ -129,9 +132,11 @@ class LinearAttention(AttentionModule):
         conv_taps: int | None,
         local_scale: float,
         alpha: float | None,
+        keeps_bias: bool = False,
     ) -> None:
         super().__init__(spec)
         self.group_size = group_size
+        self.keeps_bias = keeps_bias and not spec.cross
         self.local_scale = local_scale
         self.initial_alpha = alpha
         self.alpha: nn.Parameter | None = None if alpha is None else nn.Parameter(torch.empty(1))
@@ -160,7 +165,11 @@ class LinearAttention(AttentionModule):
         mask: Tensor | None = None,
         program: Sequence[tuple[str, Any, Tensor | None]] | None = None,
         sinks: Tensor | None = None,
+        bias: Tensor | None = None,
     ) -> Tensor:
+        local_bias = None
+        if self.keeps_bias:
+            local_bias = _bias_by_lag(bias, self.group_size, self.spec.causal, query_start)
         return ops.augmented_attention(
             query,
             key,
@@ -168,6 +177,7 @@ class LinearAttention(AttentionModule):
             alpha=self.alpha,
             conv_weight=self.conv_weight,
             local_scale=self.local_scale,
+            local_bias=local_bias,
             group_size=self.group_size,
             causal=self.spec.causal,
             cross=self.spec.cross,
@@ -180,6 +190,37 @@ class LinearAttention(AttentionModule):
         taps = 0 if self.conv_weight is None else self.conv_weight.shape[1]
         options = f"group_size={self.group_size}, taps={taps}, local_scale={self.local_scale}"
         return f"{super().extra_repr()}, {options}"
+
+
+def _bias_by_lag(
+    bias: Tensor | None, group_size: int, causal: bool, query_start: int | Tensor | None
+) -> Tensor:
+    """A relative position bias [1, H, T, S] as `ops.augmented_attention` wants it: [H, lags]."""
+    if bias is None:
+        raise InputError(
+            "position_bias='local' needs a site that hands its bias to transformers' attention interface, as "
+            "T5 does; use position_bias='drop'"
+        )
+    queries, keys = bias.shape[2], bias.shape[3]
+    readable = type(bias) in (Tensor, nn.Parameter) and not bias.is_meta
+    if readable and not torch.compiler.is_compiling():
+        if bias.shape[0] != 1 or not torch.equal(bias[..., 1:, 1:], bias[..., :-1, :-1]):
+            raise InputError(
+                "this position bias does not depend on the distance alone; use position_bias='drop'"
+            )
+    lag = torch.arange(group_size, device=bias.device)
+    start = keys - queries if query_start is None else query_start
+    last = (start if causal else 0) + queries - 1
+    past = _columns_at(bias[0, :, -1], last - lag)
+    if causal:
+        return past
+    return torch.cat([_columns_at(bias[0, :, 0], lag[1:].flip(0)), past], dim=1)
+
+
+def _columns_at(row: Tensor, index: Tensor) -> Tensor:
+    """row [H, S] at `index`, zero where there is no such column."""
+    inside = (index >= 0) & (index < row.shape[1])
+    return row.index_select(1, index.clamp(0, row.shape[1] - 1)) * inside
 
 
 class SoftmaxAttention(AttentionModule):

@@ -160,7 +160,8 @@ def attend(
     if mask is not None and key_mask is not None and plain and (owner._linearize_proof or not softmax):
         check_structure(mask, key_mask, spec.causal, start, owner._linearize_path)
     if not softmax:
-        return child(query, key, value, key_mask=key_mask, query_start=start)
+        more = {"bias": bias} if child.keeps_bias else {}
+        return child(query, key, value, key_mask=key_mask, query_start=start, **more)
     if plain and owner._linearize_proof:
         # Exactly what the linear form will see: equality then proves the key mask and the start as well.
         return child(query, key, value, key_mask=key_mask, query_start=start)

@@ -113,8 +113,8 @@ def test_options_belong_to_their_mechanism():
         LinearizeConfig(mechanism="performer", options={"feature": 16})
     with pytest.raises(ConfigError, match="known: features, seed"):
         LinearizeConfig(mechanism="performer", options={"window": 16})
-    with pytest.raises(ConfigError, match="'local' has no option 'window' .known: it has none"):
-        LinearizeConfig(mechanism="local", options={"window": 16})
+    with pytest.raises(ConfigError, match="'relu' has no option 'window' .known: it has none"):
+        LinearizeConfig(mechanism="relu", options={"window": 16})
 
 
 @pytest.mark.parametrize("value", (0, -1, 1.0, True, "16"))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from ..attention import LinearAttention, SiteSpec
 from ..config import LinearizeConfig
+from .augmented import OPTIONS
 from .base import EVERYWHERE, Mechanism
 
 
@@ -17,6 +18,7 @@ def _build(spec: SiteSpec, config: LinearizeConfig) -> LinearAttention:
         conv_taps=config.conv_taps if config.augments else None,
         local_scale=config.local_scale,
         alpha=None,
+        keeps_bias=config.option("position_bias") == "local",
     )
 
 
@@ -25,4 +27,5 @@ MECHANISM = Mechanism(
     formula="local_scale * relu(q.k)^2 in the group",
     supports=EVERYWHERE,
     build=_build,
+    options=OPTIONS,
 )
