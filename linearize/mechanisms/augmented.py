@@ -5,8 +5,8 @@ o = local_scale * local + alpha * grouped + convolution(v); the formula and its 
 head) start at zero, so a fresh module computes the local part alone.
 
 A site with a relative position bias is refused unless `approximate=("bias",)`: outside the group it has no
-place. options={"position_bias": "local"} then keeps it inside, added after relu(q.k)^2 as the paper's T5 does.
-Untuned it is a poor start: it was made for the exponent of a softmax.
+place. options={"position_bias": "local"} then keeps it inside, added after relu(q.k)^2 as the paper's T5
+does. Untuned it is a poor start: it was made for the exponent of a softmax.
 
 State: [D, Dv] per key/value head, the sum of k^T v over finished groups, and a window of keys and values that
 serves the open group and the convolution.
