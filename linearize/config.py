@@ -49,7 +49,7 @@ class LinearizeConfig:
         sites use `2 * conv_taps - 1` centred taps.
     local_scale: weight of the local part of `augmented` and `local`, a constant.
     augmentation: add the convolution over values to any mechanism, or leave it out. None: as the mechanism
-    has it, which is with it for `augmented` and without for all others.
+        has it, which is with it for `augmented` and without for all others.
     options: settings of the mechanism itself, by name (`mechanisms.get(name).options` lists them).
     layers: rewrite only these layer indices (None: all).
     keep_softmax: layer indices or module paths to leave untouched.

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from linearize.kernels import oracle as core_oracle
-from live_models import VOCAB, bert, llama, recompute, tokens
+from live_models import VOCAB, bart, bert, llama, recompute, tokens
 from torch import Tensor, nn
 from torch.export import Dim, export
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -595,6 +595,18 @@ def test_an_encoder_converts(case: str) -> None:
     alone = model(ids[:1, :11]).last_hidden_state
     assert out.isfinite().all()
     torch.testing.assert_close(out[:1, :11], alone, atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("case", ("relu", "hedgehog", "yoso", "flash_global"))
+def test_an_encoder_decoder_generates_what_it_does_without_a_cache(case: str) -> None:
+    model: Any = awake(lz.linearize(bart(), augmentation=True, **settings(case)))
+    prompt = tokens(2, 17)
+    mask = torch.ones_like(prompt)
+    mask[0, -6:] = 0
+    greedy = dict(max_new_tokens=8, do_sample=False, eos_token_id=None)
+    out = model.generate(prompt, attention_mask=mask, **greedy)
+    assert torch.equal(out, model.generate(prompt, attention_mask=mask, **greedy, use_cache=False))
+    assert torch.equal(out[:1], model.generate(prompt[:1, :11], **greedy))
 
 
 def test_a_covering_window_leaves_the_model_as_it_was() -> None:
