@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import ast
 import os
+import shutil
 import subprocess
 import sys
+import tarfile
 import tomllib
 import zipfile
 from importlib.metadata import entry_points, requires, version
 from pathlib import Path
 
 import pytest
+from linearize.kernels import cpu
 
 ROOT = Path(__file__).resolve().parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
@@ -116,8 +119,8 @@ def test_python_m_linearize_and_pytest_run_from_the_root(other_kernels: Path) ->
 
 
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A wheel built from a copy of the files that git tracks or would track: what a fresh clone has."""
+def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of the files that git tracks or would track: what a fresh clone has."""
     tree = tmp_path_factory.mktemp("tree")
     listed = subprocess.run(
         ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
@@ -131,25 +134,32 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
         if source.is_file():
             (tree / name).parent.mkdir(parents=True, exist_ok=True)
             (tree / name).write_bytes(source.read_bytes())
-    out = tmp_path_factory.mktemp("wheel")
-    subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "pip",
-            "wheel",
-            "--quiet",
-            "--no-deps",
-            "--no-build-isolation",
-            "-w",
-            out,
-            tree,
-        ],
-        check=True,
-        timeout=300,
-    )
+    return tree
+
+
+def build_wheel(tree: Path, out: Path, compiler: str | None = None) -> Path:
+    """Built without network, by `compiler` if given."""
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        "--quiet",
+        "--no-deps",
+        "--no-build-isolation",
+        "-w",
+        out,
+        tree,
+    ]
+    env = os.environ if compiler is None else {**os.environ, "CC": compiler, "CXX": compiler}
+    subprocess.run(command, check=True, timeout=300, env=env)
     (built,) = out.glob("*.whl")
     return built
+
+
+@pytest.fixture(scope="module")
+def wheel(clone: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build_wheel(clone, tmp_path_factory.mktemp("wheel"))
 
 
 def test_the_wheel_holds_one_top_level_package_with_its_data(wheel: Path) -> None:
@@ -165,6 +175,34 @@ def test_the_wheel_holds_one_top_level_package_with_its_data(wheel: Path) -> Non
     assert "linearize/py.typed" in names
     data = {path.name for path in (ROOT / "linearize" / "demo_model").iterdir()}
     assert {f"linearize/demo_model/{name}" for name in data} <= set(names)
+
+
+@pytest.mark.skipif(not cpu.available(), reason=cpu.unavailable_reason() or "")
+def test_a_wheel_holds_the_kernels_for_any_python_and_not_their_sources(wheel: Path) -> None:
+    assert "-py3-none-" in wheel.name
+    names = {name for name in zipfile.ZipFile(wheel).namelist() if name.startswith("linearize/kernels/cpu/")}
+    assert names == {f"linearize/kernels/cpu/{name}" for name in ("__init__.py", "_kernels.so")}
+
+
+def test_a_source_distribution_holds_what_the_kernels_are_built_from(clone: Path, tmp_path: Path) -> None:
+    code = f"from setuptools import build_meta; print(build_meta.build_sdist({str(tmp_path)!r}))"
+    python(code, clone)
+    (archive,) = tmp_path.glob("*.tar.gz")
+    names = {name.split("/", 1)[1] for name in tarfile.open(archive).getnames() if "/" in name}
+    folder = ROOT / "kernels" / "cpu"
+    sources = {path.name for path in folder.iterdir() if path.suffix in (".cpp", ".h")}
+    assert {f"kernels/cpu/{name}" for name in sources} | {"setup.py"} <= names
+
+
+def test_without_a_compiler_the_package_installs_and_says_what_is_missing(
+    clone: Path, tmp_path: Path
+) -> None:
+    shutil.rmtree(clone / "build", ignore_errors=True)
+    built = build_wheel(clone, tmp_path / "wheel", compiler="no-such-compiler")
+    zipfile.ZipFile(built).extractall(tmp_path / "target")
+    code = "from linearize.kernels import cpu; print(cpu.available(), cpu.unavailable_reason())"
+    said = python(code, tmp_path, tmp_path / "target")
+    assert said.startswith("False") and "not built" in said
 
 
 def test_an_installed_wheel_works_away_from_the_checkout(wheel: Path, tmp_path: Path) -> None:
