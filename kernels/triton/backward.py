@@ -7,7 +7,7 @@ kernels sum the states at the borders, for the forward and for the reverse walks
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,7 +23,17 @@ from .gradients import (
     taps_grad_kernel,
     value_grad_kernel,
 )
-from .launch import Launch, Target, padded, readable, run, target_of, tile_rows
+from .launch import (
+    Launch,
+    Target,
+    describable,
+    described,
+    padded,
+    readable,
+    run,
+    target_of,
+    tile_rows,
+)
 from .normalize import unit_rows, unit_rows_backward
 
 
@@ -42,7 +52,9 @@ class Tiles(NamedTuple):
     """For the sums over splits and over the taps' diagonals."""
 
 
-def backward_tiles(target: Target, dim: int, value_dim: int, dtype: torch.dtype, rows: int) -> Tiles:
+def backward_tiles(
+    target: Target, dim: int, value_dim: int, dtype: torch.dtype, rows: int, by_descriptor: bool
+) -> Tiles:
     """Chosen by registers and stack of the compiled code (tests/test_triton_aot.py), not by timing."""
     columns, value_columns = min(64, padded(dim)), min(64, padded(value_dim))
     return Tiles(
@@ -111,13 +123,13 @@ def plan(
     group_size: int,
     normalize: bool,
     target: Target,
+    tiles: Tiles | None = None,
 ) -> tuple[list[Launch], Gradients]:
-    """The launches of `backward`, and the tensors they fill."""
+    """The launches of `backward`, and the tensors they fill. `tiles` replaces `backward_tiles`'s choice."""
     batch, heads, length, dim = query.shape
     kv_heads, value_dim, device = key.shape[1], value.shape[3], query.device
     repeats = heads // kv_heads
     tile, used = tile_rows(group_size)
-    tiles = backward_tiles(target, dim, value_dim, query.dtype, tile)
     launches: list[Launch] = []
     given_query, given_key = query, key
     grad, value = readable(grad.to(value.dtype)), readable(value)
@@ -134,13 +146,22 @@ def plan(
     def strides(**tensors: Tensor) -> dict[str, int]:
         return {f"{name}_{axis}": x.stride(n) for name, x in tensors.items() for n, axis in enumerate("bht")}
 
+    # A descriptor reads whole tiles: it cannot leave out rows between the used ones and the next tile's.
+    by_descriptor = used == tile and describable(target, query, key, value, grad)
+    if tiles is None:
+        tiles = backward_tiles(target, dim, value_dim, query.dtype, tile, by_descriptor)
+
+    def read(x: Tensor, columns: int) -> Any:
+        return described(x, tile, columns) if by_descriptor else x
+
     slices = triton.cdiv(dim, tiles.key.columns)
     parts = triton.cdiv(length, used)
     span = triton.cdiv(parts, splits_for(batch * kv_heads * slices, parts, target.processors))
     splits = triton.cdiv(parts, span)
     walk = dict(length=length, splits=splits, span=span)
     shape = dict(D=dim, BD=padded(dim), DV=value_dim, TILE=tile, USED=used)
-    wide = dict(BV=padded(value_dim), GROUP=group_size, RELU2=activation == "relu2")
+    options = dict(GROUP=group_size, RELU2=activation == "relu2", DESCRIBED=by_descriptor)
+    wide = dict(BV=padded(value_dim), **options)
     weights = dict(ALPHA=alpha, SCALE=local_scale)
     dquery, dkey, dvalue = (buffer(*x.shape, dtype=x.dtype) for x in (query, key, value))
 
@@ -182,7 +203,9 @@ def plan(
         dquery.zero_()
         dkey.zero_()
     else:
-        tensors = dict(Q=query, K=key, V=value, GRAD=grad)
+        wide_dim, wide_value = padded(dim), padded(value_dim)
+        tensors = dict(Q=read(query, wide_dim), K=read(key, wide_dim), V=read(value, wide_value))
+        tensors["GRAD"] = read(grad, wide_value)
         row_strides = strides(q=query, k=key, v=value, g=grad)
         columns, warps, stages = tiles.query
         slices = triton.cdiv(dim, columns)
@@ -193,7 +216,8 @@ def plan(
                 query_grad_kernel,
                 (batch * heads * slices, splits),
                 {**tensors, **weights, **row_strides, **walk}
-                | dict(OUT=dquery, STATE=state, D_ALPHA=d_alpha, D_SCALE=d_scale)
+                | dict(Q_SLICE=read(query, columns), K_SLICE=read(key, columns), OUT=dquery, STATE=state)
+                | dict(D_ALPHA=d_alpha, D_SCALE=d_scale)
                 | dict(heads=heads, repeats=repeats),
                 {**shape, **wide, **dict(BS=columns, STAGES=stages)},
                 warps,
@@ -206,7 +230,7 @@ def plan(
                 key_grad_kernel,
                 (batch * kv_heads * triton.cdiv(dim, columns), splits),
                 {**tensors, **weights, **row_strides, **walk}
-                | dict(OUT=dkey, STATE=grad_state, heads=kv_heads),
+                | dict(Q_SLICE=read(query, columns), OUT=dkey, STATE=grad_state, heads=kv_heads),
                 {**shape, **wide, **dict(BS=columns, REPEATS=repeats, STAGES=stages)},
                 warps,
                 stages,
@@ -219,10 +243,10 @@ def plan(
             value_grad_kernel,
             (batch * kv_heads * triton.cdiv(value_dim, columns), splits),
             {**weights, **strides(q=query, k=key, g=grad), **walk}
-            | dict(Q=query, K=key, GRAD=grad, OUT=dvalue, TAPS=conv_weight, STATE=grad_state)
+            | dict(Q=read(query, padded(dim)), K=read(key, padded(dim)), GRAD=read(grad, columns))
+            | dict(OUT=dvalue, TAPS=conv_weight, STATE=grad_state)
             | dict(heads=kv_heads),
-            {**shape, **dict(BS=columns, GROUP=group_size, REPEATS=repeats, N_TAPS=taps)}
-            | dict(RELU2=activation == "relu2", STAGES=stages),
+            {**shape, **options, **dict(BS=columns, REPEATS=repeats, N_TAPS=taps, STAGES=stages)},
             warps,
             stages,
         )

@@ -24,16 +24,17 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .launch import load_band, load_rows, store_rows
+from .launch import load_band, load_rows, load_tile, store_rows
 
 
 @triton.jit(do_not_specialize=["length", "splits", "span"])
 def query_grad_kernel(
-    Q, K, V, GRAD, OUT, ALPHA, SCALE, STATE, D_ALPHA, D_SCALE,
+    Q, Q_SLICE, K, K_SLICE, V, GRAD, OUT, ALPHA, SCALE, STATE, D_ALPHA, D_SCALE,
     q_b, q_h, q_t, k_b, k_h, k_t, v_b, v_h, v_t, g_b, g_h, g_t,
     length, heads, repeats, splits, span,
     D: tl.constexpr, BD: tl.constexpr, DV: tl.constexpr, BV: tl.constexpr, BS: tl.constexpr,
     TILE: tl.constexpr, USED: tl.constexpr, GROUP: tl.constexpr, RELU2: tl.constexpr, STAGES: tl.constexpr,
+    DESCRIBED: tl.constexpr,
 ):  # fmt: skip
     """OUT = dq [B, H, T, D]; grid (B H D/BS, splits). STATE as in the forward.
 
@@ -42,17 +43,21 @@ def query_grad_kernel(
     SLICES: tl.constexpr = (D + BS - 1) // BS
     DS: tl.constexpr = SLICES * BS
     SEVERAL: tl.constexpr = GROUP < USED
-    DT: tl.constexpr = Q.dtype.element_ty
-    head = (tl.program_id(0) // SLICES).to(tl.int64)
+    LOCAL: tl.constexpr = (SCALE is not None) or (ALPHA is not None and SEVERAL)
+    DT: tl.constexpr = OUT.dtype.element_ty
+    head = tl.program_id(0) // SLICES
     piece = tl.program_id(0) % SLICES
     split = tl.program_id(1)
     b, h = head // heads, head % heads
     kv = h // repeats
-    Q += b * q_b + h * q_h
-    K += b * k_b + kv * k_h
-    V += b * v_b + kv * v_h
-    GRAD += b * g_b + h * g_h
-    OUT += head * length * D
+    if not DESCRIBED:
+        Q += b.to(tl.int64) * q_b + h.to(tl.int64) * q_h
+        Q_SLICE += b.to(tl.int64) * q_b + h.to(tl.int64) * q_h
+        K += b.to(tl.int64) * k_b + kv.to(tl.int64) * k_h
+        K_SLICE += b.to(tl.int64) * k_b + kv.to(tl.int64) * k_h
+        V += b.to(tl.int64) * v_b + kv.to(tl.int64) * v_h
+        GRAD += b.to(tl.int64) * g_b + h.to(tl.int64) * g_h
+    OUT += head.to(tl.int64) * length * D
     i, d, dv = tl.arange(0, TILE), tl.arange(0, BD), tl.arange(0, BV)
     ds = piece * BS + tl.arange(0, BS)
     lag = i[:, None] - i[None, :]
@@ -63,9 +68,9 @@ def query_grad_kernel(
         alpha = tl.load(ALPHA + h)
         state = tl.zeros((BS, BV), tl.float32)
         if STATE is not None:
-            at = ((b * (heads // repeats) + kv) * (splits - 1) + split - 1) * D * DV
+            at = (b * (heads // repeats) + kv).to(tl.int64) * (splits - 1) + split - 1
             keep = (ds < D)[:, None] & (dv < DV)[None, :] & (split > 0)
-            state = tl.load(STATE + at + ds[:, None] * DV + dv[None, :], mask=keep, other=0.0)
+            state = tl.load(STATE + at * D * DV + ds[:, None] * DV + dv[None, :], mask=keep, other=0.0)
     if SCALE is not None:
         scale = tl.load(SCALE + h)
 
@@ -73,29 +78,19 @@ def query_grad_kernel(
     for tile in tl.range(split * span, last, num_stages=STAGES):
         start = tile * USED
         end = tl.minimum(start + USED, length)
-        do = load_rows(GRAD, start, i, dv, g_t, end, DV, BV)
-        v = load_rows(V, start, i, dv, v_t, end, DV, BV)
-        q_slice = load_rows(Q, start, i, ds, q_t, end, D, DS)
-        k_slice = load_rows(K, start, i, ds, k_t, end, D, DS)
+        # Tiles are read where they are used: read together, they do not fit the registers of sm_80.
         dq = tl.zeros((TILE, BS), tl.float32)
-        if ALPHA is not None:
-            if DT == tl.float16:
-                # A float16 operand overflows where the sum does not: multiply by the mean of k^T v instead.
-                seen = tl.maximum(start, 1).to(tl.float32)
-                dq = tl.dot(do, tl.trans((state / seen).to(DT)), input_precision="ieee") * seen
-            else:
-                dq = tl.dot(do, tl.trans(state.to(DT)), input_precision="ieee")
-            sum_alpha += tl.sum(dq * q_slice.to(tl.float32), 1)
-            dq *= alpha
-            state = tl.dot(tl.trans(k_slice), v, state, input_precision="ieee")
-        if (SCALE is not None) or (ALPHA is not None and SEVERAL):
-            if SLICES == 1:
-                q = q_slice
-                k = k_slice
-            else:
-                q = load_rows(Q, start, i, d, q_t, end, D, BD)
-                k = load_rows(K, start, i, d, k_t, end, D, BD)
+        if LOCAL:
+            q = load_tile(Q, b, h, start, i, d, 0, q_t, end, D, BD, BD, DESCRIBED)
+            k = load_tile(K, b, kv, start, i, d, 0, k_t, end, D, BD, BD, DESCRIBED)
             s = tl.dot(q, tl.trans(k), input_precision="ieee")
+        do = load_tile(GRAD, b, h, start, i, dv, 0, g_t, end, DV, BV, BV, DESCRIBED)
+        v = load_tile(V, b, kv, start, i, dv, 0, v_t, end, DV, BV, BV, DESCRIBED)
+        if LOCAL and SLICES == 1:
+            k_slice = k
+        else:
+            k_slice = load_tile(K_SLICE, b, kv, start, i, ds, piece * BS, k_t, end, D, DS, BS, DESCRIBED)
+        if LOCAL:
             dp = tl.dot(do, tl.trans(v), input_precision="ieee")
             dp = tl.where(lag >= 0, dp, 0.0)
             if SEVERAL:
@@ -118,6 +113,20 @@ def query_grad_kernel(
                     else:
                         dp = far * alpha
             dq = tl.dot(dp.to(DT), k_slice, dq, input_precision="ieee")
+        if ALPHA is not None:
+            if DT == tl.float16:
+                # A float16 operand overflows where the sum does not: multiply by the mean of k^T v instead.
+                seen = tl.maximum(start, 1).to(tl.float32)
+                through = tl.dot(do, tl.trans((state / seen).to(DT)), input_precision="ieee") * seen
+            else:
+                through = tl.dot(do, tl.trans(state.to(DT)), input_precision="ieee")
+            if LOCAL and SLICES == 1:
+                q_slice = q
+            else:
+                q_slice = load_tile(Q_SLICE, b, h, start, i, ds, piece * BS, q_t, end, D, DS, BS, DESCRIBED)
+            sum_alpha += tl.sum(through * q_slice.to(tl.float32), 1)
+            dq += through * alpha
+            state = tl.dot(tl.trans(k_slice), v, state, input_precision="ieee")
         store_rows(OUT, dq, start, i, ds, D, end, D, DS)
     at = (head * splits + split) * SLICES + piece
     if ALPHA is not None:
@@ -128,12 +137,12 @@ def query_grad_kernel(
 
 @triton.jit(do_not_specialize=["length", "splits", "span"])
 def key_grad_kernel(
-    Q, K, V, GRAD, OUT, ALPHA, SCALE, STATE,
+    Q, Q_SLICE, K, V, GRAD, OUT, ALPHA, SCALE, STATE,
     q_b, q_h, q_t, k_b, k_h, k_t, v_b, v_h, v_t, g_b, g_h, g_t,
     length, heads, splits, span,
     D: tl.constexpr, BD: tl.constexpr, DV: tl.constexpr, BV: tl.constexpr, BS: tl.constexpr,
     TILE: tl.constexpr, USED: tl.constexpr, GROUP: tl.constexpr, REPEATS: tl.constexpr, RELU2: tl.constexpr,
-    STAGES: tl.constexpr,
+    STAGES: tl.constexpr, DESCRIBED: tl.constexpr,
 ):  # fmt: skip
     """OUT = dk [B, Hkv, T, D]; grid (B Hkv D/BS, splits). Rows of a tile of scores are keys, columns queries.
 
@@ -142,33 +151,36 @@ def key_grad_kernel(
     SLICES: tl.constexpr = (D + BS - 1) // BS
     DS: tl.constexpr = SLICES * BS
     SEVERAL: tl.constexpr = GROUP < USED
-    DT: tl.constexpr = Q.dtype.element_ty
-    head = (tl.program_id(0) // SLICES).to(tl.int64)
+    DT: tl.constexpr = OUT.dtype.element_ty
+    head = tl.program_id(0) // SLICES
     split = tl.program_id(1)
     b, h = head // heads, head % heads
-    Q += b * q_b + h * REPEATS * q_h
-    K += b * k_b + h * k_h
-    V += b * v_b + h * v_h
-    GRAD += b * g_b + h * REPEATS * g_h
-    OUT += head * length * D
+    if not DESCRIBED:
+        Q += b.to(tl.int64) * q_b
+        Q_SLICE += b.to(tl.int64) * q_b
+        K += b.to(tl.int64) * k_b + h.to(tl.int64) * k_h
+        V += b.to(tl.int64) * v_b + h.to(tl.int64) * v_h
+        GRAD += b.to(tl.int64) * g_b
+    OUT += head.to(tl.int64) * length * D
     i, d, dv = tl.arange(0, TILE), tl.arange(0, BD), tl.arange(0, BV)
-    ds = tl.program_id(0) % SLICES * BS + tl.arange(0, BS)
+    first_column = tl.program_id(0) % SLICES * BS
+    ds = first_column + tl.arange(0, BS)
     lag = i[None, :] - i[:, None]
     same = (i // GROUP)[:, None] == (i // GROUP)[None, :]
     if ALPHA is not None:
         state = tl.zeros((BS, BV), tl.float32)
         if STATE is not None:
-            at = (head * (splits - 1) + splits - 2 - split) * D * DV
+            at = head.to(tl.int64) * (splits - 1) + splits - 2 - split
             keep = (ds < D)[:, None] & (dv < DV)[None, :] & (split < splits - 1)
-            state = tl.load(STATE + at + ds[:, None] * DV + dv[None, :], mask=keep, other=0.0)
+            state = tl.load(STATE + at * D * DV + ds[:, None] * DV + dv[None, :], mask=keep, other=0.0)
 
     first = split * span
     last = tl.minimum(first + span, tl.cdiv(length, USED))
     for back in tl.range(0, last - first, num_stages=STAGES):
         start = (last - 1 - back) * USED
         end = tl.minimum(start + USED, length)
-        v = load_rows(V, start, i, dv, v_t, end, DV, BV)
-        k = load_rows(K, start, i, d, k_t, end, D, BD)
+        v = load_tile(V, b, h, start, i, dv, 0, v_t, end, DV, BV, BV, DESCRIBED)
+        k = load_tile(K, b, h, start, i, d, 0, k_t, end, D, BD, BD, DESCRIBED)
         dk = tl.zeros((TILE, BS), tl.float32)
         if ALPHA is not None:
             if DT == tl.float16:
@@ -177,8 +189,14 @@ def key_grad_kernel(
             else:
                 dk = tl.dot(v, tl.trans(state.to(DT)), input_precision="ieee")
         for repeat in tl.range(0, REPEATS, num_stages=STAGES):
-            do = load_rows(GRAD + repeat * g_h, start, i, dv, g_t, end, DV, BV)
-            q_slice = load_rows(Q + repeat * q_h, start, i, ds, q_t, end, D, DS)
+            qh = h * REPEATS + repeat
+            GRAD_H, Q_H, Q_SLICE_H = GRAD, Q, Q_SLICE
+            if not DESCRIBED:
+                GRAD_H += qh.to(tl.int64) * g_h
+                Q_H += qh.to(tl.int64) * q_h
+                Q_SLICE_H += qh.to(tl.int64) * q_h
+            do = load_tile(GRAD_H, b, qh, start, i, dv, 0, g_t, end, DV, BV, BV, DESCRIBED)
+            q_slice = load_tile(Q_SLICE_H, b, qh, start, i, ds, first_column, q_t, end, D, DS, BS, DESCRIBED)
             if (SCALE is not None) or (ALPHA is not None and SEVERAL):
                 dp = tl.dot(v, tl.trans(do), input_precision="ieee")
                 dp = tl.where(lag >= 0, dp, 0.0)
@@ -186,23 +204,23 @@ def key_grad_kernel(
                     far = tl.where(same, 0.0, dp)
                     dp = tl.where(same, dp, 0.0)
                 if SCALE is not None:
-                    dp *= tl.load(SCALE + h * REPEATS + repeat)
+                    dp *= tl.load(SCALE + qh)
                     if RELU2:
                         if SLICES == 1:
                             q = q_slice
                         else:
-                            q = load_rows(Q + repeat * q_h, start, i, d, q_t, end, D, BD)
+                            q = load_tile(Q_H, b, qh, start, i, d, 0, q_t, end, D, BD, BD, DESCRIBED)
                         s = tl.dot(k, tl.trans(q), input_precision="ieee")
                         dp *= 2.0 * tl.maximum(s, 0.0)
                 if SEVERAL:
                     if ALPHA is not None:
                         if SCALE is not None:
-                            dp += far * tl.load(ALPHA + h * REPEATS + repeat)
+                            dp += far * tl.load(ALPHA + qh)
                         else:
-                            dp = far * tl.load(ALPHA + h * REPEATS + repeat)
+                            dp = far * tl.load(ALPHA + qh)
                 dk = tl.dot(dp.to(DT), q_slice, dk, input_precision="ieee")
             if ALPHA is not None:
-                alpha = tl.load(ALPHA + h * REPEATS + repeat)
+                alpha = tl.load(ALPHA + qh)
                 state += alpha * tl.dot(tl.trans(q_slice), do, input_precision="ieee")
         store_rows(OUT, dk, start, i, ds, D, end, D, DS)
 
@@ -214,30 +232,32 @@ def value_grad_kernel(
     length, heads, splits, span,
     D: tl.constexpr, BD: tl.constexpr, DV: tl.constexpr, BS: tl.constexpr,
     TILE: tl.constexpr, USED: tl.constexpr, GROUP: tl.constexpr, REPEATS: tl.constexpr, N_TAPS: tl.constexpr,
-    RELU2: tl.constexpr, STAGES: tl.constexpr,
+    RELU2: tl.constexpr, STAGES: tl.constexpr, DESCRIBED: tl.constexpr,
 ):  # fmt: skip
     """OUT = dv [B, Hkv, T, DV]; grid (B Hkv DV/BS, splits). The forward walk mirrored; STATE as in dk."""
     SLICES: tl.constexpr = (DV + BS - 1) // BS
     DS: tl.constexpr = SLICES * BS
     SEVERAL: tl.constexpr = GROUP < USED
-    DT: tl.constexpr = Q.dtype.element_ty
-    head = (tl.program_id(0) // SLICES).to(tl.int64)
+    DT: tl.constexpr = OUT.dtype.element_ty
+    head = tl.program_id(0) // SLICES
     split = tl.program_id(1)
     b, h = head // heads, head % heads
-    Q += b * q_b + h * REPEATS * q_h
-    K += b * k_b + h * k_h
-    GRAD += b * g_b + h * REPEATS * g_h
-    OUT += head * length * DV
+    if not DESCRIBED:
+        Q += b.to(tl.int64) * q_b
+        K += b.to(tl.int64) * k_b + h.to(tl.int64) * k_h
+        GRAD += b.to(tl.int64) * g_b
+    OUT += head.to(tl.int64) * length * DV
     i, d = tl.arange(0, TILE), tl.arange(0, BD)
-    dv = tl.program_id(0) % SLICES * BS + tl.arange(0, BS)
+    first_column = tl.program_id(0) % SLICES * BS
+    dv = first_column + tl.arange(0, BS)
     lag = i[None, :] - i[:, None]
     same = (i // GROUP)[:, None] == (i // GROUP)[None, :]
     if ALPHA is not None:
         state = tl.zeros((BD, BS), tl.float32)
         if STATE is not None:
-            at = (head * (splits - 1) + splits - 2 - split) * D * DV
+            at = head.to(tl.int64) * (splits - 1) + splits - 2 - split
             keep = (d < D)[:, None] & (dv < DV)[None, :] & (split < splits - 1)
-            state = tl.load(STATE + at + d[:, None] * DV + dv[None, :], mask=keep, other=0.0)
+            state = tl.load(STATE + at * D * DV + d[:, None] * DV + dv[None, :], mask=keep, other=0.0)
 
     first = split * span
     last = tl.minimum(first + span, tl.cdiv(length, USED))
@@ -245,7 +265,7 @@ def value_grad_kernel(
         start = (last - 1 - back) * USED
         end = tl.minimum(start + USED, length)
         out = tl.zeros((TILE, BS), tl.float32)
-        k = load_rows(K, start, i, d, k_t, end, D, BD)
+        k = load_tile(K, b, h, start, i, d, 0, k_t, end, D, BD, BD, DESCRIBED)
         if ALPHA is not None:
             if DT == tl.float16:
                 seen = tl.maximum(length - end, 1).to(tl.float32)
@@ -253,34 +273,41 @@ def value_grad_kernel(
             else:
                 out = tl.dot(k, state.to(DT), input_precision="ieee")
         for repeat in tl.range(0, REPEATS, num_stages=STAGES):
-            q = load_rows(Q + repeat * q_h, start, i, d, q_t, end, D, BD)
-            do = load_rows(GRAD + repeat * g_h, start, i, dv, g_t, end, DV, DS)
+            qh = h * REPEATS + repeat
+            GRAD_H, Q_H = GRAD, Q
+            if not DESCRIBED:
+                GRAD_H += qh.to(tl.int64) * g_h
+                Q_H += qh.to(tl.int64) * q_h
+            q = load_tile(Q_H, b, qh, start, i, d, 0, q_t, end, D, BD, BD, DESCRIBED)
+            do = load_tile(GRAD_H, b, qh, start, i, dv, first_column, g_t, end, DV, DS, BS, DESCRIBED)
             p = tl.zeros((TILE, TILE), tl.float32)
             if (SCALE is not None) or (ALPHA is not None and SEVERAL):
                 s = tl.dot(k, tl.trans(q), input_precision="ieee")
                 if SCALE is not None:
                     if RELU2:
                         p = tl.maximum(s, 0.0)
-                        p = p * p * tl.load(SCALE + h * REPEATS + repeat)
+                        p = p * p * tl.load(SCALE + qh)
                     else:
-                        p = s * tl.load(SCALE + h * REPEATS + repeat)
+                        p = s * tl.load(SCALE + qh)
                 if SEVERAL:
                     if ALPHA is not None:
-                        p = tl.where(same, p, s * tl.load(ALPHA + h * REPEATS + repeat))
+                        p = tl.where(same, p, s * tl.load(ALPHA + qh))
                     else:
                         p = tl.where(same, p, 0.0)
                 p = tl.where(lag >= 0, p, 0.0)
             if TAPS is not None:
-                p += load_band(TAPS + (h * REPEATS + repeat) * N_TAPS, lag, N_TAPS)
+                p += load_band(TAPS + qh * N_TAPS, lag, N_TAPS)
             out = tl.dot(p.to(DT), do, out, input_precision="ieee")
             if TAPS is not None:
                 for n in tl.static_range(0, (N_TAPS + TILE - 2) // TILE):
                     far = USED + n * TILE
-                    band = load_band(TAPS + (h * REPEATS + repeat) * N_TAPS, lag + far, N_TAPS)
-                    do_far = load_rows(GRAD + repeat * g_h, start + far, i, dv, g_t, length, DV, DS)
+                    band = load_band(TAPS + qh * N_TAPS, lag + far, N_TAPS)
+                    do_far = load_tile(
+                        GRAD_H, b, qh, start + far, i, dv, first_column, g_t, length, DV, DS, BS, DESCRIBED
+                    )
                     out = tl.dot(band.to(DT), do_far, out, input_precision="ieee")
             if ALPHA is not None:
-                alpha = tl.load(ALPHA + h * REPEATS + repeat)
+                alpha = tl.load(ALPHA + qh)
                 state += alpha * tl.dot(tl.trans(q), do, input_precision="ieee")
         store_rows(OUT, out, start, i, dv, DV, end, DV, DS)
 

@@ -13,6 +13,8 @@ Bytes per query head, D = DV, N nodes, a window of W rows: 4 D^2 + 2 W D e + 4 N
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -89,12 +91,12 @@ def tree_kernel(
 
     out = tl.zeros((NODES, BV), tl.float32)
     if ALPHA is not None:
-        keep = (d < D)[:, None] & (dv < DV)[None, :]
-        state = tl.load(RECURRENT + d[:, None] * DV + dv[None, :], mask=keep, other=0.0)
+        in_state = (d < D)[:, None] & (dv < DV)[None, :]
+        state = tl.load(RECURRENT + d[:, None] * DV + dv[None, :], mask=in_state, other=0.0)
         if DT == tl.float16:
             # A float16 operand overflows where the sum does not: multiply by the mean of k^T v instead.
-            seen = tl.maximum(folded, 1).to(tl.float32)
-            out = tl.dot(q, (state / seen).to(DT), input_precision="ieee") * (alpha * seen)
+            tokens = tl.maximum(folded, 1).to(tl.float32)
+            out = tl.dot(q, (state / tokens).to(DT), input_precision="ieee") * (alpha * tokens)
         else:
             out = tl.dot(q, (state * alpha).to(DT), input_precision="ieee")
 
@@ -121,8 +123,8 @@ def tree_kernel(
     last = ((length + WINDOW - 1) % WINDOW).to(tl.int32)
     count = tl.minimum(length, WINDOW).to(tl.int32)
     visible = (length - folded).to(tl.int32)
-    for first in range(0, WINDOW, ROWS):
-        r = first + tl.arange(0, ROWS)
+    for begin in range(0, WINDOW, ROWS):
+        r = begin + tl.arange(0, ROWS)
         age = (last - r + WINDOW) % WINDOW
         seen = (r < WINDOW) & (age < visible)
         held = (r < WINDOW) & (age < count)
@@ -140,6 +142,25 @@ def tree_kernel(
         v = tl.load(VALUES + r[:, None] * DV + dv[None, :], mask=keep, other=0.0).to(DT)
         out = tl.dot(p.to(DT), v, out, input_precision="ieee")
     store_rows(OUT, out, start, n, dv, DV, nodes, DV, DVP)
+
+
+class Tile(NamedTuple):
+    nodes: int
+    columns: int
+    """BV: columns of the value that a program owns."""
+    rows: int
+    """Rows of the window at a time."""
+    warps: int
+
+
+def tree_tile(target: Target, dim: int, value_dim: int, dtype: torch.dtype, nodes: int) -> Tile:
+    """Chosen by registers and stack of the compiled code (tests/test_triton_aot.py), not by timing."""
+    if dtype == torch.float32:
+        return Tile(16, 16, 16, 4)
+    columns = min(64, padded(value_dim))
+    if target.backend == "hip" and padded(dim) == 256:
+        return Tile(min(32, padded(nodes)), columns, 32, 4)
+    return Tile(min(64, padded(nodes)), columns, 64, 4 if target.backend == "hip" or padded(dim) < 128 else 8)
 
 
 def tree(
@@ -201,8 +222,7 @@ def plan(
     window, value_dim = key_window.shape[2], value.shape[3]
     query, key, value = readable(query), readable(key), readable(value)
     out = torch.empty((batch, heads, nodes, value_dim), dtype=value.dtype, device=value.device)
-    block = min(64, padded(nodes))
-    columns = min(64, padded(value_dim))
+    block, columns, rows, warps = tree_tile(target, dim, value_dim, query.dtype, nodes)
     state = dict(RECURRENT=recurrent, KEYS=key_window, VALUES=value_window, LENGTH=length, FOLDED=folded)
     tensors = dict(Q=query, K=key, V=value, OUT=out, DEPTH=depth, ANCESTORS=ancestors, **state)
     strides = {
@@ -217,7 +237,10 @@ def plan(
         | dict(ALPHA=alpha, SCALE=local_scale, TAPS=conv_weight, **strides)
         | dict(nodes=nodes, heads=heads, repeats=heads // key.shape[1]),
         dict(D=dim, BD=padded(dim), DV=value_dim, BV=columns, WINDOW=window, NODES=block)
-        | dict(ROWS=min(64, padded(window)), GROUP=group_size, RELU2=activation == "relu2", UNIT=normalize)
+        | dict(ROWS=min(rows, padded(window)), GROUP=group_size, RELU2=activation == "relu2", UNIT=normalize)
         | dict(N_TAPS=0 if conv_weight is None else conv_weight.shape[1]),
+        warps=warps,
+        # Below 64 rows no wgmma: smaller trees take the older instructions.
+        matrix=block == 64,
     )
     return launch, out
