@@ -27,6 +27,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 ACTIVATIONS = ("relu2", "linear")
 LARGEST_HEAD = 256
 LARGEST_GROUP = 128
+MOST_TAPS = 1024
 
 
 def __getattr__(name: str) -> Any:
@@ -69,18 +70,24 @@ def supports(
     group_size: int,
 ) -> str | None:
     """Why a call (shapes as in `forward`) cannot take this form; None when it can. Looks at no data."""
+    dim = max(query.shape[-1], value.shape[-1])
     if not query.dtype == key.dtype == value.dtype:
-        return f"query, key and value have different dtypes ({query.dtype}, {key.dtype}, {value.dtype})"
+        return f"different dtypes of query, key and value ({query.dtype}, {key.dtype}, {value.dtype})"
     if query.dtype not in DTYPES:
         return f"dtype {query.dtype} (has float32, bfloat16, float16)"
     if activation not in ACTIVATIONS:
         return f"local activation {activation!r} (has {', '.join(ACTIVATIONS)})"
     if not 1 <= group_size <= LARGEST_GROUP:
         return f"group size {group_size} (has 1 to {LARGEST_GROUP})"
-    if max(query.shape[-1], value.shape[-1]) > LARGEST_HEAD:
-        return f"head dimension {max(query.shape[-1], value.shape[-1])} (has up to {LARGEST_HEAD})"
-    if conv_weight is not None and conv_weight.shape[-1] > 1024:
-        return f"{conv_weight.shape[-1]} convolution taps (has up to 1024)"
+    if dim > LARGEST_HEAD:
+        return f"head dimension {dim} (has up to {LARGEST_HEAD})"
+    # Tiles of these would not fit the shared memory of every GPU.
+    if dim > 128 and query.dtype == torch.float32:
+        return f"head dimension {dim} in float32 (has up to 128)"
+    if dim > 128 and group_size > 64:
+        return f"head dimension {dim} with groups of {group_size} (has up to 64)"
+    if conv_weight is not None and conv_weight.shape[-1] > MOST_TAPS:
+        return f"{conv_weight.shape[-1]} convolution taps (has up to {MOST_TAPS})"
     if query.numel() == 0 or value.numel() == 0:
         return "an empty tensor"
     return None

@@ -176,11 +176,12 @@ def state_kernel(
 def scan_kernel(STATE, count, SIZE: tl.constexpr, BLOCK: tl.constexpr):
     """STATE [N, count, SIZE]: running sums over `count`, in place; grid (N, SIZE / BLOCK)."""
     at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    STATE += tl.program_id(0).to(tl.int64) * count * SIZE
+    here = STATE + tl.program_id(0).to(tl.int64) * count * SIZE + at
     total = tl.zeros((BLOCK,), tl.float32)
-    for n in tl.range(0, count):
-        total += tl.load(STATE + n.to(tl.int64) * SIZE + at, mask=at < SIZE, other=0.0)
-        tl.store(STATE + n.to(tl.int64) * SIZE + at, total, mask=at < SIZE)
+    for _ in tl.range(0, count):
+        total += tl.load(here, mask=at < SIZE, other=0.0)
+        tl.store(here, total, mask=at < SIZE)
+        here += SIZE
 
 
 class Tile(NamedTuple):
