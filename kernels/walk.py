@@ -21,7 +21,7 @@ from torch import Tensor
 
 from .activations import ACTIVATIONS
 
-_ANCHOR = 64
+_ANCHOR = 16
 """Groups between two saved states in the backward."""
 
 
@@ -119,7 +119,9 @@ def backward(
             walk.add(dband[..., walk.reach + size - v.shape[1] : walk.reach + size], dweights, size)
         if walk.alpha is not None:
             scale = walk.cut(walk.alpha, size)
-            total = saved.get(start + group_size, total).baddbmm(k.mT, v[:, -size:], alpha=-1)
+            total = saved.get(start + group_size, total)
+            # A saved state is exact where one stands; an empty one would otherwise be rounding noise.
+            total = saved[start] if start in saved else total.baddbmm(k.mT, v[:, -size:], alpha=-1)
             through = torch.bmm(do, total.mT)
             walk.add(dalpha, (through * q).sum(-1, keepdim=True), size)
             dq.addcmul_(through, scale)
@@ -274,9 +276,10 @@ class _Walk:
 def _anchors(
     walk: _Walk, key: Tensor, value: Tensor, state: Tensor | None, normalize: bool
 ) -> dict[int, Tensor]:
-    """The state before token n, for n every `_ANCHOR` groups and at the end (rounded up to whole groups)."""
+    """The state before token n, for n every `_ANCHOR` groups from 0 to the end (rounded up to a group)."""
     step = _ANCHOR * walk.group
-    total, saved = walk.new_state(state), {}
+    total = walk.new_state(state)
+    saved = {0: total}
     for start in range(0, walk.length, step):
         k = key[:, :, start : start + step].to(walk.dtype)
         if normalize:

@@ -36,8 +36,6 @@ from linearize.mechanisms import (
 )
 
 GROUP, TAPS, WINDOW = 32, 4, 16
-REBUILT = 5e-3
-"""For causal gradients that pass through the state of earlier groups: rebuilt by subtraction."""
 LENGTHS = (1, 2, 31, 33, 64, 65, 130)
 SPEC = SiteSpec(num_heads=4, num_key_value_heads=2, head_dim=8, value_dim=6, causal=True, scale=0.4)
 SPECS = {
@@ -243,9 +241,7 @@ def test_equals_its_oracle_with_gradients(case: str, form: str, augmentation: bo
         # One key leaves a normalised mechanism nothing to choose, so some gradients are nothing but rounding.
         least = 0.5 * float(max(b.abs().max() for b in should[:3]))
         for name, a, b in zip(("query", "key", "value", *learned), got, should, strict=True):
-            rebuilt = form == "causal" and name not in ("key", "value", "conv_weight")
-            relative, floor = (REBUILT, max(least, 0.1)) if rebuilt else (1e-5, max(least, 1e-12))
-            close(a, b, relative, f"gradient of {name} at length {length}", floor)
+            close(a, b, 1e-5, f"gradient of {name} at length {length}", max(least, 1e-12))
 
 
 @pytest.mark.parametrize("case, form", EACH)
