@@ -12,7 +12,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from . import ops
 from .errors import ConfigError, InputError
 
 if TYPE_CHECKING:
@@ -111,116 +110,6 @@ class AttentionModule(nn.Module):
         return (
             f"{kind}, heads={spec.num_heads}/{spec.num_key_value_heads}, dim={spec.head_dim}/{spec.value_dim}"
         )
-
-
-class LinearAttention(AttentionModule):
-    """Augmented linear attention and its ablations (`ops.augmented_attention`), with the parameters it adds.
-
-    alpha: initial weight of the grouped part, a parameter of shape [1] (FSDP shards no 0-d tensors); None
-        leaves the part out. conv_taps: see `LinearizeConfig`; the parameter `conv_weight` [H, taps] starts at
-        zero; None, or a cross-attention site, has no convolution. local_scale: a constant.
-
-    The site's scale plays no part (query and key are normalised), and its attention dropout is not applied:
-    dropout would zero entries of a weight matrix that is never formed.
-    """
-
-    def __init__(
-        self,
-        spec: SiteSpec,
-        *,
-        group_size: int,
-        conv_taps: int | None,
-        local_scale: float,
-        alpha: float | None,
-        keeps_bias: bool = False,
-    ) -> None:
-        super().__init__(spec)
-        self.group_size = group_size
-        self.keeps_bias = keeps_bias and not spec.cross
-        self.local_scale = local_scale
-        self.initial_alpha = alpha
-        self.alpha: nn.Parameter | None = None if alpha is None else nn.Parameter(torch.empty(1))
-        self.conv_weight: nn.Parameter | None = None
-        if conv_taps is not None and not spec.cross:
-            width = ops.conv_width(conv_taps, spec.causal)
-            self.conv_weight = nn.Parameter(torch.empty(spec.num_heads, width))
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        """Initial values; call it after `to_empty` when the module was built on the meta device."""
-        with torch.no_grad():
-            if self.alpha is not None and self.initial_alpha is not None:
-                self.alpha.fill_(self.initial_alpha)
-            if self.conv_weight is not None:
-                self.conv_weight.zero_()
-
-    def forward(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        *,
-        key_mask: Tensor | None = None,
-        query_start: int | Tensor | None = None,
-        mask: Tensor | None = None,
-        program: Sequence[tuple[str, Any, Tensor | None]] | None = None,
-        sinks: Tensor | None = None,
-        bias: Tensor | None = None,
-    ) -> Tensor:
-        local_bias = None
-        if self.keeps_bias:
-            local_bias = _bias_by_lag(bias, self.group_size, self.spec.causal, query_start)
-        return ops.augmented_attention(
-            query,
-            key,
-            value,
-            alpha=self.alpha,
-            conv_weight=self.conv_weight,
-            local_scale=self.local_scale,
-            local_bias=local_bias,
-            group_size=self.group_size,
-            causal=self.spec.causal,
-            cross=self.spec.cross,
-            kv_layout=self.spec.kv_layout,
-            key_mask=key_mask,
-            query_start=query_start if self.spec.causal or self.spec.cross else None,
-        )
-
-    def extra_repr(self) -> str:
-        taps = 0 if self.conv_weight is None else self.conv_weight.shape[1]
-        options = f"group_size={self.group_size}, taps={taps}, local_scale={self.local_scale}"
-        return f"{super().extra_repr()}, {options}"
-
-
-def _bias_by_lag(
-    bias: Tensor | None, group_size: int, causal: bool, query_start: int | Tensor | None
-) -> Tensor:
-    """A relative position bias [1, H, T, S] as `ops.augmented_attention` wants it: [H, lags]."""
-    if bias is None:
-        raise InputError(
-            "position_bias='local' needs a site that hands its bias to transformers' attention interface, as "
-            "T5 does; use position_bias='drop'"
-        )
-    queries, keys = bias.shape[2], bias.shape[3]
-    readable = type(bias) in (Tensor, nn.Parameter) and not bias.is_meta
-    if readable and not torch.compiler.is_compiling():
-        if bias.shape[0] != 1 or not torch.equal(bias[..., 1:, 1:], bias[..., :-1, :-1]):
-            raise InputError(
-                "this position bias does not depend on the distance alone; use position_bias='drop'"
-            )
-    lag = torch.arange(group_size, device=bias.device)
-    start = keys - queries if query_start is None else query_start
-    last = (start if causal else 0) + queries - 1
-    past = _columns_at(bias[0, :, -1], last - lag)
-    if causal:
-        return past
-    return torch.cat([_columns_at(bias[0, :, 0], lag[1:].flip(0)), past], dim=1)
-
-
-def _columns_at(row: Tensor, index: Tensor) -> Tensor:
-    """row [H, S] at `index`, zero where there is no such column."""
-    inside = (index >= 0) & (index < row.shape[1])
-    return row.index_select(1, index.clamp(0, row.shape[1] - 1)) * inside
 
 
 class SoftmaxAttention(AttentionModule):

@@ -13,9 +13,10 @@ from torch import Tensor
 from torch.export import Dim, export
 
 from linearize import ops
-from linearize.attention import LinearAttention, SiteSpec, SoftmaxAttention, build_attention
+from linearize.attention import SiteSpec, SoftmaxAttention, build_attention
 from linearize.config import LinearizeConfig
 from linearize.errors import InputError
+from linearize.mechanisms.augmented import AugmentedAttention
 
 SPEC = SiteSpec(num_heads=4, num_key_value_heads=2, head_dim=8, value_dim=6, causal=True)
 BIDIRECTIONAL = dataclasses.replace(SPEC, causal=False)
@@ -40,9 +41,9 @@ def inputs(length: int, keys: int | None = None, batch: int = 2, dtype=torch.flo
     )
 
 
-def linear(spec: SiteSpec = SPEC, **options) -> LinearAttention:
+def linear(spec: SiteSpec = SPEC, **options) -> AugmentedAttention:
     module = build_attention(spec, LinearizeConfig(group_size=16, conv_taps=4, **options))
-    assert isinstance(module, LinearAttention)
+    assert isinstance(module, AugmentedAttention)
     with torch.no_grad():
         for parameter in module.parameters():
             parameter.normal_()

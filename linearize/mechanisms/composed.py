@@ -37,7 +37,7 @@ class Term:
     """Arguments of one call of `ops.augmented_attention`; None leaves that part out.
 
     query [B, H, T, D], key [B, Hkv, S, D], value [B, Hkv, S, Dv], one dtype; alpha, local_scale: a number or
-    a tensor [1] or [H]; conv_weight [H, taps].
+    a tensor [1] or [H]; conv_weight [H, taps]; local_bias [H, lags].
     """
 
     query: Tensor
@@ -46,6 +46,7 @@ class Term:
     alpha: Tensor | float | None = None
     local_scale: Tensor | float | None = None
     conv_weight: Tensor | None = None
+    local_bias: Tensor | None = None
     activation: str = "linear"
     normalize: bool = False
 
@@ -131,6 +132,7 @@ class ComposedAttention(AttentionModule):
             alpha=term.alpha,
             conv_weight=term.conv_weight,
             local_scale=term.local_scale,
+            local_bias=term.local_bias,
             activation=term.activation,
             group_size=self.group_size,
             causal=self.spec.causal if causal is None else causal,

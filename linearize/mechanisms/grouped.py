@@ -6,14 +6,14 @@ finished groups, and the keys and values of the open group.
 
 from __future__ import annotations
 
-from ..attention import LinearAttention, SiteSpec
+from ..attention import SiteSpec
 from ..config import LinearizeConfig
+from .augmented import AugmentedAttention
 from .base import EVERYWHERE, Mechanism
 
 
-def _build(spec: SiteSpec, config: LinearizeConfig) -> LinearAttention:
-    taps = config.conv_taps if config.augments else None
-    return LinearAttention(spec, group_size=config.group_size, conv_taps=taps, local_scale=0.0, alpha=1.0)
+def _build(spec: SiteSpec, config: LinearizeConfig) -> AugmentedAttention:
+    return AugmentedAttention(spec, config, alpha=1.0, local_scale=0.0)
 
 
 MECHANISM = Mechanism(

@@ -5,21 +5,14 @@ Formula, source and oracle: `kernels/oracle.py`. State: the keys and values of t
 
 from __future__ import annotations
 
-from ..attention import LinearAttention, SiteSpec
+from ..attention import SiteSpec
 from ..config import LinearizeConfig
-from .augmented import OPTIONS
+from .augmented import POSITION_BIAS, AugmentedAttention
 from .base import EVERYWHERE, Mechanism
 
 
-def _build(spec: SiteSpec, config: LinearizeConfig) -> LinearAttention:
-    return LinearAttention(
-        spec,
-        group_size=config.group_size,
-        conv_taps=config.conv_taps if config.augments else None,
-        local_scale=config.local_scale,
-        alpha=None,
-        keeps_bias=config.option("position_bias") == "local",
-    )
+def _build(spec: SiteSpec, config: LinearizeConfig) -> AugmentedAttention:
+    return AugmentedAttention(spec, config, alpha=None, local_scale=config.local_scale)
 
 
 MECHANISM = Mechanism(
@@ -27,5 +20,5 @@ MECHANISM = Mechanism(
     formula="local_scale * relu(q.k)^2 in the group",
     supports=EVERYWHERE,
     build=_build,
-    options=OPTIONS,
+    options=POSITION_BIAS,
 )
