@@ -180,20 +180,24 @@ def _check_lengths(
         )
 
 
-def stateful_arguments(
+def stateful_tables(
     query: Tensor,
+    key: Tensor,
     alpha: Tensor | float | None,
     local_scale: Tensor | float | None,
     conv_weight: Tensor | None,
-    activation: str,
-    group_size: int,
-    normalize: bool,
-    form: str | None,
-) -> tuple[registered.Tables, registered.Options]:
-    """Checked tables and options, in the order of the state's operators."""
-    check_names(activation, form)
+    kv_layout: str,
+) -> tuple[Tensor, registered.Tables]:
+    """The query and its tables, heads interleaved, for the state's operators."""
+    if kv_layout not in ("interleaved", "tiled"):
+        raise InputError(f"kv_layout must be 'interleaved' or 'tiled', got {kv_layout!r}")
     tables = (per_head("alpha", alpha, query), per_head("local_scale", local_scale, query), conv_weight)
-    return tables, (activation, group_size, normalize)
+    if kv_layout == "tiled":
+        query = to_interleaved(query, key.shape[1])
+        tables = tuple(  # type: ignore[assignment]
+            None if x is None else to_interleaved(x.unsqueeze(0), key.shape[1])[0] for x in tables
+        )
+    return query, tables
 
 
 def check_names(activation: str, form: str | None) -> None:

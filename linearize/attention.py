@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from .errors import ConfigError, InputError
+from .state import States
 
 if TYPE_CHECKING:
     from .config import LinearizeConfig
@@ -103,6 +104,15 @@ class AttentionModule(nn.Module):
         approximated on the user's word.
         """
         raise NotImplementedError
+
+    def new_state(
+        self, batch: int, *, dtype: torch.dtype, device: torch.device, max_rewind: int = 0
+    ) -> States | None:
+        """An empty state of constant size for `batch` sequences; None where this attention has none.
+
+        dtype, device: of the query, key and value that will come. max_rewind: tokens that can be taken back.
+        """
+        return None
 
     def extra_repr(self) -> str:
         spec = self.spec

@@ -7,7 +7,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .arguments import attention_arguments, check_state, choice, from_interleaved, stateful_arguments
+from .arguments import (
+    attention_arguments,
+    check_names,
+    check_state,
+    choice,
+    from_interleaved,
+    stateful_tables,
+)
 from .errors import InputError
 from .kernels import registered, stateful  # noqa: F401 (registers the state's operators)
 from .kernels.dispatch import Choice
@@ -105,6 +112,7 @@ def augmented_extend(
     conv_weight: Tensor | None,
     local_scale: Tensor | float | None = 1.0,
     activation: str = "relu2",
+    kv_layout: str = "interleaved",
     key_mask: Tensor | None = None,
     normalize: bool = True,
     form: str | None = None,
@@ -121,12 +129,13 @@ def augmented_extend(
     do not fit together or to the state, which is then unchanged.
     """
     check_state(query, key, value, conv_weight, state, key_mask)
-    tables, options = stateful_arguments(
-        query, alpha, local_scale, conv_weight, activation, state.group_size, normalize, form
-    )
-    return torch.ops.linearize.augmented_extend(
+    query, tables = stateful_tables(query, key, alpha, local_scale, conv_weight, kv_layout)
+    options = (activation, state.group_size, normalize)
+    check_names(activation, form)
+    out = torch.ops.linearize.augmented_extend(
         query, key, value, *state.tensors, *tables, *options, key_mask, form
     )
+    return from_interleaved(out, key.shape[1]) if kv_layout == "tiled" else out
 
 
 def augmented_tree(
@@ -140,6 +149,7 @@ def augmented_tree(
     conv_weight: Tensor | None,
     local_scale: Tensor | float | None = 1.0,
     activation: str = "relu2",
+    kv_layout: str = "interleaved",
     normalize: bool = True,
     form: str | None = None,
 ) -> Tensor:
@@ -155,12 +165,13 @@ def augmented_tree(
     """
     check_state(query, key, value, conv_weight, state, None)
     depth, ancestors = lineage(parents, query.shape[0], query.shape[2], query.device)
-    tables, options = stateful_arguments(
-        query, alpha, local_scale, conv_weight, activation, state.group_size, normalize, form
-    )
-    return torch.ops.linearize.augmented_tree(
+    query, tables = stateful_tables(query, key, alpha, local_scale, conv_weight, kv_layout)
+    options = (activation, state.group_size, normalize)
+    check_names(activation, form)
+    out = torch.ops.linearize.augmented_tree(
         query, key, value, *state.tensors, depth, ancestors, *tables, *options, form
     )
+    return from_interleaved(out, key.shape[1]) if kv_layout == "tiled" else out
 
 
 def augmented_commit(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -73,11 +74,8 @@ class AttentionState:
         """Bytes of the state, whatever its length."""
         return sum(x.numel() * x.element_size() for x in self.tensors)
 
-    def rewind(self, count: int | Tensor) -> None:
-        """Take back the last `count` tokens (one number, or int `[B]`), exactly and without replay.
-
-        Raises InputError, changing nothing, when a row has fewer tokens or no longer holds them.
-        """
+    def check_rewind(self, count: int | Tensor) -> None:
+        """Raise InputError when a row has fewer than `count` tokens or no longer holds them."""
         length, folded = self.tensors.length, self.tensors.folded
         target = length - count
         kept = torch.where(folded > 0, folded + max(self.taps - 1, 0), 0)
@@ -86,7 +84,14 @@ class AttentionState:
                 f"cannot take back {count} tokens of {length.tolist()}: this state was made with "
                 f"max_rewind={self.max_rewind}"
             )
-        length.copy_(target)
+
+    def rewind(self, count: int | Tensor) -> None:
+        """Take back the last `count` tokens (one number, or int `[B]`), exactly and without replay.
+
+        Raises InputError, changing nothing, when a row has fewer tokens or no longer holds them.
+        """
+        self.check_rewind(count)
+        self.tensors.length.sub_(count)
 
     def clone(self) -> AttentionState:
         return replace(self, tensors=State(*(x.clone() for x in self.tensors)))
@@ -94,3 +99,35 @@ class AttentionState:
     def select(self, rows: Tensor) -> AttentionState:
         """A new state of the given rows of the batch, in that order, repeated or left out (beam search)."""
         return replace(self, tensors=State(*(x.index_select(0, rows) for x in self.tensors)))
+
+
+@dataclass(frozen=True)
+class States:
+    """The state of one attention module: one `AttentionState` per core call that the mechanism makes."""
+
+    parts: tuple[AttentionState, ...]
+
+    @property
+    def length(self) -> Tensor:
+        """Tokens so far, int64 `[B]`."""
+        return self.parts[0].length
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the state, whatever its length."""
+        return sum(part.nbytes for part in self.parts)
+
+    def tensors(self) -> list[Tensor]:
+        return [x for part in self.parts for x in part.tensors]
+
+    def rewind(self, count: int | Tensor) -> None:
+        """As `AttentionState.rewind`, for all parts or none."""
+        for part in self.parts:
+            part.check_rewind(count)
+        for part in self.parts:
+            part.tensors.length.sub_(count)
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> States:
+        """A new state of `function` of every tensor: a copy, another device, other rows of the batch."""
+        parts = (replace(p, tensors=State(*(function(x) for x in p.tensors))) for p in self.parts)
+        return States(tuple(parts))

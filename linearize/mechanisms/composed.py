@@ -17,7 +17,7 @@ What all of them share:
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..attention import AttentionModule, SiteSpec
+from ..state import AttentionState, States
 
 if TYPE_CHECKING:
     from ..config import LinearizeConfig
@@ -142,6 +143,97 @@ class ComposedAttention(AttentionModule):
             query_start=query_start,
             normalize=term.normalize,
         )
+
+    def new_state(
+        self, batch: int, *, dtype: torch.dtype, device: torch.device, max_rewind: int = 0
+    ) -> States | None:
+        if not self.spec.causal or type(self).mix is not ComposedAttention.mix:
+            return None
+        heads, kv_heads = self.spec.num_heads, self.spec.num_key_value_heads
+        sizes = (heads, self.spec.head_dim), (kv_heads, self.spec.head_dim), (kv_heads, self.spec.value_dim)
+        token = [torch.zeros(1, n, 1, size, dtype=dtype, device=device) for n, size in sizes]
+        with torch.no_grad(), full_precision(device):
+            terms = self._all_terms(*token)
+        return States(
+            tuple(
+                AttentionState.new(
+                    batch,
+                    kv_heads,
+                    term.key.shape[3],
+                    term.value.shape[3],
+                    group_size=self.group_size,
+                    taps=0 if term.conv_weight is None else term.conv_weight.shape[1],
+                    max_rewind=max_rewind,
+                    dtype=term.key.dtype,
+                    device=device,
+                )
+                for term in terms
+            )
+        )
+
+    def extend(
+        self, query: Tensor, key: Tensor, value: Tensor, state: States, *, key_mask: Tensor | None = None
+    ) -> Tensor:
+        """`forward` of the next tokens after `state`, which is brought up to date (no gradients).
+
+        query [B, H, T, D], key [B, Hkv, T, D], value [B, Hkv, T, Dv] -> [B, H, T, Dv]; key_mask: bool [B, T],
+        False for tokens that change nothing.
+        """
+        return self._stateful(query, key, value, state, ops.augmented_extend, key_mask=key_mask)
+
+    def tree(self, query: Tensor, key: Tensor, value: Tensor, state: States, parents: Tensor) -> Tensor:
+        """`forward` of N draft tokens that form a tree after `state`, which is only read.
+
+        query [B, H, N, D], key [B, Hkv, N, D], value [B, Hkv, N, Dv] -> [B, H, N, Dv]; parents: see
+        `ops.augmented_tree`.
+        """
+        return self._stateful(query, key, value, state, ops.augmented_tree, parents=parents)
+
+    def commit(self, key: Tensor, value: Tensor, state: States, path: Tensor | None = None) -> None:
+        """Append tokens of a tree, see `ops.augmented_commit`."""
+        with full_precision(value.device):
+            # Terms map each token alone, so the queries' part of them does not matter here.
+            query = key.new_zeros(key.shape[0], self.spec.num_heads, *key.shape[2:])
+            for term, part in zip(self._all_terms(query, key, value), state.parts, strict=True):
+                ops.augmented_commit(term.key, term.value, part, path, normalize=term.normalize)
+
+    def _stateful(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        state: States,
+        operation: Callable[..., Tensor],
+        **more: Any,
+    ) -> Tensor:
+        with full_precision(value.device):
+            outputs = [
+                operation(
+                    term.query,
+                    term.key,
+                    term.value,
+                    part,
+                    alpha=term.alpha,
+                    conv_weight=term.conv_weight,
+                    local_scale=term.local_scale,
+                    activation=term.activation,
+                    kv_layout=self.spec.kv_layout,
+                    normalize=term.normalize,
+                    **more,
+                )
+                for term, part in zip(self._all_terms(query, key, value), state.parts, strict=True)
+            ]
+            joined = self.conv_weight is not None and not self.conv_joins
+            out = self.combine(outputs[:-1]) + outputs[-1] if joined else self.combine(outputs)
+        return out.to(value.dtype)
+
+    def _all_terms(self, query: Tensor, key: Tensor, value: Tensor) -> list[Term]:
+        """`terms`, and the convolution's own if it has one."""
+        terms = self.terms(query, key, value)
+        if self.conv_weight is not None and not self.conv_joins:
+            # One column: the convolution reads no scores, and its state needs no keys.
+            terms.append(Term(query[..., :1], key[..., :1], value, conv_weight=self.conv_weight))
+        return terms
 
     def over_all(self, query: Tensor, key: Tensor, value: Tensor, weight: float = 1.0, **more: Any) -> Term:
         """weight * sum of q.k v over every key the site lets a query see: the linear kernel's term.
