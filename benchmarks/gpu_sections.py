@@ -18,7 +18,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from linearize.kernels import stateful
 from measured import Row
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -129,14 +128,8 @@ class Bench:
         self.form = "torch" if dry else "triton"
 
     def refusal(self, kernels: tuple[str, ...], dim: int) -> str:
-        """Why these kernels may not be timed at bf16; "" when they may."""
-        for kernel in () if self.dry else kernels:
-            name = f"{kernel}/bfloat16/D{dim}/G{GROUP}"
-            if name in self._refused:
-                return f"not timed, {name} failed: {self._refused[name]}"
-            if name not in self._checked:
-                return f"not timed, {name} was not checked"
-        return ""
+        """Why these kernels may not be timed in bf16; "" when they may."""
+        return "" if self.dry else refusal(kernels, dim, self._refused, self._checked)
 
     def rows(self, batch: int, heads: int, length: int, dim: int) -> Tensor:
         """[B, H, T, D] in bf16, laid out as models do: [B, T, H, D]."""
@@ -184,6 +177,17 @@ class Bench:
         timed = self.compare(graphs, seconds)
         out |= {name: item.per(sides[name][1]) for name, item in timed.items()}
         return {name: out[name] for name in sides}
+
+
+def refusal(kernels: tuple[str, ...], dim: int, refused: dict[str, str], checked: set[str]) -> str:
+    """Why not to time kernels in bf16, by the checks that failed (and how) and those that were made."""
+    for kernel in kernels:
+        name = f"{kernel}/bfloat16/D{dim}/G{GROUP}"
+        if name in refused:
+            return f"not timed, {name} failed: {refused[name]}"
+        if name not in checked:
+            return f"not timed, {name} was not checked"
+    return ""
 
 
 def reason(error: Exception) -> str:
@@ -381,7 +385,7 @@ class Decoding:
 
         def call() -> Tensor:
             state, options = next(turn).tensors, ("relu2", GROUP, True, self.bench.form)
-            return stateful.augmented_tree(*draft, *state, *masks, *tables, *options)
+            return torch.ops.linearize.augmented_tree(*draft, *state, *masks, *tables, *options)
 
         return call
 

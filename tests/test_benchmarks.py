@@ -1,0 +1,237 @@
+"""The benchmarks' own parts, and that every section of them runs; what they measure is for quiet machines."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+# At the end: benchmarks/passes.py must not be found in the place of anything else.
+sys.path.append(str(ROOT / "benchmarks"))
+
+import cpu  # noqa: E402
+import gpu  # noqa: E402
+import gpu_sections  # noqa: E402
+import measured  # noqa: E402
+from measured import Row  # noqa: E402
+
+TINY = cpu.Sizes(
+    lengths=(64, 512),
+    plotted=(128,),
+    alone=(256,),
+    training=(64,),
+    contexts=(64,),
+    memory=(8192,),
+    mechanisms=(64,),
+    naive=(64,),
+    dims=(64,),
+    dtypes=("float32",),
+    seconds=0.01,
+)
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
+# ------------------------------------------------------------------------------------------- rows and files
+
+
+def test_a_goal_is_met_missed_or_not_run_and_never_guessed() -> None:
+    assert Row("s", "c", "a", "b", 1.0, 4.0, goal=4).verdict == "met"
+    assert Row("s", "c", "a", "b", 1.0, 3.99, goal=4).verdict == "MISSED"
+    assert Row("s", "c", "a", "b", 1.0, None, goal=4).verdict == "not run"
+    assert Row("s", "c", "a", "b", 1.0, 3.0).verdict == ""
+
+
+def test_the_table_puts_each_goal_beside_its_ratio() -> None:
+    rows = [
+        Row("forward", "T=1", "ours", "softmax", 0.5, 1.75, goal=3),
+        Row("forward", "T=2", "ours", "softmax", 0.5, None, note="not installed"),
+        Row("decode", "cache", "ours", "softmax", 2.0, 500.0, goal=300),
+    ]
+    text = [" ".join(line.split()) for line in measured.table(rows).splitlines()]
+    assert "T=1 ours 0.5000 softmax 1.75 3.50x 3x met" in text
+    assert "T=2 ours 0.5000 softmax not installed" in text
+    assert "cache ours 2.00 softmax 500 250x 300x MISSED" in text
+    assert text.index("forward") < text.index("decode")
+    assert measured.summary(rows) == "1 of 2 goals met; missed: decode, cache, ours"
+
+
+def test_a_row_survives_its_json() -> None:
+    row = Row("s", "c", "a", "b", 1.0, 4.0, 4.0, "note", {"length": 3})
+    assert measured.row_of(json.loads(json.dumps(row.record()))) == row
+
+
+def test_json_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "out.json"
+    measured.write_json(path, {"a": 1})
+    for unwritable in ({"a": object()}, {"a": float("nan")}):
+        with pytest.raises((TypeError, ValueError)):
+            measured.write_json(path, unwritable)
+    assert json.loads(path.read_text()) == {"a": 1}
+    path.parent.joinpath("taken").mkdir()
+    with pytest.raises(OSError):
+        measured.write_json(path.parent / "taken", {"a": 2})
+    assert sorted(item.name for item in path.parent.iterdir()) == ["out.json", "taken"]
+
+
+# ------------------------------------------------------------------------------------------- gpu.py
+
+
+def test_without_a_gpu_one_sentence_is_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit, match="found no GPU.*--interpret") as end:
+        gpu.main([])
+    assert str(end.value).count("\n") == 0
+
+
+def test_a_kernel_is_checked_in_the_interpreter(tmp_path: Path) -> None:
+    path = tmp_path / "gpu.json"
+    gpu.main(["--interpret", "--kernels", "forward", "--dtypes", "bfloat16", "--json", str(path)])
+    found = json.loads(path.read_text())
+    (check,) = found["checks"].values()
+    assert check["name"] == "forward/bfloat16/D64/G64" and check["failure"] == ""
+    assert 1e-4 < check["errors"]["out"] < 1e-2
+    assert found["environment"]["triton"] and found["environment"]["sources"] == measured.sources_hash()
+
+
+CASES = [
+    dict(kernel=kernel, dtype="bfloat16", head_dim=64, group_size=64)
+    for kernel in ("forward", "step", "tree")
+]
+
+
+def test_a_kernel_that_takes_its_process_with_it_costs_only_its_own_figure(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Forward passes, step kills the process, tree is checked in another."""
+    started = []
+
+    def workers(arguments: dict[str, Any], seconds: float) -> Iterator[dict[str, Any]]:
+        started.append([case["kernel"] for case in arguments["check"]])
+        for case in arguments["check"]:
+            if case["kernel"] == "step":
+                yield {"end": "exit status -11"}
+                return
+            yield dict(name=gpu._name(case), failure="", errors={})
+        yield {"end": ""}
+
+    monkeypatch.setattr(gpu, "workers", workers)
+    found = dict(gpu.check(CASES, interpret=False, deadline=float("inf")))
+    assert [outcome["failure"] for outcome in found.values()] == [
+        "",
+        "its process ended: exit status -11",
+        "",
+    ]
+    assert started == [["forward", "step", "tree"], ["tree"]]
+
+
+def test_what_there_was_no_time_to_check_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu, "workers", lambda arguments, seconds: iter([{"end": "out of time"}]))
+    found = dict(gpu.check(CASES, interpret=False, deadline=0))
+    refused = {name: outcome["failure"] for name, outcome in found.items()}
+    assert "out of time" in gpu_sections.refusal(("forward",), 64, refused, set(found))
+    assert "was not checked" in gpu_sections.refusal(("forward",), 128, refused, set(found))
+    assert gpu_sections.refusal(("forward",), 64, {}, {"forward/bfloat16/D64/G64"}) == ""
+
+
+def test_a_worker_says_how_it_ended() -> None:
+    assert list(gpu.workers(dict(section="none"), 60))[-1]["end"].startswith("exit status")
+    assert list(gpu.workers(dict(check=[], interpret=True), 0))[-1] == {"end": "out of time"}
+
+
+def test_checks_of_other_sources_do_not_count(tmp_path: Path) -> None:
+    now = dict(sources="a", device="b", torch="c", triton="d")
+    failed, late = dict(failure="wrong"), dict(failure="not checked: out of time")
+    path = tmp_path / "earlier.json"
+    path.write_text(json.dumps(dict(environment=now, checks=dict(one=failed, two=late))))
+    assert gpu.earlier_checks(path, now) == dict(one=failed)
+    with pytest.raises(SystemExit, match="another sources"):
+        gpu.earlier_checks(path, {**now, "sources": "z"})
+
+
+def test_the_crossover_lies_between_two_lengths() -> None:
+    def row(length: int, ratio: float) -> Row:
+        details = dict(shape="B8 H32 D128", length=length, call="eager")
+        return Row("forward", "", "triton", "SDPA flash", 1.0, ratio, details=details)
+
+    (found,) = gpu.crossovers([row(512, 0.8), row(1024, 1.2), row(256, 0.5)])
+    assert found.ours_ms == pytest.approx(768) and found.verdict == "met"
+    (found,) = gpu.crossovers([row(512, 1.1), row(1024, 1.2)])
+    assert found.ours_ms == 512 and found.verdict == "met"
+    (found,) = gpu.crossovers([row(2048, 0.8), row(1024, 1.2)])
+    assert found.verdict == "MISSED"
+
+
+@pytest.mark.parametrize("section", [name for name in gpu.SECTIONS if name != "fla"])
+def test_every_section_of_the_gpu_benchmark_runs_dry(section: str) -> None:
+    torch.set_num_threads(1)
+    rows = list(gpu_sections.SECTIONS[section](gpu_sections.Bench({}, [], dry=True)))
+    assert rows and [row.note for row in rows if row.ours_ms is None] == []
+    if section not in ("tree", "profile"):
+        assert any(row.theirs == "SDPA flash" and row.ratio for row in rows)
+        assert set(gpu.SECTIONS) == set(gpu_sections.SECTIONS)
+
+
+# ------------------------------------------------------------------------------------------- cpu.py
+
+
+def test_the_cpu_benchmark_runs_and_draws(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu, "FORMS", ("torch",))  # each form's memory takes processes of its own
+    path, picture = tmp_path / "cpu.json", tmp_path / "cost.png"
+    cpu.main(["--json", str(path)], TINY)
+    found = json.loads(path.read_text())
+    rows = [measured.row_of(record) for record in found["rows"]]
+    assert {row.section for row in rows} == set(cpu.SECTIONS)
+    timed = {row.details["length"]: row for row in rows if row.section == "forward"}
+    assert set(timed) == {64, 128, 256, 512} and timed[256].theirs_ms is None
+    assert timed[512].goal == 1.3 and timed[512].ratio and timed[64].goal is None
+    names = {row.ours for row in rows if row.section == "mechanisms"}
+    assert {"augmented", "local", "linformer", "softmax_window"} <= names
+
+    # No less than the results, no more than a few times them.
+    output = 8192 * cpu.HEADS * 64 * 4
+    forward, training = (row.details["peak"] for row in rows if row.section == "memory")
+    assert 0.9 * output < forward < 2 * output
+    assert 3.6 * output < training < 8 * output
+
+    pytest.importorskip("matplotlib")
+    cpu.main(["--from", str(path), "--plot", str(picture)])
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_memory_is_fitted_by_a_line() -> None:
+    row = cpu.fit([(1000, 5_000_000), (2000, 7_000_000)], "torch", train=True)
+    assert row.details["bytes_per_token"] == pytest.approx(2000)
+    assert row.details["constant_bytes"] == pytest.approx(3e6)
+    assert row.note == "2000 bytes per token and 3 MB; results alone are 8192 per token"
+
+
+def test_goals_are_for_heads_of_64_only() -> None:
+    assert cpu.named(cpu.FORWARD_GOALS, 2048, 64) == {"torch form": 4.0, "cpu form": 9.0}
+    assert cpu.named(cpu.FORWARD_GOALS, 2048, 128) == {}
+    assert cpu.named(cpu.FORWARD_GOALS, 1000, 64) == {}
+
+
+def test_a_side_slower_than_a_second_is_its_first_figure(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = dict(slow=0, fast=0)
+
+    def sample(call: Any, times: int) -> tuple[float, float]:
+        calls[call()] += 1
+        return (2.0, 2.0) if call() == "slow" else (0.001, 0.5)
+
+    monkeypatch.setattr(cpu, "_sample", sample)
+    torch.set_num_threads(1)
+    found = cpu.compare(dict(slow=lambda: "slow", fast=lambda: "fast"), 0.01)
+    assert calls == dict(slow=1, fast=4)
+    assert (found["slow"].ms, found["fast"].ms, found["fast"].runs) == (2000, 1, 3)
