@@ -119,10 +119,10 @@ struct BackwardWalk {
   BackwardWalk(const Backward& call, int64_t unit, Arena& arena)
       : f(call), core(call.core), z(call.core), m(arena, z), b(unit / core.kv_heads), kv(unit % core.kv_heads) {}
 
-  void open(int64_t g) {
+  void open(int64_t g, int64_t next) {
     start = g * z.group, rows = least(z.group, core.length - start);
-    read_rows(m.keys, z.wide_dim, f.key, core.dtype, b, kv, start, rows, z.dim, core.normalize, m.key_scale);
-    read_rows(m.values, z.wide_value, f.value, core.dtype, b, kv, start, rows, z.value_dim);
+    read_rows(m.keys, z.wide_dim, f.key, core.dtype, b, kv, start, rows, z.dim, next, core.normalize, m.key_scale);
+    read_rows(m.values, z.wide_value, f.value, core.dtype, b, kv, start, rows, z.value_dim, next);
     clear_rows(m.keys, z.wide_dim, rows, z.wide_group);
     clear_rows(m.values, z.wide_value, rows, z.wide_group);
   }
@@ -137,7 +137,7 @@ struct BackwardWalk {
   void drop_anchors() {
     clear_rows(m.state_t, z.wide_dim, 0, z.wide_value);
     for (int64_t g = 0; g + 1 < z.groups; g++) {
-      open(g);
+      open(g, z.group);
       fold<ADD>();
       if ((g + 1) % ANCHOR == 0) memcpy(anchor(g + 1), m.state_t, state_bytes());
     }
@@ -146,10 +146,11 @@ struct BackwardWalk {
   size_t state_bytes() const { return z.wide_value * z.wide_dim * sizeof(float); }
 
   void read_head(HeadScratch& own, int64_t head, int64_t g) {
-    read_rows(m.query, z.wide_dim, f.query, core.dtype, b, head, start, rows, z.dim, core.normalize, m.query_scale);
+    read_rows(m.query, z.wide_dim, f.query, core.dtype, b, head, start, rows, z.dim, -z.group, core.normalize,
+              m.query_scale);
     clear_rows(m.query, z.wide_dim, rows, z.wide_group);
     if (z.history) memmove(own.grad + z.group * z.wide_value, own.grad, z.history * z.wide_value * sizeof(float));
-    read_rows(own.grad, z.wide_value, f.grad, core.dtype, b, head, start, rows, z.value_dim);
+    read_rows(own.grad, z.wide_value, f.grad, core.dtype, b, head, start, rows, z.value_dim, -z.group);
     clear_rows(own.grad, z.wide_value, rows, z.group);
     if (core.local) transpose(m.query_t, z.wide_group, m.query, z.wide_dim, z.wide_group, z.wide_dim);
     if (core.local || core.conv)
@@ -235,7 +236,7 @@ struct BackwardWalk {
   }
 
   void run_group(HeadScratch* heads, int64_t shared, int64_t g) {
-    open(g);
+    open(g, -z.group);
     const bool last = g + 1 == z.groups;
     if (core.alpha && !last) {
       if ((g + 1) % ANCHOR == 0) memcpy(m.state_t, anchor(g + 1), state_bytes());

@@ -130,7 +130,7 @@ void step_unit(const Step& s, int64_t unit, float* scratch) {
     fold_group(s, m, b, kv, folded);
     folded += core.group;
   }
-  read_rows(m.key, 0, s.key, core.dtype, b, kv, 0, 1, core.dim, core.normalize);
+  read_rows(m.key, 0, s.key, core.dtype, b, kv, 0, 1, core.dim, 0, core.normalize);
   read_rows(m.value, 0, s.value, core.dtype, b, kv, 0, 1, core.value_dim);
   write_rows(s.state.key_window, s.state.window_dtype, b, kv, now % window, m.key, 0, 1, core.dim);
   write_rows(s.state.value_window, s.state.window_dtype, b, kv, now % window, m.value, 0, 1, core.value_dim);
@@ -145,7 +145,7 @@ void step_unit(const Step& s, int64_t unit, float* scratch) {
     const int64_t head = kv * shared + h;
     const float alpha = core.alpha ? core.alpha[head] : 0, local = core.local ? core.local[head] : 0;
     float* x = m.weights - first;  // by position
-    read_rows(m.query, 0, s.query, core.dtype, b, head, 0, 1, core.dim, core.normalize);
+    read_rows(m.query, 0, s.query, core.dtype, b, head, 0, 1, core.dim, 0, core.normalize);
     for (int64_t p = first; p <= now; p++) x[p] = 0;
     auto score = [&](const float* keys, int64_t stride, int64_t from, int64_t count) {
       for (int64_t i = 0; i < count; i++) {
@@ -257,7 +257,7 @@ void tree_unit(const Tree& t, int64_t unit, float* scratch) {
   };
   ring_rows(t.state, t.state.key_window, b, kv, first, now, core.dim, m.keys_t,
             [&](const float* rows, int64_t stride, int64_t, int64_t some) { copy(rows, stride, some, core.dim); });
-  read_rows(row, m.wide_dim, t.key, core.dtype, b, kv, 0, n, core.dim, core.normalize);
+  read_rows(row, m.wide_dim, t.key, core.dtype, b, kv, 0, n, core.dim, 0, core.normalize);
   clear_rows(m.keys, m.wide_dim, count + n, columns);
   row = m.values;
   ring_rows(t.state, t.state.value_window, b, kv, first, now, core.value_dim, m.keys_t,
@@ -274,7 +274,7 @@ void tree_unit(const Tree& t, int64_t unit, float* scratch) {
     const float alpha = core.alpha ? core.alpha[head] : 0, local = core.local ? core.local[head] : 0;
     for (int64_t l = 0; l < core.taps; l++) m.taps[l] = core.conv[head * core.taps + l];
     m.taps[core.taps] = 0;
-    read_rows(m.query, m.wide_dim, t.query, core.dtype, b, head, 0, n, core.dim, core.normalize);
+    read_rows(m.query, m.wide_dim, t.query, core.dtype, b, head, 0, n, core.dim, 0, core.normalize);
     product<ROWS, SET>(m.scores, columns, m.query, m.wide_dim, m.keys_t, columns, n, columns, core.dim);
     for (int64_t u = 0; u < n; u++)
       if (core.activation == RELU2)

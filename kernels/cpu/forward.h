@@ -109,9 +109,9 @@ void forward_unit(const Forward& f, int64_t unit, int64_t first_head, int64_t la
   clear_rows(m.state, z.wide_value, 0, z.dim);
   for (int64_t g = 0; g < z.groups; g++) {
     const int64_t start = g * z.group, rows = least(z.group, core.length - start);
-    read_rows(own_values, z.wide_value, f.value, core.dtype, b, kv, start, rows, z.value_dim);
+    read_rows(own_values, z.wide_value, f.value, core.dtype, b, kv, start, rows, z.value_dim, z.group);
     if (core.local || core.alpha) {
-      read_rows(m.keys, z.wide_dim, f.key, core.dtype, b, kv, start, rows, z.dim, core.normalize);
+      read_rows(m.keys, z.wide_dim, f.key, core.dtype, b, kv, start, rows, z.dim, z.group, core.normalize);
       if (core.local) {
         clear_rows(m.keys, z.wide_dim, rows, z.wide_group);
         transpose(m.keys_t, z.wide_group, m.keys, z.wide_dim, z.wide_group, z.wide_dim);
@@ -123,7 +123,7 @@ void forward_unit(const Forward& f, int64_t unit, int64_t first_head, int64_t la
       const float alpha = core.alpha ? core.alpha[head] : 0, local = core.local ? core.local[head] : 0;
       const float* taps = core.conv ? reversed + h * taps_stride : nullptr;
       if (core.local || core.alpha)
-        read_rows(m.query, z.wide_dim, f.query, core.dtype, b, head, start, rows, z.dim, core.normalize);
+        read_rows(m.query, z.wide_dim, f.query, core.dtype, b, head, start, rows, z.dim, z.group, core.normalize);
       for (int64_t i = 0; i < rows; i += TILE_ROWS) {
         const int64_t height = least(TILE_ROWS, rows - i), reach = i + height;
         const float* query = m.query + i * z.wide_dim;

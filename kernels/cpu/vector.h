@@ -146,22 +146,26 @@ INLINE float normalize_row(float* x, float squares, int64_t n) {
 
 template <int DTYPE>
 INLINE void read_rows_as(float* to, int64_t stride, const char* from, int64_t step, int64_t rows, int64_t n,
-                         bool normalize, float* inverse) {
+                         int64_t next, bool normalize, float* inverse) {
   for (int64_t i = 0; i < rows; i++) {
+    if (next)
+      for (int64_t j = 0; j < n * (DTYPE == FLOAT32 ? 4 : 2); j += 64)
+        __builtin_prefetch(from + (i + next) * step + j, 0, 2);
     float squares = read_row<DTYPE>(to + i * stride, from + i * step, n);
     float scale = normalize ? normalize_row(to + i * stride, squares, n) : 1;
     if (inverse) inverse[i] = scale;
   }
 }
 
-// Rows t .. t+rows of a head -> to[rows][stride], made unit if asked.
+// Rows t .. t+rows of a head -> to[rows][stride], made unit if asked. The rows `next` further on will be read soon:
+// fetching them now hides the way from memory behind the products of a group.
 void read_rows(float* to, int64_t stride, const Tensor& x, int64_t dtype, int64_t b, int64_t h, int64_t t,
-               int64_t rows, int64_t n, bool normalize = false, float* inverse = nullptr) {
+               int64_t rows, int64_t n, int64_t next = 0, bool normalize = false, float* inverse = nullptr) {
   const char* from = row_of(x, dtype, b, h, t);
   int64_t step = x.row * element_size(dtype);
-  if (dtype == FLOAT32) read_rows_as<FLOAT32>(to, stride, from, step, rows, n, normalize, inverse);
-  if (dtype == BFLOAT16) read_rows_as<BFLOAT16>(to, stride, from, step, rows, n, normalize, inverse);
-  if (dtype == FLOAT16) read_rows_as<FLOAT16>(to, stride, from, step, rows, n, normalize, inverse);
+  if (dtype == FLOAT32) read_rows_as<FLOAT32>(to, stride, from, step, rows, n, next, normalize, inverse);
+  if (dtype == BFLOAT16) read_rows_as<BFLOAT16>(to, stride, from, step, rows, n, next, normalize, inverse);
+  if (dtype == FLOAT16) read_rows_as<FLOAT16>(to, stride, from, step, rows, n, next, normalize, inverse);
 }
 
 void write_rows(const Tensor& x, int64_t dtype, int64_t b, int64_t h, int64_t t, const float* from, int64_t stride,
