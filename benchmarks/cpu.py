@@ -398,7 +398,7 @@ SECTIONS: dict[str, Callable[[Sizes], Iterator[Row]]] = {
 # ------------------------------------------------------------------------------------------- output
 
 
-def plot(measured: Sequence[Row], path: Path) -> None:
+def plot(measured: Sequence[Row], clock: str, path: Path) -> None:
     """Cost against length at D = 64 in float32, both axes logarithmic. ImportError without matplotlib."""
     import matplotlib
 
@@ -420,7 +420,7 @@ def plot(measured: Sequence[Row], path: Path) -> None:
     for name in sorted(lengths, key=list(labels).index):
         points = sorted(lengths[name].items())
         axes.plot(*zip(*points, strict=True), marker="o", label=labels[name])
-    axes.set(xscale="log", yscale="log", xlabel="tokens", ylabel="milliseconds of processor time")
+    axes.set(xscale="log", yscale="log", xlabel="tokens", ylabel=f"milliseconds of {clock}")
     axes.set_title(f"Causal attention, forward, {HEADS} heads of 64, float32, one layer", fontsize=10)
     ticks = sorted({length for points in lengths.values() for length in points})
     axes.set_xticks(ticks, [f"{tick // 1024}k" if tick >= 1024 else str(tick) for tick in ticks])
@@ -486,7 +486,7 @@ def main(argv: list[str] | None = None, sizes: Sizes | None = None) -> None:
         print(table(measured))
     print(f"\n{summary(measured)}")
     if options.plot is not None:
-        plot(measured, options.plot)
+        plot(measured, setting["clock"], options.plot)
 
 
 if __name__ == "__main__":

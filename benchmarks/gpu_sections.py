@@ -226,7 +226,8 @@ def sequences(
     shape = f"B{batch} H{heads} D{dim}"
     if bench.dry:
         batch, heads, lengths = 1, 2, [64, 128]
-    slow: dict[str, float] = {}
+    last: dict[str, tuple[int, float]] = {}
+    """Tokens and milliseconds of the other sides."""
     kernels = ("forward", "backward") if training else ("forward",)
     if section == "long":
         kernels += tuple(f"{name}_split" for name in kernels)
@@ -241,20 +242,22 @@ def sequences(
             yield Row(section, case, bench.form, "", note="does not fit in memory", details=details)
             bench.device.empty_cache()
             return
+        except Exception as error:  # a kernel that fails at this size may not at others
+            refusal = f"not timed, {reason(error)}"
         if refusal:
             yield Row(section, case, bench.form, "SDPA flash", note=refusal, details=details)
             continue
         sides: dict[str, Call] = {bench.form: inputs.ours}
         skipped = {}
         for name, backend in BACKENDS.items():
-            if slow.get(name, 0) > SLOWEST:
-                skipped[name] = Timed(None, f"not run: would take about {slow[name] / 1000:.0f} s")
+            tokens, ms = last.get(name, (length, 0.0))
+            if ms * (length / tokens) ** 2 > SLOWEST:
+                seconds = ms * (length / tokens) ** 2 / 1000
+                skipped[name] = Timed(None, f"not run: would take about {seconds:.0f} s")
             else:
                 sides[name] = inputs.theirs(backend)
         timed = bench.compare(sides)
-        for name in BACKENDS:
-            known = timed[name].ms if name in timed else None
-            slow[name] = 4 * (known if known is not None else slow.get(name, 0))
+        last |= {name: (length, item.ms) for name, item in timed.items() if item.ms is not None}
         goals = {}
         if section == "forward" and shape == "B8 H32 D128" and length in GOALS:
             goals = {"SDPA flash": GOALS[length]}

@@ -183,6 +183,20 @@ def test_every_section_of_the_gpu_benchmark_runs_dry(section: str) -> None:
         assert set(gpu.SECTIONS) == set(gpu_sections.SECTIONS)
 
 
+def test_a_kernel_wrong_at_its_size_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu_sections, "CLOSE", 0.0)
+    rows = list(gpu_sections.training(gpu_sections.Bench({}, [], dry=True)))
+    assert rows and all(row.ours_ms is None and "dquery is off by 0 at this size" in row.note for row in rows)
+
+
+def test_a_side_that_would_take_too_long_is_not_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu_sections, "SLOWEST", 1e-6)
+    rows = gpu_sections.sequences(gpu_sections.Bench({}, [], dry=True), "training", 1, 2, 64, [], True)
+    first, second = (row for row in rows if row.theirs == "SDPA flash")
+    assert first.theirs_ms and not first.note
+    assert second.ours_ms and second.theirs_ms is None and second.note.startswith("not run: would take")
+
+
 # ------------------------------------------------------------------------------------------- cpu.py
 
 
