@@ -27,6 +27,7 @@ constexpr int TILE_VECTORS = 2;
 typedef float Vec __attribute__((vector_size(WIDTH * 4)));
 typedef float VecAnywhere __attribute__((vector_size(WIDTH * 4), aligned(4), may_alias));
 typedef int32_t Ints __attribute__((vector_size(WIDTH * 4)));
+typedef uint32_t Bits __attribute__((vector_size(WIDTH * 4)));
 
 INLINE Vec load(const float* p) { return *reinterpret_cast<const VecAnywhere*>(p); }
 INLINE void store(float* p, Vec x) { *reinterpret_cast<VecAnywhere*>(p) = x; }
@@ -71,9 +72,9 @@ INLINE Vec widen(const void* p) {
 template <int DTYPE>
 INLINE void narrow(void* p, Vec x) {
   if constexpr (DTYPE == FLOAT32) return store(static_cast<float*>(p), x);
-  Ints bits = (Ints)x;
-  bits = bits + 0x7fff + ((bits >> 16) & 1);                     // to nearest, ties to even
-  bits = x == x ? bits : ((Ints)x | 0x400000);                    // a NaN must not round to infinity
+  Bits bits = (Bits)x;
+  bits = bits + 0x7fff + ((bits >> 16) & 1);      // to nearest, ties to even
+  bits = x == x ? bits : ((Bits)x | 0x400000);    // carried on, a NaN could become infinite or zero
 #ifdef __AVX512F__
   __m256i y = DTYPE == BFLOAT16 ? _mm512_cvtepi32_epi16(_mm512_srli_epi32((__m512i)bits, 16))
                                 : _mm512_cvtps_ph((__m512)x, _MM_FROUND_TO_NEAREST_INT);
