@@ -242,10 +242,10 @@ def test_a_side_slower_than_a_second_is_its_first_figure(monkeypatch: pytest.Mon
 
     def sample(call: Any, times: int) -> tuple[float, float]:
         calls[call()] += 1
-        return (2.0, 2.0) if call() == "slow" else (0.001, 0.5)
+        return (4.0, 4.0) if call() == "slow" else (0.001, 0.5)
 
     monkeypatch.setattr(cpu, "_sample", sample)
     torch.set_num_threads(1)
     found = cpu.compare(dict(slow=lambda: "slow", fast=lambda: "fast"), 0.01)
-    assert calls == dict(slow=1, fast=4)
-    assert (found["slow"].ms, found["fast"].ms, found["fast"].runs) == (2000, 1, 3)
+    assert calls == dict(slow=1, fast=5)
+    assert (found["slow"].ms, found["fast"].ms, found["fast"].runs) == (4000, 1, 3)
