@@ -42,6 +42,8 @@ class Tile(NamedTuple):
     """BS: columns of the gradient, and of the state, that a program owns."""
     warps: int
     stages: int
+    chunk: int = 0
+    """Columns at a time in the products of whole rows; 0: all."""
 
 
 class Tiles(NamedTuple):
@@ -53,12 +55,46 @@ class Tiles(NamedTuple):
 
 
 def backward_tiles(
-    target: Target, dim: int, value_dim: int, dtype: torch.dtype, rows: int, by_descriptor: bool
+    target: Target,
+    dim: int,
+    value_dim: int,
+    dtype: torch.dtype,
+    rows: int,
+    repeats: int,
+    by_descriptor: bool,
 ) -> Tiles:
-    """Chosen by registers and stack of the compiled code (tests/test_triton_aot.py), not by timing."""
-    columns, value_columns = min(64, padded(dim)), min(64, padded(value_dim))
+    """Chosen by registers, stack and shared memory of the compiled code, not by timing.
+
+    The aim on sm_90 is two programs of four warps per multiprocessor; tests/test_triton_aot.py compiles what
+    this returns. Without descriptors a whole row of q, k, v, do at once is too much, hence the chunks.
+    """
+    wide = max(padded(dim), padded(value_dim))
+    if dtype == torch.float32:
+        # No matrix instructions: operands pass through registers whole, and only narrow slices fit there.
+        query = key = value = Tile(16, 4, 1, 32) if target.backend == "hip" else Tile(16, 8, 1, 16)
+    elif rows > 64 and by_descriptor and target.arch < 100 and wide <= 128:
+        query = key = value = Tile(64, 8, 1)
+    elif rows > 64:
+        query = key = value = Tile(32, 4 if target.backend == "hip" else 8, 1, 32)
+    elif target.backend == "hip":
+        query = key = value = Tile(64, 4, 1, 64 if wide > 128 else 0)
+    elif not by_descriptor:
+        query = key = value = Tile(32 if wide > 128 else 64, 8, 1, 64 if wide > 64 else 32)
+    elif wide <= 64:
+        query = key = Tile(64, 4, 2)
+        value = Tile(64, 4 if repeats == 1 else 8, 2)
+    elif wide <= 128:
+        query = key = value = Tile(64, 4, 1)
+    elif target.arch >= 100:
+        query, key, value = Tile(64, 8, 1), Tile(32, 8, 1), Tile(64, 8, 1)
+    else:
+        query, key, value = Tile(64, 8, 1), Tile(64, 8, 1), Tile(32, 4, 1)
+    sums = Tile(16 if dtype == torch.float32 else 64, 8 if dtype == torch.float32 else 4, 1)
     return Tiles(
-        Tile(columns, 8, 1), Tile(columns, 8, 1), Tile(value_columns, 8, 1), Tile(value_columns, 4, 1)
+        query._replace(columns=min(query.columns, padded(dim))),
+        key._replace(columns=min(key.columns, padded(dim))),
+        value._replace(columns=min(value.columns, padded(value_dim))),
+        sums._replace(columns=min(sums.columns, padded(value_dim))),
     )
 
 
@@ -147,9 +183,11 @@ def plan(
         return {f"{name}_{axis}": x.stride(n) for name, x in tensors.items() for n, axis in enumerate("bht")}
 
     # A descriptor reads whole tiles: it cannot leave out rows between the used ones and the next tile's.
-    by_descriptor = used == tile and describable(target, query, key, value, grad)
+    by_descriptor = used == tile and query.dtype != torch.float32
+    by_descriptor = by_descriptor and describable(target, query, key, value, grad)
     if tiles is None:
-        tiles = backward_tiles(target, dim, value_dim, query.dtype, tile, by_descriptor)
+        tiles = backward_tiles(target, dim, value_dim, query.dtype, tile, repeats, by_descriptor)
+    by_descriptor = by_descriptor and not any(x.chunk for x in tiles)
 
     def read(x: Tensor, columns: int) -> Any:
         return described(x, tile, columns) if by_descriptor else x
@@ -169,7 +207,7 @@ def plan(
     if splits > 1 and alpha is not None:
         count, size = batch * kv_heads, dim * value_dim
         state, grad_state = buffer(count, splits - 1, size), buffer(count, splits - 1, size)
-        columns, warps, stages = tiles.sums
+        columns, warps, stages, _ = tiles.sums
         grid = (count * triton.cdiv(value_dim, columns), splits - 1)
         launches += [
             Launch(
@@ -207,7 +245,7 @@ def plan(
         tensors = dict(Q=read(query, wide_dim), K=read(key, wide_dim), V=read(value, wide_value))
         tensors["GRAD"] = read(grad, wide_value)
         row_strides = strides(q=query, k=key, v=value, g=grad)
-        columns, warps, stages = tiles.query
+        columns, warps, stages, chunk = tiles.query
         slices = triton.cdiv(dim, columns)
         d_alpha = None if alpha is None else buffer(batch, heads, splits, slices)
         d_scale = None if local_scale is None else buffer(batch, heads, splits, slices)
@@ -219,25 +257,25 @@ def plan(
                 | dict(Q_SLICE=read(query, columns), K_SLICE=read(key, columns), OUT=dquery, STATE=state)
                 | dict(D_ALPHA=d_alpha, D_SCALE=d_scale)
                 | dict(heads=heads, repeats=repeats),
-                {**shape, **wide, **dict(BS=columns, STAGES=stages)},
+                {**shape, **wide, **dict(BS=columns, STAGES=stages, CHUNK=chunk)},
                 warps,
                 stages,
             )
         )
-        columns, warps, stages = tiles.key
+        columns, warps, stages, chunk = tiles.key
         launches.append(
             Launch(
                 key_grad_kernel,
                 (batch * kv_heads * triton.cdiv(dim, columns), splits),
                 {**tensors, **weights, **row_strides, **walk}
                 | dict(Q_SLICE=read(query, columns), OUT=dkey, STATE=grad_state, heads=kv_heads),
-                {**shape, **wide, **dict(BS=columns, REPEATS=repeats, STAGES=stages)},
+                {**shape, **wide, **dict(BS=columns, REPEATS=repeats, STAGES=stages, CHUNK=chunk)},
                 warps,
                 stages,
             )
         )
     taps = 0 if conv_weight is None else conv_weight.shape[1]
-    columns, warps, stages = tiles.value
+    columns, warps, stages, chunk = tiles.value
     launches.append(
         Launch(
             value_grad_kernel,
@@ -246,7 +284,8 @@ def plan(
             | dict(Q=read(query, padded(dim)), K=read(key, padded(dim)), GRAD=read(grad, columns))
             | dict(OUT=dvalue, TAPS=conv_weight, STATE=grad_state)
             | dict(heads=kv_heads),
-            {**shape, **options, **dict(BS=columns, REPEATS=repeats, N_TAPS=taps, STAGES=stages)},
+            {**shape, **options, **dict(BS=columns, REPEATS=repeats, N_TAPS=taps)}
+            | dict(STAGES=stages, CHUNK=chunk),
             warps,
             stages,
         )
@@ -258,7 +297,7 @@ def plan(
         span = triton.cdiv(parts, splits_for(programs, parts, target.processors))
         splits = triton.cdiv(parts, span)
         d_taps = buffer(batch, heads, splits, tile, blocks * tile)
-        _, warps, stages = tiles.sums
+        _, warps, stages, _ = tiles.sums
         launches.append(
             Launch(
                 taps_grad_kernel,

@@ -27,6 +27,21 @@ import triton.language as tl
 from .launch import load_band, load_rows, load_tile, store_rows
 
 
+@triton.jit
+def _products(
+    X, Y, x_t, y_t, start, rows, end, WIDTH: tl.constexpr, PADDED: tl.constexpr, CHUNK: tl.constexpr
+):
+    """x y^T of two [rows, WIDTH] tiles, CHUNK columns at a time: for tiles whose whole rows do not fit."""
+    STEP: tl.constexpr = CHUNK if CHUNK < PADDED else PADDED
+    total = tl.zeros((rows.shape[0], rows.shape[0]), tl.float32)
+    for first in tl.range(0, PADDED, STEP, num_stages=1):
+        columns = first + tl.arange(0, STEP)
+        x = load_rows(X, start, rows, columns, x_t, end, WIDTH, PADDED)
+        y = load_rows(Y, start, rows, columns, y_t, end, WIDTH, PADDED)
+        total = tl.dot(x, tl.trans(y), total, input_precision="ieee")
+    return total
+
+
 @triton.jit(do_not_specialize=["length", "splits", "span"])
 def query_grad_kernel(
     Q, Q_SLICE, K, K_SLICE, V, GRAD, OUT, ALPHA, SCALE, STATE, D_ALPHA, D_SCALE,
@@ -34,7 +49,7 @@ def query_grad_kernel(
     length, heads, repeats, splits, span,
     D: tl.constexpr, BD: tl.constexpr, DV: tl.constexpr, BV: tl.constexpr, BS: tl.constexpr,
     TILE: tl.constexpr, USED: tl.constexpr, GROUP: tl.constexpr, RELU2: tl.constexpr, STAGES: tl.constexpr,
-    DESCRIBED: tl.constexpr,
+    DESCRIBED: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     """OUT = dq [B, H, T, D]; grid (B H D/BS, splits). STATE as in the forward.
 
@@ -79,19 +94,32 @@ def query_grad_kernel(
         start = tile * USED
         end = tl.minimum(start + USED, length)
         # Tiles are read where they are used: read together, they do not fit the registers of sm_80.
-        dq = tl.zeros((TILE, BS), tl.float32)
-        if LOCAL:
-            q = load_tile(Q, b, h, start, i, d, 0, q_t, end, D, BD, BD, DESCRIBED)
-            k = load_tile(K, b, kv, start, i, d, 0, k_t, end, D, BD, BD, DESCRIBED)
-            s = tl.dot(q, tl.trans(k), input_precision="ieee")
         do = load_tile(GRAD, b, h, start, i, dv, 0, g_t, end, DV, BV, BV, DESCRIBED)
-        v = load_tile(V, b, kv, start, i, dv, 0, v_t, end, DV, BV, BV, DESCRIBED)
-        if LOCAL and SLICES == 1:
-            k_slice = k
-        else:
-            k_slice = load_tile(K_SLICE, b, kv, start, i, ds, piece * BS, k_t, end, D, DS, BS, DESCRIBED)
+        dq = tl.zeros((TILE, BS), tl.float32)
+        if ALPHA is not None:
+            if DT == tl.float16:
+                # A float16 operand overflows where the sum does not: multiply by the mean of k^T v instead.
+                seen = tl.maximum(start, 1).to(tl.float32)
+                dq = tl.dot(do, tl.trans((state / seen).to(DT)), input_precision="ieee") * seen
+            else:
+                dq = tl.dot(do, tl.trans(state.to(DT)), input_precision="ieee")
+            q_slice = load_tile(Q_SLICE, b, h, start, i, ds, piece * BS, q_t, end, D, DS, BS, DESCRIBED)
+            sum_alpha += tl.sum(dq * q_slice.to(tl.float32), 1)
+            dq *= alpha
+        k_slice = load_tile(K_SLICE, b, kv, start, i, ds, piece * BS, k_t, end, D, DS, BS, DESCRIBED)
         if LOCAL:
-            dp = tl.dot(do, tl.trans(v), input_precision="ieee")
+            if CHUNK:
+                dp = _products(GRAD, V, g_t, v_t, start, i, end, DV, BV, CHUNK)
+                s = _products(Q, K, q_t, k_t, start, i, end, D, BD, CHUNK)
+            else:
+                v = load_tile(V, b, kv, start, i, dv, 0, v_t, end, DV, BV, BV, DESCRIBED)
+                dp = tl.dot(do, tl.trans(v), input_precision="ieee")
+                q = load_tile(Q, b, h, start, i, d, 0, q_t, end, D, BD, BD, DESCRIBED)
+                if SLICES == 1:
+                    s = tl.dot(q, tl.trans(k_slice), input_precision="ieee")
+                else:
+                    k = load_tile(K, b, kv, start, i, d, 0, k_t, end, D, BD, BD, DESCRIBED)
+                    s = tl.dot(q, tl.trans(k), input_precision="ieee")
             dp = tl.where(lag >= 0, dp, 0.0)
             if SEVERAL:
                 far = tl.where(same, 0.0, dp)
@@ -114,18 +142,8 @@ def query_grad_kernel(
                         dp = far * alpha
             dq = tl.dot(dp.to(DT), k_slice, dq, input_precision="ieee")
         if ALPHA is not None:
-            if DT == tl.float16:
-                # A float16 operand overflows where the sum does not: multiply by the mean of k^T v instead.
-                seen = tl.maximum(start, 1).to(tl.float32)
-                through = tl.dot(do, tl.trans((state / seen).to(DT)), input_precision="ieee") * seen
-            else:
-                through = tl.dot(do, tl.trans(state.to(DT)), input_precision="ieee")
-            if LOCAL and SLICES == 1:
-                q_slice = q
-            else:
-                q_slice = load_tile(Q_SLICE, b, h, start, i, ds, piece * BS, q_t, end, D, DS, BS, DESCRIBED)
-            sum_alpha += tl.sum(through * q_slice.to(tl.float32), 1)
-            dq += through * alpha
+            if CHUNK or not LOCAL:
+                v = load_tile(V, b, kv, start, i, dv, 0, v_t, end, DV, BV, BV, DESCRIBED)
             state = tl.dot(tl.trans(k_slice), v, state, input_precision="ieee")
         store_rows(OUT, dq, start, i, ds, D, end, D, DS)
     at = (head * splits + split) * SLICES + piece
@@ -142,7 +160,7 @@ def key_grad_kernel(
     length, heads, splits, span,
     D: tl.constexpr, BD: tl.constexpr, DV: tl.constexpr, BV: tl.constexpr, BS: tl.constexpr,
     TILE: tl.constexpr, USED: tl.constexpr, GROUP: tl.constexpr, REPEATS: tl.constexpr, RELU2: tl.constexpr,
-    STAGES: tl.constexpr, DESCRIBED: tl.constexpr,
+    STAGES: tl.constexpr, DESCRIBED: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     """OUT = dk [B, Hkv, T, D]; grid (B Hkv D/BS, splits). Rows of a tile of scores are keys, columns queries.
 
@@ -180,7 +198,8 @@ def key_grad_kernel(
         start = (last - 1 - back) * USED
         end = tl.minimum(start + USED, length)
         v = load_tile(V, b, h, start, i, dv, 0, v_t, end, DV, BV, BV, DESCRIBED)
-        k = load_tile(K, b, h, start, i, d, 0, k_t, end, D, BD, BD, DESCRIBED)
+        if not CHUNK:
+            k = load_tile(K, b, h, start, i, d, 0, k_t, end, D, BD, BD, DESCRIBED)
         dk = tl.zeros((TILE, BS), tl.float32)
         if ALPHA is not None:
             if DT == tl.float16:
@@ -198,7 +217,10 @@ def key_grad_kernel(
             do = load_tile(GRAD_H, b, qh, start, i, dv, 0, g_t, end, DV, BV, BV, DESCRIBED)
             q_slice = load_tile(Q_SLICE_H, b, qh, start, i, ds, first_column, q_t, end, D, DS, BS, DESCRIBED)
             if (SCALE is not None) or (ALPHA is not None and SEVERAL):
-                dp = tl.dot(v, tl.trans(do), input_precision="ieee")
+                if CHUNK:
+                    dp = _products(V, GRAD_H, v_t, g_t, start, i, end, DV, BV, CHUNK)
+                else:
+                    dp = tl.dot(v, tl.trans(do), input_precision="ieee")
                 dp = tl.where(lag >= 0, dp, 0.0)
                 if SEVERAL:
                     far = tl.where(same, 0.0, dp)
@@ -206,11 +228,13 @@ def key_grad_kernel(
                 if SCALE is not None:
                     dp *= tl.load(SCALE + qh)
                     if RELU2:
-                        if SLICES == 1:
-                            q = q_slice
+                        if CHUNK:
+                            s = _products(K, Q_H, k_t, q_t, start, i, end, D, BD, CHUNK)
+                        elif SLICES == 1:
+                            s = tl.dot(k, tl.trans(q_slice), input_precision="ieee")
                         else:
                             q = load_tile(Q_H, b, qh, start, i, d, 0, q_t, end, D, BD, BD, DESCRIBED)
-                        s = tl.dot(k, tl.trans(q), input_precision="ieee")
+                            s = tl.dot(k, tl.trans(q), input_precision="ieee")
                         dp *= 2.0 * tl.maximum(s, 0.0)
                 if SEVERAL:
                     if ALPHA is not None:
@@ -232,7 +256,7 @@ def value_grad_kernel(
     length, heads, splits, span,
     D: tl.constexpr, BD: tl.constexpr, DV: tl.constexpr, BS: tl.constexpr,
     TILE: tl.constexpr, USED: tl.constexpr, GROUP: tl.constexpr, REPEATS: tl.constexpr, N_TAPS: tl.constexpr,
-    RELU2: tl.constexpr, STAGES: tl.constexpr, DESCRIBED: tl.constexpr,
+    RELU2: tl.constexpr, STAGES: tl.constexpr, DESCRIBED: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     """OUT = dv [B, Hkv, T, DV]; grid (B Hkv DV/BS, splits). The forward walk mirrored; STATE as in dk."""
     SLICES: tl.constexpr = (DV + BS - 1) // BS
@@ -282,7 +306,10 @@ def value_grad_kernel(
             do = load_tile(GRAD_H, b, qh, start, i, dv, first_column, g_t, end, DV, DS, BS, DESCRIBED)
             p = tl.zeros((TILE, TILE), tl.float32)
             if (SCALE is not None) or (ALPHA is not None and SEVERAL):
-                s = tl.dot(k, tl.trans(q), input_precision="ieee")
+                if CHUNK:
+                    s = _products(K, Q_H, k_t, q_t, start, i, end, D, BD, CHUNK)
+                else:
+                    s = tl.dot(k, tl.trans(q), input_precision="ieee")
                 if SCALE is not None:
                     if RELU2:
                         p = tl.maximum(s, 0.0)
