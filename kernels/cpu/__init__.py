@@ -29,7 +29,14 @@ ACTIVATIONS = {"relu2": 0, "linear": 1}
 
 _ISAS = {"avx2": 1, "avx512": 2}
 _CORE = 14
-"""Fields of `Core` in abi.h."""
+"""Fields of `Core` in abi.h, before those of the tensors."""
+_FIELDS = {
+    "linearize_forward": struct.Struct(f"{_CORE + 4 * 4}q"),
+    "linearize_backward": struct.Struct(f"{_CORE + 7 * 4 + 3}q"),
+    "linearize_step": struct.Struct(f"{_CORE + 7 * 4 + 5}q"),
+    "linearize_tree": struct.Struct(f"{_CORE + 7 * 4 + 6}q"),
+}
+"""The functions of the library, and the block of fields that each takes."""
 _SMALL = 4e6
 """Multiplications worth a thread: a few times what starting one costs."""
 
@@ -84,7 +91,7 @@ def forward(
     batch, heads, length, dim = query.shape
     out = value.new_empty(batch, heads, length, value.shape[3])
     threads = _threads(batch * heads * length * dim * value.shape[3] * 3)
-    _run("forward", (*fields, *_place(out)[1]), isa, threads)
+    _run("linearize_forward", (*fields, *_place(out)[1]), isa, threads)
     return out
 
 
@@ -121,7 +128,7 @@ def backward(
     results = [field for x in (dquery, dkey, dvalue) for field in _place(x)[1]]
     results += [0 if x is None else x.data_ptr() for x in sums]
     threads = _threads(batch * heads * length * dim * value.shape[3] * 9)
-    _run("backward", (*fields[:_CORE], *grad_fields, *fields[_CORE:], *results), isa, threads)
+    _run("linearize_backward", (*fields[:_CORE], *grad_fields, *fields[_CORE:], *results), isa, threads)
     pairs = zip(sums, parameters, strict=True)
     totals = [None if x is None or y is None else x.sum(0).to(y.dtype) for x, y in pairs]
     return (dquery, dkey, dvalue, *totals)
@@ -163,7 +170,12 @@ def step(
     state = _state(query, value, conv_weight, group_size, recurrent, key_window, value_window, length, folded)
     out = value.new_empty(batch, heads, 1, value.shape[3])
     threads = _state_threads(query, recurrent, key_window)
-    _run("step", (*fields, *_place(out)[1], *state, 0 if active is None else active.data_ptr()), isa, threads)
+    _run(
+        "linearize_step",
+        (*fields, *_place(out)[1], *state, 0 if active is None else active.data_ptr()),
+        isa,
+        threads,
+    )
     return out
 
 
@@ -202,7 +214,7 @@ def tree(
     out = value.new_empty(batch, heads, nodes, value.shape[3])
     threads = _state_threads(query, recurrent, key_window)
     tables = depth.data_ptr(), ancestors.data_ptr()
-    _run("tree", (*fields, *_place(out)[1], *state, *tables), isa, threads)
+    _run("linearize_tree", (*fields, *_place(out)[1], *state, *tables), isa, threads)
     return out
 
 
@@ -227,6 +239,7 @@ def _core(
         key.shape != (batch, kv_heads, length, dim)
         or value_batch != batch
         or value_length != length
+        or not kv_heads
         or heads % kv_heads
     ):
         shapes = [list(x.shape) for x in (query, key, value)]
@@ -300,13 +313,13 @@ def _state(
         and (batch == 1 or length.stride(0) == folded.stride(0) == 1)
     ):
         raise ValueError("all of the state must be on the CPU, the lengths side by side")
-    places = []
-    for x in (recurrent, key_window, value_window):
-        place, fields = _place(x)
-        if place is not x:
-            raise ValueError("the columns of the state must be adjacent")
-        places += fields
-    return *places, DTYPES[dtype], window, length.data_ptr(), folded.data_ptr()
+    recurrent_at, recurrent_fields = _place(recurrent)
+    key_at, key_fields = _place(key_window)
+    value_at, value_fields = _place(value_window)
+    if recurrent_at is not recurrent or key_at is not key_window or value_at is not value_window:
+        raise ValueError("the columns of the state must be adjacent")
+    lengths = length.data_ptr(), folded.data_ptr()
+    return *recurrent_fields, *key_fields, *value_fields, DTYPES[dtype], window, *lengths
 
 
 def _run(name: str, fields: tuple[int, ...], isa: str | None, threads: int) -> None:
@@ -314,7 +327,7 @@ def _run(name: str, fields: tuple[int, ...], isa: str | None, threads: int) -> N
     chosen = best if isa is None else _ISAS[isa]
     if library is None or chosen > best:
         raise RuntimeError(f"the CPU kernel cannot run: {unavailable_reason() or f'no {isa} here'}")
-    if getattr(library, f"linearize_{name}")(struct.pack(f"{len(fields)}q", *fields), chosen, threads):
+    if getattr(library, name)(_FIELDS[name].pack(*fields), chosen, threads):
         raise MemoryError("the CPU kernel could not allocate its scratch memory")
 
 
@@ -374,8 +387,8 @@ def _load() -> tuple[ctypes.CDLL | None, str | None, str, int]:
     names = {number: name for name, number in _ISAS.items()}
     if found not in names:
         return None, "this processor has no AVX2", "", 0
-    for name in ("forward", "backward", "step", "tree"):
-        function = getattr(library, f"linearize_{name}")
+    for name in _FIELDS:
+        function = getattr(library, name)
         function.argtypes = [ctypes.c_char_p, ctypes.c_int64, ctypes.c_int64]
         function.restype = ctypes.c_int
     return library, None, names[found], found
