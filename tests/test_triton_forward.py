@@ -178,9 +178,9 @@ def test_any_strides(arch: int) -> None:
 
 @interpreted
 def test_float16_state_beyond_its_largest_number() -> None:
-    """5000 is a fine float16 value; the sum of 330 of them, weighted by 1 / sqrt(32), is not."""
-    query, key, value, alpha, *rest = case(330, dim=32, dtype=torch.float16, parts=("alpha",))
-    check((query.abs(), key.abs(), value.abs() + 5000, alpha * 1e-3, *rest))
+    """5000 is a fine float16 value, and so are the outputs for small queries; a sum of 200 of them is not."""
+    query, key, value, *rest = case(200, dim=32, dtype=torch.float16, parts=("alpha",))
+    check((query.abs() * 1e-3, key.abs(), value.abs() + 5000, *rest), normalize=False)
 
 
 @interpreted

@@ -135,7 +135,7 @@ def forward_kernel(
             if N_TAPS > 1:
                 near = load_tile(V, b, kv, start - TILE, i, dv, first, v_t, length, DV, DVP, BV, DESCRIBED)
                 o = tl.dot(tl.trans(near), before, o, input_precision="ieee")
-            for n in tl.static_range(2, (N_TAPS + TILE - 2) // TILE + 1):
+            for n in tl.range(2, (N_TAPS + TILE - 2) // TILE + 1, num_stages=1):
                 far = load_tile(V, b, kv, start - n * TILE, i, dv, first, v_t, length, DV, DVP, BV, DESCRIBED)
                 band = load_band(TAPS, lag + n * TILE, N_TAPS).to(DT)
                 o = tl.dot(tl.trans(far), band, o, input_precision="ieee")
@@ -202,7 +202,7 @@ def forward_tile(
     engine = target.backend == "cuda" and 90 <= target.arch < 120  # wgmma and its successor: 64 rows or more
     if dtype == torch.float32:
         # No matrix instructions: operands pass through registers whole, and only narrow slices fit there.
-        found = Tile(32, 4, 1) if target.backend == "hip" else Tile(16, 8, 1)
+        found = Tile(16, 4, 1) if target.backend == "hip" else Tile(16, 8, 1)
     elif rows > 64:
         found = Tile(32, 4, 1) if target.backend == "hip" else Tile(64, 8, 1) if engine else Tile(32, 8, 1)
     elif target.backend == "hip":
@@ -210,7 +210,7 @@ def forward_tile(
     elif not engine:
         found = Tile(64, 8, 2) if dim <= 64 else Tile(64, 8, 3) if dim <= 128 else Tile(32, 8, 1)
     elif target.arch >= 100:
-        found = Tile(64, 4, 2) if dim <= 64 else Tile(128, 8, 2) if dim <= 128 else Tile(64, 8, 2)
+        found = Tile(64, 4, 2) if dim <= 64 else Tile(128, 8, 2) if dim <= 128 else Tile(64, 8, 1)
     elif by_descriptor:
         found = Tile(64, 4, 3) if dim <= 64 else Tile(64, 4, 2) if dim <= 128 else Tile(64, 8, 1)
     else:
@@ -297,6 +297,7 @@ def plan(
                 shape,
                 tile.warps,
                 tile.stages,
+                matrix=key.dtype != torch.float32 and dim >= 64,
             )
         )
         if splits > 2:
