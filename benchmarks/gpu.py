@@ -350,7 +350,7 @@ def main(argv: list[str] | None = None) -> None:
     results.save()
     failed = results.refused()
     print(f"\n{len(results.checks) - len(failed)} of {len(results.checks)} checks passed")
-    if results.rows:
+    if results.rows and not options.interpret:
         print(table([row for row in results.rows if row.goal is not None]))
         print(summary(results.rows))
     if failed:

@@ -1,7 +1,8 @@
 """What `benchmarks/gpu.py` times: both sides in one process, turn by turn, medians of CUDA events.
 
-Before each sample the L2 cache is overwritten, as other layers of a model would; that also gives the host a
-head start, so that short calls are timed by their kernels, not by Python. "graph" rows replay a CUDA graph. A
+Before each sample the L2 cache is overwritten, as other layers of a model would, for longer than the host
+needs to enqueue the call: sequences are timed by their kernels, not by Python. Decoding is timed twice:
+"eager" is wall time, Python included, as a token costs without a CUDA graph, and "graph" replays one. A
 dry run takes the torch form on the CPU at tiny sizes: its figures mean nothing, but every line has run.
 """
 
@@ -35,6 +36,7 @@ CLOSE = 1e-2
 SLOWEST = 4000
 """Milliseconds: a side that would take longer, by its last length, is not run."""
 _L2 = 256 << 20
+_MANY = 32
 
 Call = Callable[[], Any]
 
@@ -61,14 +63,24 @@ class Gpu:
         self._flush = torch.empty(_L2, dtype=torch.int8, device="cuda")
 
     def sample(self, call: Call) -> float:
-        """Milliseconds of one call after the L2 cache was overwritten."""
+        """Milliseconds of one call's kernels after the L2 cache was overwritten."""
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        self._flush.zero_()
+        for _ in range(10):  # about a millisecond
+            self._flush.zero_()
         start.record()
         call()
         end.record()
         end.synchronize()
         return float(start.elapsed_time(end))
+
+    def wall(self, call: Call) -> float:
+        """Milliseconds of one call among many, Python included."""
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        for _ in range(_MANY):
+            call()
+        torch.cuda.synchronize()
+        return 1000 * (time.perf_counter() - start) / _MANY
 
     def peak(self, call: Call) -> int:
         """Bytes that one call allocates at most."""
@@ -107,6 +119,8 @@ class Host:
         call()
         return 1000 * (time.perf_counter() - start)
 
+    wall = sample
+
     def peak(self, call: Call) -> int:
         call()
         return 0
@@ -141,26 +155,30 @@ class Bench:
         alpha = torch.rand(heads, device=self.device.name) + 0.5
         return alpha, torch.randn(heads, TAPS, device=self.device.name) * 0.2
 
-    def compare(self, sides: dict[str, Call], seconds: float = 1.0) -> dict[str, Timed]:
-        """Each side's median, measured turn by turn; a side that raises is left out with the reason."""
+    def compare(self, sides: dict[str, Call], seconds: float = 1.0, wall: bool = False) -> dict[str, Timed]:
+        """Each side's median, measured turn by turn; a side that raises is left out with the reason.
+
+        wall: time the host's work too.
+        """
+        sample = self.device.wall if wall else self.device.sample
         out: dict[str, Timed] = {}
         running, samples, peaks = {}, {}, {}
         for name, call in sides.items():
             try:
                 call()  # compiles
                 peaks[name] = self.device.peak(call)
-                samples[name] = [self.device.sample(call)]
+                samples[name] = [sample(call)]
                 running[name] = call
             except Exception as error:  # others' code, on shapes it may not know: its reason is the figure
                 out[name] = Timed(None, reason(error))
                 self.device.empty_cache()
         # A very slow side is not repeated: its first figure is its figure.
         repeated = {name: call for name, call in running.items() if samples[name][0] < SLOWEST / 4}
-        once = sum(samples[name][0] for name in repeated)
+        once = sum(samples[name][0] for name in repeated) * (_MANY if wall else 1)
         rounds = 2 if self.dry else max(2, min(50, int(1000 * seconds / (once + 1e-3))))
         for _ in range(rounds):
             for name, call in repeated.items():
-                samples[name].append(self.device.sample(call))
+                samples[name].append(sample(call))
         for name, taken in samples.items():
             kept = taken[1:] or taken
             out[name] = Timed(statistics.median(kept), "", len(kept), peaks[name])
@@ -421,7 +439,7 @@ def decode(bench: Bench) -> Iterator[Row]:
             case, details = f"{shape} cache of {context}", dict(shape=shape, context=context)
             sides = {ours: (made.step(), made.count)}
             sides |= {name: made.cached(backend, context) for name, backend in BACKENDS.items()}
-            timed = bench.compare({name: call for name, (call, _) in sides.items()}, 0.3)
+            timed = bench.compare({name: call for name, (call, _) in sides.items()}, 0.3, wall=True)
             yield from lines("decode", case, ours, timed, {}, call="eager", **details)
             timed = bench.replay({name: sides[name] for name in (ours, "SDPA flash")}, 0.3)
             yield from lines("decode", f"{case} graph", ours, timed, {}, call="graph", **details)
@@ -438,7 +456,7 @@ def tree(bench: Bench) -> Iterator[Row]:
             continue
         made = Decoding(bench, 32, 32, dim)
         sides = {"tree of 64": made.tree(64), "one step": made.step()}
-        timed = bench.compare(sides, 0.3)
+        timed = bench.compare(sides, 0.3, wall=True)
         yield from lines("tree", shape, "tree of 64", timed, {}, call="eager", shape=shape)
         timed = bench.replay({name: (call, made.count) for name, call in sides.items()}, 0.3)
         yield from lines("tree", f"{shape} graph", "tree of 64", timed, {}, call="graph", shape=shape)
