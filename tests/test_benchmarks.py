@@ -72,7 +72,7 @@ def test_a_row_survives_its_json() -> None:
     assert measured.row_of(json.loads(json.dumps(row.record()))) == row
 
 
-def test_json_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
+def test_json_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "new" / "out.json"
     measured.write_json(path, {"a": 1})
     for unwritable in ({"a": object()}, {"a": float("nan")}):
@@ -82,6 +82,16 @@ def test_json_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
     path.parent.joinpath("taken").mkdir()
     with pytest.raises(OSError):
         measured.write_json(path.parent / "taken", {"a": 2})
+    whole = Path.write_text
+
+    def full_disk(self: Path, text: str) -> int:
+        whole(self, text[:3])
+        raise OSError("no space left")
+
+    monkeypatch.setattr(Path, "write_text", full_disk)
+    with pytest.raises(OSError, match="no space"):
+        measured.write_json(path, {"a": 2})
+    assert json.loads(path.read_text()) == {"a": 1}
     assert sorted(item.name for item in path.parent.iterdir()) == ["out.json", "taken"]
 
 
