@@ -8,8 +8,6 @@ ImportError.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -18,8 +16,11 @@ try:
 except ImportError as error:
     raise ImportError("the Triton kernels need triton: pip install 'linearize[triton]'") from error
 
+from .backward import backward
+from .decode import step
 from .forward import forward
 from .launch import interpreted
+from .tree import tree
 
 __all__ = ["available", "backward", "forward", "step", "supports", "tree", "unavailable_reason"]
 
@@ -28,22 +29,6 @@ ACTIVATIONS = ("relu2", "linear")
 LARGEST_HEAD = 256
 LARGEST_GROUP = 128
 MOST_TAPS = 1024
-
-
-def __getattr__(name: str) -> Any:
-    if name == "backward":
-        from .backward import backward
-
-        return backward
-    if name == "step":
-        from .decode import step
-
-        return step
-    if name == "tree":
-        from .tree import tree
-
-        return tree
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def unavailable_reason(device: torch.device) -> str | None:
