@@ -40,12 +40,18 @@ def case(
 
 
 def gradients(
-    inputs: Inputs, activation: str, group_size: int, normalize: bool, processors: int = 1
+    inputs: Inputs,
+    activation: str,
+    group_size: int,
+    normalize: bool,
+    processors: int = 1,
+    backend: str = "cpu",
+    arch: int = 0,
 ) -> tuple[Tensor | None, ...]:
     from linearize.kernels.triton.backward import backward
     from linearize.kernels.triton.launch import Target
 
-    return backward(*inputs, activation, group_size, normalize, target=Target("cpu", 0, processors))
+    return backward(*inputs, activation, group_size, normalize, target=Target(backend, arch, processors))
 
 
 def wanted(inputs: Inputs, activation: str, group_size: int, normalize: bool) -> list[Tensor | None]:
@@ -79,9 +85,11 @@ def check(
     group_size: int = 64,
     normalize: bool = True,
     processors: int = 1,
+    backend: str = "cpu",
+    arch: int = 0,
 ) -> None:
-    """One call against the oracle; `processors` forces splits."""
-    got = gradients(inputs, activation, group_size, normalize, processors)
+    """One call against the oracle; `processors` forces splits, `backend` and `arch` choose the tiles."""
+    got = gradients(inputs, activation, group_size, normalize, processors, backend, arch)
     want = wanted(inputs, activation, group_size, normalize)
     dtype = inputs[1].dtype
     for name, ours, theirs, like in zip(NAMES, got, want, inputs[1:], strict=True):
@@ -107,6 +115,15 @@ def test_narrow_types_stay_within_their_rounding(dtype: torch.dtype) -> None:
 
 
 @interpreted
+@pytest.mark.parametrize("group_size", [32, 64])
+@pytest.mark.parametrize("dim", [64, 128])
+@pytest.mark.parametrize(("backend", "arch"), [("cuda", 80), ("cuda", 90), ("cuda", 100), ("hip", 942)])
+def test_the_tiles_of_every_device(backend: str, arch: int, dim: int, group_size: int) -> None:
+    inputs = case(140, dim=dim, heads=2, kv_heads=1, taps=33, dtype=torch.bfloat16)
+    check(inputs, group_size=group_size, backend=backend, arch=arch)
+
+
+@interpreted
 @pytest.mark.parametrize("processors", [2, 4, 8])
 def test_splits_change_nothing(processors: int) -> None:
     """16 tiles: 2 to 4 splits of each walk, with states carried both ways."""
@@ -123,7 +140,7 @@ def test_query_heads_add_up_in_their_key_head(kv_heads: int) -> None:
 @interpreted
 @pytest.mark.parametrize("group_size", [16, 24, 32, 48, 128])
 def test_any_group_size(group_size: int) -> None:
-    check(case(140, dim=16, taps=9), group_size=group_size)
+    check(case(140, dim=24, taps=9), group_size=group_size)
 
 
 @interpreted
