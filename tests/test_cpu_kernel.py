@@ -205,14 +205,36 @@ def test_any_strides(isa):
 
 
 @needs_library
-@pytest.mark.parametrize("heads", [(4, 4), (4, 1)])
-def test_threads_change_no_bit(heads):
-    args = make(1500, heads, dims=(64, 64))
-    grad = torch.randn(1, heads[0], 1500, 64)
+def test_threads_change_no_bit_while_there_are_heads_for_all():
+    args = make(1500, (4, 4), dims=(64, 64))
+    grad = torch.randn(1, 4, 1500, 64)
     one = cpu.forward(*args, "relu2", 64, True), *cpu.backward(grad, *args, "relu2", 64, True)
     torch.set_num_threads(3)
     many = cpu.forward(*args, "relu2", 64, True), *cpu.backward(grad, *args, "relu2", 64, True)
     assert all(torch.equal(x, y) for x, y in zip(one, many, strict=True))
+
+
+@needs_library
+@pytest.mark.parametrize(
+    "group,taps,length", [(64, 32, 2000), (8, 30, 8 * 64 * 7 + 3), (16, 1, 1999), (32, None, 1024)]
+)
+def test_a_sequence_is_shared_between_threads_that_have_no_head_of_their_own(isa, group, taps, length):
+    for without in ((), (3,), (4,)):
+        args = [None if i in without else x for i, x in enumerate(make(length, (4, 1), (48, 64), taps))]
+        grad = torch.randn(1, 4, length, 64)
+        torch.set_num_threads(1)
+        alone = cpu.forward(*args, "relu2", group, True, isa=isa)
+        torch.set_num_threads(3)
+        out = cpu.forward(*args, "relu2", group, True, isa=isa)
+        found = cpu.backward(grad, *args, "relu2", group, True, isa=isa)
+        assert without == (3,) or not torch.equal(out, alone)  # sums in another order: it was shared indeed
+        args = [None if x is None else x.double() for x in args]
+        close(out, walk.forward(*args, "relu2", group, True), 1e-5)
+        wanted = walk.backward(grad.double(), *args, "relu2", group, True)
+        for name, x, y in zip(NAMES, found, wanted, strict=False):
+            assert (x is None) == (y is None)
+            if x is not None:
+                close(x, y, 1e-5, name)
 
 
 @needs_library

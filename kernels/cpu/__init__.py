@@ -122,15 +122,14 @@ def backward(
         raise ValueError(f"grad must be like the output, not {list(grad.shape)} in {grad.dtype}")
     grad, grad_fields = _place(grad)
     dquery, dkey, dvalue = (x.new_empty(x.shape) for x in (query, key, value))
-    # One row of sums for each entry of the batch: rows are written by different threads.
     parameters = (alpha, local_scale, conv_weight)
-    sums = [None if x is None else x.new_empty(batch, *x.shape, dtype=torch.float32) for x in parameters]
+    sums = [None if x is None else x.new_empty(x.shape, dtype=torch.float32) for x in parameters]
     results = [field for x in (dquery, dkey, dvalue) for field in _place(x)[1]]
     results += [0 if x is None else x.data_ptr() for x in sums]
     threads = _threads(batch * heads * length * dim * value.shape[3] * 9)
     _run("linearize_backward", (*fields[:_CORE], *grad_fields, *fields[_CORE:], *results), isa, threads)
     pairs = zip(sums, parameters, strict=True)
-    totals = [None if x is None or y is None else x.sum(0).to(y.dtype) for x, y in pairs]
+    totals = [None if x is None or y is None else x.to(y.dtype) for x, y in pairs]
     return (dquery, dkey, dvalue, *totals)
 
 

@@ -29,7 +29,7 @@ struct Forward {
 struct Backward {
   Core core;
   Tensor grad, query, key, value, dquery, dkey, dvalue;
-  float *dalpha, *dlocal, *dconv;  // one row per batch entry: [batch, heads], [batch, heads], [batch, heads, taps]
+  float *dalpha, *dlocal, *dconv;  // [heads], [heads], [heads, taps]
 };
 
 // What is kept between calls; see kernels/state.py. The windows are rings of `window` rows.
@@ -54,14 +54,31 @@ struct Tree {
   const uint8_t* ancestors;  // [batch, nodes, nodes]
 };
 
-// One instruction set's kernels. A unit is one (batch, kv head), or in the forward a part of its query heads.
-// Units are independent of each other. `scratch` is memory for as many floats as the `_scratch` function says, zeroed
-// for forward and backward.
+// One (batch, kv head), and of its groups those from `first` to before `last`. A sequence that is shared between
+// threads is cut into several.
+struct Piece {
+  int64_t unit, first, last;
+};
+
+// One instruction set's kernels. Pieces are independent of each other. `scratch` is memory for as many floats as the
+// `_scratch` function says, zeroed for forward and backward.
 struct Kernels {
+  size_t (*state_floats)(const Core&);  // of one sum of k^T v, or of q^T do
+
   size_t (*forward_scratch)(const Forward&);
-  void (*forward_unit)(const Forward&, int64_t unit, int64_t first_head, int64_t last_head, float* scratch);
-  size_t (*backward_scratch)(const Backward&);
-  void (*backward_unit)(const Backward&, int64_t unit, float* scratch);
+  // The piece's own sum of k^T v.
+  void (*forward_sum)(const Forward&, Piece, float* sum, float* scratch);
+  // `before`: the sum over everything before the piece.
+  void (*forward_piece)(const Forward&, Piece, const float* before, float* scratch);
+
+  size_t (*backward_scratch)(const Backward&, int64_t groups);
+  // The piece's own sums of k^T v and of alpha q^T do.
+  void (*backward_sums)(const Backward&, Piece, float* sum, float* dsum, float* scratch);
+  // `after`: the sum of alpha q^T do over everything after the piece. The piece's share of dalpha, dlocal and dconv
+  // goes to `shares` [heads that read the kv head, 2 + taps].
+  void (*backward_piece)(const Backward&, Piece, const float* before, const float* after, float* shares,
+                         float* scratch);
+
   size_t (*step_scratch)(const Step&);
   void (*step_unit)(const Step&, int64_t unit, float* scratch);
   size_t (*tree_scratch)(const Tree&);

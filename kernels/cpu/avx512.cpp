@@ -4,6 +4,8 @@
 
 namespace linearize {
 extern const Kernels avx512_kernels;
-const Kernels avx512_kernels = {forward_scratch, forward_unit, backward_scratch, backward_unit,
-                             step_scratch,    step_unit,    tree_scratch,     tree_unit};
+const Kernels avx512_kernels = {
+    state_floats,     forward_scratch, forward_sum,  forward_piece, backward_scratch, backward_sums,
+    backward_piece,   step_scratch,    step_unit,    tree_scratch,  tree_unit,
+};
 }  // namespace linearize

@@ -25,11 +25,11 @@ struct BackwardSizes : Sizes {
   int64_t grad_rows;    // rows of do in sight: the own group and `history` after it
   int64_t anchors;
 
-  explicit BackwardSizes(const Core& core) : Sizes(core) {
+  BackwardSizes(const Core& core, int64_t piece) : Sizes(core) {
     later = (history + group - 1) / group;
     band = (later + 1) * wide_group;
     grad_rows = wide_group + history + TILE_ROWS;
-    anchors = core.alpha ? (groups - 1) / ANCHOR : 0;
+    anchors = core.alpha ? (piece - 1) / ANCHOR : 0;
   }
 };
 
@@ -107,17 +107,19 @@ INLINE void through_norm(float* grad, const float* unit, const float* scale, int
   }
 }
 
-// One (batch, kv head) on its walk.
+// One piece on its walk.
 struct BackwardWalk {
   const Backward& f;
   const Core& core;
   const BackwardSizes z;
   BackwardScratch m;
-  const int64_t b, kv;
+  const Piece piece;
+  const int64_t b, kv, shared;
   int64_t start = 0, rows = 0;  // of the group at hand
 
-  BackwardWalk(const Backward& call, int64_t unit, Arena& arena)
-      : f(call), core(call.core), z(call.core), m(arena, z), b(unit / core.kv_heads), kv(unit % core.kv_heads) {}
+  BackwardWalk(const Backward& call, Piece part, Arena& arena)
+      : f(call), core(call.core), z(call.core, part.last - part.first), m(arena, z), piece(part),
+        b(part.unit / core.kv_heads), kv(part.unit % core.kv_heads), shared(core.heads / core.kv_heads) {}
 
   void open(int64_t g, int64_t next) {
     start = g * z.group, rows = least(z.group, core.length - start);
@@ -133,17 +135,36 @@ struct BackwardWalk {
                            rows);
   }
 
-  // S of every group that is a multiple of ANCHOR, and of the last group in state_t.
-  void drop_anchors() {
-    clear_rows(m.state_t, z.wide_dim, 0, z.wide_value);
-    for (int64_t g = 0; g + 1 < z.groups; g++) {
+  size_t state_bytes() const { return z.wide_value * z.wide_dim * sizeof(float); }
+
+  // S every ANCHOR groups, and of the last group in state_t.
+  void drop_anchors(const float* before) {
+    if (before) memcpy(m.state_t, before, state_bytes());
+    else clear_rows(m.state_t, z.wide_dim, 0, z.wide_value);
+    for (int64_t g = piece.first; g + 1 < piece.last; g++) {
       open(g, z.group);
       fold<ADD>();
-      if ((g + 1) % ANCHOR == 0) memcpy(anchor(g + 1), m.state_t, state_bytes());
+      if (float* kept = anchor(g + 1)) memcpy(kept, m.state_t, state_bytes());
     }
   }
-  float* anchor(int64_t g) const { return m.anchors + (g / ANCHOR - 1) * z.wide_value * z.wide_dim; }
-  size_t state_bytes() const { return z.wide_value * z.wide_dim * sizeof(float); }
+  float* anchor(int64_t g) const {
+    const int64_t walked = g - piece.first;
+    return walked % ANCHOR ? nullptr : m.anchors + (walked / ANCHOR - 1) * z.wide_value * z.wide_dim;
+  }
+
+  // What groups after the piece leave to its convolution.
+  void look_ahead(HeadScratch& own, int64_t head) {
+    const int64_t end = piece.last * z.group;
+    if (end >= core.length) return;
+    read_rows(own.grad, z.wide_value, f.grad, core.dtype, b, head, end, least(z.history, core.length - end),
+              z.value_dim);
+    for (int64_t g = piece.last; g < least(z.groups, piece.last + z.later); g++) {
+      const int64_t some = least(z.group, core.length - g * z.group);
+      read_rows(m.grad_alpha, z.wide_value, f.grad, core.dtype, b, head, g * z.group, some, z.value_dim);
+      clear_rows(m.grad_alpha, z.wide_value, some, z.wide_group);
+      transpose(grad_t(own, g), z.wide_group, m.grad_alpha, z.wide_value, z.wide_group, z.wide_value);
+    }
+  }
 
   void read_head(HeadScratch& own, int64_t head, int64_t g) {
     read_rows(m.query, z.wide_dim, f.query, core.dtype, b, head, start, rows, z.dim, -z.group, core.normalize,
@@ -229,18 +250,22 @@ struct BackwardWalk {
         });
     if (core.normalize) through_norm(m.dquery, m.query, m.query_scale, rows, z.wide_dim);
     write_rows(f.dquery, core.dtype, b, head, start, m.dquery, z.wide_dim, rows, z.dim);
-    if (!core.alpha || g == 0) return;
+    if (core.alpha && g > piece.first) fold_query(own, alpha);
+  }
+
+  void fold_query(const HeadScratch& own, float alpha) {
     for (int64_t i = 0; i < rows * z.wide_value; i += WIDTH) store(m.grad_alpha + i, load(own.grad + i) * alpha);
     product<COLUMNS, ADD>(m.dstate, z.wide_value, m.query, z.wide_dim, m.grad_alpha, z.wide_value, z.dim,
                           z.wide_value, rows);
   }
 
-  void run_group(HeadScratch* heads, int64_t shared, int64_t g) {
+  void run_group(HeadScratch* heads, int64_t g) {
     open(g, -z.group);
-    const bool last = g + 1 == z.groups;
-    if (core.alpha && !last) {
-      if ((g + 1) % ANCHOR == 0) memcpy(m.state_t, anchor(g + 1), state_bytes());
+    if (core.alpha && g + 1 < piece.last) {
+      if (const float* kept = anchor(g + 1)) memcpy(m.state_t, kept, state_bytes());
       fold<SUBTRACT>();
+    }
+    if (core.alpha && g + 1 < z.groups) {
       transpose(m.dstate_t, z.wide_dim, m.dstate, z.wide_value, z.wide_dim, z.wide_value);
       product<ROWS, SET>(m.dkeys, z.wide_dim, m.values, z.wide_value, m.dstate_t, z.wide_dim, rows, z.wide_dim,
                          z.value_dim);
@@ -256,22 +281,21 @@ struct BackwardWalk {
     write_rows(f.dvalue, core.dtype, b, kv, start, m.dvalues, z.wide_value, rows, z.value_dim);
   }
 
-  void finish_head(const HeadScratch& own, int64_t head) const {
-    const int64_t at = b * core.heads + head;
-    if (core.alpha) f.dalpha[at] = static_cast<float>(own.dalpha);
-    if (core.local) f.dlocal[at] = static_cast<float>(own.dlocal);
+  void finish_head(const HeadScratch& own, float* share) const {
+    share[0] = static_cast<float>(own.dalpha);
+    share[1] = static_cast<float>(own.dlocal);
     for (int64_t l = 0; core.conv && l < core.taps; l++) {
       double total = 0;
       for (int64_t j = 0; j < z.group; j++)
         total += own.band[j * z.band + (j + l) / z.group * z.wide_group + (j + l) % z.group];
-      f.dconv[at * core.taps + l] = static_cast<float>(total);
+      share[2 + l] = static_cast<float>(total);
     }
   }
 };
 
-size_t backward_scratch(const Backward& f) {
+size_t backward_scratch(const Backward& f, int64_t groups) {
   Arena arena{nullptr};
-  const BackwardSizes z(f.core);
+  const BackwardSizes z(f.core, groups);
   BackwardScratch counted(arena, z);
   const int64_t shared = f.core.heads / f.core.kv_heads;
   for (int64_t h = 0; h < shared; h++) HeadScratch head(arena, z, f.core.conv);
@@ -279,22 +303,47 @@ size_t backward_scratch(const Backward& f) {
   return arena.used;
 }
 
-void backward_unit(const Backward& f, int64_t unit, float* scratch) {
+void backward_sums(const Backward& f, Piece piece, float* total, float* dtotal, float* scratch) {
   Arena arena{scratch};
-  BackwardWalk walk(f, unit, arena);
+  BackwardWalk walk(f, piece, arena);
+  const BackwardSizes& z = walk.z;
+  HeadScratch own(arena, z, false);
+  clear_rows(walk.m.state_t, z.wide_dim, 0, z.wide_value);
+  clear_rows(walk.m.dstate, z.wide_value, 0, z.dim);
+  for (int64_t g = piece.first; g < piece.last; g++) {
+    walk.open(g, z.group);
+    walk.fold<ADD>();
+    for (int64_t h = 0; h < walk.shared; h++) {
+      const int64_t head = walk.kv * walk.shared + h;
+      read_rows(walk.m.query, z.wide_dim, f.query, f.core.dtype, walk.b, head, walk.start, walk.rows, z.dim, z.group,
+                f.core.normalize);
+      read_rows(own.grad, z.wide_value, f.grad, f.core.dtype, walk.b, head, walk.start, walk.rows, z.value_dim,
+                z.group);
+      walk.fold_query(own, f.core.alpha[head]);
+    }
+  }
+  memcpy(total, walk.m.state_t, walk.state_bytes());
+  memcpy(dtotal, walk.m.dstate, walk.state_bytes());
+}
+
+void backward_piece(const Backward& f, Piece piece, const float* before, const float* after, float* shares,
+                    float* scratch) {
+  Arena arena{scratch};
+  BackwardWalk walk(f, piece, arena);
   const Core& core = f.core;
-  const int64_t shared = core.heads / core.kv_heads;
-  HeadScratch* heads = reinterpret_cast<HeadScratch*>(arena.take(shared * sizeof(HeadScratch) / sizeof(float)));
-  for (int64_t h = 0; h < shared; h++) {
+  HeadScratch* heads = reinterpret_cast<HeadScratch*>(arena.take(walk.shared * sizeof(HeadScratch) / sizeof(float)));
+  for (int64_t h = 0; h < walk.shared; h++) {
     HeadScratch& own = *new (heads + h) HeadScratch(arena, walk.z, core.conv);
     if (!core.conv) continue;
-    memcpy(own.taps, core.conv + (walk.kv * shared + h) * core.taps, core.taps * sizeof(float));
+    memcpy(own.taps, core.conv + (walk.kv * walk.shared + h) * core.taps, core.taps * sizeof(float));
     clear_rows(own.band, walk.z.band, 0, walk.z.group);
+    walk.look_ahead(own, walk.kv * walk.shared + h);
   }
-  clear_rows(walk.m.dstate, walk.z.wide_value, 0, walk.z.dim);
-  if (core.alpha) walk.drop_anchors();
-  for (int64_t g = walk.z.groups; g-- > 0;) walk.run_group(heads, shared, g);
-  for (int64_t h = 0; h < shared; h++) walk.finish_head(heads[h], walk.kv * shared + h);
+  if (after) memcpy(walk.m.dstate, after, walk.state_bytes());
+  else clear_rows(walk.m.dstate, walk.z.wide_value, 0, walk.z.dim);
+  if (core.alpha) walk.drop_anchors(before);
+  for (int64_t g = piece.last; g-- > piece.first;) walk.run_group(heads, g);
+  for (int64_t h = 0; h < walk.shared; h++) walk.finish_head(heads[h], shares + h * (2 + core.taps));
 }
 
 }  // namespace

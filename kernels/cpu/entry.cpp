@@ -68,6 +68,40 @@ bool for_each(int64_t units, int64_t threads, size_t floats, bool zeroed, const 
   return done.load() == units;
 }
 
+// Where sequences are cut: into as many pieces as it takes to give every thread one, if they stay long enough for
+// the pass that sums up what came before each. With one piece nothing is summed, and results do not depend on threads.
+struct Cut {
+  static constexpr int64_t SHORTEST = 8;  // groups
+  int64_t units, groups, pieces;
+
+  Cut(const Core& core, int64_t threads) {
+    units = core.batch * core.kv_heads;
+    groups = (core.length + core.group - 1) / core.group;
+    pieces = units < threads ? (threads + units - 1) / units : 1;
+    if (pieces > groups / SHORTEST) pieces = groups < SHORTEST ? 1 : groups / SHORTEST;
+  }
+  int64_t count() const { return units * pieces; }
+  int64_t longest() const { return (groups + pieces - 1) / pieces; }
+  Piece at(int64_t i) const {
+    const int64_t part = i % pieces;
+    return {i / pieces, part * groups / pieces, (part + 1) * groups / pieces};
+  }
+};
+
+// sums[pieces][size] of each unit -> the sums over all earlier (or later) pieces.
+void accumulate(float* sums, const Cut& cut, size_t size, bool later) {
+  for (int64_t unit = 0; unit < cut.units; unit++)
+    for (size_t i = 0; i < size; i++) {
+      float total = 0;
+      for (int64_t p = 0; p < cut.pieces; p++) {
+        float& place = sums[(unit * cut.pieces + (later ? cut.pieces - 1 - p : p)) * size + i];
+        const float own = place;
+        place = total;
+        total += own;
+      }
+    }
+}
+
 }  // namespace
 }  // namespace linearize
 
@@ -80,21 +114,58 @@ __attribute__((visibility("default"))) int64_t linearize_isa() { return best_isa
 // Each returns 0, or 1 when memory ran out.
 __attribute__((visibility("default"))) int linearize_forward(const Forward* f, int64_t isa, int64_t threads) {
   const Kernels& kernels = kernels_of(isa);
-  const Core& core = f->core;
-  const int64_t shared = core.heads / core.kv_heads, units = core.batch * core.kv_heads;
-  // Fewer key/value heads than threads: the query heads of one are split, each part building the state anew.
-  int64_t parts = units < threads ? (threads + units - 1) / units : 1;
-  if (parts > shared) parts = shared;
-  return !for_each(units * parts, threads, kernels.forward_scratch(*f), true, [&](int64_t i, float* scratch) {
-    const int64_t part = i % parts;
-    kernels.forward_unit(*f, i / parts, part * shared / parts, (part + 1) * shared / parts, scratch);
+  const Cut cut(f->core, threads);
+  const bool sums = f->core.alpha && cut.pieces > 1;
+  const size_t state = kernels.state_floats(f->core), scratch = kernels.forward_scratch(*f);
+  Scratch before(sums ? cut.count() * state : 0, false);
+  if (!before.get()) return 1;
+  if (sums) {
+    if (!for_each(cut.count(), threads, scratch, true, [&](int64_t i, float* own) {
+          kernels.forward_sum(*f, cut.at(i), before.get() + i * state, own);
+        }))
+      return 1;
+    accumulate(before.get(), cut, state, false);
+  }
+  return !for_each(cut.count(), threads, scratch, true, [&](int64_t i, float* own) {
+    kernels.forward_piece(*f, cut.at(i), sums ? before.get() + i * state : nullptr, own);
   });
 }
 
 __attribute__((visibility("default"))) int linearize_backward(const Backward* f, int64_t isa, int64_t threads) {
   const Kernels& kernels = kernels_of(isa);
-  return !for_each(f->core.batch * f->core.kv_heads, threads, kernels.backward_scratch(*f), true,
-                   [&](int64_t unit, float* scratch) { kernels.backward_unit(*f, unit, scratch); });
+  const Core& core = f->core;
+  const Cut cut(core, threads);
+  const bool sums = core.alpha && cut.pieces > 1;
+  const size_t state = kernels.state_floats(core), scratch = kernels.backward_scratch(*f, cut.longest());
+  const int64_t shared = core.heads / core.kv_heads, share = 2 + core.taps;
+  Scratch before(sums ? cut.count() * state : 0, false), after(sums ? cut.count() * state : 0, false);
+  Scratch shares(cut.count() * shared * share, false);
+  if (!before.get() || !after.get() || !shares.get()) return 1;
+  if (sums) {
+    if (!for_each(cut.count(), threads, scratch, true, [&](int64_t i, float* own) {
+          kernels.backward_sums(*f, cut.at(i), before.get() + i * state, after.get() + i * state, own);
+        }))
+      return 1;
+    accumulate(before.get(), cut, state, false);
+    accumulate(after.get(), cut, state, true);
+  }
+  if (!for_each(cut.count(), threads, scratch, true, [&](int64_t i, float* own) {
+        kernels.backward_piece(*f, cut.at(i), sums ? before.get() + i * state : nullptr,
+                               sums ? after.get() + i * state : nullptr, shares.get() + i * shared * share, own);
+      }))
+    return 1;
+  for (int64_t head = 0; head < core.heads; head++)
+    for (int64_t l = 0; l < share; l++) {
+      double total = 0;
+      for (int64_t b = 0; b < core.batch; b++)
+        for (int64_t p = 0; p < cut.pieces; p++)
+          total += shares.get()[((b * core.kv_heads + head / shared) * cut.pieces + p) * shared * share +
+                                head % shared * share + l];
+      if (l == 0 && core.alpha) f->dalpha[head] = static_cast<float>(total);
+      if (l == 1 && core.local) f->dlocal[head] = static_cast<float>(total);
+      if (l >= 2) f->dconv[head * core.taps + l - 2] = static_cast<float>(total);
+    }
+  return 0;
 }
 
 __attribute__((visibility("default"))) int linearize_step(const Step* s, int64_t isa, int64_t threads) {

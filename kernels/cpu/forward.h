@@ -82,6 +82,11 @@ __attribute__((noinline)) void output_tile(float* o, int64_t stride, float alpha
     for (int j = 0; j < V; j++) store(o + r * stride + j * WIDTH, x[r][j]);
 }
 
+size_t state_floats(const Core& core) {
+  const Sizes z(core);
+  return z.wide_dim * z.wide_value;
+}
+
 size_t forward_scratch(const Forward& f) {
   Arena arena{nullptr};
   Sizes z(f.core);
@@ -90,24 +95,45 @@ size_t forward_scratch(const Forward& f) {
   return arena.used;
 }
 
-void forward_unit(const Forward& f, int64_t unit, int64_t first_head, int64_t last_head, float* scratch) {
+void forward_sum(const Forward& f, Piece piece, float* total, float* scratch) {
   const Core& core = f.core;
   const Sizes z(core);
   Arena arena{scratch};
   ForwardScratch m(arena, z);
-  const int64_t b = unit / core.kv_heads, kv = unit % core.kv_heads, shared = core.heads / core.kv_heads;
+  const int64_t b = piece.unit / core.kv_heads, kv = piece.unit % core.kv_heads;
+  clear_rows(m.state, z.wide_value, 0, z.dim);
+  for (int64_t g = piece.first; g < piece.last; g++) {
+    const int64_t start = g * z.group, rows = least(z.group, core.length - start);
+    read_rows(m.keys, z.wide_dim, f.key, core.dtype, b, kv, start, rows, z.dim, z.group, core.normalize);
+    read_rows(m.values, z.wide_value, f.value, core.dtype, b, kv, start, rows, z.value_dim, z.group);
+    product<COLUMNS, ADD>(m.state, z.wide_value, m.keys, z.wide_dim, m.values, z.wide_value, z.dim, z.wide_value, rows);
+  }
+  memcpy(total, m.state, z.wide_dim * z.wide_value * sizeof(float));
+}
+
+void forward_piece(const Forward& f, Piece piece, const float* before, float* scratch) {
+  const Core& core = f.core;
+  const Sizes z(core);
+  Arena arena{scratch};
+  ForwardScratch m(arena, z);
+  const int64_t b = piece.unit / core.kv_heads, kv = piece.unit % core.kv_heads;
+  const int64_t shared = core.heads / core.kv_heads;
 
   // Taps from the last to the first, so that a row of the band, in which the lag falls, is read in order.
   const int64_t taps_stride = taps_floats(z);
   float* reversed = arena.take(shared * taps_stride) + taps_stride - 1 - taps_margin(z);
   if (core.conv)
-    for (int64_t h = first_head; h < last_head; h++)
+    for (int64_t h = 0; h < shared; h++)
       for (int64_t l = 0; l < core.taps; l++)
         reversed[h * taps_stride - l] = core.conv[(kv * shared + h) * core.taps + l];
 
   float* own_values = m.values + z.history * z.wide_value;
-  clear_rows(m.state, z.wide_value, 0, z.dim);
-  for (int64_t g = 0; g < z.groups; g++) {
+  if (before) memcpy(m.state, before, z.wide_dim * z.wide_value * sizeof(float));
+  else clear_rows(m.state, z.wide_value, 0, z.dim);
+  const int64_t earlier = least(z.history, piece.first * z.group);
+  read_rows(own_values - earlier * z.wide_value, z.wide_value, f.value, core.dtype, b, kv,
+            piece.first * z.group - earlier, earlier, z.value_dim);
+  for (int64_t g = piece.first; g < piece.last; g++) {
     const int64_t start = g * z.group, rows = least(z.group, core.length - start);
     read_rows(own_values, z.wide_value, f.value, core.dtype, b, kv, start, rows, z.value_dim, z.group);
     if (core.local || core.alpha) {
@@ -118,7 +144,7 @@ void forward_unit(const Forward& f, int64_t unit, int64_t first_head, int64_t la
       }
     }
     const int64_t known = least(z.history, start);  // rows of history that exist
-    for (int64_t h = first_head; h < last_head; h++) {
+    for (int64_t h = 0; h < shared; h++) {
       const int64_t head = kv * shared + h;
       const float alpha = core.alpha ? core.alpha[head] : 0, local = core.local ? core.local[head] : 0;
       const float* taps = core.conv ? reversed + h * taps_stride : nullptr;
@@ -151,7 +177,7 @@ void forward_unit(const Forward& f, int64_t unit, int64_t first_head, int64_t la
         write_rows(f.out, core.dtype, b, head, start + i, m.out, z.wide_value, height, z.value_dim);
       }
     }
-    if (g + 1 == z.groups) break;
+    if (g + 1 == piece.last) break;
     if (core.alpha)
       product<COLUMNS, ADD>(m.state, z.wide_value, m.keys, z.wide_dim, own_values, z.wide_value, z.dim, z.wide_value,
                             rows);
