@@ -54,14 +54,14 @@ struct Tree {
   const uint8_t* ancestors;  // [batch, nodes, nodes]
 };
 
-// One (batch, kv head), and of its groups those from `first` to before `last`. A sequence that is shared between
-// threads is cut into several.
+// One (batch, kv head), and of its groups those from `first` to before `last`. A sequence that is shared
+// between threads is cut into several.
 struct Piece {
   int64_t unit, first, last;
 };
 
-// One instruction set's kernels. Pieces are independent of each other. `scratch` is memory for as many floats as the
-// `_scratch` function says, zeroed for forward and backward.
+// One instruction set's kernels. Pieces are independent of each other. `scratch` is memory for as many floats
+// as the `_scratch` function says, zeroed for forward and backward.
 struct Kernels {
   size_t (*state_floats)(const Core&);  // of one sum of k^T v, or of q^T do
 
@@ -74,8 +74,8 @@ struct Kernels {
   size_t (*backward_scratch)(const Backward&, int64_t groups);
   // The piece's own sums of k^T v and of alpha q^T do.
   void (*backward_sums)(const Backward&, Piece, float* sum, float* dsum, float* scratch);
-  // `after`: the sum of alpha q^T do over everything after the piece. The piece's share of dalpha, dlocal and dconv
-  // goes to `shares` [heads that read the kv head, 2 + taps].
+  // `after`: the sum of alpha q^T do over everything after the piece. The piece's share of dalpha, dlocal and
+  // dconv goes to `shares` [heads that read the kv head, 2 + taps].
   void (*backward_piece)(const Backward&, Piece, const float* before, const float* after, float* shares,
                          float* scratch);
 

@@ -1,14 +1,14 @@
-// Gradients, in one walk from the last group to the first. With S as in forward.h, dS the sum of alpha q^T do over
-// later groups, and rows j (keys), t (queries) of one group:
+// Gradients, in one walk from the last group to the first. With S as in forward.h, dS the sum of alpha q^T do
+// over later groups, and rows j (keys), t (queries) of one group, t >= j:
 //
-//   p[j, t]  = local act(k[j].q[t]) + w[t - j],   dp[j, t] = v[j].do[t],   ds = local act'(k.q) dp     for t >= j
+//   p[j, t]  = local act(k[j].q[t]) + w[t - j],   dp[j, t] = v[j].do[t],   ds = local act'(k.q) dp
 //   dq[t]    = alpha do[t] S^T  +  ds^T[t] k            dalpha += q.(do S^T)
 //   dk[j]    = v[j] dS^T        +  ds[j] q              dlocal += act(k.q) dp
 //   dv[j]    = k[j] dS          +  p[j] do  +  sum over later t of w[t - j] do[t]
 //   dw[l]   += sums of dp along its diagonals, own group and later ones
 //
-// There is no decay, so subtracting one group's k^T v from S gives the S before it. Every ANCHOR groups S is taken
-// from a forward pass instead, so that the rounding of the subtractions does not grow with the length.
+// There is no decay, so subtracting one group's k^T v from S gives the S before it. Every ANCHOR groups S is
+// taken from a forward pass instead, so that the rounding of the subtractions does not grow with the length.
 #pragma once
 #include <new>
 
@@ -20,9 +20,9 @@ namespace {
 constexpr int64_t ANCHOR = 64;
 
 struct BackwardSizes : Sizes {
-  int64_t later;        // groups after its own that a key's convolution reaches
-  int64_t band;         // columns of the sums for dw: the own group and the later ones
-  int64_t grad_rows;    // rows of do in sight: the own group and `history` after it
+  int64_t later;      // groups after its own that a key's convolution reaches
+  int64_t band;       // columns of the sums for dw: the own group and the later ones
+  int64_t grad_rows;  // rows of do in sight: the own group and `history` after it
   int64_t anchors;
 
   BackwardSizes(const Core& core, int64_t piece) : Sizes(core) {
@@ -69,8 +69,9 @@ struct BackwardScratch {
 
 // Scores and dp of keys j0 .. j0+rows and queries first .. last -> p, ds, the sums for dw and dlocal's share.
 template <int ACTIVATION>
-INLINE float weigh_backward(float* p, const float* dp, float* ds, float* band, int64_t stride, int64_t band_stride,
-                            int64_t j0, int64_t rows, int64_t first, int64_t last, float local, const float* taps) {
+INLINE float weigh_backward(float* p, const float* dp, float* ds, float* band, int64_t stride,
+                            int64_t band_stride, int64_t j0, int64_t rows, int64_t first, int64_t last,
+                            float local, const float* taps) {
   const Ints lane = count_up();
   Vec dlocal = {};
   for (int64_t r = 0; r < rows; r++) {
@@ -103,7 +104,8 @@ INLINE void through_norm(float* grad, const float* unit, const float* scale, int
     Vec products = {};
     for (int64_t d = 0; d < wide; d += WIDTH) products += load(grad + d) * load(unit + d);
     const float along = sum(products);
-    for (int64_t d = 0; d < wide; d += WIDTH) store(grad + d, (load(grad + d) - load(unit + d) * along) * scale[i]);
+    for (int64_t d = 0; d < wide; d += WIDTH)
+      store(grad + d, (load(grad + d) - load(unit + d) * along) * scale[i]);
   }
 }
 
@@ -118,12 +120,19 @@ struct BackwardWalk {
   int64_t start = 0, rows = 0;  // of the group at hand
 
   BackwardWalk(const Backward& call, Piece part, Arena& arena)
-      : f(call), core(call.core), z(call.core, part.last - part.first), m(arena, z), piece(part),
-        b(part.unit / core.kv_heads), kv(part.unit % core.kv_heads), shared(core.heads / core.kv_heads) {}
+      : f(call),
+        core(call.core),
+        z(call.core, part.last - part.first),
+        m(arena, z),
+        piece(part),
+        b(part.unit / core.kv_heads),
+        kv(part.unit % core.kv_heads),
+        shared(core.heads / core.kv_heads) {}
 
   void open(int64_t g, int64_t next) {
     start = g * z.group, rows = least(z.group, core.length - start);
-    read_rows(m.keys, z.wide_dim, f.key, core.dtype, b, kv, start, rows, z.dim, next, core.normalize, m.key_scale);
+    read_rows(m.keys, z.wide_dim, f.key, core.dtype, b, kv, start, rows, z.dim, next, core.normalize,
+              m.key_scale);
     read_rows(m.values, z.wide_value, f.value, core.dtype, b, kv, start, rows, z.value_dim, next);
     clear_rows(m.keys, z.wide_dim, rows, z.wide_group);
     clear_rows(m.values, z.wide_value, rows, z.wide_group);
@@ -131,8 +140,8 @@ struct BackwardWalk {
 
   template <Into INTO>
   void fold() {
-    product<COLUMNS, INTO>(m.state_t, z.wide_dim, m.values, z.wide_value, m.keys, z.wide_dim, z.value_dim, z.wide_dim,
-                           rows);
+    product<COLUMNS, INTO>(m.state_t, z.wide_dim, m.values, z.wide_value, m.keys, z.wide_dim, z.value_dim,
+                           z.wide_dim, rows);
   }
 
   size_t state_bytes() const { return z.wide_value * z.wide_dim * sizeof(float); }
@@ -170,7 +179,8 @@ struct BackwardWalk {
     read_rows(m.query, z.wide_dim, f.query, core.dtype, b, head, start, rows, z.dim, -z.group, core.normalize,
               m.query_scale);
     clear_rows(m.query, z.wide_dim, rows, z.wide_group);
-    if (z.history) memmove(own.grad + z.group * z.wide_value, own.grad, z.history * z.wide_value * sizeof(float));
+    if (z.history)
+      memmove(own.grad + z.group * z.wide_value, own.grad, z.history * z.wide_value * sizeof(float));
     read_rows(own.grad, z.wide_value, f.grad, core.dtype, b, head, start, rows, z.value_dim, -z.group);
     clear_rows(own.grad, z.wide_value, rows, z.group);
     if (core.local) transpose(m.query_t, z.wide_group, m.query, z.wide_dim, z.wide_group, z.wide_dim);
@@ -206,14 +216,14 @@ struct BackwardWalk {
     if (core.local) {
       tiles<R, ROWS, SET>(p + first, z.wide_group, keys, z.wide_dim, m.query_t + first, z.wide_group, z.dim,
                           last - first);
-      tiles<R, ROWS, SET>(dp + first, z.wide_group, values, z.wide_value, grad_t(own, g) + first, z.wide_group,
-                          z.value_dim, last - first);
+      tiles<R, ROWS, SET>(dp + first, z.wide_group, values, z.wide_value, grad_t(own, g) + first,
+                          z.wide_group, z.value_dim, last - first);
       auto weigh = core.activation == RELU2 ? weigh_backward<RELU2> : weigh_backward<LINEAR>;
       own.dlocal += weigh(p, dp, ds, band, z.wide_group, z.band, j, R, first, last, local, taps);
-      tiles<R, ROWS, ADD>(m.dkeys + j * z.wide_dim, z.wide_dim, ds + j, z.wide_group, m.query + j * z.wide_dim,
-                          z.wide_dim, rows - j, z.wide_dim);
-      tiles<R, ROWS, ADD>(dvalues, z.wide_value, p + j, z.wide_group, own.grad + j * z.wide_value, z.wide_value,
-                          rows - j, z.wide_value);
+      tiles<R, ROWS, ADD>(m.dkeys + j * z.wide_dim, z.wide_dim, ds + j, z.wide_group,
+                          m.query + j * z.wide_dim, z.wide_dim, rows - j, z.wide_dim);
+      tiles<R, ROWS, ADD>(dvalues, z.wide_value, p + j, z.wide_group, own.grad + j * z.wide_value,
+                          z.wide_value, rows - j, z.wide_value);
     } else if (core.conv) {
       tiles<R, BAND, ADD>(dvalues, z.wide_value, taps, 0, own.grad + j * z.wide_value, z.wide_value, rows - j,
                           z.wide_value);
@@ -222,12 +232,14 @@ struct BackwardWalk {
     }
     if (!core.conv) return;
     // Later rows with a lag below `taps` from any key of the block, as far as there are any.
-    const int64_t reach = least(j + R - 1 + z.history - (z.group - 1), least(z.history, core.length - start - rows));
+    const int64_t reach =
+        least(j + R - 1 + z.history - (z.group - 1), least(z.history, core.length - start - rows));
     if (reach > 0)
       tiles<R, BAND, ADD>(dvalues, z.wide_value, taps + z.group - j, 0, own.grad + z.group * z.wide_value,
                           z.wide_value, reach, z.wide_value);
     for (int64_t ahead = 1; ahead <= z.later && g + ahead < z.groups; ahead++) {
-      const int64_t columns = least(z.wide_group, round_up(j + R - 1 + z.history + 1 - ahead * z.group, WIDTH));
+      const int64_t columns =
+          least(z.wide_group, round_up(j + R - 1 + z.history + 1 - ahead * z.group, WIDTH));
       if (columns > 0)
         tiles<R, ROWS, ADD>(band + ahead * z.wide_group, z.band, values, z.wide_value, grad_t(own, g + ahead),
                             z.wide_group, z.value_dim, columns);
@@ -254,7 +266,8 @@ struct BackwardWalk {
   }
 
   void fold_query(const HeadScratch& own, float alpha) {
-    for (int64_t i = 0; i < rows * z.wide_value; i += WIDTH) store(m.grad_alpha + i, load(own.grad + i) * alpha);
+    for (int64_t i = 0; i < rows * z.wide_value; i += WIDTH)
+      store(m.grad_alpha + i, load(own.grad + i) * alpha);
     product<COLUMNS, ADD>(m.dstate, z.wide_value, m.query, z.wide_dim, m.grad_alpha, z.wide_value, z.dim,
                           z.wide_value, rows);
   }
@@ -267,10 +280,10 @@ struct BackwardWalk {
     }
     if (core.alpha && g + 1 < z.groups) {
       transpose(m.dstate_t, z.wide_dim, m.dstate, z.wide_value, z.wide_dim, z.wide_value);
-      product<ROWS, SET>(m.dkeys, z.wide_dim, m.values, z.wide_value, m.dstate_t, z.wide_dim, rows, z.wide_dim,
-                         z.value_dim);
-      product<ROWS, SET>(m.dvalues, z.wide_value, m.keys, z.wide_dim, m.dstate, z.wide_value, rows, z.wide_value,
-                         z.dim);
+      product<ROWS, SET>(m.dkeys, z.wide_dim, m.values, z.wide_value, m.dstate_t, z.wide_dim, rows,
+                         z.wide_dim, z.value_dim);
+      product<ROWS, SET>(m.dvalues, z.wide_value, m.keys, z.wide_dim, m.dstate, z.wide_value, rows,
+                         z.wide_value, z.dim);
     } else {
       clear_rows(m.dkeys, z.wide_dim, 0, rows);
       clear_rows(m.dvalues, z.wide_value, 0, rows);
@@ -315,10 +328,10 @@ void backward_sums(const Backward& f, Piece piece, float* total, float* dtotal, 
     walk.fold<ADD>();
     for (int64_t h = 0; h < walk.shared; h++) {
       const int64_t head = walk.kv * walk.shared + h;
-      read_rows(walk.m.query, z.wide_dim, f.query, f.core.dtype, walk.b, head, walk.start, walk.rows, z.dim, z.group,
-                f.core.normalize);
-      read_rows(own.grad, z.wide_value, f.grad, f.core.dtype, walk.b, head, walk.start, walk.rows, z.value_dim,
-                z.group);
+      read_rows(walk.m.query, z.wide_dim, f.query, f.core.dtype, walk.b, head, walk.start, walk.rows, z.dim,
+                z.group, f.core.normalize);
+      read_rows(own.grad, z.wide_value, f.grad, f.core.dtype, walk.b, head, walk.start, walk.rows,
+                z.value_dim, z.group);
       walk.fold_query(own, f.core.alpha[head]);
     }
   }
@@ -331,7 +344,8 @@ void backward_piece(const Backward& f, Piece piece, const float* before, const f
   Arena arena{scratch};
   BackwardWalk walk(f, piece, arena);
   const Core& core = f.core;
-  HeadScratch* heads = reinterpret_cast<HeadScratch*>(arena.take(walk.shared * sizeof(HeadScratch) / sizeof(float)));
+  HeadScratch* heads =
+      reinterpret_cast<HeadScratch*>(arena.take(walk.shared * sizeof(HeadScratch) / sizeof(float)));
   for (int64_t h = 0; h < walk.shared; h++) {
     HeadScratch& own = *new (heads + h) HeadScratch(arena, walk.z, core.conv);
     if (!core.conv) continue;

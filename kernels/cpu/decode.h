@@ -1,9 +1,9 @@
-// After a state of constant size: one token (step) or a tree of N draft nodes. The state is that of kernels/state.py:
-// `recurrent` holds tokens before `folded`, position p of the rest lies in row p % window of the two rings, keys
-// already divided by their norms. With u at position t, everything below is one row of weights over positions p:
+// After a state of constant size: one token (step) or a tree of N draft nodes. The state is that of
+// kernels/state.py: `recurrent` holds tokens before `folded`, position p of the rest is row p % window of the
+// two rings, keys already divided by their norms. The output at position t is one row of weights x:
 //
-//   o = alpha q recurrent + sum of x[p] v[p],   x[p] = local act(q.k[p])  in t's group,  alpha q.k[p]  in earlier ones,
-//                                                      + w[t - p]
+//   o = alpha q recurrent + sum of x[p] v[p]
+//   x[p] = local act(q.k[p]) + w[t - p]  in t's own group,  alpha q.k[p] + w[t - p]  in earlier ones
 #pragma once
 #include "forward.h"
 
@@ -28,7 +28,8 @@ INLINE float dot(const float* x, const float* y, int64_t n) {  // x is padded, y
 }
 
 // out[columns] += sum over r of x[r] rows[r][columns]; `out` is padded.
-INLINE void add_rows(float* out, const float* x, const float* rows, int64_t stride, int64_t count, int64_t columns) {
+INLINE void add_rows(float* out, const float* x, const float* rows, int64_t stride, int64_t count,
+                     int64_t columns) {
   constexpr int V = 4;
   int64_t c = 0;
   for (; c + V * WIDTH <= columns; c += V * WIDTH) {
@@ -61,8 +62,8 @@ INLINE const float* recurrent_of(const State& s, int64_t b, int64_t kv) {
   return reinterpret_cast<const float*>(row_of(s.recurrent, FLOAT32, b, kv, 0));
 }
 
-// Ring rows of positions first .. last -> f(rows as floats, stride, position of the first, how many), in one or two
-// pieces. Rows that are not float32 go through `copy`.
+// Ring rows of positions first .. last -> f(rows as floats, stride, position of the first, how many), in one
+// or two parts. Rows that are not float32 go through `copy`.
 template <class F>
 INLINE void ring_rows(const State& s, const Tensor& ring, int64_t b, int64_t kv, int64_t first, int64_t last,
                       int64_t n, float* copy, F&& f) {
@@ -105,7 +106,8 @@ void fold_group(const Step& s, StepScratch& m, int64_t b, int64_t kv, int64_t fo
   const int64_t wide_dim = round_up(core.dim, WIDTH), wide_value = round_up(core.value_dim, WIDTH);
   const int64_t row = folded % s.state.window;  // a group never wraps: the window is a multiple of it
   read_rows(m.keys, wide_dim, s.state.key_window, s.state.window_dtype, b, kv, row, core.group, core.dim);
-  read_rows(m.values, wide_value, s.state.value_window, s.state.window_dtype, b, kv, row, core.group, core.value_dim);
+  read_rows(m.values, wide_value, s.state.value_window, s.state.window_dtype, b, kv, row, core.group,
+            core.value_dim);
   read_rows(m.state, wide_value, s.state.recurrent, FLOAT32, b, kv, 0, core.dim, core.value_dim);
   product<COLUMNS, ADD>(m.state, wide_value, m.keys, wide_dim, m.values, wide_value, core.dim, wide_value,
                         core.group);
@@ -191,7 +193,8 @@ struct TreeScratch {
     same = arena.take(nodes * nodes), earlier = arena.take(nodes * nodes);
     taps = arena.take(t.core.taps + 1);
     tap = reinterpret_cast<int32_t*>(arena.take(nodes * nodes));
-    depth = reinterpret_cast<int32_t*>(arena.take(nodes)), group = reinterpret_cast<int32_t*>(arena.take(nodes));
+    depth = reinterpret_cast<int32_t*>(arena.take(nodes)),
+    group = reinterpret_cast<int32_t*>(arena.take(nodes));
   }
 };
 
@@ -201,7 +204,7 @@ size_t tree_scratch(const Tree& t) {
   return arena.used;
 }
 
-// Which nodes a node sees, and how: 1 or 0 for its own group and for earlier ones, and the tap (`taps` for none).
+// Which nodes a node sees, and how: 1 or 0 for its own group and for earlier ones, and the tap (or `taps`).
 void tree_tables(const Tree& t, TreeScratch& m, int64_t b, int64_t now) {
   const int64_t n = m.nodes;
   const int32_t taps = static_cast<int32_t>(t.core.taps);
@@ -222,8 +225,8 @@ void tree_tables(const Tree& t, TreeScratch& m, int64_t b, int64_t now) {
 
 // A row of scores (positions first .. now, then nodes) -> weights, for node u.
 template <int ACTIVATION>
-void weigh_node(const Tree& t, const TreeScratch& m, float* row, int64_t u, int64_t now, int64_t first, int64_t folded,
-                float alpha, float local) {
+void weigh_node(const Tree& t, const TreeScratch& m, float* row, int64_t u, int64_t now, int64_t first,
+                int64_t folded, float alpha, float local) {
   auto act = [](float s) { return ACTIVATION == RELU2 ? (s > 0 ? s * s : 0.f) : s; };
   const int64_t at = now + m.depth[u], group_start = at - at % t.core.group;
   float* x = row - first;  // by position
@@ -248,15 +251,17 @@ void tree_unit(const Tree& t, int64_t unit, float* scratch) {
   tree_tables(t, m, b, now);
 
   const int64_t scored = core.alpha ? folded : core.local ? now - now % core.group : now;
-  const int64_t first = most(most(0, now - t.state.window), least(scored, core.conv ? now - core.taps + 1 : now));
+  const int64_t first =
+      most(most(0, now - t.state.window), least(scored, core.conv ? now - core.taps + 1 : now));
   const int64_t count = now - first, columns = round_up(count + n, WIDTH);
   float* row = m.keys;
   auto copy = [&row](const float* rows, int64_t stride, int64_t some, int64_t width) {
     for (int64_t i = 0; i < some; i++, row += round_up(width, WIDTH))
       for (int64_t d = 0; d < width; d += WIDTH) store(row + d, load_first(rows + i * stride + d, width - d));
   };
-  ring_rows(t.state, t.state.key_window, b, kv, first, now, core.dim, m.keys_t,
-            [&](const float* rows, int64_t stride, int64_t, int64_t some) { copy(rows, stride, some, core.dim); });
+  ring_rows(
+      t.state, t.state.key_window, b, kv, first, now, core.dim, m.keys_t,
+      [&](const float* rows, int64_t stride, int64_t, int64_t some) { copy(rows, stride, some, core.dim); });
   read_rows(row, m.wide_dim, t.key, core.dtype, b, kv, 0, n, core.dim, 0, core.normalize);
   clear_rows(m.keys, m.wide_dim, count + n, columns);
   row = m.values;
@@ -267,7 +272,8 @@ void tree_unit(const Tree& t, int64_t unit, float* scratch) {
   read_rows(row, m.wide_value, t.value, core.dtype, b, kv, 0, n, core.value_dim);
   transpose(m.keys_t, columns, m.keys, m.wide_dim, columns, m.wide_dim);
   const bool linear = core.alpha && folded > 0;
-  if (linear) read_rows(m.state, m.wide_value, t.state.recurrent, FLOAT32, b, kv, 0, core.dim, core.value_dim);
+  if (linear)
+    read_rows(m.state, m.wide_value, t.state.recurrent, FLOAT32, b, kv, 0, core.dim, core.value_dim);
 
   for (int64_t h = 0; h < shared; h++) {
     const int64_t head = kv * shared + h;
@@ -279,12 +285,13 @@ void tree_unit(const Tree& t, int64_t unit, float* scratch) {
     for (int64_t u = 0; u < n; u++)
       if (core.activation == RELU2)
         weigh_node<RELU2>(t, m, m.scores + u * columns, u, now, first, folded, alpha, local);
-      else
-        weigh_node<LINEAR>(t, m, m.scores + u * columns, u, now, first, folded, alpha, local);
-    product<ROWS, SET>(m.out, m.wide_value, m.scores, columns, m.values, m.wide_value, n, m.wide_value, count + n);
+      else weigh_node<LINEAR>(t, m, m.scores + u * columns, u, now, first, folded, alpha, local);
+    product<ROWS, SET>(m.out, m.wide_value, m.scores, columns, m.values, m.wide_value, n, m.wide_value,
+                       count + n);
     if (linear) {
       for (int64_t i = 0; i < n * m.wide_dim; i += WIDTH) store(m.query + i, load(m.query + i) * alpha);
-      product<ROWS, ADD>(m.out, m.wide_value, m.query, m.wide_dim, m.state, m.wide_value, n, m.wide_value, core.dim);
+      product<ROWS, ADD>(m.out, m.wide_value, m.query, m.wide_dim, m.state, m.wide_value, n, m.wide_value,
+                         core.dim);
     }
     write_rows(t.out, core.dtype, b, head, 0, m.out, m.wide_value, n, core.value_dim);
   }

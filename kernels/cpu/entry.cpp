@@ -17,7 +17,7 @@ namespace {
 
 enum Isa : int64_t { NONE = 0, AVX2 = 1, AVX512 = 2 };
 
-// Asks the processor itself: __builtin_cpu_supports needs a run-time library that not every compiler brings along.
+// Asks the processor itself: __builtin_cpu_supports needs a run-time library that not every compiler has.
 Isa best_isa() {
   unsigned a, b, c, d, low, high;
   if (!__get_cpuid(1, &a, &b, &c, &d)) return NONE;
@@ -47,8 +47,8 @@ class Scratch {
   float* block_;
 };
 
-// work(unit, scratch) for every unit, on up to `threads` threads; false if memory ran out. A thread that cannot be
-// started is done without.
+// work(i, scratch) for every i below `units`, on up to `threads` threads; false if memory ran out. A thread
+// that cannot be started is done without.
 template <class Work>
 bool for_each(int64_t units, int64_t threads, size_t floats, bool zeroed, const Work& work) {
   std::atomic<int64_t> next{0};
@@ -68,8 +68,9 @@ bool for_each(int64_t units, int64_t threads, size_t floats, bool zeroed, const 
   return done.load() == units;
 }
 
-// Where sequences are cut: into as many pieces as it takes to give every thread one, if they stay long enough for
-// the pass that sums up what came before each. With one piece nothing is summed, and results do not depend on threads.
+// Where sequences are cut: into as many pieces as it takes to give every thread one, if they stay long enough
+// for the pass that sums up what came before each. With one piece nothing is summed, and the number of
+// threads changes no bit of the results.
 struct Cut {
   static constexpr int64_t SHORTEST = 8;  // groups
   int64_t units, groups, pieces;
@@ -131,7 +132,8 @@ __attribute__((visibility("default"))) int linearize_forward(const Forward* f, i
   });
 }
 
-__attribute__((visibility("default"))) int linearize_backward(const Backward* f, int64_t isa, int64_t threads) {
+__attribute__((visibility("default"))) int linearize_backward(const Backward* f, int64_t isa,
+                                                              int64_t threads) {
   const Kernels& kernels = kernels_of(isa);
   const Core& core = f->core;
   const Cut cut(core, threads);
@@ -151,7 +153,8 @@ __attribute__((visibility("default"))) int linearize_backward(const Backward* f,
   }
   if (!for_each(cut.count(), threads, scratch, true, [&](int64_t i, float* own) {
         kernels.backward_piece(*f, cut.at(i), sums ? before.get() + i * state : nullptr,
-                               sums ? after.get() + i * state : nullptr, shares.get() + i * shared * share, own);
+                               sums ? after.get() + i * state : nullptr, shares.get() + i * shared * share,
+                               own);
       }))
     return 1;
   for (int64_t head = 0; head < core.heads; head++)

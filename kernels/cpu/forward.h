@@ -1,11 +1,11 @@
-// The whole sequence, one pass. For each group of tokens (rows i, j of the group; S sums k^T v over earlier groups):
+// The whole sequence, one pass. For each group of tokens (rows i, j; S sums k^T v over earlier groups):
 //
 //   p[i, j] = local act(q[i].k[j]) + w[i - j]   for j <= i
 //   o[i]    = alpha q[i] S  +  sum over earlier j of w[i - j] v[j]  +  p[i] v
 //   S      += k^T v
 //
-// Work is done by blocks of TILE_ROWS queries, so that what lies above the diagonal is skipped, and one block's
-// three products meet in registers. Nothing grows with the length.
+// Work is done by blocks of TILE_ROWS queries, so that what lies above the diagonal is skipped, and the three
+// products of a block meet in registers. Nothing grows with the length.
 #pragma once
 #include "vector.h"
 
@@ -25,7 +25,7 @@ struct Sizes {
   }
 };
 
-// The taps of one head lie in a vector that can be read at any lag met in a group: zeros where there is no tap.
+// The taps of a head lie in a vector that can be read at any lag met in a group: zeros where there is no tap.
 INLINE int64_t taps_margin(const Sizes& z) { return z.wide_group + 2 * TILE_ROWS + WIDTH; }
 INLINE int64_t taps_floats(const Sizes& z) { return 2 * taps_margin(z) + z.history + 1; }
 
@@ -68,8 +68,9 @@ struct Part {
 
 // o[R][V * WIDTH] = alpha q S + band v + p v
 template <int R, int V>
-__attribute__((noinline)) void output_tile(float* o, int64_t stride, float alpha, Part state, int64_t query_stride,
-                                           Part band, Part local, int64_t score_stride) {
+__attribute__((noinline)) void output_tile(float* o, int64_t stride, float alpha, Part state,
+                                           int64_t query_stride, Part band, Part local,
+                                           int64_t score_stride) {
   Vec x[R][V] = {};
   if (state.n) {
     multiply<R, V, ROWS>(x, state.a, query_stride, state.b, stride, state.n);
@@ -106,7 +107,8 @@ void forward_sum(const Forward& f, Piece piece, float* total, float* scratch) {
     const int64_t start = g * z.group, rows = least(z.group, core.length - start);
     read_rows(m.keys, z.wide_dim, f.key, core.dtype, b, kv, start, rows, z.dim, z.group, core.normalize);
     read_rows(m.values, z.wide_value, f.value, core.dtype, b, kv, start, rows, z.value_dim, z.group);
-    product<COLUMNS, ADD>(m.state, z.wide_value, m.keys, z.wide_dim, m.values, z.wide_value, z.dim, z.wide_value, rows);
+    product<COLUMNS, ADD>(m.state, z.wide_value, m.keys, z.wide_dim, m.values, z.wide_value, z.dim,
+                          z.wide_value, rows);
   }
   memcpy(total, m.state, z.wide_dim * z.wide_value * sizeof(float));
 }
@@ -149,7 +151,8 @@ void forward_piece(const Forward& f, Piece piece, const float* before, float* sc
       const float alpha = core.alpha ? core.alpha[head] : 0, local = core.local ? core.local[head] : 0;
       const float* taps = core.conv ? reversed + h * taps_stride : nullptr;
       if (core.local || core.alpha)
-        read_rows(m.query, z.wide_dim, f.query, core.dtype, b, head, start, rows, z.dim, z.group, core.normalize);
+        read_rows(m.query, z.wide_dim, f.query, core.dtype, b, head, start, rows, z.dim, z.group,
+                  core.normalize);
       for (int64_t i = 0; i < rows; i += TILE_ROWS) {
         const int64_t height = least(TILE_ROWS, rows - i), reach = i + height;
         const float* query = m.query + i * z.wide_dim;
@@ -158,11 +161,13 @@ void forward_piece(const Forward& f, Piece piece, const float* before, float* sc
           Part state{query, m.state, core.alpha && g > 0 ? z.dim : 0};
           // The convolution's earlier rows; rows of the group itself are in the scores when there are scores.
           const int64_t first = most(-known, i - z.history), last = core.local ? 0 : reach;
-          Part band{taps - i + first, own_values + first * z.wide_value, taps && first < last ? last - first : 0};
+          Part band{taps - i + first, own_values + first * z.wide_value,
+                    taps && first < last ? last - first : 0};
           Part own{m.scores, own_values, core.local ? reach : 0};
           if (core.local) {
             const int64_t columns = least(z.wide_group, round_up(reach, WIDTH));
-            tiles<R, ROWS, SET>(m.scores, z.wide_group, query, z.wide_dim, m.keys_t, z.wide_group, z.dim, columns);
+            tiles<R, ROWS, SET>(m.scores, z.wide_group, query, z.wide_dim, m.keys_t, z.wide_group, z.dim,
+                                columns);
             if (core.activation == RELU2) weigh<RELU2>(m.scores, z.wide_group, i, R, columns, local, taps);
             else weigh<LINEAR>(m.scores, z.wide_group, i, R, columns, local, taps);
           }
@@ -179,9 +184,10 @@ void forward_piece(const Forward& f, Piece piece, const float* before, float* sc
     }
     if (g + 1 == piece.last) break;
     if (core.alpha)
-      product<COLUMNS, ADD>(m.state, z.wide_value, m.keys, z.wide_dim, own_values, z.wide_value, z.dim, z.wide_value,
-                            rows);
-    if (z.history) memmove(m.values, m.values + z.group * z.wide_value, z.history * z.wide_value * sizeof(float));
+      product<COLUMNS, ADD>(m.state, z.wide_value, m.keys, z.wide_dim, own_values, z.wide_value, z.dim,
+                            z.wide_value, rows);
+    if (z.history)
+      memmove(m.values, m.values + z.group * z.wide_value, z.history * z.wide_value * sizeof(float));
   }
 }
 

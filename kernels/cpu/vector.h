@@ -1,5 +1,5 @@
-// Vectors, rows of tensors and the register tiles everything else is made of. Compiled once per instruction set;
-// all of it has internal linkage, so that no function built for AVX512 can stand in for its AVX2 twin.
+// Vectors, rows of tensors and the register tiles everything else is made of. Compiled once per instruction
+// set; all of it has internal linkage, so that nothing built for AVX512 can stand in for its AVX2 twin.
 #pragma once
 #include <immintrin.h>
 
@@ -73,8 +73,8 @@ template <int DTYPE>
 INLINE void narrow(void* p, Vec x) {
   if constexpr (DTYPE == FLOAT32) return store(static_cast<float*>(p), x);
   Bits bits = (Bits)x;
-  bits = bits + 0x7fff + ((bits >> 16) & 1);      // to nearest, ties to even
-  bits = x == x ? bits : ((Bits)x | 0x400000);    // carried on, a NaN could become infinite or zero
+  bits = bits + 0x7fff + ((bits >> 16) & 1);    // to nearest, ties to even
+  bits = x == x ? bits : ((Bits)x | 0x400000);  // carried on, a NaN could become infinite or zero
 #ifdef __AVX512F__
   __m256i y = DTYPE == BFLOAT16 ? _mm512_cvtepi32_epi16(_mm512_srli_epi32((__m512i)bits, 16))
                                 : _mm512_cvtps_ph((__m512)x, _MM_FROUND_TO_NEAREST_INT);
@@ -158,8 +158,8 @@ INLINE void read_rows_as(float* to, int64_t stride, const char* from, int64_t st
   }
 }
 
-// Rows t .. t+rows of a head -> to[rows][stride], made unit if asked. The rows `next` further on will be read soon:
-// fetching them now hides the way from memory behind the products of a group.
+// Rows t .. t+rows of a head -> to[rows][stride], made unit if asked. The rows `next` further on will be read
+// soon: fetching them now hides the way from memory behind the products of a group.
 void read_rows(float* to, int64_t stride, const Tensor& x, int64_t dtype, int64_t b, int64_t h, int64_t t,
                int64_t rows, int64_t n, int64_t next = 0, bool normalize = false, float* inverse = nullptr) {
   const char* from = row_of(x, dtype, b, h, t);
@@ -169,8 +169,8 @@ void read_rows(float* to, int64_t stride, const Tensor& x, int64_t dtype, int64_
   if (dtype == FLOAT16) read_rows_as<FLOAT16>(to, stride, from, step, rows, n, next, normalize, inverse);
 }
 
-void write_rows(const Tensor& x, int64_t dtype, int64_t b, int64_t h, int64_t t, const float* from, int64_t stride,
-                int64_t rows, int64_t n) {
+void write_rows(const Tensor& x, int64_t dtype, int64_t b, int64_t h, int64_t t, const float* from,
+                int64_t stride, int64_t rows, int64_t n) {
   char* to = row_of(x, dtype, b, h, t);
   int64_t step = x.row * element_size(dtype);
   for (int64_t i = 0; i < rows; i++) {
@@ -228,7 +228,8 @@ INLINE void transpose_block(float* to, int64_t to_stride, const float* from, int
 }
 
 // rows and columns are multiples of WIDTH.
-void transpose(float* to, int64_t to_stride, const float* from, int64_t from_stride, int64_t rows, int64_t columns) {
+void transpose(float* to, int64_t to_stride, const float* from, int64_t from_stride, int64_t rows,
+               int64_t columns) {
   for (int64_t i = 0; i < rows; i += WIDTH)
     for (int64_t j = 0; j < columns; j += WIDTH)
       transpose_block(to + j * to_stride + i, to_stride, from + i * from_stride + j, from_stride);
@@ -243,7 +244,8 @@ enum Left {
 
 // x[R][V * WIDTH] += a[R][n] b[n][V * WIDTH]
 template <int R, int V, Left LEFT>
-INLINE void multiply(Vec (&x)[R][V], const float* a, int64_t a_stride, const float* b, int64_t b_stride, int64_t n) {
+INLINE void multiply(Vec (&x)[R][V], const float* a, int64_t a_stride, const float* b, int64_t b_stride,
+                     int64_t n) {
   constexpr int BASES = (R + 2) / 3;  // one address register serves three rows: base, base + s, base + 2s
   const float* base[BASES];
   if constexpr (LEFT == ROWS)
@@ -259,16 +261,15 @@ INLINE void multiply(Vec (&x)[R][V], const float* a, int64_t a_stride, const flo
     }
     if constexpr (LEFT == ROWS)
       for (int i = 0; i < BASES; i++) base[i]++;
-    else
-      a += LEFT == COLUMNS ? a_stride : 1;
+    else a += LEFT == COLUMNS ? a_stride : 1;
   }
 }
 
 enum Into { SET, ADD, SUBTRACT };
 
 template <int R, int V, Left LEFT, Into INTO>
-__attribute__((noinline)) void tile(float* c, int64_t c_stride, const float* a, int64_t a_stride, const float* b,
-                                    int64_t b_stride, int64_t n) {
+__attribute__((noinline)) void tile(float* c, int64_t c_stride, const float* a, int64_t a_stride,
+                                    const float* b, int64_t b_stride, int64_t n) {
   Vec x[R][V] = {};
   multiply<R, V, LEFT>(x, a, a_stride, b, b_stride, n);
   for (int r = 0; r < R; r++)
@@ -279,8 +280,8 @@ __attribute__((noinline)) void tile(float* c, int64_t c_stride, const float* a, 
 }
 
 template <int R, Left LEFT, Into INTO>
-INLINE void tiles(float* c, int64_t c_stride, const float* a, int64_t a_stride, const float* b, int64_t b_stride,
-                  int64_t n, int64_t columns) {
+INLINE void tiles(float* c, int64_t c_stride, const float* a, int64_t a_stride, const float* b,
+                  int64_t b_stride, int64_t n, int64_t columns) {
   int64_t j = 0;
   for (; j + 2 * WIDTH <= columns; j += 2 * WIDTH)
     tile<R, 2, LEFT, INTO>(c + j, c_stride, a, a_stride, b + j, b_stride, n);
@@ -300,15 +301,16 @@ INLINE void with_height(int64_t rows, F&& f) {
   else f(Height<ROW_STEP>{});
 }
 
-// c[rows][columns] (=, +=, -=) a b over n. columns is a multiple of WIDTH. Up to ROW_STEP - 1 rows behind the last
-// one are read from a and written to c.
+// c[rows][columns] (=, +=, -=) a b over n. columns is a multiple of WIDTH. Up to ROW_STEP - 1 rows behind the
+// last one are read from a and written to c.
 template <Left LEFT, Into INTO>
-INLINE void product(float* c, int64_t c_stride, const float* a, int64_t a_stride, const float* b, int64_t b_stride,
-                    int64_t rows, int64_t columns, int64_t n) {
+INLINE void product(float* c, int64_t c_stride, const float* a, int64_t a_stride, const float* b,
+                    int64_t b_stride, int64_t rows, int64_t columns, int64_t n) {
   for (int64_t i = 0; i < rows; i += TILE_ROWS)
     with_height(rows - i, [&](auto height) {
       const float* left = LEFT == ROWS ? a + i * a_stride : LEFT == COLUMNS ? a + i : a - i;
-      tiles<decltype(height)::value, LEFT, INTO>(c + i * c_stride, c_stride, left, a_stride, b, b_stride, n, columns);
+      tiles<decltype(height)::value, LEFT, INTO>(c + i * c_stride, c_stride, left, a_stride, b, b_stride, n,
+                                                 columns);
     });
 }
 
