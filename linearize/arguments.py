@@ -219,13 +219,9 @@ def check_state(
     check(query, key, value, conv_weight, state.group_size, True, False, "interleaved", key_mask, None)
     if query.shape[2] != key.shape[2]:
         raise InputError(f"got {query.shape[2]} queries and {key.shape[2]} keys; every new token has both")
-    if torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value)):
-        raise InputError(
-            "a state carries no gradients: train with augmented_attention, or use torch.no_grad()"
-        )
-    batch, kv_heads, head_dim, value_dim = state.recurrent.shape
-    wanted = (batch, kv_heads, head_dim), (batch, kv_heads, value_dim)
-    got = tuple((*x.shape[:2], x.shape[3]) for x in (key, value))
+    check_no_gradients(query, key, value)
+    windows = state.tensors.key_window, state.tensors.value_window
+    wanted, got = (tuple((*x.shape[:2], x.shape[3]) for x in pair) for pair in (windows, (key, value)))
     if got != wanted:
         raise InputError(
             f"the state holds [batch, heads, features] {wanted[0]} and {wanted[1]} of key and value, "
@@ -234,4 +230,12 @@ def check_state(
     if conv_weight is not None and conv_weight.shape[1] > state.taps:
         raise InputError(
             f"the state was made for {state.taps} convolution taps, conv_weight has {conv_weight.shape[1]}"
+        )
+
+
+def check_no_gradients(*tensors: Tensor) -> None:
+    """Raise InputError when autograd would follow what is about to be written into a state."""
+    if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
+        raise InputError(
+            "a state carries no gradients: train with augmented_attention, or use torch.no_grad()"
         )

@@ -183,17 +183,23 @@ def augmented_commit(
     nothing (rows accept different numbers); None appends all N. Raises InputError when shapes do not fit.
     """
     check_state(key, key, value, None, state, None)
-    key_mask = None
-    if path is not None:
-        if path.dim() != 2 or path.shape[0] != key.shape[0] or path.is_floating_point():
-            raise InputError(
-                f"path must be integers [{key.shape[0]}, P], got {path.dtype} {tuple(path.shape)}"
-            )
-        key_mask = path >= 0
-        index = path.clamp_min(0)[:, None, :, None]
-        key = key.gather(2, index.expand(-1, key.shape[1], -1, key.shape[3]))
-        value = value.gather(2, index.expand(-1, value.shape[1], -1, value.shape[3]))
+    key, value, key_mask = along(path, key, value)
     torch.ops.linearize.augmented_append(key, value, *state.tensors, state.group_size, normalize, key_mask)
+
+
+def along(path: Tensor | None, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Key and value of the nodes on the path, and which of its entries are nodes (None: all are).
+
+    Raises InputError for a path that is not of integers `[B, P]`.
+    """
+    if path is None:
+        return key, value, None
+    if path.dim() != 2 or path.shape[0] != key.shape[0] or path.is_floating_point():
+        raise InputError(f"path must be integers [{key.shape[0]}, P], got {path.dtype} {tuple(path.shape)}")
+    index = path.clamp_min(0)[:, None, :, None]
+    key = key.gather(2, index.expand(-1, key.shape[1], -1, key.shape[3]))
+    value = value.gather(2, index.expand(-1, value.shape[1], -1, value.shape[3]))
+    return key, value, path >= 0
 
 
 def lineage(parents: Tensor, batch: int, nodes: int, device: torch.device) -> tuple[Tensor, Tensor]:

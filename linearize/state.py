@@ -16,8 +16,8 @@ from .kernels.state import State
 class AttentionState:
     """What `ops.augmented_extend` carries from call to call; `kernels/state.py` describes the tensors.
 
-    group_size, taps: of the operator it belongs to. max_rewind: tokens that can be taken back at any time,
-    counted from the furthest that was reached.
+    group_size, taps: of the operator it belongs to; `taps` is how far back a token reads the window's rows.
+    max_rewind: tokens that can be taken back at any time, counted from the furthest that was reached.
     """
 
     tensors: State
@@ -103,7 +103,7 @@ class AttentionState:
 
 @dataclass(frozen=True)
 class States:
-    """The state of one attention module: one `AttentionState` per core call that the mechanism makes."""
+    """The state of one attention module: an `AttentionState` for each term of its sum that has a past."""
 
     parts: tuple[AttentionState, ...]
 
@@ -116,6 +116,10 @@ class States:
     def nbytes(self) -> int:
         """Bytes of the state, whatever its length."""
         return sum(part.nbytes for part in self.parts)
+
+    @property
+    def batch_size(self) -> int:
+        return self.length.shape[0]
 
     def tensors(self) -> list[Tensor]:
         return [x for part in self.parts for x in part.tensors]

@@ -12,7 +12,8 @@ from linearize.attention import AttentionModule, SiteSpec, build_attention
 from linearize.config import LinearizeConfig
 from linearize.errors import InputError
 
-STATELESS = {"softmax", "softmax_window"}
+STATELESS = {"softmax"}
+OPTIONS = {"softmax_window": {"window": 7}}  # the default covers every test here
 NAMED = [
     (name, augmentation)
     for name, mechanism in mechanisms.available().items()
@@ -24,7 +25,9 @@ NAMED = [
 def build(name: str, augmentation: bool, kv_layout: str = "interleaved") -> AttentionModule:
     torch.manual_seed(0)
     spec = SiteSpec(4, 2, head_dim=8, value_dim=6, causal=True, scale=0.4, kv_layout=kv_layout)
-    config = LinearizeConfig(mechanism=name, group_size=8, conv_taps=4, augmentation=augmentation)
+    config = LinearizeConfig(
+        mechanism=name, group_size=8, conv_taps=4, augmentation=augmentation, options=OPTIONS.get(name, {})
+    )
     module = build_attention(spec, config)
     with torch.no_grad():
         for parameter in module.parameters():
@@ -66,13 +69,15 @@ def test_state_form_equals_parallel_form(name, augmentation, kv_layout):
     torch.testing.assert_close(module.extend(*piece, state), whole[:, :, 46:], atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("name", ("augmented", "performer", "yoso", "castling"))
+@pytest.mark.parametrize("name", ("augmented", "performer", "softmax_window", "yoso", "castling"))
 @torch.no_grad()
 def test_padded_tokens_change_nothing_and_give_nothing(name):
     module = build(name, True)
     query, key, value = tokens(20)
     real = torch.ones(2, 20, dtype=torch.bool)
     real[0, :7] = False
+    for x in (query, key, value):
+        x[0, :, :7] = torch.nan
     state = module.new_state(2, dtype=torch.float32, device=query.device)
     out = module.extend(query, key, value, state, key_mask=real)
     alone = module(*(x[:1, :, 7:] for x in (query, key, value)))
@@ -93,7 +98,207 @@ def test_a_rewind_that_one_part_refuses_changes_no_part():
 
 
 def test_what_has_no_constant_state_says_so():
-    for name, causal in (("softmax", True), ("softmax_window", True), ("augmented", False)):
+    for name, causal in (("softmax", True), ("softmax_window", False), ("augmented", False)):
         spec = SiteSpec(4, 2, head_dim=8, value_dim=6, causal=causal)
         module = build_attention(spec, LinearizeConfig(mechanism=name))
         assert module.new_state(2, dtype=torch.float32, device=torch.device("cpu")) is None
+
+
+# --- softmax_window
+
+
+def windowed(window: int, augmentation: bool = False) -> AttentionModule:
+    """float64, so that what differs is not rounding."""
+    torch.manual_seed(0)
+    config = LinearizeConfig(
+        mechanism="softmax_window",
+        group_size=4,
+        conv_taps=3,
+        augmentation=augmentation,
+        options={"window": window},
+    )
+    module = build_attention(SiteSpec(4, 2, head_dim=8, value_dim=6, causal=True), config).double()
+    for parameter in module.parameters():
+        parameter.requires_grad_(False).add_(torch.randn_like(parameter) * 0.3)
+    return module
+
+
+def exact_tokens(length: int) -> tuple[torch.Tensor, ...]:
+    return tuple(x.double() for x in tokens(length))
+
+
+def new_state(module: AttentionModule, batch: int = 2, max_rewind: int = 0):
+    return module.new_state(batch, dtype=torch.float64, device=torch.device("cpu"), max_rewind=max_rewind)
+
+
+def same(actual: torch.Tensor, expected: torch.Tensor) -> None:
+    torch.testing.assert_close(actual, expected, atol=1e-12, rtol=1e-10)
+
+
+@pytest.mark.parametrize("max_rewind", (0, 1, 6))
+@pytest.mark.parametrize("window", (1, 2, 9, 10, 11, 64))
+def test_a_prompt_shorter_than_the_window_exactly_it_and_longer(window, max_rewind):
+    module = windowed(window)
+    query, key, value = exact_tokens(40)
+    whole = module(query, key, value)
+    for prompt in (1, 9, 10, 11, 30):
+        state = new_state(module, max_rewind=max_rewind)
+        same(module.extend(*(x[:, :, :prompt] for x in (query, key, value)), state), whole[:, :, :prompt])
+        for t in range(prompt, 35):
+            step = [x[:, :, t : t + 1] for x in (query, key, value)]
+            same(module.tree(*step, state, torch.tensor([-1])), whole[:, :, t : t + 1])
+            same(module.extend(*step, state), whole[:, :, t : t + 1])
+        same(module.extend(*(x[:, :, 35:] for x in (query, key, value)), state), whole[:, :, 35:])
+
+
+@pytest.mark.parametrize("window", (1, 3, 8))
+@pytest.mark.parametrize("seed", range(3))
+def test_any_order_of_pieces_rewinds_trees_and_commits_on_uneven_rows(seed, window):
+    module = windowed(window, augmentation=True)
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(high: int, *shape: int) -> torch.Tensor:
+        return torch.randint(high, shape or (1,), generator=generator)
+
+    def fresh(count: int) -> list[torch.Tensor]:
+        shapes = (4, 8), (2, 8), (2, 6)
+        return [
+            torch.randn(2, heads, count, size, generator=generator, dtype=torch.float64)
+            for heads, size in shapes
+        ]
+
+    def after(row: int, *more: torch.Tensor) -> torch.Tensor:
+        """The last token of `more`, as the parallel form has it after the row's history."""
+        sequence = [torch.cat(pair, 2) for pair in zip(history[row], more, strict=True)]
+        return module(*sequence)[0, :, -1]
+
+    def pick(drafts: list[torch.Tensor], row: int, index: torch.Tensor) -> list[torch.Tensor]:
+        return [x[row : row + 1, :, index] for x in drafts]
+
+    rewindable = 4
+    state = new_state(module, max_rewind=rewindable)
+    history = [[x[:1, :, :0] for x in fresh(1)] for _ in range(2)]
+    furthest = torch.zeros(2, dtype=torch.int64)
+    for _ in range(25):
+        new = fresh(int(draw(13)) + 1)
+        count = new[0].shape[2]
+        action = int(draw(3))
+        if action == 0:
+            real = draw(4, 2, count) > 0 if draw(2) else None
+            out = module.extend(*new, state, key_mask=real)
+            for row in range(2):
+                for t in range(count):
+                    if real is not None and not real[row, t]:
+                        assert (out[row, :, t] == 0).all()
+                        continue
+                    token = pick(new, row, torch.tensor([t]))
+                    same(out[row, :, t], after(row, *token))
+                    history[row] = [torch.cat(pair, 2) for pair in zip(history[row], token, strict=True)]
+        elif action == 1:
+            parents = torch.stack([draw(node + 1, 2) - 1 for node in range(count)], 1)
+            parents[0] = torch.arange(count) - 1  # one row with the longest branch there can be
+            out = module.tree(*new, state, parents)
+            path = torch.full((2, count), -1)
+            for row in range(2):
+                for node in range(count):
+                    branch = [node]
+                    while parents[row, branch[0]] >= 0:
+                        branch.insert(0, int(parents[row, branch[0]]))
+                    same(out[row, :, node], after(row, *pick(new, row, torch.tensor(branch))))
+                accepted = torch.tensor(branch[: int(draw(len(branch) + 1))], dtype=torch.int64)
+                path[row, : len(accepted)] = accepted
+                pairs = zip(history[row], pick(new, row, accepted), strict=True)
+                history[row] = [torch.cat(pair, 2) for pair in pairs]
+            module.commit(*new[1:], state, path)
+        else:
+            least = (furthest - rewindable).clamp_min(0)
+            taken = torch.minimum(draw(rewindable + 1, 2), state.length - least)
+            state.rewind(taken)
+            for row in range(2):
+                kept = history[row][0].shape[2] - int(taken[row])
+                history[row] = [x[:, :, :kept] for x in history[row]]
+        assert state.length.tolist() == [row[0].shape[2] for row in history]
+        furthest = torch.maximum(furthest, state.length)
+    assert (furthest > 3 * window).all()
+
+
+def test_more_than_max_rewind_is_refused_once_a_token_has_left_the_window():
+    module = windowed(5)
+    query, key, value = exact_tokens(40)
+    state = new_state(module, max_rewind=3)
+    short, rest = ([x[:, :, part] for x in (query, key, value)] for part in (slice(7), slice(7, None)))
+    module.extend(*short, state)
+    state.rewind(7)  # everything is still in the rows
+    module.extend(*short, state)
+    module.extend(*rest, state)
+    with pytest.raises(InputError, match="max_rewind=3"):
+        state.rewind(4)
+    assert state.length.tolist() == [40, 40]
+    state.rewind(3)
+    last = [x[:, :, 37:] for x in (query, key, value)]
+    same(module.extend(*last, state), module(query, key, value)[:, :, 37:])
+
+
+def test_the_state_of_softmax_window_keeps_its_size_and_place():
+    module = windowed(4, augmentation=True)
+    query, key, value = exact_tokens(300)
+    whole = module(query, key, value)
+    state = new_state(module, max_rewind=2)
+    places = [x.data_ptr() for x in state.tensors()]
+    window = state.parts[0].tensors
+    assert window.key_window.shape == (2, 2, 5, 8) and window.recurrent.shape == (2, 2, 16, 7)
+    for t in range(300):
+        same(module.extend(*(x[:, :, t : t + 1] for x in (query, key, value)), state), whole[:, :, t : t + 1])
+    state.rewind(2)
+    module.commit(key[:, :, 298:], value[:, :, 298:], state)
+    assert [x.data_ptr() for x in state.tensors()] == places
+    assert torch.equal(state.length, torch.tensor([300, 300]))
+    copy = state.map(torch.clone)
+    step = [x[:, :, :1] for x in (query, key, value)]
+    same(module.extend(*step, copy), module.extend(*step, state))
+
+
+@pytest.mark.parametrize("far", (-300.0, 300.0))
+def test_the_window_joins_without_overflow(far):
+    module = windowed(3)
+    module.far_weight.fill_(far)
+    query, key, value = exact_tokens(20)
+    query = query * 1000
+    whole = module(query, key, value)
+    state = new_state(module)
+    pieces = [
+        module.extend(*(x[:, :, start:stop] for x in (query, key, value)), state)
+        for start, stop in itertools.pairwise((0, 2, 3, 4, 5, 12, 13, 20))
+    ]
+    out = torch.cat(pieces, 2)
+    assert out.isfinite().all()
+    same(out, whole)
+
+
+def test_softmax_window_in_half_precision_is_its_parallel_form():
+    module = windowed(4).bfloat16()
+    query, key, value = (x.bfloat16() for x in tokens(30))
+    whole = module(query, key, value)
+    state = module.new_state(2, dtype=torch.bfloat16, device=query.device, max_rewind=2)
+    assert state.parts[0].tensors.key_window.dtype == torch.bfloat16
+    assert state.parts[0].recurrent.dtype == torch.float32
+    for start, stop in itertools.pairwise((0, 12, 13, 14, 15, 30)):
+        out = module.extend(*(x[:, :, start:stop] for x in (query, key, value)), state)
+        assert out.dtype == torch.bfloat16
+        torch.testing.assert_close(out, whole[:, :, start:stop], atol=1e-2, rtol=1e-2)
+
+
+def test_softmax_window_writes_no_gradients_and_nothing_that_does_not_fit_into_a_state():
+    module = windowed(4)
+    query, key, value = exact_tokens(8)
+    state = new_state(module)
+    with pytest.raises(InputError, match="the state holds"):
+        module.extend(query[..., :4], key[..., :4], value, state)
+    with pytest.raises(InputError, match="path must be integers"):
+        module.commit(key, value, state, torch.tensor([0, 1]))
+    module.key_map.requires_grad_()
+    with pytest.raises(InputError, match="carries no gradients"):
+        module.extend(query, key, value, state)
+    with pytest.raises(InputError, match="carries no gradients"):
+        module.commit(key, value, state)
+    assert state.length.tolist() == [0, 0] and not any(x.any() for x in state.tensors())

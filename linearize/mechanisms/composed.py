@@ -4,7 +4,8 @@ A mechanism is described by `terms`, which maps one call's query, key and value 
 calls, and by `combine`, which joins the results. Both look at each token alone. So the same description gives
 every form: the parallel one here, and one decoding step, where each term keeps its own constant state (the
 sum of k^T v over finished groups, the rows of the open group and of the convolution). The two mechanisms that
-are more than core calls, `linformer` and `softmax_window`, say what they are in `mix` instead.
+are more than core calls, `linformer` and `softmax_window`, say what they are in `mix` instead, and after a
+state in `mix_after`.
 
 What all of them share:
 - `augmentation` adds the paper's convolution over values (arXiv 2406.07368), one filter per head, zero at
@@ -17,7 +18,7 @@ What all of them share:
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -144,16 +145,20 @@ class ComposedAttention(AttentionModule):
             normalize=term.normalize,
         )
 
+    @property
+    def has_state(self) -> bool:
+        return self.spec.causal
+
     def new_state(
         self, batch: int, *, dtype: torch.dtype, device: torch.device, max_rewind: int = 0
     ) -> States | None:
-        if not self.spec.causal or type(self).mix is not ComposedAttention.mix:
+        if not self.has_state:
             return None
         heads, kv_heads = self.spec.num_heads, self.spec.num_key_value_heads
         sizes = (heads, self.spec.head_dim), (kv_heads, self.spec.head_dim), (kv_heads, self.spec.value_dim)
         token = [torch.zeros(1, n, 1, size, dtype=dtype, device=device) for n, size in sizes]
         with torch.no_grad(), full_precision(device):
-            terms = self._all_terms(*token)
+            terms = [*self.terms(*token), *self._apart(*token)]
         return States(
             tuple(
                 AttentionState.new(
@@ -179,7 +184,7 @@ class ComposedAttention(AttentionModule):
         query [B, H, T, D], key [B, Hkv, T, D], value [B, Hkv, T, Dv] -> [B, H, T, Dv]; key_mask: bool [B, T],
         False for tokens that change nothing.
         """
-        return self._stateful(query, key, value, state, ops.augmented_extend, key_mask=key_mask)
+        return self._after(query, key, value, state, key_mask, None)
 
     def tree(self, query: Tensor, key: Tensor, value: Tensor, state: States, parents: Tensor) -> Tensor:
         """`forward` of N draft tokens that form a tree after `state`, which is only read.
@@ -187,53 +192,69 @@ class ComposedAttention(AttentionModule):
         query [B, H, N, D], key [B, Hkv, N, D], value [B, Hkv, N, Dv] -> [B, H, N, Dv]; parents: see
         `ops.augmented_tree`.
         """
-        return self._stateful(query, key, value, state, ops.augmented_tree, parents=parents)
+        return self._after(query, key, value, state, None, parents)
 
     def commit(self, key: Tensor, value: Tensor, state: States, path: Tensor | None = None) -> None:
         """Append tokens of a tree, see `ops.augmented_commit`."""
         with full_precision(value.device):
             # Terms map each token alone, so the queries' part of them does not matter here.
             query = key.new_zeros(key.shape[0], self.spec.num_heads, *key.shape[2:])
-            for term, part in zip(self._all_terms(query, key, value), state.parts, strict=True):
+            terms = [*self.terms(query, key, value), *self._apart(query, key, value)]
+            for term, part in zip(terms, state.parts, strict=True):
                 ops.augmented_commit(term.key, term.value, part, path, normalize=term.normalize)
 
-    def _stateful(
+    def mix_after(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        parts: Sequence[AttentionState],
+        key_mask: Tensor | None,
+        parents: Tensor | None,
+    ) -> Tensor:
+        """`mix` of the next tokens after a state, or of a tree of drafts if `parents` is given."""
+        terms = zip(self.terms(query, key, value), parts, strict=True)
+        return self.combine([self._run_after(term, part, key_mask, parents) for term, part in terms])
+
+    def _after(
         self,
         query: Tensor,
         key: Tensor,
         value: Tensor,
         state: States,
-        operation: Callable[..., Tensor],
-        **more: Any,
+        key_mask: Tensor | None,
+        parents: Tensor | None,
     ) -> Tensor:
         with full_precision(value.device):
-            outputs = [
-                operation(
-                    term.query,
-                    term.key,
-                    term.value,
-                    part,
-                    alpha=term.alpha,
-                    conv_weight=term.conv_weight,
-                    local_scale=term.local_scale,
-                    activation=term.activation,
-                    kv_layout=self.spec.kv_layout,
-                    normalize=term.normalize,
-                    **more,
-                )
-                for term, part in zip(self._all_terms(query, key, value), state.parts, strict=True)
-            ]
-            joined = self.conv_weight is not None and not self.conv_joins
-            out = self.combine(outputs[:-1]) + outputs[-1] if joined else self.combine(outputs)
+            apart = self._apart(query, key, value)
+            own = len(state.parts) - len(apart)
+            out = self.mix_after(query, key, value, state.parts[:own], key_mask, parents)
+            for term, part in zip(apart, state.parts[own:], strict=True):
+                out = out + self._run_after(term, part, key_mask, parents)
         return out.to(value.dtype)
 
-    def _all_terms(self, query: Tensor, key: Tensor, value: Tensor) -> list[Term]:
-        """`terms`, and the convolution's own if it has one."""
-        terms = self.terms(query, key, value)
-        if self.conv_weight is not None and not self.conv_joins:
-            # One column: the convolution reads no scores, and its state needs no keys.
-            terms.append(Term(query[..., :1], key[..., :1], value, conv_weight=self.conv_weight))
-        return terms
+    def _run_after(
+        self, term: Term, part: AttentionState, key_mask: Tensor | None, parents: Tensor | None
+    ) -> Tensor:
+        """`run` after a state."""
+        options: dict[str, Any] = dict(
+            alpha=term.alpha,
+            conv_weight=term.conv_weight,
+            local_scale=term.local_scale,
+            activation=term.activation,
+            kv_layout=self.spec.kv_layout,
+            normalize=term.normalize,
+        )
+        if parents is not None:
+            return ops.augmented_tree(term.query, term.key, term.value, part, parents, **options)
+        return ops.augmented_extend(term.query, term.key, term.value, part, key_mask=key_mask, **options)
+
+    def _apart(self, query: Tensor, key: Tensor, value: Tensor) -> list[Term]:
+        """The convolution, where it is a term of its own, outside of whatever `combine` does."""
+        if self.conv_weight is None or self.conv_joins:
+            return []
+        # One column: the convolution reads no scores, and its state needs no keys.
+        return [Term(query[..., :1], key[..., :1], value, conv_weight=self.conv_weight)]
 
     def over_all(self, query: Tensor, key: Tensor, value: Tensor, weight: float = 1.0, **more: Any) -> Term:
         """weight * sum of q.k v over every key the site lets a query see: the linear kernel's term.

@@ -13,13 +13,17 @@ Parallel form: window softmax in blocks of `window` queries, O(T window) memory,
 (`window.py`); the far part is one linear core call on keys and values delayed by `window` tokens (without
 causality a second one on the reversed sequence). Both come with the logarithm of their sum of weights, and
 are joined by a sigmoid of the difference, so that no exponential overflows.
-State: the last `window` keys and values, and [2D, Dv + 1] per key/value head for the tokens that left them.
+State: the last `window` keys and values (and as many more as can be taken back), and [2D, Dv + 1] per
+key/value head for the tokens that left them. A token leaves only when its row is needed, which makes taking
+tokens back exact; until then its features are made from its row where it is far.
 Initialisation: A and B the identity; b = log(D / 2), so that a pair without features of its own weighs 1.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -27,9 +31,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
+from ..arguments import check_no_gradients, check_state
 from ..attention import SiteSpec
+from ..kernels.padding import Ranks
+from ..kernels.state import State
+from ..ops import along, lineage
+from ..state import AttentionState, States
 from .base import Mechanism, whole
-from .composed import ComposedAttention, Term, widen, with_one
+from .composed import ComposedAttention, Term, full_precision, widen, with_one
 from .hedgehog import oracle_weights, positive, set_identity, square
 from .window import softmax_window
 
@@ -52,6 +61,10 @@ class SoftmaxWindowAttention(ComposedAttention):
         with torch.no_grad():
             self.far_weight.fill_(math.log(self.spec.head_dim / 2))
 
+    def terms(self, query: Tensor, key: Tensor, value: Tensor) -> list[Term]:
+        """None: `mix` is no sum of core calls."""
+        return []
+
     def mix(
         self,
         query: Tensor,
@@ -59,7 +72,9 @@ class SoftmaxWindowAttention(ComposedAttention):
         value: Tensor,
         key_mask: Tensor | None,
         query_start: int | Tensor | None,
+        before: Tensor | None = None,
     ) -> Tensor:
+        """before: sums [B, Hkv, 2D, Dv + 1] over far tokens that are not among the keys."""
         query, key, value = widen(query), widen(key), widen(value)
         rows = self.split_heads(query * self.scale)
         joined = softmax_window(rows, key, value, key_mask, query_start, self.window, self.spec.causal)
@@ -68,13 +83,20 @@ class SoftmaxWindowAttention(ComposedAttention):
         if statically_known_true(key.shape[2] <= self.window):
             return near
         query, key = positive(query, self.query_map), positive(key, self.key_map)
-        joined = self._far(query, key, with_one(value), key_mask, query_start)
-        total = joined[..., -1:]
+        far = self._far(query, key, with_one(value), key_mask, query_start)
+        if before is not None:
+            far = far + self.merge_heads(_per_kv_head(self.split_heads(query), before))
+        return self._join(near, log_near, far)
+
+    def _join(self, near: Tensor, log_near: Tensor, far: Tensor) -> Tensor:
+        """near [B, H, T, Dv], divided by its sum of weights, whose logarithm is [B, H, T, 1]; far
+        [B, H, T, Dv + 1], sums."""
+        total = far[..., -1:]
         some = total > 0
         total = torch.where(some, total, torch.ones_like(total))
         log_far = total.log() + self.far_weight.to(total.dtype)[:, None, None]
         share = torch.where(some, torch.sigmoid(log_far - log_near), torch.zeros_like(total))
-        return near + share * (joined[..., :-1] / total - near)
+        return near + share * (far[..., :-1] / total - near)
 
     def _far(
         self,
@@ -111,8 +133,162 @@ class SoftmaxWindowAttention(ComposedAttention):
         term = Term(query, key, value, alpha=1.0, local_scale=1.0)
         return self.run(term, key_mask, query_start, causal=True)
 
+    def new_state(
+        self, batch: int, *, dtype: torch.dtype, device: torch.device, max_rewind: int = 0
+    ) -> States | None:
+        convolution = super().new_state(batch, dtype=dtype, device=device, max_rewind=max_rewind)
+        if convolution is None:
+            return None
+        spec = self.spec
+        part = AttentionState.new(
+            batch,
+            spec.num_key_value_heads,
+            spec.head_dim,
+            spec.value_dim,
+            group_size=1,
+            taps=self.window,
+            max_rewind=max_rewind,
+            dtype=dtype,
+            device=device,
+        )
+        sums = part.recurrent.new_zeros(*part.recurrent.shape[:2], 2 * spec.head_dim, spec.value_dim + 1)
+        part = replace(part, tensors=part.tensors._replace(recurrent=sums))
+        return States((part, *convolution.parts))
+
+    def mix_after(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        parts: Sequence[AttentionState],
+        key_mask: Tensor | None,
+        parents: Tensor | None,
+    ) -> Tensor:
+        (part,) = parts
+        check_state(query, key, value, None, part, key_mask)
+        check_no_gradients(self.query_map, self.key_map, self.far_weight)
+        batch, _, count, _ = query.shape
+        if parents is not None:
+            return self._tree(query, key, value, part.tensors, *lineage(parents, batch, count, query.device))
+        if key_mask is not None:  # whatever padding holds, NaN included
+            real = key_mask[:, None, :, None]
+            query, key, value = (x.masked_fill(~real, 0) for x in (query, key, value))
+        if count == 1:
+            alone = torch.ones(batch, 1, 1, dtype=torch.bool, device=query.device)
+            out = self._tree(query, key, value, part.tensors, torch.zeros_like(part.length)[:, None], alone)
+        else:
+            out = self._columns(query, key, value, part.tensors, key_mask)
+        self._append(key, value, part.tensors, key_mask)
+        return out if key_mask is None else out * real
+
+    def commit(self, key: Tensor, value: Tensor, state: States, path: Tensor | None = None) -> None:
+        part, *convolution = state.parts
+        check_state(key, key, value, None, part, None)
+        check_no_gradients(self.key_map)
+        new_key, new_value, real = along(path, key, value)
+        with full_precision(value.device):
+            self._append(new_key, new_value, part.tensors, real)
+        super().commit(key, value, States(tuple(convolution)), path)
+
+    def _columns(
+        self, query: Tensor, key: Tensor, value: Tensor, state: State, key_mask: Tensor | None
+    ) -> Tensor:
+        """Many tokens after the state: the parallel form, with the window's rows as columns ahead of them."""
+        rows = state.key_window.shape[2]
+        position = state.length[:, None] + torch.arange(-rows, 0, device=key.device)
+        new = key.new_ones(key.shape[0], key.shape[2], dtype=torch.bool) if key_mask is None else key_mask
+        real = torch.cat([position >= state.folded[:, None], new], 1)
+        key, value = (
+            torch.cat([_rows(ring, position % rows).to(x.dtype), x], 2)
+            for ring, x in ((state.key_window, key), (state.value_window, value))
+        )
+        return self.mix(query, key, value, real, rows, before=state.recurrent)
+
+    def _tree(
+        self, query: Tensor, key: Tensor, value: Tensor, state: State, depth: Tensor, ancestors: Tensor
+    ) -> Tensor:
+        """Drafts after the state, which is only read; depth [B, N], ancestors [B, N, N] as in `lineage`."""
+        rows, count = state.key_window.shape[2], key.shape[2]
+        query, key, value = widen(query), widen(key), widen(value)
+        last = state.length[:, None] - 1
+        held = last - (last - torch.arange(rows, device=key.device)) % rows  # position in each row
+        node = state.length[:, None] + depth
+
+        def seen(committed: Tensor, there: Tensor, near: bool) -> Tensor:
+            """bool [B, 1, 1, N, n + N]: `there` of the tokens at `committed` [B, n], and the ancestors."""
+            lag = node[:, :, None] - torch.cat([committed, node], 1)[:, None]
+            all_ = torch.cat([there[:, None].expand(-1, count, -1), ancestors], 2)
+            return (all_ & ((lag < self.window) == near))[:, None, None]
+
+        keys, values = (
+            torch.cat([ring.to(x.dtype), x], 2)
+            for ring, x in ((state.key_window, key), (state.value_window, value))
+        )
+        scores = _per_kv_head(self.split_heads(query * self.scale), keys.mT)
+        # A node sees itself: no row is all -inf.
+        scores = scores.masked_fill(~seen(held, held >= 0, True), -math.inf)
+        near = self.merge_heads(_per_kv_head(scores.softmax(-1), values))
+        log_near = self.merge_heads(scores.logsumexp(-1, keepdim=True))
+
+        # Of the window's rows only the oldest are far, one more for each token that a branch is long.
+        oldest = torch.arange(min(rows, rows - self.window + count), device=key.device)
+        position = state.folded[:, None] + oldest
+        far_keys, far_values = (
+            torch.cat([_rows(ring, position % rows).to(x.dtype), x], 2)
+            for ring, x in ((state.key_window, key), (state.value_window, value))
+        )
+        query = self.split_heads(positive(query, self.query_map))
+        weights = _per_kv_head(query, positive(far_keys, self.key_map).mT)
+        weights = weights * seen(position, position < state.length[:, None], False)
+        far = _per_kv_head(weights, with_one(far_values)) + _per_kv_head(query, state.recurrent)
+        return self._join(near, log_near, self.merge_heads(far))
+
+    def _append(self, key: Tensor, value: Tensor, state: State, real: Tensor | None) -> None:
+        """Write tokens into the state, and what its window cannot hold any more into its sums."""
+        ranks = None if real is None else Ranks(real)
+        if ranks is not None:
+            key, value = ranks.to_front(key), ranks.to_front(value)
+        new, rows = key.shape[2], state.key_window.shape[2]
+        count = torch.full_like(state.length, new) if ranks is None else ranks.count
+        end = state.length + count
+        folded = torch.maximum(state.folded, end - rows)
+
+        oldest = state.folded[:, None] + torch.arange(min(new, rows), device=key.device)
+        leaving = [
+            (
+                _rows(state.key_window, oldest % rows),
+                _rows(state.value_window, oldest % rows),
+                oldest < torch.minimum(folded, state.length)[:, None],
+            )
+        ]
+        if new > rows:  # the first of the new tokens never see the window
+            first = state.length[:, None] + torch.arange(new - rows, device=key.device)
+            leaving.append((key[:, :, :-rows], value[:, :, :-rows], first < folded[:, None]))
+        for k, v, leaves in leaving:
+            features = positive(widen(k), self.key_map) * leaves[:, None, :, None]
+            state.recurrent.add_(features.mT @ with_one(widen(v)))
+
+        # As many tokens as lie in different rows: the last ones, of which those before `length` are there.
+        position = end[:, None] + torch.arange(-min(new, rows), 0, device=key.device)
+        source = position - state.length[:, None]
+        for ring, x in ((state.key_window, key), (state.value_window, value)):
+            written = torch.where(
+                (source >= 0)[:, None, :, None],
+                _rows(x, source.clamp_min(0)).to(ring.dtype),
+                _rows(ring, position % rows),
+            )
+            index = (position % rows)[:, None, :, None].expand_as(written)
+            ring.scatter_(2, index, written)
+        state.length.copy_(end)
+        state.folded.copy_(folded)
+
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, window={self.window}"
+
+
+def _per_kv_head(x: Tensor, matrix: Tensor) -> Tensor:
+    """x [B, Hkv, R, T, m] @ matrix [B, Hkv, m, n], which is not repeated -> [B, Hkv, R, T, n]."""
+    return (x.flatten(2, 3) @ matrix).unflatten(2, x.shape[2:4])
 
 
 def _rows(x: Tensor, index: Tensor) -> Tensor:
