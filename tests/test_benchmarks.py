@@ -105,13 +105,15 @@ def test_without_a_gpu_one_sentence_is_all(monkeypatch: pytest.MonkeyPatch) -> N
     assert str(end.value).count("\n") == 0
 
 
-def test_a_kernel_is_checked_in_the_interpreter(tmp_path: Path) -> None:
+def test_kernels_are_checked_in_the_interpreter(tmp_path: Path) -> None:
     path = tmp_path / "gpu.json"
-    gpu.main(["--interpret", "--kernels", "forward", "--dtypes", "bfloat16", "--json", str(path)])
+    kernels = ["forward", "backward", "backward_split"]
+    gpu.main(["--interpret", "--kernels", *kernels, "--dtypes", "bfloat16", "--json", str(path)])
     found = json.loads(path.read_text())
-    (check,) = found["checks"].values()
-    assert check["name"] == "forward/bfloat16/D64/G64" and check["failure"] == ""
-    assert 1e-4 < check["errors"]["out"] < 1e-2
+    checks = list(found["checks"].values())
+    assert [check["name"] for check in checks] == [f"{kernel}/bfloat16/D64/G64" for kernel in kernels]
+    assert [check["failure"] for check in checks] == ["", "", ""]
+    assert 1e-4 < checks[0]["errors"]["out"] < 1e-2
     assert found["environment"]["triton"] and found["environment"]["sources"] == measured.sources_hash()
 
 
