@@ -16,12 +16,15 @@ from typing import Any
 
 import pytest
 import torch
+import triton
 from linearize.kernels.triton.launch import Launch
 from torch import Tensor
 from triton_aot import TARGETS, build, identity
 
 TESTS = Path(__file__).resolve().parent
 HEADS, KV_HEADS = 8, 4
+# The ptxas of triton 3.6 needs a little more for sm_80.
+STACK = 64 if tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 7) else 128
 
 
 def meta(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -76,7 +79,7 @@ def launches(
     yield plan_of("tree")(*tokens(nodes), *state, *family, *tables, *how, device)[0]
 
 
-def check(target: str, dim: int, stack: int = 64, **options: Any) -> None:
+def check(target: str, dim: int, stack: int = STACK, **options: Any) -> None:
     seen = set()
     faults = []
     for launch in launches(target, dim, **options):

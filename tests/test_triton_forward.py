@@ -103,6 +103,13 @@ def test_tiles_read_by_descriptor(length: int) -> None:
 
 
 @interpreted
+def test_no_descriptor_reads_tiles_that_are_used_in_part() -> None:
+    """Its rows between the used ones and the next tile's would count twice."""
+    ran = check(case(150, dim=64, dtype=torch.bfloat16), group_size=48, arch=90)
+    assert "descriptors" not in ran
+
+
+@interpreted
 @pytest.mark.parametrize("dtype", list(TOLERANCE))
 @pytest.mark.parametrize("arch", [80, 90])
 def test_narrow_types_stay_within_their_rounding(dtype: torch.dtype, arch: int) -> None:
@@ -164,16 +171,26 @@ def test_splits_of_the_length_change_nothing(
 @interpreted
 @pytest.mark.parametrize("arch", [80, 90])
 def test_any_strides(arch: int) -> None:
-    """[B, T, H, D] memory, an expanded head, a slice that is not aligned, a last axis not contiguous."""
+    """Heads innermost but one, or a last axis that is not contiguous."""
     query, key, value, *rest = case(70, heads=2, dtype=torch.float16)
     query = query.transpose(1, 2).contiguous().transpose(1, 2)
-    key = key[:, :1].expand(-1, 2, -1, -1)
-    shifted = torch.zeros(1, 2, 70, 33, dtype=torch.float16)
-    shifted[..., 1:] = value
-    assert "descriptors" not in check((query, key, shifted[..., 1:], *rest), normalize=False, arch=arch)
     value = value.mT.contiguous().mT
     check((query, key, value, *rest), normalize=False, arch=arch)
     check((query, key, value, *rest), arch=arch)
+
+
+@interpreted
+@pytest.mark.parametrize("how", ["expanded heads", "rows not aligned", "start not aligned"])
+def test_what_descriptors_cannot_read_goes_by_pointer(how: str) -> None:
+    query, key, value, *rest = case(70, heads=2, dtype=torch.float16)
+    if how == "expanded heads":
+        value = value[:, :1].expand(-1, 2, -1, -1)
+    else:
+        width, start = (33, 0) if how == "rows not aligned" else (40, 1)
+        room = torch.zeros(1, 2, 70, width, dtype=torch.float16)
+        room[..., start : start + 32] = value
+        value = room[..., start : start + 32]
+    assert "descriptors" not in check((query, key, value, *rest), arch=90)
 
 
 @interpreted
