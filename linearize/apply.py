@@ -76,6 +76,7 @@ def check_unconverted(model: nn.Module) -> None:
 
 def apply_owners(model: nn.Module, plan: Plan, config: LinearizeConfig) -> None:
     """Attach the children and rewrite every owner. Not transactional: for use inside a Transaction."""
+    use_own_configs(model)
     for path, sites in plan.owners.items():
         try:
             owner = model.get_submodule(path)
@@ -114,6 +115,16 @@ def finish(model: nn.Module, plan: Plan, config: LinearizeConfig) -> None:
 
         save_with_plan(model)
         live.config.linearize = {"version": 1, "plan": plan.to_dict(), "config": config.to_dict()}
+
+
+def use_own_configs(model: nn.Module) -> None:
+    """Copy the configs of all modules: other models may share them, and must not see what is written."""
+    shared = {id(c): c for m in model.modules() if hasattr(c := getattr(m, "config", None), "to_dict")}
+    own = dict(zip(shared, copy.deepcopy(list(shared.values())), strict=True))  # one call keeps them nested
+    for module in model.modules():
+        config = own.get(id(getattr(module, "config", None)))
+        if config is not None:
+            module.config = config
 
 
 def use_compact_masks(model: nn.Module, plan: Plan) -> None:

@@ -105,6 +105,11 @@ class AttentionModule(nn.Module):
         """
         raise NotImplementedError
 
+    @property
+    def has_state(self) -> bool:
+        """Whether `new_state` makes a state of one size; then there are `extend`, `tree` and `commit`."""
+        return False
+
     def new_state(
         self, batch: int, *, dtype: torch.dtype, device: torch.device, max_rewind: int = 0
     ) -> States | None:

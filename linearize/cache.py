@@ -1,19 +1,24 @@
-"""What an owner can learn from the key/value cache it is called with.
+"""What an owner does with the cache it is called with.
 
-Until constant-size states arrive, rewritten layers keep ordinary transformers caches: keys and values grow
-(or are static), and the attention runs over all of them. Only one thing is needed beyond the tensors: the
-column at which the queries of this call start, which a static cache hides.
+A mechanism with a state of constant size puts that in the cache, in place of the empty layer it finds there
+(`state_layer.py`). Others, and calls that need gradients, keep transformers' own layers: keys and values grow
+(or are static), and the attention runs over all of them. Only one thing is needed beyond the tensors then:
+the column at which the queries of this call start, which a static cache hides.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from .attention import AttentionModule
 from .errors import InputError
+
+if TYPE_CHECKING:
+    from .state_layer import StateLayer
 
 _MARK = "_linearize_filled"
 
@@ -39,6 +44,24 @@ def self_layer(cache: Any, index: int | None) -> Any | None:
     cache = getattr(cache, "self_attention_cache", cache)
     layers = getattr(cache, "layers", None)
     return layers[index] if layers is not None and index < len(layers) else None
+
+
+def state_layer(cache: Any, index: int | None, module: AttentionModule | None) -> StateLayer | None:
+    """The constant-size state that `module` uses in this call; None when it goes by keys and values.
+
+    States carry no gradients: a call that builds an autograd graph attends keys and values.
+    """
+    if cache is None or index is None or module is None or torch.is_grad_enabled():
+        return None
+    from .state_layer import adopt
+
+    return adopt(cache, index, module)
+
+
+def length_of(layer: Any) -> int | Tensor:
+    """Tokens in a layer; a copy, as static layers count in place."""
+    length = layer.get_seq_length()
+    return length.clone() if isinstance(length, Tensor) else length
 
 
 def keep_everything(cache: Any, index: int | None) -> None:
@@ -67,17 +90,14 @@ def start_of_queries(layer: Any | None, whole: bool = False) -> int | Tensor | N
             "a rewritten layer needs all keys, but the static cache keeps only a sliding window; "
             "use a DynamicCache (cache_implementation=None)"
         )
-    length = layer.get_seq_length()
-    # A static layer advances its length in place; without the copy the start would move while we compute.
-    return length.clone() if isinstance(length, Tensor) else length
+    return length_of(layer)
 
 
 def decoded_length(cache: Any | None, layer: Any | None) -> int | Tensor | None:
     """Tokens in the decoder's own layer of an encoder-decoder cache, None for any other cache."""
     if layer is None or not hasattr(cache, "cross_attention_cache"):
         return None
-    length = layer.get_seq_length()
-    return length.clone() if isinstance(length, Tensor) else length
+    return length_of(layer)
 
 
 def check_not_foreign(layer: Any | None, path: str) -> None:

@@ -21,7 +21,9 @@ from transformers.quantizers.auto import (
 )
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from .cache import state_layer
 from .errors import CheckpointError
+from .seam import SeamOwner, sole_child
 
 if TYPE_CHECKING:
     from torch import nn
@@ -77,9 +79,26 @@ def relocate(plan: Plan, model: PreTrainedModel) -> Plan:
 
 
 class SavesPlan:
-    """Mixin of a converted transformers model: its checkpoints name the load hook."""
+    """Mixin of a converted transformers model: its checkpoints name the load hook, its caches hold states."""
 
     config: Any
+    _linearize: Any
+
+    def _prepare_cache_for_generation(
+        self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> None:
+        """As transformers does, then the states take their places: `generate` asks the cache what it can do
+        before the first layer runs."""
+        super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)  # type: ignore[misc]
+        cache = model_kwargs.get("past_key_values")
+        if cache is None:
+            return
+        for path, sites in self._linearize.plan.owners.items():
+            owner: Any = self.get_submodule(path)  # type: ignore[attr-defined]
+            if isinstance(owner, SeamOwner):
+                state_layer(cache, sites[0].layer_index, sole_child(owner))
+        if generation_config.is_assistant:
+            cache.activate_past_recording()
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> Any:
         """As `PreTrainedModel.save_pretrained`. Raises CheckpointError when the model is also quantized."""

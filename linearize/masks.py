@@ -47,6 +47,24 @@ def key_mask_of(mask: Tensor | None, batch: int, key_length: int) -> Tensor | No
     return seen.expand(batch, key_length)
 
 
+def new_tokens(
+    mask: Tensor | None, batch: int, count: int, start: int | Tensor | None, where: str
+) -> Tensor | None:
+    """Which of the last `count` tokens are real, bool `[batch, count]`; None when the mask does not say.
+
+    start: column of the first of them; masks may be wider than what was seen so far (static caches).
+    """
+    if mask is None:
+        return None
+    key_mask = key_mask_of(mask, batch, mask.shape[-1])
+    assert key_mask is not None
+    start = mask.shape[-1] - count if start is None else start
+    if mask.ndim == 4 and mask.shape[2] == count:
+        check_structure(mask, key_mask, True, start, where)
+    columns = torch.arange(count, device=mask.device) + start
+    return key_mask.index_select(1, columns)
+
+
 def position_mask(
     query_length: int, key_length: int, start: int | Tensor | None, device: torch.device
 ) -> Tensor:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from . import cache as caches
 from .attention import AttentionModule, SoftmaxAttention
 from .errors import InvalidModelError
-from .masks import check_structure, compact_mask, key_mask_of, position_mask
+from .masks import check_structure, compact_mask, key_mask_of, new_tokens, position_mask
 from .plan import SitePlan, child_name
 from .subclass import Rewritten, become
 
@@ -48,19 +48,23 @@ class SeamOwner(Rewritten):
     def run(owner: Any, forward: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """One call of the owner: `forward` is the original class's."""
         cache = caches.find_cache(args, kwargs)
+        owner._linearize_state = state = caches.state_layer(cache, owner._linearize_layer, sole_child(owner))
         layer = caches.self_layer(cache, owner._linearize_layer)
         caches.check_not_foreign(layer, owner._linearize_path)
-        whole = drops_window(owner)
+        whole = drops_window(owner) and state is None
         if whole:
             caches.keep_everything(cache, owner._linearize_layer)
             layer = caches.self_layer(cache, owner._linearize_layer)
-        owner._linearize_start = caches.start_of_queries(layer, whole)
+        if state is None:
+            owner._linearize_start = caches.start_of_queries(layer, whole)
+        else:
+            owner._linearize_start = caches.length_of(state)
         owner._linearize_seen = caches.decoded_length(cache, layer)
         owner._linearize_slot = 0
         try:
             return forward(owner, *args, **kwargs)
         finally:
-            owner._linearize_start = owner._linearize_seen = None
+            owner._linearize_start = owner._linearize_seen = owner._linearize_state = None
             if cache is not None:
                 caches.mark_filled(caches.self_layer(cache, owner._linearize_layer))
 
@@ -73,7 +77,7 @@ def apply_seam(owner: Any, path: str, sites: Sequence[SitePlan]) -> None:
     owner._linearize_path = path
     owner._linearize_layer = sites[0].layer_index
     owner._linearize_plain = all(site.plain for site in sites)
-    owner._linearize_start = owner._linearize_seen = None
+    owner._linearize_start = owner._linearize_seen = owner._linearize_state = None
     owner._linearize_slot = 0
     owner._linearize_proof = False
     owner._linearize_log = None
@@ -118,6 +122,12 @@ def attention_forward(
     return output.transpose(1, 2).contiguous(), None
 
 
+def sole_child(owner: Any) -> AttentionModule | None:
+    """The owner's one attention module; None when it has several, which would share a cache layer."""
+    children = [child for child in owner.children() if isinstance(child, AttentionModule)]
+    return children[0] if len(children) == 1 else None
+
+
 def drops_window(owner: Any) -> bool:
     """Some site of the owner had a causal window, which its linear form does not follow."""
     children = [child for child in owner.children() if isinstance(child, AttentionModule)]
@@ -149,6 +159,9 @@ def attend(
     child: AttentionModule = getattr(owner, child_name(slot))
     spec = child.spec
     start = start if spec.causal or spec.cross else None
+    if owner._linearize_state is not None:
+        real = new_tokens(mask, key.shape[0], key.shape[2], start, owner._linearize_path)
+        return owner._linearize_state.extend(child, query, key, value, real)
     key_mask = key_mask_of(mask, key.shape[0], key.shape[2])
     if start is not None and spec.causal:
         # Static caches: slots after the last query are empty.

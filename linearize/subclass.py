@@ -19,6 +19,7 @@ class Rewritten:
     _linearize_layer: int | None
     _linearize_start: Any
     _linearize_seen: Any
+    _linearize_state: Any = None
     _linearize_slot: int
     _linearize_proof: bool
     _linearize_log: Any

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -177,3 +178,112 @@ def test_an_eager_only_decoder_generates_through_its_graph() -> None:
             out[row, 9:], recompute(model, prompt[row : row + 1, keep], STEPS)[0, keep.sum() :]
         )
     assert int(out.max()) < VOCAB
+
+
+# --- the state of constant size
+
+
+def layers_of(out: Any) -> list[str]:
+    return [type(layer).__name__ for layer in out.past_key_values.layers]
+
+
+def test_generation_keeps_a_state_of_one_size(model: Any) -> None:
+    sizes = []
+    for steps in (5, 60):
+        settings = {**GREEDY, "max_new_tokens": steps, "return_dict_in_generate": True}
+        out = model.generate(tokens(2, 9), **settings)
+        assert set(layers_of(out)) == {"StateLayer"}
+        assert out.past_key_values.get_seq_length() == 9 + steps - 1
+        sizes.append(sum(layer.states.nbytes for layer in out.past_key_values.layers))
+    assert sizes[0] == sizes[1]
+
+
+def test_compiled_steps_equal_eager_ones(model: Any) -> None:
+    prompt = tokens(1, 9)
+    settings = {**GREEDY, "cache_implementation": "static"}
+    eager = model.generate(prompt, **settings)
+    assert torch.equal(model.generate(prompt, **{**settings, "disable_compile": False}), eager)
+
+
+@pytest.mark.parametrize("helper", ["lookup", "itself", "another"])
+def test_speculation_by_transformers_equals_greedy(model: Any, helper: str) -> None:
+    """Rejected tokens are taken back from the states of the model and of a converted assistant, exactly."""
+    prompt = tokens(1, 9).repeat(1, 3)
+    greedy = {**GREEDY, "max_new_tokens": 40}
+    wanted = model.generate(prompt, **greedy)
+    settings: dict[str, Any] = {"prompt_lookup_num_tokens": 4}
+    if helper != "lookup":
+        settings = {"assistant_model": model if helper == "itself" else converted("llama")}
+    assert torch.equal(model.generate(prompt, **greedy, **settings), wanted)
+
+
+def test_layers_that_keep_softmax_share_the_cache() -> None:
+    model: Any = wake(linearize(llama(), group_size=4, keep_softmax=(0,)))
+    prompt, mask = tokens(2, 11), left_padding(2, 11)
+    out = model.generate(prompt, attention_mask=mask, **GREEDY, return_dict_in_generate=True)
+    kinds = layers_of(out)
+    assert kinds[0] == "DynamicLayer" and set(kinds[1:]) == {"StateLayer"}
+    static = model.generate(prompt, attention_mask=mask, **GREEDY, cache_implementation="static")
+    assert torch.equal(static, out.sequences)
+    for row, keep in enumerate(mask.bool()):
+        alone = recompute(model, prompt[row : row + 1, keep], STEPS)
+        assert torch.equal(out.sequences[row, 11:], alone[0, keep.sum() :])
+
+
+def test_a_cache_for_another_batch_size_or_model_is_refused_and_stays_as_it_was(model: Any) -> None:
+    cache = DynamicCache()
+    with torch.no_grad():
+        model(tokens(2, 90), past_key_values=cache)
+        before = [x.clone() for layer in cache.layers for x in layer.states.tensors()]
+        with pytest.raises(InputError, match="holds 2 sequences"):
+            model(tokens(3, 1), past_key_values=cache)
+        with pytest.raises(InputError, match="another model"):
+            converted("llama")(tokens(2, 1), past_key_values=cache)
+        with pytest.raises(InputError, match="take back"):
+            cache.crop(-80)
+    after = [x for layer in cache.layers for x in layer.states.tensors()]
+    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+    assert cache.get_seq_length() == 90
+
+
+def test_a_call_that_needs_gradients_attends_keys_and_values(model: Any) -> None:
+    out = model(tokens(2, 9), use_cache=True)
+    assert layers_of(out)[0] == "DynamicLayer"
+    out.logits.sum().backward()
+    model.zero_grad()
+    with torch.no_grad():
+        more = model(tokens(2, 1), past_key_values=out.past_key_values)
+        whole = model(torch.cat([tokens(2, 9), tokens(2, 1)], 1), use_cache=False)
+    torch.testing.assert_close(more.logits[:, -1], whole.logits[:, -1], atol=1e-5, rtol=1e-4)
+
+
+def test_rows_of_a_cache_can_be_repeated_selected_reset_and_copied(model: Any) -> None:
+    prompt, following = tokens(2, 9), tokens(2, 12)[:, 9:]
+
+    def whole(rows: list[int]) -> Tensor:
+        return model(torch.cat([prompt, following], 1)[rows], use_cache=False).logits[:, 9:]
+
+    with torch.no_grad():
+        cache = DynamicCache()
+        model(prompt, past_key_values=cache)
+        twice, second = copy.deepcopy(cache), copy.deepcopy(cache)
+        twice.batch_repeat_interleave(2)
+        second.batch_select_indices(torch.tensor([1]))
+        for kept, rows in ((cache, [0, 1]), (twice, [0, 0, 1, 1]), (second, [1])):
+            out = model(following[rows], past_key_values=kept).logits
+            torch.testing.assert_close(out, whole(rows), atol=1e-4, rtol=1e-4)
+        cache.reset()
+        assert cache.get_seq_length() == 0
+        again = model(prompt, past_key_values=cache).logits
+        torch.testing.assert_close(again, model(prompt, use_cache=False).logits, atol=1e-4, rtol=1e-4)
+
+
+def test_a_config_that_another_model_shares_is_not_touched() -> None:
+    config = transformers.LlamaConfig(
+        vocab_size=VOCAB, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2
+    )
+    first, other = (transformers.LlamaForCausalLM(config).eval() for _ in range(2))
+    before = config.to_dict()
+    linearize(first)
+    assert config.to_dict() == before
+    other(tokens(1, 5))

@@ -1,0 +1,204 @@
+"""The constant-size state as a layer of a transformers cache: `generate()` treats it like any other.
+
+It takes the place of the layer that transformers made, as long as that is empty. `update` only counts: it
+gives the new keys and values back, and the attention module brings the state up to date when it runs.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+from .attention import AttentionModule
+from .errors import InputError
+from .state import States
+
+
+class StateLayer(CacheLayerMixin):
+    """State of one attention module. Rewinding (`crop`) is exact: see `activate_past_recording`.
+
+    module: whose state it is; not kept alive. like: the empty layer whose place it takes. Beside static
+    layers the masks have one width, and the length is a tensor that compiled code advances in place.
+    """
+
+    is_sliding = False
+    is_croppable = True
+    supports_early_init = False
+    _linearize_filled = True  # whatever it holds came from a converted owner, see `cache.check_not_foreign`
+
+    def __init__(self, module: AttentionModule, like: Any) -> None:
+        super().__init__()
+        self.is_compileable = bool(getattr(like, "is_compileable", False))
+        self.max_cache_len = like.get_max_length()
+        self.cumulative_length: int | Tensor = torch.tensor(0) if self.is_compileable else 0
+        self.record_past = False
+        self.states: States | None = None
+        self._module = weakref.ref(module)
+        self._committed: States | None = None  # while recording: the state at the last commit
+        self._recorded: list[tuple[Tensor, Tensor, Tensor | None]] = []  # and the tokens since
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        self.dtype, self.device = key_states.dtype, key_states.device
+        if isinstance(self.cumulative_length, Tensor):
+            self.cumulative_length = self.cumulative_length.to(self.device)
+            torch._dynamo.mark_static_address(self.cumulative_length)
+        module = self._module()
+        assert module is not None
+        self.states = module.new_state(key_states.shape[0], dtype=self.dtype, device=self.device)
+        assert self.states is not None
+        if self.is_compileable:
+            for tensor in self.states.tensors():
+                torch._dynamo.mark_static_address(tensor)
+        self.is_initialized = True
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Count the new tokens `[B, Hkv, T, D]` and return them. Raises InputError for another batch size."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        assert self.states is not None
+        if key_states.shape[0] != self.states.batch_size:
+            raise InputError(
+                f"the cache holds {self.states.batch_size} sequences and the model was called with "
+                f"{key_states.shape[0]}; use a cache of its own for every batch size"
+            )
+        self.cumulative_length += key_states.shape[-2]
+        return key_states, value_states
+
+    def extend(self, module: Any, query: Tensor, key: Tensor, value: Tensor, real: Tensor | None) -> Tensor:
+        """Attention of the tokens that `update` counted; real: bool `[B, T]`, None when all are."""
+        assert self.states is not None
+        self.prefetch()
+        if self.record_past:
+            self._recorded.append((key, value, real))
+        return module.extend(query, key, value, self.states, key_mask=real)
+
+    def get_seq_length(self) -> int:
+        return self.cumulative_length if self.is_initialized else 0  # type: ignore[return-value]
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        if self.is_compileable:
+            return self.max_cache_len, 0
+        return int(self.cumulative_length) + query_length, 0
+
+    def get_max_length(self) -> int:
+        return self.max_cache_len
+
+    def activate_past_recording(self) -> None:
+        """From now on keep what `crop` needs: a copy of the state at the last commit, and the tokens since.
+
+        `crop(-n)` goes back to the copy and replays all but the last n tokens, without their outputs; it then
+        commits, and so does `crop(0)`.
+        """
+        if not self.record_past:
+            self.record_past = True
+            self._commit()
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Take back the last `-tokens_to_remove` tokens, exactly. Raises InputError when that is too many."""
+        count = abs(tokens_to_remove)
+        if self.states is None:
+            return
+        if not self.record_past:
+            self.states.rewind(count)
+        elif count:
+            self._replay(count)
+        self.cumulative_length -= count
+        if self.record_past:
+            self._commit()
+
+    def _commit(self) -> None:
+        self._committed = None if self.states is None else self.states.map(Tensor.clone)
+        self._recorded = []
+
+    def _replay(self, count: int) -> None:
+        keep = sum(key.shape[2] for key, _, _ in self._recorded) - count
+        if keep < 0:
+            raise InputError(
+                f"cannot take back {count} tokens: only {keep + count} came since the last commit"
+            )
+        module: Any = self._module()
+        assert self.states is not None and module is not None
+        if self._committed is None:
+            self._each(Tensor.zero_)
+        else:
+            for tensor, old in zip(self.states.tensors(), self._committed.tensors(), strict=True):
+                tensor.copy_(old)
+        for key, value, real in self._recorded:
+            size = min(keep, key.shape[2])
+            if size > 0:
+                path = torch.arange(size, device=key.device).expand(key.shape[0], -1)
+                path = path if real is None else path.where(real[:, :size], -1)
+                module.commit(key[:, :, :size], value[:, :, :size], self.states, path)
+            keep -= size
+
+    def reset(self) -> None:
+        self._each(Tensor.zero_)
+        if isinstance(self.cumulative_length, Tensor):
+            self.cumulative_length.zero_()
+        else:
+            self.cumulative_length = 0
+        self._committed, self._recorded = None, []
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        self._map(lambda x: x.index_select(0, beam_idx.to(x.device)))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        self._map(lambda x: x.repeat_interleave(repeats, 0))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        self._map(lambda x: x[indices.to(x.device)])
+
+    def offload(self) -> None:
+        self._map(lambda x: x.to("cpu", non_blocking=True))
+
+    def prefetch(self) -> None:
+        if self.states is not None and self.states.length.device != self.device:
+            self._map(lambda x: x.to(self.device, non_blocking=True))
+
+    def _each(self, function: Callable[[Tensor], Any]) -> None:
+        for tensor in [] if self.states is None else self.states.tensors():
+            function(tensor)
+
+    def _map(self, function: Callable[[Tensor], Tensor]) -> None:
+        if self.states is not None:
+            self.states = self.states.map(function)
+        if self._committed is not None:
+            self._committed = self._committed.map(function)
+        self._recorded = [
+            (function(key), function(value), None if real is None else function(real))
+            for key, value, real in self._recorded
+        ]
+
+
+def adopt(cache: Cache, index: int, module: AttentionModule) -> StateLayer | None:
+    """The state layer of `module` in `cache`, put there now if the layer is empty; None where it is not.
+
+    A layer with keys and values in it stays, and its tokens are attended as before. Raises InputError when
+    the state is another module's.
+    """
+    if not module.has_state:
+        return None
+    cache = getattr(cache, "self_attention_cache", cache)
+    if cache.layer_class_to_replicate is not None:
+        while len(cache.layers) <= index:
+            cache.layers.append(cache.layer_class_to_replicate())
+    if index >= len(cache.layers):
+        return None
+    layer = cache.layers[index]
+    if isinstance(layer, StateLayer):
+        if layer._module() is not module:
+            raise InputError("this cache belongs to another model or layer; start from an empty one")
+        return layer
+    if getattr(layer, "is_initialized", False) and int(layer.get_seq_length()) > 0:
+        return None
+    if getattr(layer, "is_compileable", False) and getattr(layer, "is_sliding", False):
+        return None  # masks beside a static window are as wide as the window: new tokens have no column
+    cache.layers[index] = StateLayer(module, layer)
+    return cache.layers[index]
