@@ -91,7 +91,7 @@ def forward(
     batch, heads, length, dim = query.shape
     out = value.new_empty(batch, heads, length, value.shape[3])
     threads = _threads(batch * heads * length * dim * value.shape[3] * 3)
-    _run("linearize_forward", (*fields, *_place(out)[1]), isa, threads)
+    _run("linearize_forward", fields + _place(out)[1], isa, threads)
     return out
 
 
@@ -169,12 +169,8 @@ def step(
     state = _state(query, value, conv_weight, group_size, recurrent, key_window, value_window, length, folded)
     out = value.new_empty(batch, heads, 1, value.shape[3])
     threads = _state_threads(query, recurrent, key_window)
-    _run(
-        "linearize_step",
-        (*fields, *_place(out)[1], *state, 0 if active is None else active.data_ptr()),
-        isa,
-        threads,
-    )
+    flags = (0 if active is None else active.data_ptr(),)
+    _run("linearize_step", fields + _place(out)[1] + state + flags, isa, threads)
     return out
 
 
@@ -212,8 +208,8 @@ def tree(
     state = _state(query, value, conv_weight, group_size, recurrent, key_window, value_window, length, folded)
     out = value.new_empty(batch, heads, nodes, value.shape[3])
     threads = _state_threads(query, recurrent, key_window)
-    tables = depth.data_ptr(), ancestors.data_ptr()
-    _run("linearize_tree", (*fields, *_place(out)[1], *state, *tables), isa, threads)
+    tables = (depth.data_ptr(), ancestors.data_ptr())
+    _run("linearize_tree", fields + _place(out)[1] + state + tables, isa, threads)
     return out
 
 
@@ -258,13 +254,9 @@ def _core(
     alpha, alpha_at = _parameter(alpha, (heads,), "alpha")
     local_scale, local_at = _parameter(local_scale, (heads,), "local_scale")
     conv_weight, conv_at = _parameter(conv_weight, (heads, taps), "conv_weight")
-    fields = (
-        *(DTYPES[dtype], batch, heads, kv_heads, length, dim, value_dim),
-        *(group_size, taps, ACTIVATIONS[activation], normalize, alpha_at, local_at, conv_at),
-        *query_fields,
-        *key_fields,
-        *value_fields,
-    )
+    sizes = (DTYPES[dtype], batch, heads, kv_heads, length, dim, value_dim, group_size, taps)
+    rest = (ACTIVATIONS[activation], normalize, alpha_at, local_at, conv_at)
+    fields = sizes + rest + query_fields + key_fields + value_fields
     return fields, (query, key, value, alpha, local_scale, conv_weight)
 
 
@@ -317,8 +309,8 @@ def _state(
     value_at, value_fields = _place(value_window)
     if recurrent_at is not recurrent or key_at is not key_window or value_at is not value_window:
         raise ValueError("the columns of the state must be adjacent")
-    lengths = length.data_ptr(), folded.data_ptr()
-    return *recurrent_fields, *key_fields, *value_fields, DTYPES[dtype], window, *lengths
+    rest = (DTYPES[dtype], window, length.data_ptr(), folded.data_ptr())
+    return recurrent_fields + key_fields + value_fields + rest
 
 
 def _run(name: str, fields: tuple[int, ...], isa: str | None, threads: int) -> None:
