@@ -157,7 +157,7 @@ def test_query_heads_share_key_and_value_heads(arch: int) -> None:
 
 @interpreted
 @pytest.mark.parametrize("parts", [ALL, ("local", "conv")])
-@pytest.mark.parametrize("length, group_size, splits", [(530, 64, 2), (773, 16, 3)])
+@pytest.mark.parametrize("length, group_size, splits", [(530, 64, 2), (530, 48, 3), (773, 16, 3)])
 def test_splits_of_the_length_change_nothing(
     length: int, group_size: int, splits: int, parts: tuple[str, ...]
 ) -> None:
