@@ -1,14 +1,18 @@
-"""The command line: `linearize demo | inspect | convert | version`."""
+"""The command line: `linearize demo | inspect | convert | mechanisms | version`."""
 
 from __future__ import annotations
 
 import shutil
 import sys
+from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.table import Table
+from rich.text import Text
 
 from . import __version__
 from .errors import CheckpointError, ConfigError, LinearizeError
@@ -23,7 +27,21 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 Source = Annotated[str, typer.Argument(help="a folder with a transformers model, a Hub name, or `demo`")]
-Mechanism = Annotated[str, typer.Option(help="what takes the softmax's place")]
+Mechanism = Annotated[
+    str, typer.Option(help="what takes the softmax's place; `linearize mechanisms` lists what there is")
+]
+Option = Annotated[
+    list[str] | None,
+    typer.Option(metavar="NAME=VALUE", help="a setting of the mechanism; repeat for several"),
+]
+Augmentation = Annotated[
+    bool | None,
+    typer.Option(
+        "--augmentation/--no-augmentation",
+        help="add the convolution over values, or leave it out; the mechanism's own choice unless said",
+        show_default=False,
+    ),
+]
 Group = Annotated[int, typer.Option(help="tokens per group of the local part")]
 Taps = Annotated[int, typer.Option(help="tokens that the convolution over values sees")]
 Approximate = Annotated[
@@ -40,7 +58,9 @@ def main() -> None:
     try:
         app()
     except LinearizeError as error:
-        Console(stderr=True).print(f"error: {error}", style="red", markup=False, highlight=False)
+        # soft_wrap: one line in a pipe too, whatever width is assumed for it.
+        text = f"error: {error}"
+        Console(stderr=True).print(text, style="red", markup=False, highlight=False, soft_wrap=True)
         sys.exit(1)
 
 
@@ -75,6 +95,8 @@ def inspect(
     mechanism: Mechanism = "augmented",
     group_size: Group = 64,
     conv_taps: Taps = 32,
+    option: Option = None,
+    augmentation: Augmentation = None,
     approximate: Approximate = None,
 ) -> None:
     """List every candidate attention site: where it is, what it means, what becomes of it or why not."""
@@ -85,6 +107,8 @@ def inspect(
         mechanism=mechanism,
         group_size=group_size,
         conv_taps=conv_taps,
+        options=_options(option or ()),
+        augmentation=augmentation,
         approximate=tuple(approximate or ()),
     )
     report = inspect_model(load_source(find_source(model)), config=config)
@@ -107,6 +131,8 @@ def convert(
     mechanism: Mechanism = "augmented",
     group_size: Group = 64,
     conv_taps: Taps = 32,
+    option: Option = None,
+    augmentation: Augmentation = None,
     layers: Annotated[str, typer.Option(help="only these layer indices, such as 0,1,5; empty is all")] = "",
     keep_softmax: Annotated[
         list[str] | None, typer.Option(help="layer index or module path to leave; repeat for several")
@@ -123,6 +149,8 @@ def convert(
         mechanism=mechanism,
         group_size=group_size,
         conv_taps=conv_taps,
+        options=_options(option or ()),
+        augmentation=augmentation,
         layers=_indices(layers),
         keep_softmax=tuple(int(item) if item.isdigit() else item for item in keep_softmax or ()),
         on_refusal=on_refusal,
@@ -138,6 +166,47 @@ def convert(
             shutil.copyfile(path, target / path.name)
     count = len(state_of(model).plan.sites)
     typer.echo(f"{count} attention modules rewritten to {mechanism}, written to {target}")
+
+
+@app.command()
+def mechanisms() -> None:
+    """List what can take a softmax's place: formula, options with defaults, and the kinds of site it fits.
+
+    The column augmentation says whether the convolution over values is added unless asked otherwise.
+    """
+    from .mechanisms import available
+
+    kinds = ("causal", "bidirectional", "cross")
+    table = Table("mechanism", "formula", "options", "augmentation", *kinds)
+    for mechanism in available().values():
+        options = [
+            f"{name}={option.default} ({option.expected}): {option.meaning}"
+            for name, option in mechanism.options.items()
+        ]
+        augmentation = {True: "yes", False: "no", None: "never"}[mechanism.augmentation]
+        fits = ["yes" if kind in mechanism.supports else "no" for kind in kinds]
+        texts = Text(mechanism.formula), Text("\n".join(options))  # their brackets are no markup
+        table.add_row(mechanism.name, *texts, augmentation, *fits)
+    Console(width=None if sys.stdout.isatty() else 160).print(table)
+
+
+def _options(given: Iterable[str]) -> dict[str, Any]:
+    """NAME=VALUE pairs; values that read as an int or a float are one."""
+    options: dict[str, Any] = {}
+    for item in given:
+        name, equals, text = item.partition("=")
+        if not (equals and name) or name in options:
+            wrong = "is there twice" if name in options else "is not NAME=VALUE"
+            raise ConfigError(f"--option {item!r} {wrong}")
+        options[name] = _value(text)
+    return options
+
+
+def _value(text: str) -> int | float | str:
+    for kind in (int, float):
+        with suppress(ValueError):
+            return kind(text)
+    return text
 
 
 def _indices(text: str) -> tuple[int, ...] | None:

@@ -12,7 +12,9 @@ import torch
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 import linearize as lz
-from linearize.cli import main
+from linearize.checkpoint import state_of
+from linearize.cli import _options, main
+from linearize.mechanisms import available
 
 
 @pytest.fixture
@@ -83,12 +85,71 @@ def test_convert_writes_a_folder_that_works_by_itself(run, folder: Path, tmp_pat
     assert "converted" in run("inspect", tmp_path / "out").out
 
 
+def converted(folder: Path) -> lz.LinearizeConfig:
+    """The config that a converted folder was written with."""
+    return state_of(lz.load(folder)).config
+
+
+def test_options_of_the_mechanism_and_the_convolution_are_chosen_by_flags(
+    run, folder: Path, tmp_path: Path
+) -> None:
+    flags = ("--mechanism", "performer", "--option", "features=6", "--option", "seed=3", "--augmentation")
+    result = run("convert", folder, tmp_path / "out", *flags)
+    assert result.code == 0, result.err
+    config = converted(tmp_path / "out")
+    assert config.options == {"features": 6, "seed": 3} and config.augmentation is True
+    result = run(
+        "convert", folder, tmp_path / "word", "--mechanism", "flash_local", "--option", "activation=laplace"
+    )
+    assert result.code == 0, result.err
+    config = converted(tmp_path / "word")
+    assert config.options == {"activation": "laplace"} and config.augmentation is None
+    result = run("convert", folder, tmp_path / "without", "--no-augmentation")
+    assert result.code == 0, result.err
+    assert converted(tmp_path / "without").augmentation is False
+    rows = json.loads(run("inspect", folder, "--json", *flags).out)["rows"]
+    assert [row["verdict"] for row in rows] == ["rewrite"] * 2
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [("3", 3), ("-2", -2), ("0.5", 0.5), ("1e-3", 0.001), ("word", "word"), ("", ""), ("a=b", "a=b")],
+)
+def test_numbers_among_the_options_are_numbers(text: str, value: object) -> None:
+    (found,) = _options([f"name={text}"]).values()
+    assert found == value and type(found) is type(value)
+
+
+def test_mechanisms_lists_every_one_with_its_options_and_where_it_fits(run) -> None:
+    result = run("mechanisms")
+    assert result.code == 0, result.err
+    cells = [[cell.strip() for cell in re.split("[│┃]", line)[1:-1]] for line in result.out.splitlines()]
+    rows = {row[0]: row[1:] for row in cells if row and row[0]}
+    assert set(rows) == {"mechanism", *available()}
+    assert rows["mechanism"][-4:] == ["augmentation", "causal", "bidirectional", "cross"]
+    assert rows["augmented"][-4:] == ["yes", "yes", "yes", "yes"]
+    assert rows["softmax"][-4:] == ["never", "yes", "yes", "yes"]
+    assert rows["linformer"][-4:] == ["no", "no", "yes", "yes"]
+    assert rows["softmax_window"][-4:] == ["no", "yes", "yes", "no"]
+    assert rows["softmax_window"][1].startswith("window=64 (an int >= 1)")
+    assert rows["hedgehog"][0].startswith("f(q).g(k) / sum") and "[softmax(W x)," in result.out
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["inspect", "/nowhere"], "no such folder"),
         (["inspect", "{empty}"], "config.json is missing"),
         (["inspect", "{folder}", "--mechanism", "nonsense"], "unknown mechanism"),
+        (["inspect", "{folder}", "--option", "window=3"], "'augmented' has no option 'window'"),
+        (["inspect", "{folder}", "--option", "window=3"], "(known: position_bias)"),
+        (["inspect", "{folder}", "--mechanism", "softmax", "--augmentation"], "takes no convolution"),
+        (["convert", "{folder}", "{out}", "--option", "window"], "'window' is not NAME=VALUE"),
+        (["convert", "{folder}", "{out}", "--option", "a=1", "--option", "a=2"], "'a=2' is there twice"),
+        (
+            ["convert", "{folder}", "{out}", "--mechanism", "softmax_window", "--option", "window=1.5"],
+            "must be an int >= 1, got 1.5",
+        ),
         (["inspect", "{folder}", "--html", "/nowhere/x.html"], "cannot write"),
         (["convert", "{folder}", "{out}", "--layers", "one"], "layers"),
         (["convert", "{folder}", "{out}", "--layers", "9"], "no attention"),
