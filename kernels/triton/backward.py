@@ -51,7 +51,7 @@ class Tiles(NamedTuple):
     key: Tile
     value: Tile
     sums: Tile
-    """For the sums over splits and over the taps' diagonals."""
+    """For the sums over splits, and over the taps' diagonals (columns at a time)."""
 
 
 def backward_tiles(
@@ -61,6 +61,7 @@ def backward_tiles(
     dtype: torch.dtype,
     rows: int,
     repeats: int,
+    taps: int,
     by_descriptor: bool,
 ) -> Tiles:
     """Chosen by registers, stack and shared memory of the compiled code, not by timing.
@@ -80,16 +81,24 @@ def backward_tiles(
         query = key = value = Tile(64, 4, 1, 64 if wide > 128 else 0)
     elif not by_descriptor:
         query = key = value = Tile(32 if wide > 128 else 64, 8, 1, 64 if wide > 64 else 32)
+        if taps > rows + 1:
+            value = value._replace(columns=32)
     elif wide <= 64:
         query = key = Tile(64, 4, 2)
-        value = Tile(64, 4 if repeats == 1 else 8, 2)
+        value = Tile(64, 4, 1) if taps > rows + 1 else Tile(64, 4 if repeats == 1 else 8, 2)
     elif wide <= 128:
         query = key = value = Tile(64, 4, 1)
     elif target.arch >= 100:
-        query, key, value = Tile(64, 8, 1), Tile(32, 8, 1), Tile(64, 8, 1)
+        query, key, value = Tile(64, 8, 1), Tile(32, 8, 1), Tile(32, 8, 1)
     else:
-        query, key, value = Tile(64, 8, 1), Tile(64, 8, 1), Tile(32, 4, 1)
-    sums = Tile(16 if dtype == torch.float32 else 64, 8 if dtype == torch.float32 else 4, 1)
+        query, key = Tile(64, 8, 1), Tile(64, 8, 1)
+        value = Tile(32, 4, 1) if repeats == 1 else Tile(64, 8, 1)
+    if dtype == torch.float32:
+        sums = Tile(16, 8, 1)
+    elif target.backend == "hip":
+        sums = Tile(64, 4, 1)
+    else:
+        sums = Tile(32, 8, 2) if rows > 64 else Tile(64, 8, 2) if wide > 128 else Tile(64, 4, 2)
     return Tiles(
         query._replace(columns=min(query.columns, padded(dim))),
         key._replace(columns=min(key.columns, padded(dim))),
@@ -167,6 +176,7 @@ def plan(
     repeats = heads // kv_heads
     tile, used = tile_rows(group_size)
     launches: list[Launch] = []
+    matrix = query.dtype != torch.float32
     given_query, given_key = query, key
     grad, value = readable(grad.to(value.dtype)), readable(value)
     query, key = readable(query), readable(key)
@@ -182,11 +192,12 @@ def plan(
     def strides(**tensors: Tensor) -> dict[str, int]:
         return {f"{name}_{axis}": x.stride(n) for name, x in tensors.items() for n, axis in enumerate("bht")}
 
+    taps = 0 if conv_weight is None else conv_weight.shape[1]
     # A descriptor reads whole tiles: it cannot leave out rows between the used ones and the next tile's.
     by_descriptor = used == tile and query.dtype != torch.float32
     by_descriptor = by_descriptor and describable(target, query, key, value, grad)
     if tiles is None:
-        tiles = backward_tiles(target, dim, value_dim, query.dtype, tile, repeats, by_descriptor)
+        tiles = backward_tiles(target, dim, value_dim, query.dtype, tile, repeats, taps, by_descriptor)
     by_descriptor = by_descriptor and not any(x.chunk for x in tiles)
 
     def read(x: Tensor, columns: int) -> Any:
@@ -217,6 +228,7 @@ def plan(
                 {**shape, "BV": columns},
                 warps,
                 stages,
+                matrix,
             ),
             Launch(
                 grad_state_kernel,
@@ -226,6 +238,7 @@ def plan(
                 {**shape, **dict(BS=columns, REPEATS=repeats, STAGES=stages)},
                 warps,
                 stages,
+                matrix,
             ),
         ]
         if splits > 2:
@@ -260,6 +273,7 @@ def plan(
                 {**shape, **wide, **dict(BS=columns, STAGES=stages, CHUNK=chunk)},
                 warps,
                 stages,
+                matrix,
             )
         )
         columns, warps, stages, chunk = tiles.key
@@ -272,9 +286,9 @@ def plan(
                 {**shape, **wide, **dict(BS=columns, REPEATS=repeats, STAGES=stages, CHUNK=chunk)},
                 warps,
                 stages,
+                matrix,
             )
         )
-    taps = 0 if conv_weight is None else conv_weight.shape[1]
     columns, warps, stages, chunk = tiles.value
     launches.append(
         Launch(
@@ -288,6 +302,7 @@ def plan(
             | dict(STAGES=stages, CHUNK=chunk),
             warps,
             stages,
+            matrix,
         )
     )
     if taps:
@@ -297,16 +312,17 @@ def plan(
         span = triton.cdiv(parts, splits_for(programs, parts, target.processors))
         splits = triton.cdiv(parts, span)
         d_taps = buffer(batch, heads, splits, tile, blocks * tile)
-        _, warps, stages, _ = tiles.sums
+        columns, warps, stages, _ = tiles.sums
         launches.append(
             Launch(
                 taps_grad_kernel,
                 (batch * heads, splits, triton.cdiv(blocks, 2)),
                 dict(V=value, GRAD=grad, OUT=d_taps, length=length, heads=heads, repeats=repeats)
                 | dict(splits=splits, span=span, **strides(v=value, g=grad)),
-                dict(DV=value_dim, BV=padded(value_dim), TILE=tile, BLOCKS=blocks, STAGES=stages),
+                dict(DV=value_dim, CHUNK=columns, TILE=tile, BLOCKS=blocks, STAGES=stages),
                 warps,
                 stages,
+                matrix,
             )
         )
     if normalize and (alpha is not None or local_scale is not None):

@@ -377,29 +377,31 @@ def grad_state_kernel(
 @triton.jit(do_not_specialize=["length", "splits", "span"])
 def taps_grad_kernel(
     V, GRAD, OUT, v_b, v_h, v_t, g_b, g_h, g_t, length, heads, repeats, splits, span,
-    DV: tl.constexpr, BV: tl.constexpr, TILE: tl.constexpr, BLOCKS: tl.constexpr, STAGES: tl.constexpr,
+    DV: tl.constexpr, CHUNK: tl.constexpr, TILE: tl.constexpr, BLOCKS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """OUT [B H, splits, BLOCKS, TILE, TILE]: block n sums do v^T, v from BLOCKS - 1 - n tiles earlier.
 
     Grid (B H, splits, BLOCKS/2): a program reads do once for two blocks. Groups play no part here.
     """
+    CHUNKS: tl.constexpr = (DV + CHUNK - 1) // CHUNK
     head = tl.program_id(0).to(tl.int64)
     split = tl.program_id(1)
     b, h = head // heads, head % heads
     V += b * v_b + h // repeats * v_h
     GRAD += b * g_b + h * g_h
-    i, dv = tl.arange(0, TILE), tl.arange(0, BV)
+    i, dv = tl.arange(0, TILE), tl.arange(0, CHUNK)
     near = tl.program_id(2) * 2
     first = tl.zeros((TILE, TILE), tl.float32)
     second = tl.zeros((TILE, TILE), tl.float32)
     last = tl.minimum((split + 1) * span, tl.cdiv(length, TILE))
-    for tile in tl.range(split * span, last, num_stages=STAGES):
-        start = tile * TILE
-        do = load_rows(GRAD, start, i, dv, g_t, length, DV, BV)
-        v = load_rows(V, start - near * TILE, i, dv, v_t, length, DV, BV)
+    for n in tl.range(split * span * CHUNKS, last * CHUNKS, num_stages=STAGES):
+        start = n // CHUNKS * TILE
+        columns = n % CHUNKS * CHUNK + dv
+        do = load_rows(GRAD, start, i, columns, g_t, length, DV, CHUNKS * CHUNK)
+        v = load_rows(V, start - near * TILE, i, columns, v_t, length, DV, CHUNKS * CHUNK)
         first = tl.dot(do, tl.trans(v), first, input_precision="ieee")
         if BLOCKS > 1:
-            v = load_rows(V, start - (near + 1) * TILE, i, dv, v_t, length, DV, BV)
+            v = load_rows(V, start - (near + 1) * TILE, i, columns, v_t, length, DV, CHUNKS * CHUNK)
             second = tl.dot(do, tl.trans(v), second, input_precision="ieee")
     # As [TILE, BLOCKS TILE], so that every lag is one diagonal.
     at = (head * splits + split) * TILE * BLOCKS * TILE + i[:, None] * (BLOCKS * TILE) + i[None, :]
