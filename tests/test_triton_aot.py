@@ -22,7 +22,6 @@ from torch import Tensor
 from triton_aot import TARGETS, build, identity
 
 TESTS = Path(__file__).resolve().parent
-HEADS, KV_HEADS = 8, 4
 # The ptxas of triton 3.6 needs a little more for sm_80.
 STACK = 64 if tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 7) else 128
 
@@ -43,35 +42,37 @@ def launches(
     taps: int = 32,
     value_dim: int | None = None,
     activation: str = "relu2",
+    heads: tuple[int, int] = (8, 4),
 ) -> Iterator[Launch]:
     """What the entry points would launch: long inputs whole (many heads) and split (few), a step, a tree."""
     device, value_dim = TARGETS[target], value_dim or dim
-    tables = (meta(HEADS), meta(HEADS), meta(HEADS, taps))
+    query_heads, kv_heads = heads
+    tables = (meta(query_heads), meta(query_heads), meta(query_heads, taps))
     how = (activation, group_size, True)
     for batch in (512, 1):
         length = 4096
-        query = meta(batch, HEADS, length, dim, dtype=dtype)
-        key = meta(batch, KV_HEADS, length, dim, dtype=dtype)
-        value = meta(batch, KV_HEADS, length, value_dim, dtype=dtype)
-        grad = meta(batch, HEADS, length, value_dim, dtype=dtype)
+        query = meta(batch, query_heads, length, dim, dtype=dtype)
+        key = meta(batch, kv_heads, length, dim, dtype=dtype)
+        value = meta(batch, kv_heads, length, value_dim, dtype=dtype)
+        grad = meta(batch, query_heads, length, value_dim, dtype=dtype)
         yield from plan_of("forward")(query, key, value, *tables, *how, device)[0]
         yield from plan_of("backward")(grad, query, key, value, *tables, *how, device)[0]
 
     batch, nodes = 64, 32
     window = group_size * -(-(nodes + max(group_size, taps)) // group_size)
     state = (
-        meta(batch, KV_HEADS, dim, value_dim),
-        meta(batch, KV_HEADS, window, dim, dtype=dtype),
-        meta(batch, KV_HEADS, window, value_dim, dtype=dtype),
+        meta(batch, kv_heads, dim, value_dim),
+        meta(batch, kv_heads, window, dim, dtype=dtype),
+        meta(batch, kv_heads, window, value_dim, dtype=dtype),
         meta(batch, dtype=torch.int64),
         meta(batch, dtype=torch.int64),
     )
 
     def tokens(count: int) -> tuple[Tensor, Tensor, Tensor]:
         return (
-            meta(batch, HEADS, count, dim, dtype=dtype),
-            meta(batch, KV_HEADS, count, dim, dtype=dtype),
-            meta(batch, KV_HEADS, count, value_dim, dtype=dtype),
+            meta(batch, query_heads, count, dim, dtype=dtype),
+            meta(batch, kv_heads, count, dim, dtype=dtype),
+            meta(batch, kv_heads, count, value_dim, dtype=dtype),
         )
 
     yield from plan_of("decode")(*tokens(1), *state, *tables, *how, meta(batch, dtype=torch.bool), device)[0]
@@ -95,6 +96,11 @@ def check(target: str, dim: int, stack: int = STACK, **options: Any) -> None:
 @pytest.mark.parametrize("target", TARGETS)
 def test_kernels_compile_without_stack_or_spills(target: str, dim: int) -> None:
     check(target, dim)
+
+
+def test_numbers_equal_to_one_are_compiled_in() -> None:
+    """Triton makes an argument that is 1 a constant, which has none of a tensor's methods."""
+    check("sm_90", 64, heads=(1, 1))
 
 
 @pytest.mark.slow

@@ -130,7 +130,8 @@ def forward_kernel(
             p = tl.where(lag >= 0, p, 0.0)
         if TAPS is not None:
             p += inside.to(tl.float32)
-        o = tl.dot(tl.trans(v), p.to(DT), o, input_precision="ieee")
+        if (SCALE is not None) or (TAPS is not None) or SEVERAL:
+            o = tl.dot(tl.trans(v), p.to(DT), o, input_precision="ieee")
         if TAPS is not None:
             if N_TAPS > 1:
                 near = load_tile(V, b, kv, start - TILE, i, dv, first, v_t, length, DV, DVP, BV, DESCRIBED)
