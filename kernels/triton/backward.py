@@ -87,11 +87,12 @@ def backward_tiles(
         query = key = Tile(64, 4, 2)
         value = Tile(64, 4, 1) if taps > rows + 1 else Tile(64, 4 if repeats == 1 else 8, 2)
     elif wide <= 128:
-        query = key = value = Tile(64, 4, 1)
+        query = key = Tile(64, 4, 1)
+        value = Tile(64, 8 if taps > rows + 1 else 4, 1)
     elif target.arch >= 100:
         query, key, value = Tile(64, 8, 1), Tile(32, 8, 1), Tile(32, 8, 1)
     else:
-        query, key = Tile(64, 8, 1), Tile(64, 8, 1)
+        query, key = Tile(64, 8, 1), Tile(64 if repeats == 1 else 32, 8, 1)
         value = Tile(32, 4, 1) if repeats == 1 else Tile(64, 8, 1)
     if dtype == torch.float32:
         sums = Tile(16, 8, 1)
@@ -228,7 +229,8 @@ def plan(
                 {**shape, "BV": columns},
                 warps,
                 stages,
-                matrix,
+                # Below 64 rows no wgmma: narrower states take the older instructions.
+                matrix and dim > 32,
             ),
             Launch(
                 grad_state_kernel,
@@ -238,7 +240,7 @@ def plan(
                 {**shape, **dict(BS=columns, REPEATS=repeats, STAGES=stages)},
                 warps,
                 stages,
-                matrix,
+                matrix and dim > 32,
             ),
         ]
         if splits > 2:
