@@ -39,6 +39,8 @@ class StateLayer(CacheLayerMixin):
         self.record_past = False
         self.states: States | None = None
         self._module = weakref.ref(module)
+        self.tree: Tensor | None = None  # parents of the draft nodes that come next, see `draft`
+        self._drafted: tuple[Tensor, Tensor] | None = None
         self._committed: States | None = None  # while recording: the state at the last commit
         self._recorded: list[tuple[Tensor, Tensor, Tensor | None]] = []  # and the tokens since
 
@@ -68,16 +70,29 @@ class StateLayer(CacheLayerMixin):
                 f"the cache holds {self.states.batch_size} sequences and the model was called with "
                 f"{key_states.shape[0]}; use a cache of its own for every batch size"
             )
-        self.cumulative_length += key_states.shape[-2]
+        if self.tree is None:
+            self.cumulative_length += key_states.shape[-2]
         return key_states, value_states
 
     def extend(self, module: Any, query: Tensor, key: Tensor, value: Tensor, real: Tensor | None) -> Tensor:
         """Attention of the tokens that `update` counted; real: bool `[B, T]`, None when all are."""
         assert self.states is not None
         self.prefetch()
+        if self.tree is not None:
+            self._drafted = (key, value)
+            return module.tree(query, key, value, self.states, self.tree)  # type: ignore[no-any-return]
         if self.record_past:
             self._recorded.append((key, value, real))
         return module.extend(query, key, value, self.states, key_mask=real)
+
+    def accept(self, path: Tensor) -> None:
+        """Commit the nodes `path` `[B, P]` of the last tree, -1 for none; all rows advance by P columns."""
+        module: Any = self._module()
+        if self._drafted is None or self.states is None or module is None:
+            raise InputError("no draft tree was run on this cache since the last accepted one")
+        module.commit(*self._drafted, self.states, path)
+        self.cumulative_length += path.shape[1]
+        self._drafted = None
 
     def get_seq_length(self) -> int:
         return self.cumulative_length if self.is_initialized else 0  # type: ignore[return-value]
