@@ -222,6 +222,17 @@ def test_any_order_of_pieces_rewinds_trees_and_commits_on_uneven_rows(seed, wind
     assert (furthest > 3 * window).all()
 
 
+def test_a_row_that_begins_after_another():
+    module = windowed(4)
+    query, key, value = exact_tokens(20)
+    state = new_state(module)
+    real = torch.tensor([[True], [False]]).expand(2, 9)
+    module.extend(*(x[:, :, :9] for x in (query, key, value)), state, key_mask=real)
+    out = module.extend(*(x[:, :, 9:] for x in (query, key, value)), state)
+    same(out[:1], module(query, key, value)[:1, :, 9:])
+    same(out[1:], module(*(x[1:, :, 9:] for x in (query, key, value))))
+
+
 def test_more_than_max_rewind_is_refused_once_a_token_has_left_the_window():
     module = windowed(5)
     query, key, value = exact_tokens(40)
@@ -256,6 +267,21 @@ def test_the_state_of_softmax_window_keeps_its_size_and_place():
     copy = state.map(torch.clone)
     step = [x[:, :, :1] for x in (query, key, value)]
     same(module.extend(*step, copy), module.extend(*step, state))
+
+
+def test_the_state_of_softmax_window_compiles_whole():
+    module = windowed(4, augmentation=True)
+    query, key, value = exact_tokens(12)
+    whole = module(query, key, value)
+    state = new_state(module)
+
+    def extend(*piece: torch.Tensor) -> torch.Tensor:
+        return module.extend(*piece, state)
+
+    compiled = torch.compile(extend, backend="eager", fullgraph=True, dynamic=False)
+    for start, stop in itertools.pairwise((0, 6, 7, 8, 9, 12)):
+        same(compiled(*(x[:, :, start:stop] for x in (query, key, value))), whole[:, :, start:stop])
+    assert state.length.tolist() == [12, 12]
 
 
 @pytest.mark.parametrize("far", (-300.0, 300.0))

@@ -176,6 +176,9 @@ class SoftmaxWindowAttention(ComposedAttention):
         if count == 1:
             alone = torch.ones(batch, 1, 1, dtype=torch.bool, device=query.device)
             out = self._tree(query, key, value, part.tensors, torch.zeros_like(part.length)[:, None], alone)
+        elif not torch.compiler.is_compiling() and bool((part.length == 0).all()):
+            # Most prompts: about two thirds of the time (measured). A compiled graph cannot ask.
+            out = self.mix(query, key, value, key_mask, None)
         else:
             out = self._columns(query, key, value, part.tensors, key_mask)
         self._append(key, value, part.tensors, key_mask)
