@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     from .errors import LinearizeError as LinearizeError
     from .report import Report as Report
     from .report import inspect as inspect
+    from .speculation import PromptLookup as PromptLookup
+    from .speculation import TreeSpeculation as TreeSpeculation
 
 _EXPORTS = {
     "linearize": ".api",
@@ -41,6 +43,8 @@ _EXPORTS = {
     "LinearizeConfig": ".config",
     "AttentionModule": ".attention",
     "LinearizeError": ".errors",
+    "PromptLookup": ".speculation",
+    "TreeSpeculation": ".speculation",
 }
 
 __all__ = ["__version__", *_EXPORTS]

@@ -39,7 +39,7 @@ def tree_logits(model: nn.Module, cache: Any, tokens: Tensor, parents: Tensor) -
     finally:
         for layer in layers:
             layer.tree = None
-    return out.logits  # type: ignore[no-any-return]
+    return out.logits
 
 
 def accept(cache: Any, path: Tensor) -> None:

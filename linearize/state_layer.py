@@ -80,7 +80,7 @@ class StateLayer(CacheLayerMixin):
         self.prefetch()
         if self.tree is not None:
             self._drafted = (key, value)
-            return module.tree(query, key, value, self.states, self.tree)  # type: ignore[no-any-return]
+            return module.tree(query, key, value, self.states, self.tree)
         if self.record_past:
             self._recorded.append((key, value, real))
         return module.extend(query, key, value, self.states, key_mask=real)
