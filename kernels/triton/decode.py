@@ -197,7 +197,8 @@ def step(
     """
     target = target_of(query.device) if target is None else target
     given = (recurrent, key_window, value_window, length, folded)
-    state = tuple(x.contiguous() for x in given)
+    sums, keys, values, count, done = (x.contiguous() for x in given)
+    state = (sums, keys, values, count, done)
     tables = (alpha, local_scale, conv_weight)
     launches, out = plan(
         query, key, value, *state, *tables, activation, group_size, normalize, active, target
