@@ -130,7 +130,7 @@ def test_gradients_stay_exact_past_many_saved_states():
 
 @pytest.mark.parametrize("form", ("torch", None))
 def test_early_gradients_of_a_long_sequence_are_those_of_a_short_one(form):
-    """Rounding does not pile up over thousands of rebuilt states: values of one sign make the last one huge."""
+    """Rounding does not pile up over thousands of rebuilt states; values of one sign make the last huge."""
     torch.manual_seed(0)
     long = {name: torch.rand(1, 1, 64_000, 4) + 0.5 for name in ("query", "key", "value")}
     grad = torch.randn(1, 1, 64_000, 4)
