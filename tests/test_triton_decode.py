@@ -147,9 +147,11 @@ def check(length: int, **options: Any) -> Model:
 
 
 @interpreted
-def test_steps_equal_the_oracle_through_several_foldings() -> None:
-    model = check(52, heads=2, value_dim=24)
-    assert model.state[4].item() == 48
+@pytest.mark.parametrize(("rewind", "folded"), [(0, 48), (16, 32)])
+def test_steps_equal_the_oracle_through_several_foldings(rewind: int, folded: int) -> None:
+    """With room to rewind, tokens of earlier groups are read from the window."""
+    model = check(52, heads=2, value_dim=24, rewind=rewind)
+    assert model.state[4].item() == folded
 
 
 @interpreted
@@ -199,10 +201,12 @@ def test_options(options: dict[str, Any]) -> None:
 
 @interpreted
 def test_rows_of_a_batch_may_have_different_lengths_and_rest() -> None:
-    """Row b rests whenever its bit says so: it changes nothing there, and its output is zero."""
+    """Where it rests a row changes nothing, and its output is zero: also where its window is full."""
     model = Model(batch=3, heads=2, kv_heads=1)
     query, key, value = model.tokens(40)
-    goes = torch.rand(40, 3) < torch.tensor([1.0, 0.7, 0.4])
+    goes = torch.ones(40, 3, dtype=torch.bool)
+    goes[16, 1] = False
+    goes[::2, 2] = False
     outputs: list[list[Tensor]] = [[], [], []]
     for t in range(40):
         before = [x.clone() for x in model.state]

@@ -14,8 +14,7 @@ from torch import Tensor
 
 import triton
 
-from .forward import _splits as splits_for
-from .forward import scan_kernel, state_kernel
+from .forward import scan_kernel, splits_for, state_kernel
 from .gradients import (
     grad_state_kernel,
     key_grad_kernel,
