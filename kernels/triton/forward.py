@@ -340,7 +340,3 @@ _SCAN = 1024
 def splits_for(programs: int, tiles: int, processors: int) -> int:
     """Two programs per processor where the length allows it: fewer than four tiles are not worth a split."""
     return max(1, min(2 * processors // programs, tiles // 4))
-
-
-# For backward.py until it imports the public name.
-_splits = splits_for
