@@ -79,9 +79,9 @@ def backward_tiles(
     elif target.backend == "hip":
         query = key = value = Tile(64, 4, 1, 64 if wide > 128 else 0)
     elif not by_descriptor:
-        query = key = value = Tile(32 if wide > 128 else 64, 8, 1, 64 if wide > 64 else 32)
-        if taps > rows + 1:
-            value = value._replace(columns=32)
+        chunk = 64 if wide > 64 else 32
+        query = key = Tile(32 if wide > 128 else 64, 8, 1, chunk)
+        value = Tile(32, 8, 1, chunk)
     elif wide <= 64:
         query = key = Tile(64, 4, 2)
         value = Tile(64, 4, 1) if taps > rows + 1 else Tile(64, 4 if repeats == 1 else 8, 2)
