@@ -99,7 +99,7 @@ def backward(
         k, k_norm = walk.rows(key, start, normalize)
         v = walk.window(value, start)
         do, _ = walk.rows(grad, start, False)
-        dq, dk = torch.zeros_like(q), torch.zeros_like(k)
+        dq = dk = None
         end = before + start + size
         dweights = torch.bmm(do, v.mT) if walk.has_weights else None
         weights = None
@@ -110,8 +110,7 @@ def backward(
             visible = dweights[..., -size:] * walk.cut(walk.visible, size)[..., :size]
             walk.add(dlocal, (weights * visible).sum(-1, keepdim=True), size)
             ds = slope.mul_(visible).mul_(walk.cut(walk.scale, size))
-            dq.baddbmm_(ds, k)
-            dk.baddbmm_(ds.mT, q)
+            dq, dk = torch.bmm(ds, k), torch.bmm(ds.mT, q)
         weights = walk.weights(weights, size, v.shape[1] - size)
         if weights is not None:
             dvalue[:, end - v.shape[1] : end].baddbmm_(weights.mT, do)
@@ -124,13 +123,14 @@ def backward(
             total = saved[start] if start in saved else total.baddbmm(k.mT, v[:, -size:], alpha=-1)
             through = torch.bmm(do, total.mT)
             walk.add(dalpha, (through * q).sum(-1, keepdim=True), size)
-            dq.addcmul_(through, scale)
-            dk.baddbmm_(v[:, -size:], dtotal.mT)
+            dq = through * scale if dq is None else dq.addcmul_(through, scale)
+            seen = (v[:, -size:], dtotal.mT)
+            dk = torch.bmm(*seen) if dk is None else dk.baddbmm_(*seen)
             dvalue[:, end - size : end].baddbmm_(k, dtotal)
             dtotal.baddbmm_((q * scale).mT, do)
-        place = slice(start, start + size)
-        dquery[:, :, place] = _through_norm(dq, q, q_norm).view(dquery[:, :, place].shape)
-        dkey[:, :, place] = _through_norm(dk, k, k_norm).view(dkey[:, :, place].shape)
+        for out, x, unit, norm in ((dquery, dq, q, q_norm), (dkey, dk, k, k_norm)):
+            place = out[:, :, start : start + size]
+            place.zero_() if x is None else place.copy_(_through_norm(x, unit, norm).view(place.shape))
 
     band = walk.per_head(dband)
     return (

@@ -123,12 +123,15 @@ def compare(
     _close("output", output[0], expected[0], limit)
     used = {name for name, g in expected[1].items() if g.abs().max() > 0}
     assert used <= set(output[1]), f"no gradient reaches {sorted(used - set(output[1]))}"
+    # Softmax does not see a bias of the keys: its gradient is zero, and what is computed is the rounding of
+    # terms as large as the others, different on every processor.
+    least = 0.01 * max((float(g.abs().max()) for g in expected[1].values()), default=0.0)
     for name, gradient in expected[1].items():
         if name in output[1]:
-            _close(f"gradient of {name}", output[1][name], gradient, limit)
+            _close(f"gradient of {name}", output[1][name], gradient, limit, least)
 
 
-def _close(what: str, actual: Tensor, expected: Tensor, limit: float) -> None:
+def _close(what: str, actual: Tensor, expected: Tensor, limit: float, least: float = 0.0) -> None:
     assert actual.shape == expected.shape and actual.dtype == expected.dtype, what
-    error = (actual - expected).abs().max() / expected.abs().max().clamp_min(1.0)
+    error = (actual - expected).abs().max() / expected.abs().max().clamp_min(max(1.0, least))
     assert error <= limit, f"{what}: {float(error):.1e} > {limit:.0e}"
