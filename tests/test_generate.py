@@ -10,7 +10,8 @@ import torch
 import transformers
 from live_models import VOCAB, converted, llama, recompute, tokens, wake
 from torch import Tensor, nn
-from transformers import DynamicCache, StaticCache
+from torch._dynamo.utils import counters
+from transformers import CompileConfig, DynamicCache, StaticCache
 
 from linearize.api import linearize
 from linearize.errors import InputError, RefusedError
@@ -198,11 +199,17 @@ def test_generation_keeps_a_state_of_one_size(model: Any) -> None:
     assert sizes[0] == sizes[1]
 
 
-def test_compiled_steps_equal_eager_ones(model: Any) -> None:
+def test_compiled_steps_are_one_graph_for_all_tokens_and_equal_eager_ones(model: Any) -> None:
     prompt = tokens(1, 9)
-    settings = {**GREEDY, "cache_implementation": "static"}
+    settings = {**GREEDY, "max_new_tokens": 40, "cache_implementation": "static"}
     eager = model.generate(prompt, **settings)
-    assert torch.equal(model.generate(prompt, **{**settings, "disable_compile": False}), eager)
+    # transformers compiles by itself on accelerators only.
+    how = CompileConfig(fullgraph=True, backend="eager", mode=None)
+    how._compile_all_devices = True
+    counters.clear()
+    out = model.generate(prompt, **{**settings, "disable_compile": False}, compile_config=how)
+    assert torch.equal(out, eager)
+    assert counters["stats"]["unique_graphs"] == 1
 
 
 @pytest.mark.parametrize("helper", ["lookup", "itself", "another"])
