@@ -191,13 +191,12 @@ def stateful_tables(
     """The query and its tables, heads interleaved, for the state's operators."""
     if kv_layout not in ("interleaved", "tiled"):
         raise InputError(f"kv_layout must be 'interleaved' or 'tiled', got {kv_layout!r}")
-    tables = (per_head("alpha", alpha, query), per_head("local_scale", local_scale, query), conv_weight)
+    tables = [per_head("alpha", alpha, query), per_head("local_scale", local_scale, query), conv_weight]
     if kv_layout == "tiled":
         query = to_interleaved(query, key.shape[1])
-        tables = tuple(  # type: ignore[assignment]
-            None if x is None else to_interleaved(x.unsqueeze(0), key.shape[1])[0] for x in tables
-        )
-    return query, tables
+        tables = [None if x is None else to_interleaved(x.unsqueeze(0), key.shape[1])[0] for x in tables]
+    alphas, scales, taps = tables
+    return query, (alphas, scales, taps)
 
 
 def check_names(activation: str, form: str | None) -> None:
