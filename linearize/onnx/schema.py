@@ -4,15 +4,16 @@ A file holds each operator it uses twice: as nodes, one for each core call of a 
 of standard operators under the same name (`body.py`). A runtime without a kernel for the operator inlines the
 function. Formulas of the families: `kernels/oracle.py`; a family is one choice of `act`:
 
-| family                       | act(s)                                  | mechanisms                          |
-|------------------------------|-----------------------------------------|-------------------------------------|
-| AugmentedLinearAttention     | relu(s)^2                               | augmented, local, grouped,          |
-|                              |                                         | flash_local                         |
-| PlainLinearAttention         | s                                       | relu, performer, hedgehog, rfa,     |
-|                              |                                         | transnormer, castling, flash_global |
-| LaplaceLinearAttention       | (1 + erf((s - sqrt(1/2)) sqrt(2 pi)))/2 | flash_local with "laplace"          |
-| CollisionLinearAttention     | (1 - arccos(0.98 s) / pi)^8             | yoso                                |
-| WindowSoftmaxLinearAttention | another formula, see below              | softmax_window                      |
+| family                       | act(s)                                  | mechanisms                      |
+|------------------------------|-----------------------------------------|---------------------------------|
+| AugmentedLinearAttention     | relu(s)^2                               | augmented, local, grouped,      |
+|                              |                                         | flash_local                     |
+| PlainLinearAttention         | s                                       | relu, performer, hedgehog, rfa, |
+|                              |                                         | transnormer, castling,          |
+|                              |                                         | flash_global                    |
+| LaplaceLinearAttention       | (1 + erf((s - sqrt(1/2)) sqrt(2 pi)))/2 | flash_local with "laplace"      |
+| CollisionLinearAttention     | (1 - arccos(0.98 s) / pi)^8             | yoso                            |
+| WindowSoftmaxLinearAttention | another formula, see below              | softmax_window                  |
 
 B batch, H query heads, Hkv key/value heads (query head h reads h // (H // Hkv)), T tokens of the call, D and
 Dv features of a head, G group_size, K taps. The type T is float, float16 or bfloat16; sums are float32.
