@@ -19,6 +19,8 @@ if (_ROOT / "pyproject.toml").is_file() and (_ROOT / "passes").is_dir():
     __path__.append(str(_ROOT))
 
 if TYPE_CHECKING:
+    from .adapters import lora_config as lora_config
+    from .adapters import merge as merge
     from .api import linearize as linearize
     from .attention import AttentionModule as AttentionModule
     from .backend import Backend as Backend
@@ -39,6 +41,8 @@ _EXPORTS = {
     "save": ".checkpoint",
     "load": ".checkpoint",
     "load_demo": ".demo",
+    "lora_config": ".adapters",
+    "merge": ".adapters",
     "Backend": ".backend",
     "LinearizeConfig": ".config",
     "AttentionModule": ".attention",
