@@ -137,6 +137,15 @@ def append(
     _commit(_unit(key.to(state.recurrent.dtype), normalize), value, count, state, group_size)
 
 
+def along(path: Tensor | None, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Key and value of the tokens on the path, int [B, P] with -1 for none, and which of its entries are
+    tokens; without a path all of them, and None."""
+    if path is None:
+        return key, value, None
+    index = path.clamp_min(0)
+    return _take(key, index), _take(value, index), path >= 0
+
+
 def extend(
     query: Tensor,
     key: Tensor,

@@ -38,7 +38,7 @@ torch.library.define(
 )
 torch.library.define(
     "linearize::augmented_append",
-    f"(Tensor key, Tensor value, {_STATE}, SymInt group_size, bool normalize, Tensor? key_mask) -> ()",
+    f"(Tensor key, Tensor value, {_STATE}, SymInt group_size, bool normalize, Tensor? path) -> ()",
 )
 
 
@@ -76,7 +76,10 @@ def _extend(
             return dispatch.module(choice).step(query, key, value, *state, *floats(tables), *options, active)
         if bool((length == 0).all()):
             out = compute_causal(choice, query, key, value, tables, options, key_mask)
-            plain.append(key, value, state, group_size, normalize, key_mask)
+            path = None
+            if key_mask is not None:
+                path = torch.arange(key.shape[2], device=key.device).where(key_mask, -1)
+            _commit(key, value, state, group_size, normalize, path)
             return out
         return plain.extend(query, key, value, state, *tables, *options, key_mask)
 
@@ -133,12 +136,23 @@ def _append(
     folded: Tensor,
     group_size: int,
     normalize: bool,
-    key_mask: Tensor | None,
+    path: Tensor | None,
 ) -> None:
     """Commit tokens whose outputs are known already; see `linearize.ops.augmented_commit`."""
     state = State(recurrent, key_window, value_window, length, folded)
     with full_precision(key.device):
-        plain.append(key, value, state, group_size, normalize, key_mask)
+        _commit(key, value, state, group_size, normalize, path)
+
+
+def _commit(
+    key: Tensor, value: Tensor, state: State, group_size: int, normalize: bool, path: Tensor | None
+) -> None:
+    choice = dispatch.choose(key, key, value, None, None, "linear", group_size, causal=True)
+    if choice.form == "cpu" and state.recurrent.dtype == torch.float32 and key.shape[2]:
+        dispatch.module(choice).append(key, value, *state, group_size, normalize, path)
+    else:
+        key, value, real = plain.along(path, key, value)
+        plain.append(key, value, state, group_size, normalize, real)
 
 
 @torch.library.register_fake("linearize::augmented_append")

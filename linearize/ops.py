@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,11 +23,13 @@ from .state import AttentionState
 __all__ = [
     "AttentionState",
     "Choice",
+    "Lineage",
     "augmented_attention",
     "augmented_commit",
     "augmented_extend",
     "augmented_tree",
     "conv_width",
+    "lineage",
     "which",
 ]
 
@@ -143,7 +145,7 @@ def augmented_tree(
     key: Tensor,
     value: Tensor,
     state: AttentionState,
-    parents: Tensor,
+    parents: Tensor | Lineage,
     *,
     alpha: Tensor | float | None,
     conv_weight: Tensor | None,
@@ -157,9 +159,10 @@ def augmented_tree(
     read.
 
     query: `[B, H, N, D]`, key: `[B, Hkv, N, D]`, value: `[B, Hkv, N, Dv]`. parents: int `[N]` or `[B, N]`,
-    the index of each node's parent, -1 for a child of the last committed token; parents come before children.
-    A node's output is what `augmented_extend` would give after its ancestors: groups follow positions, and
-    the convolution is unfolded along the branch (You et al., section 4.3), exact at group borders too.
+    the index of each node's parent, -1 for a child of the last committed token, parents before children; or
+    their `lineage`, which several layers can share. A node's output is what `augmented_extend` would give
+    after its ancestors: groups follow positions, and the convolution is unfolded along the branch (You et
+    al., section 4.3), exact at group borders too.
 
     Returns `[B, H, N, Dv]`. Raises InputError for a node before its parent, or arguments that do not fit.
     """
@@ -183,42 +186,60 @@ def augmented_commit(
     nothing (rows accept different numbers); None appends all N. Raises InputError when shapes do not fit.
     """
     check_state(key, key, value, None, state, None)
-    key, value, key_mask = along(path, key, value)
-    torch.ops.linearize.augmented_append(key, value, *state.tensors, state.group_size, normalize, key_mask)
+    if path is not None:
+        path = checked_path(path, key)
+    torch.ops.linearize.augmented_append(key, value, *state.tensors, state.group_size, normalize, path)
 
 
-def along(path: Tensor | None, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Key and value of the nodes on the path, and which of its entries are nodes (None: all are).
-
-    Raises InputError for a path that is not of integers `[B, P]`.
-    """
-    if path is None:
-        return key, value, None
+def checked_path(path: Tensor, key: Tensor) -> Tensor:
+    """The path as int64 `[B, P]`. Raises InputError for another shape or dtype, or nodes there are not."""
     if path.dim() != 2 or path.shape[0] != key.shape[0] or path.is_floating_point():
         raise InputError(f"path must be integers [{key.shape[0]}, P], got {path.dtype} {tuple(path.shape)}")
-    index = path.clamp_min(0)[:, None, :, None]
-    key = key.gather(2, index.expand(-1, key.shape[1], -1, key.shape[3]))
-    value = value.gather(2, index.expand(-1, value.shape[1], -1, value.shape[3]))
-    return key, value, path >= 0
+    # On a GPU looking would cost a synchronisation, and indexing checks it there.
+    if path.is_cpu and path.numel() and int(path.max()) >= key.shape[2]:
+        raise InputError(f"path names node {int(path.max())}, and there are {key.shape[2]}")
+    return path.long()
 
 
-def lineage(parents: Tensor, batch: int, nodes: int, device: torch.device) -> tuple[Tensor, Tensor]:
+class Lineage(NamedTuple):
+    """A draft tree as the operators take it: see `lineage`."""
+
+    depth: Tensor
+    ancestors: Tensor
+
+
+def lineage(parents: Tensor | Lineage, batch: int, nodes: int, device: torch.device) -> Lineage:
     """Depth int64 `[B, N]` and ancestors-or-self bool `[B, N, N]` of a tree given by its parents.
 
-    Raises InputError for a shape that is not `[N]` or `[B, N]`, or a node that is not after its parent (so a
-    cycle cannot be written down).
+    parents: int `[N]` or `[B, N]`; or a `Lineage`, which is given back. Raises InputError for another shape,
+    or a node that is not after its parent (so a cycle cannot be written down).
     """
+    if isinstance(parents, Lineage):
+        if parents.depth.shape != (batch, nodes):
+            raise InputError(f"the tree is of shape {tuple(parents.depth.shape)}, not {(batch, nodes)}")
+        return parents
     shape = tuple(parents.shape)
     if parents.is_floating_point() or shape not in ((nodes,), (batch, nodes)):
         raise InputError(
             f"parents must be integers [{nodes}] or [{batch}, {nodes}], got {parents.dtype} {shape}"
         )
-    parents = parents.to("cpu").expand(batch, nodes)
-    if bool((parents >= torch.arange(nodes)).any()) or bool((parents < -1).any()):
-        raise InputError("every node of the tree must come after its parent, and a root has parent -1")
-    ancestors = torch.eye(nodes, dtype=torch.bool).repeat(batch, 1, 1)
-    rows = torch.arange(batch)
-    for node in range(nodes):
-        above = ancestors[rows, parents[:, node].clamp_min(0)] & (parents[:, node] >= 0)[:, None]
-        ancestors[:, node] |= above
-    return (ancestors.sum(2) - 1).to(device), ancestors.to(device)
+    depths: list[int] = []
+    seen = bytearray()
+    for tree in [parents.tolist()] if len(shape) == 1 else parents.tolist():
+        rows: list[bytes] = []
+        for node, parent in enumerate(tree):
+            if not -1 <= parent < node:
+                raise InputError(
+                    "every node of the tree must come after its parent, and a root has parent -1"
+                )
+            row = bytearray(nodes) if parent < 0 else bytearray(rows[parent])
+            row[node] = 1
+            rows.append(bytes(row))
+            depths.append(0 if parent < 0 else depths[len(depths) - node + parent] + 1)
+        seen += b"".join(rows)
+    depth = torch.tensor(depths, dtype=torch.int64).view(-1, nodes)
+    ancestors = torch.frombuffer(seen, dtype=torch.bool).view(-1, nodes, nodes)
+    return Lineage(
+        depth.to(device).expand(batch, -1).contiguous(),
+        ancestors.to(device).expand(batch, -1, -1).contiguous(),
+    )

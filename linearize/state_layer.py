@@ -16,6 +16,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 
 from .attention import AttentionModule
 from .errors import InputError
+from .ops import Lineage
 from .state import States
 
 
@@ -39,7 +40,7 @@ class StateLayer(CacheLayerMixin):
         self.record_past = False
         self.states: States | None = None
         self._module = weakref.ref(module)
-        self.tree: Tensor | None = None  # parents of the draft nodes that come next, see `draft`
+        self.tree: Lineage | None = None  # of the draft nodes that come next, see `draft`
         self._drafted: tuple[Tensor, Tensor] | None = None
         self._committed: States | None = None  # while recording: the state at the last commit
         self._recorded: list[tuple[Tensor, Tensor, Tensor | None]] = []  # and the tokens since

@@ -278,6 +278,10 @@ class Decoder:
     def step(self, *tokens: Tensor, active: Tensor | None = None) -> Tensor:
         return cpu.step(*tokens, *self.state, *self.constants, active, isa=self.isa)
 
+    def append(self, key: Tensor, value: Tensor, path: Tensor | None) -> None:
+        group, normalize = self.constants[4:]
+        cpu.append(key, value, *self.state, group, normalize, path, isa=self.isa)
+
     def tree(self, *tokens: Tensor, depth: Tensor, ancestors: Tensor) -> Tensor:
         return cpu.tree(*tokens, *self.state, depth, ancestors, *self.constants, isa=self.isa)
 
@@ -372,6 +376,75 @@ def test_a_tree_equals_stepping_along_each_path_across_group_borders(isa, group,
             for at in reversed(chain):
                 last = path.step(*(x[:, :, at : at + 1] for x in drafts))
             assert (out[:, :, node] - last[:, :, 0]).abs().max() < 1e-5 * scale, (t, node)
+
+
+@needs_library
+@pytest.mark.parametrize("committed", (0, 5, 29))
+@pytest.mark.parametrize("group,taps,dims", [(16, 20, (20, 36)), (64, 3, (16, 16)), (7, None, (33, 1))])
+def test_every_node_of_a_large_tree_has_the_output_of_its_branch(isa, group, taps, dims, committed):
+    """More nodes than a register tile or a vector holds; branches longer than a group."""
+    nodes = 70
+    args = make(committed + nodes, (4, 2), dims, taps)
+    parents = [i - 1 if i % 3 else max(-1, i - 4) for i in range(nodes)]
+    ancestors = torch.eye(nodes, dtype=torch.bool)
+    for node, parent in enumerate(parents):
+        if parent >= 0:
+            ancestors[node] |= ancestors[parent]
+    decoder = Decoder(isa, args, group, 5)
+    if committed:
+        decoder.append(*(x[:, :, :committed] for x in args[1:3]), None)
+    drafts = [x[:, :, committed:] for x in args[:3]]
+    out = decoder.tree(*drafts, depth=ancestors.sum(1)[None] - 1, ancestors=ancestors[None])
+    for node in range(0, nodes, 3):
+        branch = torch.cat([torch.arange(committed), ancestors[node].nonzero()[:, 0] + committed])
+        wanted = expected([*(x[:, :, branch] for x in args[:3]), *args[3:]], group=group)[:, :, -1]
+        assert (out[:, :, node] - wanted).abs().max() < 1e-5 * out.abs().max(), node
+
+
+@needs_library
+@pytest.mark.parametrize(
+    "group,taps,dims", [(8, 3, (16, 16)), (16, 40, (20, 36)), (7, None, (33, 1)), (1, 2, (64, 80))]
+)
+def test_appended_tokens_count_as_if_decoded_in_ragged_batches_with_rewinds(isa, group, taps, dims):
+    """Paths through tokens of which the others hold NaN; longer than the window too."""
+    rewind, generator = 9, torch.Generator().manual_seed(2)
+    args = make(180, (4, 2), dims, taps, batch=3)
+    whole = expected(args, group=group)
+    decoder = Decoder(isa, args, group, rewind)
+    at = [0, 0, 0]
+    for turn, size in enumerate((3, 1, 30, 5, 7, 9, 16, 17, 2, 60)):
+        path = torch.full((3, size), -1)
+        key, value = (torch.full((3, x.shape[1], size + 2, x.shape[3]), torch.nan) for x in args[1:3])
+        for b in range(3):
+            count = size if b == turn % 3 else int(torch.randint(size + 1, (), generator=generator))
+            steps = torch.randperm(size, generator=generator)[:count].sort().values
+            path[b, steps] = nodes = torch.randperm(size + 2, generator=generator)[:count]
+            key[b, :, nodes] = args[1][b, :, at[b] : at[b] + count]
+            value[b, :, nodes] = args[2][b, :, at[b] : at[b] + count]
+            at[b] += count
+        decoder.append(key, value, path)
+        assert decoder.state[3].tolist() == at
+        one = [torch.stack([x[b, :, at[b]] for b in range(3)])[:, :, None] for x in args[:3]]
+        out = decoder.copy().step(*one)[:, :, 0]
+        wanted = torch.stack([whole[b, :, at[b]] for b in range(3)])
+        assert (out - wanted).abs().max() < 1e-5 * whole.abs().max(), turn
+        if turn % 3 == 2:  # what was taken back is appended again
+            back = torch.tensor([min(rewind, x) for x in at])
+            decoder.state[3] -= back
+            at = [x - int(y) for x, y in zip(at, back, strict=True)]
+
+
+@needs_library
+def test_a_path_to_a_token_that_is_not_there_changes_nothing(isa):
+    args = make(6, (4, 2), batch=2)
+    decoder = Decoder(isa, args, 4, 0)
+    decoder.append(*args[1:3], None)
+    before = decoder.copy().state
+    with pytest.raises(IndexError, match="not among the new ones"):
+        decoder.append(*args[1:3], torch.tensor([[0, 1], [2, 6]]))
+    decoder.append(*args[1:3], torch.empty(2, 0, dtype=torch.int64))
+    decoder.append(*args[1:3], torch.full((2, 3), -1))
+    assert all(torch.equal(x, y) for x, y in zip(before, decoder.state, strict=True))
 
 
 @needs_library

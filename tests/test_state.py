@@ -56,7 +56,7 @@ class Case:
         self.check(out, self.wanted[:, :, start:stop])
 
     def check(self, out: Tensor, wanted: Tensor) -> None:
-        torch.testing.assert_close(out.double(), wanted, atol=self.tolerance, rtol=0)
+        torch.testing.assert_close(out.double(), wanted.double(), atol=self.tolerance, rtol=0)
 
 
 SPLITS = ((60,), (1,) * 60, (7, 1, 1, 15, 16, 17, 3), (8, 8, 8, 1, 31, 4), (59, 1), (1, 59))
@@ -178,8 +178,9 @@ def test_every_branch_of_a_tree_equals_decoding_it(committed, taps):
         case.check(out[:, :, node], alone[:, :, -1])
 
 
-def test_rows_of_a_batch_can_have_different_trees_and_accept_different_branches():
-    case = Case()
+@pytest.mark.parametrize("dtype", (torch.float64, torch.float32))
+def test_rows_of_a_batch_can_have_different_trees_and_accept_different_branches(dtype):
+    case = Case(dtype=dtype)
     case.extend(0, 13)
     trees = torch.tensor([TREE, [-1, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, -1]])
     nodes = torch.arange(13, 13 + len(TREE))
@@ -251,9 +252,10 @@ def test_registered_ops_pass_the_library_checks():
         torch.ops.linearize.augmented_tree.default,
         (*case.tokens(slice(11, 14)), *case.state.tensors, depth, ancestors, *tables, None),
     )
+    path = torch.tensor([[0, 2], [1, -1]])
     torch.library.opcheck(
         torch.ops.linearize.augmented_append.default,
-        (*case.tokens(slice(11, 14))[1:], *case.state.clone().tensors, 8, True, real),
+        (*case.tokens(slice(11, 14))[1:], *case.state.clone().tensors, 8, True, path),
     )
 
 
@@ -294,5 +296,27 @@ def test_tokens_that_do_not_fit_the_state_are_refused_and_it_stays_as_it_was():
             assert torch.equal(tensor, old)
     with pytest.raises(InputError, match="positive sizes"):
         AttentionState.new(2, 2, 0)
-    with pytest.raises(InputError, match="path must be integers"):
-        ops.augmented_commit(key, value, case.state, torch.zeros(3, 1, dtype=torch.long))
+    for path, message in (
+        (torch.zeros(3, 1, dtype=torch.long), "path must be integers"),
+        (torch.tensor([[0], [1]]), "names node 1, and there are 1"),
+    ):
+        with pytest.raises(InputError, match=message):
+            ops.augmented_commit(key, value, case.state, path)
+    for tensor, old in zip(case.state.tensors, before.tensors, strict=True):
+        assert torch.equal(tensor, old)
+
+
+def test_layers_can_share_the_lineage_of_a_tree():
+    case = Case()
+    case.extend(0, 13)
+    tokens, parents = case.tokens(slice(13, 13 + len(TREE))), torch.tensor(TREE)
+    shared = ops.lineage(parents, 2, len(TREE), torch.device("cpu"))
+    ancestors = torch.zeros(len(TREE), len(TREE), dtype=torch.bool)
+    for node, path in enumerate(branches(TREE)):
+        ancestors[node, path] = True
+    assert torch.equal(shared.ancestors, ancestors.expand(2, -1, -1))
+    assert shared.depth.tolist() == [[len(path) - 1 for path in branches(TREE)]] * 2
+    out = ops.augmented_tree(*tokens, case.state, shared, **case.options)
+    assert torch.equal(out, ops.augmented_tree(*tokens, case.state, parents, **case.options))
+    with pytest.raises(InputError, match="the tree is of shape"):
+        ops.augmented_tree(*case.tokens(slice(13, 15)), case.state, shared, **case.options)

@@ -10,7 +10,7 @@ computed in float32.
     avx2.cpp, avx512.cpp    the kernels, once per instruction set
     vector.h                vectors, rows of tensors, register tiles
     forward.h, backward.h   the whole sequence
-    decode.h                one token or a tree of tokens after a state
+    decode.h                after a state: one token, a tree of tokens, tokens whose outputs are known
 """
 
 from __future__ import annotations
@@ -34,9 +34,12 @@ _FIELDS = {
     "linearize_forward": struct.Struct(f"{_CORE + 4 * 4}q"),
     "linearize_backward": struct.Struct(f"{_CORE + 7 * 4 + 3}q"),
     "linearize_step": struct.Struct(f"{_CORE + 7 * 4 + 5}q"),
+    "linearize_append": struct.Struct(f"{_CORE + 5 * 4 + 6}q"),
     "linearize_tree": struct.Struct(f"{_CORE + 7 * 4 + 6}q"),
 }
 """The functions of the library, and the block of fields that each takes."""
+_NO_TOKEN = 2
+"""What `linearize_append` returns for a bad path."""
 _SMALL = 4e6
 """Multiplications worth a thread: a few times what starting one costs."""
 
@@ -174,6 +177,38 @@ def step(
     return out
 
 
+def append(
+    key: Tensor,
+    value: Tensor,
+    recurrent: Tensor,
+    key_window: Tensor,
+    value_window: Tensor,
+    length: Tensor,
+    folded: Tensor,
+    group_size: int,
+    normalize: bool,
+    path: Tensor | None,
+    *,
+    isa: str | None = None,
+) -> None:
+    """Tokens whose outputs are known after a state, changed in place: key and value [B, Hkv, T, D or Dv].
+
+    path: int64 [B, P], the tokens to append in order, -1 for none; None appends all. ValueError as in `step`;
+    IndexError, and no change, for a path that names a token that there is not.
+    """
+    fields, kept = _core(key, key, value, None, None, None, "linear", group_size, normalize)
+    state = _state(key, value, None, group_size, recurrent, key_window, value_window, length, folded)
+    steps = 0
+    if path is not None:
+        path = _table(path, (key.shape[0], path.shape[-1]), torch.int64, "path")
+        steps = path.shape[1]
+        if not steps:
+            return
+    tail = (0 if path is None else path.data_ptr(), steps)
+    threads = _threads(key.numel() * value.shape[3])
+    _run("linearize_append", fields[:_CORE] + fields[_CORE + 4 :] + state + tail, isa, threads)
+
+
 def tree(
     query: Tensor,
     key: Tensor,
@@ -197,7 +232,7 @@ def tree(
     """N draft nodes after a state, which is only read: query [B, H, N, D] -> [B, H, N, Dv].
 
     key and value [B, Hkv, N, D or Dv]; depth int64 [B, N], a node sits at position length + depth; ancestors
-    bool [B, N, N], [u, a] True when a is u or an ancestor of u. ValueError as in `step`.
+    bool [B, N, N], [u, a] True when a is u or an ancestor of u, which come first. ValueError as in `step`.
     """
     fields, kept = _core(
         query, key, value, alpha, local_scale, conv_weight, activation, group_size, normalize
@@ -318,7 +353,10 @@ def _run(name: str, fields: tuple[int, ...], isa: str | None, threads: int) -> N
     chosen = best if isa is None else _ISAS[isa]
     if library is None or chosen > best:
         raise RuntimeError(f"the CPU kernel cannot run: {unavailable_reason() or f'no {isa} here'}")
-    if getattr(library, name)(_FIELDS[name].pack(*fields), chosen, threads):
+    failed = getattr(library, name)(_FIELDS[name].pack(*fields), chosen, threads)
+    if failed == _NO_TOKEN:
+        raise IndexError("the path names a token that is not among the new ones")
+    if failed:
         raise MemoryError("the CPU kernel could not allocate its scratch memory")
 
 
@@ -379,7 +417,9 @@ def _load() -> tuple[ctypes.CDLL | None, str | None, str, int]:
     if found not in names:
         return None, "this processor has no AVX2", "", 0
     for name in _FIELDS:
-        function = getattr(library, name)
+        function = getattr(library, name, None)
+        if function is None:
+            return None, "the C++ kernels are of another version; reinstall linearize", "", 0
         function.argtypes = [ctypes.c_char_p, ctypes.c_int64, ctypes.c_int64]
         function.restype = ctypes.c_int
     return library, None, names[found], found

@@ -46,6 +46,19 @@ struct Step {
   const uint8_t* active;  // [batch] or null
 };
 
+struct Append {
+  Core core;  // one query head for each kv head; length: the number of tokens in key and value
+  Tensor key, value;
+  State state;
+  const int64_t* path;  // [batch, steps]: the tokens to append in order, -1 for none; null: all of them
+  int64_t steps;
+};
+
+// The state of a row of the batch after it.
+struct Appended {
+  int64_t length, folded;
+};
+
 struct Tree {
   Core core;  // length: the number of nodes
   Tensor query, key, value, out;
@@ -81,6 +94,8 @@ struct Kernels {
 
   size_t (*step_scratch)(const Step&);
   void (*step_unit)(const Step&, int64_t unit, float* scratch);
+  size_t (*append_scratch)(const Append&);
+  void (*append_unit)(const Append&, Appended to, int64_t unit, float* scratch);
   size_t (*tree_scratch)(const Tree&);
   void (*tree_unit)(const Tree&, int64_t unit, float* scratch);
 };

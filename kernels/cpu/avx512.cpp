@@ -6,6 +6,7 @@ namespace linearize {
 extern const Kernels avx512_kernels;
 const Kernels avx512_kernels = {
     state_floats,   forward_scratch, forward_sum, forward_piece, backward_scratch, backward_sums,
-    backward_piece, step_scratch,    step_unit,   tree_scratch,  tree_unit,
+    backward_piece, step_scratch,    step_unit,   append_scratch, append_unit,
+    tree_scratch,   tree_unit,
 };
 }  // namespace linearize

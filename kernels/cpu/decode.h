@@ -1,4 +1,5 @@
-// After a state of constant size: one token (step) or a tree of N draft nodes. The state is that of
+// After a state of constant size: one token (step), tokens whose outputs are known (append) or a tree of N
+// draft nodes. The state is that of
 // kernels/state.py: `recurrent` holds tokens before `folded`, position p of the rest is row p % window of the
 // two rings, keys already divided by their norms. The output at position t is one row of weights x:
 //
@@ -175,26 +176,88 @@ void step_unit(const Step& s, int64_t unit, float* scratch) {
   }
 }
 
+struct AppendScratch {
+  float *keys, *values, *state, *row;
+
+  AppendScratch(Arena& arena, const Append& a) {
+    const int64_t wide_dim = round_up(a.core.dim, WIDTH), wide_value = round_up(a.core.value_dim, WIDTH);
+    keys = arena.take(a.core.group * wide_dim), values = arena.take(a.core.group * wide_value);
+    state = arena.take((wide_dim + TILE_ROWS) * wide_value);
+    row = arena.take(most(wide_dim, wide_value));
+  }
+};
+
+size_t append_scratch(const Append& a) {
+  Arena arena{nullptr};
+  AppendScratch counted(arena, a);
+  return arena.used;
+}
+
+// Writes the new tokens of a row of the batch, after moving into `recurrent` what the rings cannot hold then.
+void append_unit(const Append& a, Appended to, int64_t unit, float* scratch) {
+  const Core& core = a.core;
+  const State& s = a.state;
+  Arena arena{scratch};
+  AppendScratch m(arena, a);
+  const int64_t b = unit / core.kv_heads, kv = unit % core.kv_heads;
+  const int64_t wide_dim = round_up(core.dim, WIDTH), wide_value = round_up(core.value_dim, WIDTH);
+  const int64_t now = s.length[b], was = s.folded[b];
+  const int64_t* path = a.path ? a.path + b * a.steps : nullptr;
+
+  // New tokens are in the order of the path, with gaps.
+  int64_t step = 0;
+  auto next = [&] {
+    if (!path) return step++;
+    while (path[step] < 0) step++;
+    return path[step++];
+  };
+  if (to.folded > was)
+    read_rows(m.state, wide_value, s.recurrent, FLOAT32, b, kv, 0, core.dim, core.value_dim);
+  for (int64_t first = was; first < to.folded; first += core.group) {
+    // A group never wraps around the rings, but it may begin there and end with new tokens.
+    const int64_t held = most(0, least(core.group, now - first)), row = first % s.window;
+    read_rows(m.keys, wide_dim, s.key_window, s.window_dtype, b, kv, row, held, core.dim);
+    read_rows(m.values, wide_value, s.value_window, s.window_dtype, b, kv, row, held, core.value_dim);
+    for (int64_t i = held; i < core.group; i++) {
+      const int64_t token = next();
+      read_rows(m.keys + i * wide_dim, 0, a.key, core.dtype, b, kv, token, 1, core.dim, 0, core.normalize);
+      read_rows(m.values + i * wide_value, 0, a.value, core.dtype, b, kv, token, 1, core.value_dim);
+    }
+    product<COLUMNS, ADD>(m.state, wide_value, m.keys, wide_dim, m.values, wide_value, core.dim, wide_value,
+                          core.group);
+  }
+  if (to.folded > was)
+    write_rows(s.recurrent, FLOAT32, b, kv, 0, m.state, wide_value, core.dim, core.value_dim);
+
+  step = 0;
+  for (int64_t p = now; p < to.length; p++) {
+    const int64_t token = next();
+    if (p < to.length - s.window) continue;
+    read_rows(m.row, 0, a.key, core.dtype, b, kv, token, 1, core.dim, 0, core.normalize);
+    write_rows(s.key_window, s.window_dtype, b, kv, p % s.window, m.row, 0, 1, core.dim);
+    read_rows(m.row, 0, a.value, core.dtype, b, kv, token, 1, core.value_dim);
+    write_rows(s.value_window, s.window_dtype, b, kv, p % s.window, m.row, 0, 1, core.value_dim);
+  }
+}
+
 struct TreeScratch {
-  int64_t columns;  // window rows and nodes, whole vectors
   int64_t nodes, wide_dim, wide_value;
-  float *keys, *keys_t, *values, *query, *scores, *out, *state, *same, *earlier, *taps;
-  int32_t *tap, *depth, *group;
+  float *keys, *keys_t, *values, *query, *scores, *out, *state, *same, *earlier;
+  int32_t *depth, *ancestors, *ancestors_end;
 
   TreeScratch(Arena& arena, const Tree& t) {
     wide_dim = round_up(t.core.dim, WIDTH), wide_value = round_up(t.core.value_dim, WIDTH);
     nodes = t.core.length;
-    columns = round_up(t.state.window + nodes, WIDTH);
+    const int64_t columns = round_up(t.state.window + nodes, WIDTH), wide_nodes = round_up(nodes, WIDTH);
     keys = arena.take(columns * wide_dim), keys_t = arena.take(columns * most(wide_dim, wide_value));
     values = arena.take(columns * wide_value);
     query = arena.take((nodes + TILE_ROWS) * wide_dim);
-    scores = arena.take((nodes + TILE_ROWS) * columns), out = arena.take((nodes + TILE_ROWS) * wide_value);
+    scores = arena.take(TILE_ROWS * (columns + WIDTH)), out = arena.take((nodes + TILE_ROWS) * wide_value);
     state = arena.take(wide_dim * wide_value);
-    same = arena.take(nodes * nodes), earlier = arena.take(nodes * nodes);
-    taps = arena.take(t.core.taps + 1);
-    tap = reinterpret_cast<int32_t*>(arena.take(nodes * nodes));
-    depth = reinterpret_cast<int32_t*>(arena.take(nodes)),
-    group = reinterpret_cast<int32_t*>(arena.take(nodes));
+    same = arena.take(nodes * wide_nodes), earlier = arena.take(nodes * wide_nodes);
+    depth = reinterpret_cast<int32_t*>(arena.take(nodes));
+    ancestors = reinterpret_cast<int32_t*>(arena.take(nodes * (nodes + 1) / 2));
+    ancestors_end = reinterpret_cast<int32_t*>(arena.take(nodes));
   }
 };
 
@@ -204,42 +267,50 @@ size_t tree_scratch(const Tree& t) {
   return arena.used;
 }
 
-// Which nodes a node sees, and how: 1 or 0 for its own group and for earlier ones, and the tap (or `taps`).
+// Which nodes a node sees, and how: 1 or 0 for its own group and for earlier ones, and the list of those that
+// the taps reach. No node sees a later one.
 void tree_tables(const Tree& t, TreeScratch& m, int64_t b, int64_t now) {
-  const int64_t n = m.nodes;
-  const int32_t taps = static_cast<int32_t>(t.core.taps);
+  const int64_t n = m.nodes, wide_nodes = round_up(n, WIDTH);
+  memset(m.same, 0, n * wide_nodes * sizeof(float));
+  memset(m.earlier, 0, n * wide_nodes * sizeof(float));
+  int32_t listed = 0;
   for (int64_t u = 0; u < n; u++) {
     m.depth[u] = static_cast<int32_t>(t.depth[b * n + u]);
-    m.group[u] = static_cast<int32_t>((now + m.depth[u]) / t.core.group - now / t.core.group);
-  }
-  for (int64_t u = 0; u < n; u++) {
     const uint8_t* seen = t.ancestors + (b * n + u) * n;
-    for (int64_t a = 0; a < n; a++) {
-      const int32_t lag = m.depth[u] - m.depth[a];
-      m.same[u * n + a] = seen[a] && m.group[u] == m.group[a] ? 1 : 0;
-      m.earlier[u * n + a] = seen[a] && m.group[u] != m.group[a] ? 1 : 0;
-      m.tap[u * n + a] = seen[a] && lag >= 0 && lag < taps ? lag : taps;
+    for (int64_t a = 0; a <= u; a++) {
+      if (!seen[a]) continue;
+      const bool same = (now + m.depth[u]) / t.core.group == (now + m.depth[a]) / t.core.group;
+      (same ? m.same : m.earlier)[u * wide_nodes + a] = 1;
+      if (m.depth[u] - m.depth[a] < t.core.taps) m.ancestors[listed++] = static_cast<int32_t>(a);
     }
+    m.ancestors_end[u] = listed;
   }
 }
 
 // A row of scores (positions first .. now, then nodes) -> weights, for node u.
 template <int ACTIVATION>
 void weigh_node(const Tree& t, const TreeScratch& m, float* row, int64_t u, int64_t now, int64_t first,
-                int64_t folded, float alpha, float local) {
+                int64_t folded, int64_t head) {
   auto act = [](float s) { return ACTIVATION == RELU2 ? (s > 0 ? s * s : 0.f) : s; };
-  const int64_t at = now + m.depth[u], group_start = at - at % t.core.group;
+  const Core& core = t.core;
+  const float alpha = core.alpha ? core.alpha[head] : 0, local = core.local ? core.local[head] : 0;
+  const float* taps = core.conv + head * core.taps;
+  const int64_t at = now + m.depth[u], group_start = at - at % core.group;
   float* x = row - first;  // by position
   const int64_t linear = least(now, most(first, folded)), own = least(now, most(linear, group_start));
   for (int64_t p = first; p < linear; p++) x[p] = 0;
   for (int64_t p = linear; p < own; p++) x[p] *= alpha;
   for (int64_t p = own; p < now; p++) x[p] = act(x[p]) * local;
-  for (int64_t p = most(first, at - t.core.taps + 1); p < now; p++) x[p] += m.taps[at - p];
+  for (int64_t p = most(first, at - core.taps + 1); p < now; p++) x[p] += taps[at - p];
   float* nodes = x + now;
-  const float *same = m.same + u * m.nodes, *earlier = m.earlier + u * m.nodes;
-  const int32_t* tap = m.tap + u * m.nodes;
-  for (int64_t a = 0; a < m.nodes; a++)
-    nodes[a] = act(nodes[a]) * (same[a] * local) + nodes[a] * (earlier[a] * alpha) + m.taps[tap[a]];
+  const float* same = m.same + u * round_up(m.nodes, WIDTH);
+  const float* earlier = m.earlier + u * round_up(m.nodes, WIDTH);
+  for (int64_t a = 0; a <= u; a += WIDTH) {
+    const Vec s = load(nodes + a), kept = ACTIVATION == RELU2 ? positive(s) * s : s;
+    store(nodes + a, kept * (load(same + a) * local) + s * (load(earlier + a) * alpha));
+  }
+  for (int64_t i = u ? m.ancestors_end[u - 1] : 0; i < m.ancestors_end[u]; i++)
+    nodes[m.ancestors[i]] += taps[m.depth[u] - m.depth[m.ancestors[i]]];
 }
 
 void tree_unit(const Tree& t, int64_t unit, float* scratch) {
@@ -277,18 +348,26 @@ void tree_unit(const Tree& t, int64_t unit, float* scratch) {
 
   for (int64_t h = 0; h < shared; h++) {
     const int64_t head = kv * shared + h;
-    const float alpha = core.alpha ? core.alpha[head] : 0, local = core.local ? core.local[head] : 0;
-    for (int64_t l = 0; l < core.taps; l++) m.taps[l] = core.conv[head * core.taps + l];
-    m.taps[core.taps] = 0;
     read_rows(m.query, m.wide_dim, t.query, core.dtype, b, head, 0, n, core.dim, 0, core.normalize);
-    product<ROWS, SET>(m.scores, columns, m.query, m.wide_dim, m.keys_t, columns, n, columns, core.dim);
-    for (int64_t u = 0; u < n; u++)
-      if (core.activation == RELU2)
-        weigh_node<RELU2>(t, m, m.scores + u * columns, u, now, first, folded, alpha, local);
-      else weigh_node<LINEAR>(t, m, m.scores + u * columns, u, now, first, folded, alpha, local);
-    product<ROWS, SET>(m.out, m.wide_value, m.scores, columns, m.values, m.wide_value, n, m.wide_value,
-                       count + n);
+    // A few nodes at a time: parents come first, so that what is behind the last of them is never scored.
+    for (int64_t u = 0; u < n; u += TILE_ROWS) {
+      const int64_t rows = least(TILE_ROWS, n - u), seen = count + u + rows;
+      const int64_t width = round_up(seen, WIDTH);
+      const float* query = m.query + u * m.wide_dim;
+      float* out = m.out + u * m.wide_value;
+      product<ROWS, SET>(m.scores, width + WIDTH, query, m.wide_dim, m.keys_t, columns, rows, width,
+                         core.dim);
+      for (int64_t i = 0; i < rows; i++) {
+        float* scores = m.scores + i * (width + WIDTH);
+        if (core.activation == RELU2) weigh_node<RELU2>(t, m, scores, u + i, now, first, folded, head);
+        else weigh_node<LINEAR>(t, m, scores, u + i, now, first, folded, head);
+        for (int64_t a = round_up(u + i + 1, WIDTH); a < u + rows; a++) scores[count + a] = 0;
+      }
+      product<ROWS, SET>(out, m.wide_value, m.scores, width + WIDTH, m.values, m.wide_value, rows,
+                         m.wide_value, seen);
+    }
     if (linear) {
+      const float alpha = core.alpha[head];
       for (int64_t i = 0; i < n * m.wide_dim; i += WIDTH) store(m.query + i, load(m.query + i) * alpha);
       product<ROWS, ADD>(m.out, m.wide_value, m.query, m.wide_dim, m.state, m.wide_value, n, m.wide_value,
                          core.dim);

@@ -1,33 +1,20 @@
 // The C ABI, the choice of instruction set and the threads. Built for any x86-64.
-#include <cpuid.h>
-
+#include <algorithm>
 #include <atomic>
 #include <cstdlib>
 #include <cstring>
 #include <new>
+#include <optional>
 #include <thread>
 #include <vector>
 
 #include "abi.h"
+#include "isa.h"
 
 namespace linearize {
 extern const Kernels avx2_kernels, avx512_kernels;
 
 namespace {
-
-enum Isa : int64_t { NONE = 0, AVX2 = 1, AVX512 = 2 };
-
-// Asks the processor itself: __builtin_cpu_supports needs a run-time library that not every compiler has.
-Isa best_isa() {
-  unsigned a, b, c, d, low, high;
-  if (!__get_cpuid(1, &a, &b, &c, &d)) return NONE;
-  const unsigned fma_f16c_and_os = bit_FMA | bit_F16C | bit_AVX | bit_OSXSAVE;
-  if ((c & fma_f16c_and_os) != fma_f16c_and_os) return NONE;
-  __asm__("xgetbv" : "=a"(low), "=d"(high) : "c"(0));  // which registers the operating system saves
-  if ((low & 0x6) != 0x6 || !__get_cpuid_count(7, 0, &a, &b, &c, &d) || !(b & bit_AVX2)) return NONE;
-  const unsigned wide = bit_AVX512F | bit_AVX512DQ | bit_AVX512BW | bit_AVX512VL;
-  return (b & wide) == wide && (low & 0xe6) == 0xe6 ? AVX512 : AVX2;
-}
 
 const Kernels& kernels_of(int64_t isa) { return isa == AVX512 ? avx512_kernels : avx2_kernels; }
 
@@ -47,16 +34,33 @@ class Scratch {
   float* block_;
 };
 
+// Memory that a thread keeps for its next call: asking the system for it anew costs more than one token.
+class Kept {
+ public:
+  float* of(size_t floats) {
+    if (!scratch_ || floats > floats_) scratch_.emplace(floats_ = floats, false);
+    return scratch_->get();
+  }
+
+ private:
+  std::optional<Scratch> scratch_;
+  size_t floats_ = 0;
+};
+
 // work(i, scratch) for every i below `units`, on up to `threads` threads; false if memory ran out. A thread
 // that cannot be started is done without.
 template <class Work>
 bool for_each(int64_t units, int64_t threads, size_t floats, bool zeroed, const Work& work) {
   std::atomic<int64_t> next{0};
   std::atomic<int64_t> done{0};
+  auto all = [&](float* scratch) {
+    if (!scratch) return;
+    for (int64_t unit; (unit = next.fetch_add(1)) < units; done.fetch_add(1)) work(unit, scratch);
+  };
   auto body = [&] {
-    Scratch scratch(floats, zeroed);
-    if (!scratch.get()) return;
-    for (int64_t unit; (unit = next.fetch_add(1)) < units; done.fetch_add(1)) work(unit, scratch.get());
+    if (zeroed) return all(Scratch(floats, true).get());
+    thread_local Kept kept;
+    all(kept.of(floats));
   };
   std::vector<std::thread> others;
   try {
@@ -180,6 +184,34 @@ __attribute__((visibility("default"))) int linearize_step(const Step* s, int64_t
     if (s->active && !s->active[b]) continue;
     if (s->state.length[b] - s->state.folded[b] == s->state.window) s->state.folded[b] += s->core.group;
     s->state.length[b]++;
+  }
+  return 0;
+}
+
+// Returns 2, and changes nothing, when a path names a token that there is not.
+__attribute__((visibility("default"))) int linearize_append(const Append* a, int64_t isa, int64_t threads) {
+  const Kernels& kernels = kernels_of(isa);
+  const Core& core = a->core;
+  std::vector<Appended> rows;
+  for (int64_t b = 0; b < core.batch; b++) {
+    int64_t count = a->path ? 0 : core.length;
+    for (int64_t i = 0; a->path && i < a->steps; i++) {
+      const int64_t token = a->path[b * a->steps + i];
+      if (token >= core.length) return 2;
+      count += token >= 0;
+    }
+    const int64_t length = a->state.length[b] + count, beyond = length - a->state.window;
+    const int64_t folded = beyond > 0 ? (beyond + core.group - 1) / core.group * core.group : 0;
+    rows.push_back({length, std::max(folded, a->state.folded[b])});
+  }
+  if (!for_each(core.batch * core.kv_heads, threads, kernels.append_scratch(*a), false,
+                [&](int64_t unit, float* scratch) {
+                  kernels.append_unit(*a, rows[unit / core.kv_heads], unit, scratch);
+                }))
+    return 1;
+  for (int64_t b = 0; b < core.batch; b++) {
+    a->state.length[b] = rows[b].length;
+    a->state.folded[b] = rows[b].folded;
   }
   return 0;
 }

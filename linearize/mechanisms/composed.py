@@ -186,7 +186,9 @@ class ComposedAttention(AttentionModule):
         """
         return self._after(query, key, value, state, key_mask, None)
 
-    def tree(self, query: Tensor, key: Tensor, value: Tensor, state: States, parents: Tensor) -> Tensor:
+    def tree(
+        self, query: Tensor, key: Tensor, value: Tensor, state: States, parents: Tensor | ops.Lineage
+    ) -> Tensor:
         """`forward` of N draft tokens that form a tree after `state`, which is only read.
 
         query [B, H, N, D], key [B, Hkv, N, D], value [B, Hkv, N, Dv] -> [B, H, N, Dv]; parents: see
@@ -210,7 +212,7 @@ class ComposedAttention(AttentionModule):
         value: Tensor,
         parts: Sequence[AttentionState],
         key_mask: Tensor | None,
-        parents: Tensor | None,
+        parents: Tensor | ops.Lineage | None,
     ) -> Tensor:
         """`mix` of the next tokens after a state, or of a tree of drafts if `parents` is given."""
         terms = zip(self.terms(query, key, value), parts, strict=True)
@@ -223,7 +225,7 @@ class ComposedAttention(AttentionModule):
         value: Tensor,
         state: States,
         key_mask: Tensor | None,
-        parents: Tensor | None,
+        parents: Tensor | ops.Lineage | None,
     ) -> Tensor:
         with full_precision(value.device):
             apart = self._apart(query, key, value)
@@ -234,7 +236,7 @@ class ComposedAttention(AttentionModule):
         return out.to(value.dtype)
 
     def _run_after(
-        self, term: Term, part: AttentionState, key_mask: Tensor | None, parents: Tensor | None
+        self, term: Term, part: AttentionState, key_mask: Tensor | None, parents: Tensor | ops.Lineage | None
     ) -> Tensor:
         """`run` after a state."""
         options: dict[str, Any] = dict(

@@ -34,8 +34,8 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 from ..arguments import check_no_gradients, check_state
 from ..attention import SiteSpec
 from ..kernels.padding import Ranks
-from ..kernels.state import State
-from ..ops import along, lineage
+from ..kernels.state import State, along
+from ..ops import Lineage, checked_path, lineage
 from ..state import AttentionState, States
 from .base import Mechanism, whole
 from .composed import ComposedAttention, Term, full_precision, widen, with_one
@@ -162,7 +162,7 @@ class SoftmaxWindowAttention(ComposedAttention):
         value: Tensor,
         parts: Sequence[AttentionState],
         key_mask: Tensor | None,
-        parents: Tensor | None,
+        parents: Tensor | Lineage | None,
     ) -> Tensor:
         (part,) = parts
         check_state(query, key, value, None, part, key_mask)
@@ -188,6 +188,7 @@ class SoftmaxWindowAttention(ComposedAttention):
         part, *convolution = state.parts
         check_state(key, key, value, None, part, None)
         check_no_gradients(self.key_map)
+        path = None if path is None else checked_path(path, key)
         new_key, new_value, real = along(path, key, value)
         with full_precision(value.device):
             self._append(new_key, new_value, part.tensors, real)
