@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from .api import linearize as linearize
     from .attention import AttentionModule as AttentionModule
     from .backend import Backend as Backend
+    from .calibration import calibrate as calibrate
     from .checkpoint import load as load
     from .checkpoint import save as save
     from .config import LinearizeConfig as LinearizeConfig
@@ -44,6 +45,7 @@ _EXPORTS = {
     "lora_config": ".adapters",
     "merge": ".adapters",
     "Backend": ".backend",
+    "calibrate": ".calibration",
     "LinearizeConfig": ".config",
     "AttentionModule": ".attention",
     "LinearizeError": ".errors",

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
-from . import mechanisms
+from . import calibration, mechanisms
 from .apply import (
     Transaction,
     apply_owners,
@@ -34,6 +34,7 @@ def linearize(
     model: nn.Module,
     inputs: Any = None,
     config: LinearizeConfig | Mapping[str, Any] | None = None,
+    calibrate: Iterable[Any] | None = None,
     **overrides: Any,
 ) -> nn.Module:
     """Rewrite the softmax attention of `model` to linear attention, in place, and return it.
@@ -42,6 +43,7 @@ def linearize(
     such dicts (the first one is captured, all of them are verified). Made from the config of transformers
     models when omitted.
     config: a `LinearizeConfig`, or its fields as a dict or as keyword arguments.
+    calibrate: batches for `lz.calibrate`, which then follows at once.
 
     Raises InvalidModelError, InputError, ConfigError, NoAttentionError, RefusedError or VerificationError.
     Whatever it raises, the model is as it was before.
@@ -58,6 +60,8 @@ def linearize(
             plan, recording = make_plan(model, report, settings, examples)
             plan = prove(model, plan, recording, settings, report)
         finish(model, plan, settings)
+        if calibrate is not None:
+            calibration.calibrate(model, calibrate)
     except BaseException:
         transaction.rollback()
         raise

@@ -76,6 +76,9 @@ class AttentionModule(nn.Module):
     keeps_bias = False
     """`forward` takes the site's relative position bias too, as `bias` [1, H, T, S]."""
 
+    linear_parameters: tuple[str, ...] = ()
+    """Parameters [H] or [H, n] in which each head's output is affine: what `lz.calibrate` fits."""
+
     def __init__(self, spec: SiteSpec) -> None:
         super().__init__()
         self.spec = spec

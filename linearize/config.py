@@ -47,7 +47,7 @@ class LinearizeConfig:
     group_size: tokens per group of the local part.
     conv_taps: past tokens, the present one included, that the convolution over values sees; bidirectional
         sites use `2 * conv_taps - 1` centred taps.
-    local_scale: weight of the local part of `augmented` and `local`, a constant.
+    local_scale: weight of the local part of `augmented` and `local` before any fitting or tuning.
     augmentation: add the convolution over values to any mechanism, or leave it out. None: as the mechanism
         has it, which is with it for `augmented` and without for all others.
     options: settings of the mechanism itself, by name (`mechanisms.get(name).options` lists them).

@@ -50,26 +50,26 @@ def linear(spec: SiteSpec = SPEC, **options) -> AugmentedAttention:
     return module
 
 
-def test_parameters_start_at_zero_and_fit_the_site():
+def test_parameters_start_as_the_local_part_alone_and_fit_the_site():
     module = build_attention(SPEC, LinearizeConfig(conv_taps=4))
-    assert {name: (tuple(p.shape), p.abs().sum().item()) for name, p in module.named_parameters()} == {
-        "alpha": ((1,), 0.0),
-        "conv_weight": ((4, 4), 0.0),
-    }
+    values = {name: (tuple(p.shape), set(p.flatten().tolist())) for name, p in module.named_parameters()}
+    assert values == {"alpha": ((4,), {0.0}), "local_scale": ((4,), {1.0}), "conv_weight": ((4, 4), {0.0})}
+    scaled = build_attention(SPEC, LinearizeConfig(local_scale=0.5))
+    assert scaled.local_scale.tolist() == [0.5] * 4
     assert build_attention(BIDIRECTIONAL, LinearizeConfig(conv_taps=4)).conv_weight.shape == (4, 7)
     assert build_attention(CROSS, LinearizeConfig()).conv_weight is None
 
 
 @pytest.mark.parametrize("spec", (SPEC, BIDIRECTIONAL, CROSS, dataclasses.replace(SPEC, kv_layout="tiled")))
 def test_linear_module_is_the_op_with_its_settings(spec):
-    module = linear(spec, local_scale=0.5)
+    module = linear(spec)
     args = inputs(40, 61 if spec.cross else None)
     mask = torch.rand(2, args[1].shape[2]) > 0.3
     wanted = ops.augmented_attention(
         *args,
         alpha=module.alpha,
         conv_weight=module.conv_weight,
-        local_scale=0.5,
+        local_scale=module.local_scale,
         group_size=16,
         causal=spec.causal,
         cross=spec.cross,
@@ -83,12 +83,13 @@ def test_ablations_are_parts_of_the_augmented_form():
     args = inputs(40)
     full = linear()
     parts = {name: linear(mechanism=name) for name in ("local", "grouped")}
-    assert not list(parts["local"].parameters())
     with torch.no_grad():
         full.conv_weight.zero_()
         parts["grouped"].alpha.copy_(full.alpha)
+        parts["local"].local_scale.copy_(full.local_scale)
+    assert [len(list(part.parameters())) for part in parts.values()] == [1, 1]
     torch.testing.assert_close(full(*args), parts["local"](*args) + parts["grouped"](*args))
-    assert build_attention(SPEC, LinearizeConfig(mechanism="grouped")).alpha.item() == 1.0
+    assert build_attention(SPEC, LinearizeConfig(mechanism="grouped")).alpha.tolist() == [1.0] * 4
 
 
 @pytest.mark.parametrize("mechanism", ("augmented", "softmax"))
@@ -119,7 +120,7 @@ def test_meta_module_gets_its_initial_values_back():
     module = module.to_empty(device="cpu")
     module.alpha.data.fill_(7)
     module.reset_parameters()
-    assert module.alpha.item() == 1.0
+    assert module.alpha.tolist() == [1.0] * 4
 
 
 def test_fresh_module_learns_alpha_and_convolution():

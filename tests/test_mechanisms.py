@@ -48,21 +48,18 @@ Oracle = Callable[..., Tensor]
 """(query, key, value, parameters by name, causal, cross) -> [B, H, T, Dv], heads and parameters repeated."""
 
 
-def core(local_scale: float | None) -> Oracle:
-    def call(q: Tensor, k: Tensor, v: Tensor, p: dict[str, Tensor], causal: bool, cross: bool) -> Tensor:
-        return core_oracle.augmented_attention(
-            q,
-            k,
-            v,
-            alpha=p.get("alpha"),
-            conv_weight=None,
-            local_scale=local_scale,
-            group_size=GROUP,
-            causal=causal,
-            cross=cross,
-        )
-
-    return call
+def core(q: Tensor, k: Tensor, v: Tensor, p: dict[str, Tensor], causal: bool, cross: bool) -> Tensor:
+    return core_oracle.augmented_attention(
+        q,
+        k,
+        v,
+        alpha=p.get("alpha"),
+        conv_weight=None,
+        local_scale=p.get("local_scale"),
+        group_size=GROUP,
+        causal=causal,
+        cross=cross,
+    )
 
 
 def flash(module: Any, **more: Any) -> Oracle:
@@ -74,9 +71,9 @@ def flash(module: Any, **more: Any) -> Oracle:
 
 # Case: mechanism, its options, and its oracle.
 CASES: dict[str, tuple[str, dict[str, Any], Oracle]] = {
-    "augmented": ("augmented", {}, core(1.0)),
-    "local": ("local", {}, core(1.0)),
-    "grouped": ("grouped", {}, core(None)),
+    "augmented": ("augmented", {}, core),
+    "local": ("local", {}, core),
+    "grouped": ("grouped", {}, core),
     "flash_local": ("flash_local", {}, flash(flash_local, activation="relu2")),
     "flash_laplace": ("flash_local", {"activation": "laplace"}, flash(flash_local, activation="laplace")),
     "flash_global": ("flash_global", {}, flash(flash_global)),

@@ -26,7 +26,7 @@ def loss_of(model: Any, ids: torch.Tensor) -> torch.Tensor:
 def test_gradients_reach_old_and_new_parameters() -> None:
     model = converted("llama").train()
     loss_of(model, tokens(2, 12)).backward()
-    assert len(new_parameters(model)) == 4  # alpha and taps of two layers
+    assert len(new_parameters(model)) == 6  # alpha, local_scale and taps of two layers
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None and parameter.grad.abs().sum() > 0, name
 
@@ -120,7 +120,7 @@ def test_a_peft_model_can_be_converted_as_a_whole() -> None:
     adapted = peft.get_peft_model(llama(), peft.LoraConfig(r=4, target_modules=["q_proj"]))
     ids = tokens(2, 12)
     linearize(adapted, {"input_ids": ids}, group_size=4)
-    assert len(new_parameters(adapted)) == 4
+    assert len(new_parameters(adapted)) == 6
     out = adapted.generate(input_ids=ids, max_new_tokens=3, do_sample=False)
     assert out.shape[0] == 2 and torch.isfinite(adapted(ids).logits).all()
 
@@ -131,7 +131,7 @@ def test_new_parameters_can_be_saved_with_an_adapter() -> None:
     adapted = peft.get_peft_model(model, config)
     loss_of(adapted, tokens(2, 12)).backward()
     trained = {n for n, p in adapted.named_parameters() if p.requires_grad and "linear_attention" in n}
-    assert len(trained) == 4
+    assert len(trained) == 6
     assert all(p.grad is not None for n, p in adapted.named_parameters() if n in trained)
 
 

@@ -1,8 +1,9 @@
 """The paper's augmented linear attention (arXiv 2406.07368), its default here, and its two ablations.
 
 o = local_scale * local + alpha * grouped + convolution(v); the formula and its source are in
-`kernels/oracle.py`, the forms beside it. alpha (one number per site) and the convolution (one filter per
-head) start at zero, so a fresh module computes the local part alone.
+`kernels/oracle.py`, the forms beside it. All three weights are parameters per head. alpha and the convolution
+start at zero and local_scale at one, so a fresh module computes the local part alone. (The paper's code has
+one alpha and one local factor per layer; a head of its own size is what `lz.calibrate` fits.)
 
 State: [D, Dv] per key/value head, the sum of k^T v over finished groups, and a window of keys and values that
 serves the open group and the convolution.
@@ -41,26 +42,32 @@ POSITION_BIAS = {
 class AugmentedAttention(ComposedAttention):
     """One core call with the paper's parts; query and key are divided by their norms, so no scale is left.
 
-    alpha: initial weight of the grouped part, a parameter of shape [1] (FSDP shards no 0-d tensors); None
-        leaves the part out. local_scale: a constant.
+    alpha, local_scale: initial weights of the grouped and of the local part, parameters of shape [H]; None
+        leaves the part out.
     """
 
     conv_joins = True
+    linear_parameters = ("local_scale", "alpha", "conv_weight")
 
     def __init__(
-        self, spec: SiteSpec, config: LinearizeConfig, *, alpha: float | None, local_scale: float
+        self, spec: SiteSpec, config: LinearizeConfig, *, alpha: float | None, local_scale: float | None
     ) -> None:
         super().__init__(spec, config)
-        self.local_scale, self.initial_alpha = local_scale, alpha
+        self._initial = {"alpha": alpha, "local_scale": local_scale}
         self.keeps_bias = config.options.get("position_bias") == "local" and not spec.cross
-        self.alpha: nn.Parameter | None = None if alpha is None else nn.Parameter(torch.empty(1))
+        self.alpha: nn.Parameter | None = None
+        self.local_scale: nn.Parameter | None = None
+        for name, value in self._initial.items():
+            if value is not None:
+                setattr(self, name, nn.Parameter(torch.empty(spec.num_heads)))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
         super().reset_parameters()
         with torch.no_grad():
-            if self.alpha is not None and self.initial_alpha is not None:
-                self.alpha.fill_(self.initial_alpha)
+            for name, value in self._initial.items():
+                if value is not None:
+                    getattr(self, name).fill_(value)
 
     def terms(self, query: Tensor, key: Tensor, value: Tensor) -> list[Term]:
         return [
@@ -96,9 +103,6 @@ class AugmentedAttention(ComposedAttention):
             table = _bias_by_lag(bias, self.group_size, self.spec.causal, start)
             term = replace(term, local_bias=table)
         return self.run(term, key_mask, start)
-
-    def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, local_scale={self.local_scale}"
 
 
 def _bias_by_lag(

@@ -63,6 +63,8 @@ class ComposedAttention(AttentionModule):
     conv_joins: bool = False
     """The terms carry the convolution themselves: nothing but a sum follows them."""
 
+    linear_parameters = ("conv_weight",)
+
     def __init__(self, spec: SiteSpec, config: LinearizeConfig) -> None:
         super().__init__(spec)
         self.group_size = config.group_size
@@ -104,8 +106,19 @@ class ComposedAttention(AttentionModule):
         with full_precision(value.device):
             out = self.mix(query, key, value, key_mask, start)
             if self.conv_weight is not None and not self.conv_joins:
-                out = out + self.run(Term(query, key, value, conv_weight=self.conv_weight), key_mask, start)
+                out = out + self.convolution(query, key, value, key_mask, start)
         return out.to(value.dtype)
+
+    def convolution(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_mask: Tensor | None,
+        query_start: int | Tensor | None,
+    ) -> Tensor:
+        """The convolution of value alone, linear in `conv_weight`; query and key give shapes."""
+        return self.run(Term(query, key, value, conv_weight=self.conv_weight), key_mask, query_start)
 
     def mix(
         self,

@@ -13,7 +13,7 @@ from .base import EVERYWHERE, Mechanism
 
 
 def _build(spec: SiteSpec, config: LinearizeConfig) -> AugmentedAttention:
-    return AugmentedAttention(spec, config, alpha=1.0, local_scale=0.0)
+    return AugmentedAttention(spec, config, alpha=1.0, local_scale=None)
 
 
 MECHANISM = Mechanism(

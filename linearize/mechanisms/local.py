@@ -1,4 +1,4 @@
-"""Ablation: the local part of `augmented` alone, relu(q.k)^2 inside each group. No parameters of its own.
+"""Ablation: the local part of `augmented` alone, relu(q.k)^2 inside each group.
 
 Formula, source and oracle: `kernels/oracle.py`. State: the keys and values of the open group.
 """

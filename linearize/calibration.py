@@ -1,0 +1,259 @@
+"""Calibration: the weights in which a linear attention is linear, fitted to the softmax it replaced.
+
+Each head's output is an affine function of its local factor, alpha and convolution taps, so the best fit to
+the original attention's outputs is a small ridge regression. One pass over a few batches collects its normal
+equations, in which every layer sees what it saw in the original model; no gradients.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from rich.console import Console, ConsoleOptions, RenderResult
+from rich.table import Table
+from torch import Tensor, nn
+
+from .attention import AttentionModule, SoftmaxAttention
+from .checkpoint import state_of
+from .errors import InputError, InvalidModelError
+from .mechanisms.composed import widen
+from .plan import SitePlan
+from .verification import quiet_run, without_cache
+
+_ROWS = 512
+"""Queries of one sequence that are used at most, evenly spread: neighbours say much the same."""
+
+
+@dataclass(frozen=True)
+class SiteFit:
+    """One site: |fitted - original| / |original| over the batches, before and after; why, if left out."""
+
+    name: str
+    before: float = math.nan
+    after: float = math.nan
+    left_out: str = ""
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What `calibrate` did. tokens: how many were used."""
+
+    tokens: int
+    sites: tuple[SiteFit, ...]
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        table = Table("site", "error before", "after")
+        for site in self.sites:
+            numbers = ("", site.left_out) if site.left_out else (f"{site.before:.3f}", f"{site.after:.3f}")
+            table.add_row(site.name, *numbers)
+        yield table
+        yield f"{self.tokens} tokens; errors are relative to the softmax attention's own output"
+
+
+def calibrate(
+    model: nn.Module, batches: Iterable[Any], *, max_tokens: int = 50_000, ridge: float = 1e-4
+) -> Calibration:
+    """Fit the new parameters of a freshly converted `model` to its original attention, in place.
+
+    batches: dicts of keyword arguments of the model, or token ids int64 [B, T]; read until `max_tokens`
+    tokens were seen. ridge: pull towards the present values, relative to each parameter's own evidence.
+
+    Meant for before any tuning: what is fitted to is softmax attention with the model's present weights.
+    Raises InvalidModelError for a model that is not converted or has nothing to fit, InputError for batches
+    that do not run or hold too little; the model is then as it was.
+    """
+    sites = state_of(model).plan.sites
+    fits = {site.name: _Fit(model.get_submodule(site.name), site, ridge) for site in sites}  # type: ignore[arg-type]
+    able = {name: fit for name, fit in fits.items() if not fit.left_out}
+    if not able:
+        reasons = {fit.left_out for fit in fits.values()}
+        raise InvalidModelError(f"nothing can be calibrated: {'; '.join(sorted(reasons))}")
+    tokens = 0
+    try:
+        for site in sites:
+            if site.name in able:
+                owner = model.get_submodule(site.path)
+                setattr(owner, site.child, observer(able[site.name], site))
+        with quiet_run(model):
+            for batch in batches:
+                tokens += _run(model, batch)
+                if tokens >= max_tokens:
+                    break
+    finally:
+        for site in sites:
+            setattr(model.get_submodule(site.path), site.child, fits[site.name].module)
+    solved = {name: fit.solve() for name, fit in able.items()}
+    for name, (solution, _) in solved.items():
+        able[name].assign(solution)
+    reports = {name: SiteFit(name, left_out=fit.left_out) for name, fit in fits.items()}
+    reports |= {name: report for name, (_, report) in solved.items()}
+    return Calibration(tokens, tuple(reports.values()))
+
+
+def observer(fit: _Fit, site: SitePlan) -> AttentionModule:
+    """What stands in for a site's module while batches run: exact softmax, which lets `fit` see each call."""
+    kind = _SeamObserver if site.rung == "seam" else _PlainObserver
+    made = kind(fit.module.spec)
+    object.__setattr__(made, "fit", fit)  # not a child: it holds the module that is being replaced
+    return made
+
+
+class _SeamObserver(SoftmaxAttention):
+    """The site's own attention, with its whole mask, and its bias in the mask."""
+
+    fit: _Fit
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, **call: Any) -> Tensor:
+        out = super().forward(query, key, value, **call)
+        self.fit.see(query, key, value, out, call.get("key_mask"), call.get("query_start"))
+        return out
+
+
+class _PlainObserver(AttentionModule):
+    """As the linear form sees the site: causality and padding, which is all there is at a plain one."""
+
+    fit: _Fit
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, **call: Any) -> Tensor:
+        out = SoftmaxAttention(self.spec).eval()(query, key, value, **call)
+        self.fit.see(query, key, value, out, call.get("key_mask"), call.get("query_start"))
+        return out
+
+
+class _Fit:
+    """Normal equations of one site: per head, the columns' products with each other and with the target."""
+
+    def __init__(self, module: AttentionModule, site: SitePlan, ridge: float) -> None:
+        self.module, self.name, self.ridge = module, site.name, ridge
+        self.left_out = _why_not(module, site)
+        self._names = [n for n in module.linear_parameters if getattr(module, n, None) is not None]
+        self._probe: Any = copy.deepcopy(module).float().eval()
+        for name in self._names:
+            getattr(self._probe, name).data.zero_()
+        self._gram: Tensor | None = None
+
+    def see(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        target: Tensor,
+        key_mask: Tensor | None,
+        query_start: int | Tensor | None,
+    ) -> None:
+        """One call: query [B, H, T, D], key and value as given, target [B, H, T, Dv]."""
+        real = _real_queries(key_mask, query, key, query_start, self.module.spec.cross)
+        tensors = (widen(query), widen(key), widen(value))
+        wanted = _rows(widen(target), real)
+        # What a weight of one adds to an output without any: this is all that being affine asks for.
+        offset = _rows(self._probe(*tensors, key_mask=key_mask, query_start=query_start), real)
+        columns = []
+        for name in self._names:
+            parameter = _columns(getattr(self._probe, name).data)
+            for column in parameter.unbind(1):
+                column.fill_(1)
+                if name == "conv_weight":  # apart from the rest, which need not run for every tap
+                    out = self._probe.convolution(*tensors, key_mask, query_start)
+                    columns.append(_rows(out, real))
+                else:
+                    out = self._probe(*tensors, key_mask=key_mask, query_start=query_start)
+                    columns.append(_rows(out, real) - offset)
+                column.zero_()
+        # The target is one more column: its products are all that the regression needs of it.
+        joined = torch.stack([*columns, wanted - offset], -1).double()  # [H, N, P + 1]
+        gram = joined.mT @ joined
+        size = wanted.double().square().sum(1)
+        if self._gram is None:
+            self._gram, self._size = torch.zeros_like(gram), torch.zeros_like(size)
+        self._gram += gram
+        self._size += size
+
+    @torch.no_grad()
+    def solve(self) -> tuple[Tensor, SiteFit]:
+        """Parameters [H, P] and the errors. Raises InputError when the batches say too little."""
+        gram = self._gram
+        if gram is None:
+            raise InputError(f"{self.name}: the batches never called this attention; give complete inputs")
+        if not bool(torch.isfinite(gram).all()):
+            raise InputError(f"{self.name}: the batches gave values that are not finite")
+        products, right = gram[:, :-1, :-1], gram[:, :-1, -1]
+        before = torch.cat([_columns(getattr(self.module, name)) for name in self._names], 1).to(gram)
+        # A column without any evidence keeps its value.
+        own = products.diagonal(dim1=1, dim2=2)
+        damped = products + torch.diag_embed(torch.where(own > 0, own * self.ridge, torch.ones_like(own)))
+        step = torch.linalg.solve(damped, right - (products @ before[..., None])[..., 0])
+        after = before + step
+
+        def error(solution: Tensor) -> float:
+            left = (solution[:, None] @ products @ solution[..., None])[:, 0, 0]
+            rest = left - 2 * (solution * right).sum(1) + gram[:, -1, -1]
+            return math.sqrt(max(float(rest.sum()), 0.0) / max(float(self._size.sum()), 1e-300))
+
+        return after, SiteFit(self.name, error(before), error(after))
+
+    def assign(self, solution: Tensor) -> None:
+        """Put parameters [H, P] into the module."""
+        parameters = [getattr(self.module, name) for name in self._names]
+        widths = [_columns(p).shape[1] for p in parameters]
+        with torch.no_grad():
+            for parameter, part in zip(parameters, solution.split(widths, 1), strict=True):
+                parameter.copy_(part.reshape(parameter.shape))
+
+
+def _why_not(module: AttentionModule, site: SitePlan) -> str:
+    """Why a site cannot be fitted; empty when it can."""
+    if not any(getattr(module, name, None) is not None for name in module.linear_parameters):
+        return "the mechanism has no parameter that its output is linear in (augmentation=True adds taps)"
+    if module.keeps_bias:
+        return "position_bias='local' is not fitted"
+    if site.rung == "graft" and not site.plain:
+        return "its own scores hold more than a scaled product, and are known to its graph alone"
+    return ""
+
+
+def _columns(parameter: Tensor) -> Tensor:
+    """[H] or [H, n] -> [H, n], a view."""
+    return parameter[:, None] if parameter.dim() == 1 else parameter
+
+
+def _real_queries(
+    key_mask: Tensor | None, query: Tensor, key: Tensor, query_start: int | Tensor | None, cross: bool
+) -> Tensor:
+    """Rows of the flattened [B * T] queries to use: real ones, `_ROWS` of a sequence at most."""
+    batch, _, length, _ = query.shape
+    step = -(-length // _ROWS)
+    real = torch.zeros(batch, length, dtype=torch.bool, device=query.device)
+    real[:, ::step] = True
+    if key_mask is not None and not cross:
+        start = key.shape[2] - length if query_start is None else query_start
+        columns = torch.arange(length, device=query.device) + start
+        real &= key_mask[:, columns]
+    return real.flatten().nonzero()[:, 0]
+
+
+def _rows(x: Tensor, rows: Tensor) -> Tensor:
+    """[B, H, T, Dv] -> [H, N * Dv], the chosen rows."""
+    return x.transpose(0, 1).flatten(1, 2).index_select(1, rows).flatten(1)
+
+
+def _run(model: nn.Module, batch: Any) -> int:
+    """One forward pass; returns the number of tokens."""
+    inputs = batch if isinstance(batch, Mapping) else {"input_ids": batch}
+    tensors = [x for x in inputs.values() if isinstance(x, Tensor)]
+    if not tensors or any(x.numel() == 0 for x in tensors):
+        raise InputError(
+            "a batch must be token ids [B, T] or a dict of the model's keyword arguments, and not empty"
+        )
+    try:
+        model(**without_cache(model, inputs))
+    except Exception as error:
+        raise InputError(
+            f"the model does not run on a batch: {type(error).__name__}: {error}"
+        ) from error
+    first = tensors[0]
+    return first.shape[0] * (first.shape[1] if first.dim() > 1 else 1)
