@@ -22,7 +22,7 @@ from transformers.quantizers.auto import (
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from .cache import state_layer
-from .errors import CheckpointError
+from .errors import CheckpointError, InputError
 from .seam import SeamOwner, sole_child
 
 if TYPE_CHECKING:
@@ -83,6 +83,14 @@ class SavesPlan:
 
     config: Any
     _linearize: Any
+
+    def generate(self, *args: Any, speculative: Any = None, **kwargs: Any) -> Any:
+        """As transformers' `generate`; with `speculative`, a `TreeSpeculation`, by draft trees."""
+        if speculative is not None:
+            if kwargs.get("custom_generate") is not None or kwargs.get("assistant_model") is not None:
+                raise InputError("speculative= stands alone: leave out custom_generate= and assistant_model=")
+            kwargs["custom_generate"] = speculative
+        return super().generate(*args, **kwargs)  # type: ignore[misc]
 
     def _prepare_cache_for_generation(
         self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any

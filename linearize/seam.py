@@ -160,8 +160,10 @@ def attend(
     spec = child.spec
     start = start if spec.causal or spec.cross else None
     if owner._linearize_state is not None:
-        real = new_tokens(mask, key.shape[0], key.shape[2], start, owner._linearize_path)
-        return owner._linearize_state.extend(child, query, key, value, real)
+        state, real = owner._linearize_state, None
+        if state.tree is None:  # the nodes of a draft tree are all real, and its mask is not causal
+            real = new_tokens(mask, key.shape[0], key.shape[2], start, owner._linearize_path)
+        return state.extend(child, query, key, value, real)
     key_mask = key_mask_of(mask, key.shape[0], key.shape[2])
     if start is not None and spec.causal:
         # Static caches: slots after the last query are empty.

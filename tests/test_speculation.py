@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -10,7 +11,8 @@ from live_models import converted, tokens
 from torch import Tensor
 
 from linearize.errors import ConfigError, InputError
-from linearize.speculation import PromptLookup, TreeSpeculation, merge
+from linearize.speculative import PromptLookup, TreeSpeculation, merge
+from linearize.speculative.drafter import Draft
 
 GREEDY: dict[str, Any] = dict(max_new_tokens=40, do_sample=False, pad_token_id=0)
 
@@ -21,21 +23,27 @@ def model() -> Any:
 
 
 class Oracle:
-    """Knows the right continuation; tells it beside wrong ones, or only wrong ones every other time."""
+    """Knows the right continuations; tells them beside wrong ones, or only wrong ones every other time."""
 
-    def __init__(self, sequence: list[int]) -> None:
-        self.sequence, self.calls = sequence, 0
+    needs_hidden = False
 
-    def propose(self, ids: Tensor) -> tuple[list[int], list[int]]:
+    def __init__(self, sequences: list[list[int]]) -> None:
+        self.sequences, self.calls = sequences, 0
+
+    def start(self, model: Any) -> None:
+        self.calls = 0
+
+    def propose(self, ids: Sequence[Tensor], hidden: Tensor | None) -> list[Draft]:
+        assert hidden is None
         self.calls += 1
-        right = self.sequence[len(ids) : len(ids) + 5]
-        return merge([[1, 2, 3], right, [4]] if self.calls % 2 else [[1, 2], [3]])
+        right = [s[len(row) : len(row) + 5] for s, row in zip(self.sequences, ids, strict=True)]
+        return [merge([[1, 2, 3], r, [4]] if self.calls % 2 else [[1, 2], [3]]) for r in right]
 
 
 def test_greedy_decoding_token_for_token_in_fewer_passes(model: Any) -> None:
     ids = tokens(1, 9)
     wanted = model.generate(ids, **GREEDY, eos_token_id=None)
-    speculation = TreeSpeculation(Oracle(wanted[0].tolist()))
+    speculation = TreeSpeculation(Oracle(wanted.tolist()))
     out = model.generate(ids, **GREEDY, eos_token_id=None, custom_generate=speculation)
     assert torch.equal(out, wanted)
     assert speculation.tokens == 40 and speculation.passes < 20
@@ -57,16 +65,16 @@ def test_logits_processors_see_the_branch_they_are_on(model: Any) -> None:
     ids = tokens(1, 12)
     settings = dict(GREEDY, eos_token_id=None, repetition_penalty=1.7, no_repeat_ngram_size=3)
     wanted = model.generate(ids, **settings)
-    speculation = TreeSpeculation(Oracle(wanted[0].tolist()))
+    speculation = TreeSpeculation(Oracle(wanted.tolist()))
     out = model.generate(ids, **settings, custom_generate=speculation, return_dict_in_generate=True)
     assert torch.equal(out.sequences, wanted)
-    assert out.past_key_values.get_seq_length() == wanted.shape[1]
+    assert out.past_key_values.get_seq_length() == wanted.shape[1] - 1  # as after plain decoding
 
 
 def test_what_it_does_not_do_is_refused(model: Any) -> None:
     speculation = TreeSpeculation(PromptLookup())
-    with pytest.raises(InputError, match="greedily"):
-        model.generate(tokens(1, 5), do_sample=True, custom_generate=speculation)
+    with pytest.raises(InputError, match="beam"):
+        model.generate(tokens(1, 5), num_beams=2, custom_generate=speculation)
     with pytest.raises(InputError, match="empty cache"):
         model.generate(tokens(1, 5), use_cache=False, do_sample=False, custom_generate=speculation)
     with pytest.raises(ConfigError, match="at least 1"):
@@ -75,7 +83,7 @@ def test_what_it_does_not_do_is_refused(model: Any) -> None:
 
 def test_lookup_drafts_what_followed_before_and_shares_beginnings() -> None:
     ids = torch.tensor([7, 1, 2, 3, 9, 1, 2, 3, 4, 5, 0, 1, 2])
-    assert PromptLookup(ngram=2, depth=3).propose(ids) == ([3, 4, 5, 9, 1], [-1, 0, 1, 0, 3])
-    assert PromptLookup(ngram=2, depth=2, branches=1).propose(ids) == ([3, 4], [-1, 0])
-    assert PromptLookup().propose(torch.tensor([1, 2, 3])) == ([], [])
+    assert PromptLookup(ngram=2, depth=3).lookup(ids) == ([3, 4, 5, 9, 1], [-1, 0, 1, 0, 3])
+    assert PromptLookup(ngram=2, depth=2, branches=1).lookup(ids) == ([3, 4], [-1, 0])
+    assert PromptLookup().lookup(torch.tensor([1, 2, 3])) == ([], [])
     assert merge([[1, 2], [1, 3], [1, 2, 4]]) == ([1, 2, 3, 4], [-1, 0, 0, 1])
