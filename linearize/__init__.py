@@ -29,10 +29,18 @@ if TYPE_CHECKING:
     from .config import LinearizeConfig as LinearizeConfig
     from .demo import load_demo as load_demo
     from .errors import LinearizeError as LinearizeError
+    from .released import load_released as load_released
     from .report import Report as Report
     from .report import inspect as inspect
-    from .speculation import PromptLookup as PromptLookup
-    from .speculation import TreeSpeculation as TreeSpeculation
+    from .speculative import DraftModel as DraftModel
+    from .speculative import Medusa as Medusa
+    from .speculative import MedusaHeads as MedusaHeads
+    from .speculative import PromptLookup as PromptLookup
+    from .speculative import Tree as Tree
+    from .speculative import TreeSpeculation as TreeSpeculation
+    from .speculative import Typical as Typical
+    from .speculative import fit_tree as fit_tree
+    from .speculative import train_heads as train_heads
 
 _EXPORTS = {
     "linearize": ".api",
@@ -41,14 +49,22 @@ _EXPORTS = {
     "save": ".checkpoint",
     "load": ".checkpoint",
     "load_demo": ".demo",
+    "load_released": ".released",
     "lora_config": ".adapters",
     "merge": ".adapters",
     "Backend": ".backend",
     "LinearizeConfig": ".config",
     "AttentionModule": ".attention",
     "LinearizeError": ".errors",
-    "PromptLookup": ".speculation",
-    "TreeSpeculation": ".speculation",
+    "TreeSpeculation": ".speculative",
+    "PromptLookup": ".speculative",
+    "Medusa": ".speculative",
+    "MedusaHeads": ".speculative",
+    "DraftModel": ".speculative",
+    "Tree": ".speculative",
+    "Typical": ".speculative",
+    "fit_tree": ".speculative",
+    "train_heads": ".speculative",
 }
 
 __all__ = ["__version__", *_EXPORTS]
