@@ -22,8 +22,8 @@ class MedusaHeads(nn.Module):
     """Guesses at the tokens that follow the next one (Cai et al., arXiv 2401.10774), from one hidden state.
 
     With h the hidden state that the model's output layer chose the token x from, head k guesses the k-th
-    token after x by `output_layer(h + silu(W_k [h; e(x)] + b_k))`. `e(x)` is the model's own embedding of x, known
-    by the time heads are asked; Medusa's heads see h alone (`sees_token=False`). W and b are zero at first:
+    token after x by `output_layer(h + silu(W_k [h; e(x)] + b_k))`. `e(x)`, the model's embedding of x, is
+    known by the time heads are asked; Medusa's see h alone (`sees_token=False`). W and b are zero at first:
     untrained heads repeat the model's own logits.
 
     model: the decoder they belong to. Its layers are used, never changed, and are no part of this module: its
