@@ -173,6 +173,8 @@ class SoftmaxWindowAttention(ComposedAttention):
         if key_mask is not None:  # whatever padding holds, NaN included
             real = key_mask[:, None, :, None]
             query, key, value = (x.masked_fill(~real, 0) for x in (query, key, value))
+        if count == 1 and key_mask is None and (even := _even(part.tensors, self.window)):
+            return self._step(query, key, value, part.tensors, *even)
         if count == 1:
             alone = torch.ones(batch, 1, 1, dtype=torch.bool, device=query.device)
             out = self._tree(query, key, value, part.tensors, torch.zeros_like(part.length)[:, None], alone)
@@ -193,6 +195,29 @@ class SoftmaxWindowAttention(ComposedAttention):
         with full_precision(value.device):
             self._append(new_key, new_value, part.tensors, real)
         super().commit(key, value, States(tuple(convolution)), path)
+
+    def _step(
+        self, query: Tensor, key: Tensor, value: Tensor, state: State, length: int, folded: int
+    ) -> Tensor:
+        """One token after sequences of one length, where no mask is needed: a quarter of `_tree`'s time."""
+        slot = length % self.window
+        place = slice(slot, slot + 1)
+        if length - folded == self.window:
+            features = positive(widen(state.key_window[:, :, place]), self.key_map)
+            state.recurrent.add_(features.mT @ with_one(widen(state.value_window[:, :, place])))
+            state.folded.add_(1)
+        state.key_window[:, :, place] = key
+        state.value_window[:, :, place] = value
+        state.length.add_(1)
+        keys, values = (widen(x[:, :, : length + 1]) for x in (state.key_window, state.value_window))
+        query = widen(query)
+        scores = _per_kv_head(self.split_heads(query * self.scale), keys.mT)
+        near = self.merge_heads(_per_kv_head(scores.softmax(-1), values))
+        if length < self.window:
+            return near
+        log_near = self.merge_heads(scores.logsumexp(-1, keepdim=True))
+        query = self.split_heads(positive(query, self.query_map))
+        return self._join(near, log_near, self.merge_heads(_per_kv_head(query, state.recurrent)))
 
     def _columns(
         self, query: Tensor, key: Tensor, value: Tensor, state: State, key_mask: Tensor | None
@@ -288,6 +313,20 @@ class SoftmaxWindowAttention(ComposedAttention):
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, window={self.window}"
+
+
+def _even(state: State, window: int) -> tuple[int, int] | None:
+    """Length and folded of every sequence, where these are the same and the window has no row to spare.
+
+    None on other devices than the CPU and in compiled graphs, which cannot ask, or only by waiting.
+    """
+    if torch.compiler.is_compiling() or not state.length.is_cpu or state.key_window.shape[2] != window:
+        return None
+    found = set(zip(state.length.tolist(), state.folded.tolist(), strict=True))
+    length, folded = found.pop()
+    # Taken back after tokens left the window, a sequence has rows that hold nothing.
+    full = length - folded >= window - 1
+    return (length, folded) if not found and (full or folded == 0) else None
 
 
 def _per_kv_head(x: Tensor, matrix: Tensor) -> Tensor:
