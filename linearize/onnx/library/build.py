@@ -11,11 +11,10 @@ import tempfile
 from pathlib import Path
 
 from ...errors import LibraryError
-from ...kernels import cpu
-from .loader import LIBRARY
+from .loader import KERNELS, LIBRARY, sources
 
 HEADER = "onnxruntime_cxx_api.h"
-_SOURCES = Path(__file__).parent
+_FOLDER = Path(__file__).parent
 _PLACES = (Path(sys.prefix), Path("/usr"), Path("/usr/local"), Path("/opt/onnxruntime"))
 _FOLDERS = ("", "include", "include/onnxruntime", "include/onnxruntime/core/session", "onnxruntime")
 _FLAGS = ("-std=c++17", "-O3", "-fPIC", "-g0", "-fvisibility=hidden")
@@ -56,12 +55,12 @@ def build(include: Path | None = None, *, compiler: str | None = None) -> Path:
         raise LibraryError("no C++ compiler was found; install g++ or clang++")
     if not os.access(LIBRARY.parent, os.W_OK):
         raise LibraryError(f"{LIBRARY.parent} is not writable, and the library belongs there")
-    shared = (*_FLAGS, f"-I{Path(cpu.__file__).parent}")
+    shared = (*_FLAGS, f"-I{KERNELS}")
     with tempfile.TemporaryDirectory(dir=LIBRARY.parent, prefix=".build-") as folder:
         parts = {
             "avx2.o": (*_AVX2, "-DKERNELS=avx2_rolling", *_KERNELS),
             "avx512.o": (*_AVX512, "-DKERNELS=avx512_rolling", *_KERNELS),
-            "op.o": ("-isystem", str(headers), "-c", "op.cpp"),
+            "op.o": (f'-DSOURCES="{sources()}"', "-isystem", str(headers), "-c", "op.cpp"),
         }
         for name, flags in parts.items():
             _run(found, *shared, *flags, "-o", f"{folder}/{name}")
@@ -72,7 +71,7 @@ def build(include: Path | None = None, *, compiler: str | None = None) -> Path:
 
 def _run(*command: str) -> None:
     try:
-        done = subprocess.run(command, cwd=_SOURCES, capture_output=True, text=True)
+        done = subprocess.run(command, cwd=_FOLDER, capture_output=True, text=True)
     except OSError as error:
         raise LibraryError(f"the compiler {command[0]} cannot be run: {error}") from error
     if done.returncode:

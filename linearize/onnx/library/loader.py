@@ -7,6 +7,7 @@ and a missing type or provider is an error instead of a slower session. So the f
 from __future__ import annotations
 
 import ctypes
+import hashlib
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
@@ -16,6 +17,7 @@ import onnx
 import onnxruntime
 
 from ...errors import LibraryError
+from ...kernels import cpu
 from ..schema import DOMAIN, FAMILIES, VERSION
 
 if TYPE_CHECKING:
@@ -23,6 +25,9 @@ if TYPE_CHECKING:
 
 LIBRARY = Path(__file__).with_name("_operators.so")
 """Where `build` puts the library."""
+
+KERNELS = Path(cpu.__file__).parent
+"""The headers of the kernels that it is made of."""
 
 CPU = "CPUExecutionProvider"
 _OPERATORS = (FAMILIES["relu2"], FAMILIES["linear"])
@@ -34,13 +39,13 @@ def unavailable_reason() -> str | None:
     if not LIBRARY.exists():
         return "the library was not built: run `linearize build-library`"
     try:
-        library = _load()
+        library = _load(LIBRARY.stat().st_mtime_ns)
     except OSError as error:
         return f"the library cannot be loaded: {error}"
     if not library.linearize_onnx_runs_here():
         return "this processor has no AVX2"
-    if library.linearize_onnx_version() != VERSION:
-        return f"the library is of another version of {DOMAIN}: run `linearize build-library` again"
+    if library.linearize_onnx_sources().decode() != sources():
+        return "the library was built from other sources: run `linearize build-library` again"
     built, here = library.linearize_onnx_api(), int(onnxruntime.__version__.split(".")[1])
     if built > here:
         return f"the library was built with headers of onnxruntime 1.{built}, newer than 1.{here} here"
@@ -49,7 +54,7 @@ def unavailable_reason() -> str | None:
 
 def calls() -> int:
     """How often an operator of the library ran in this process; 0 without the library."""
-    return int(_load().linearize_onnx_calls()) if unavailable_reason() is None else 0
+    return int(_load(LIBRARY.stat().st_mtime_ns).linearize_onnx_calls()) if unavailable_reason() is None else 0
 
 
 def obstacle(path: str | PathLike[str], providers: Sequence[str] = (CPU,)) -> str | None:
@@ -96,8 +101,19 @@ def register(
 
 
 @cache
-def _load() -> ctypes.CDLL:
+def sources() -> str:
+    """A digest of what the library is compiled from."""
+    digest = hashlib.sha256()
+    for path in sorted([*LIBRARY.parent.glob("*.cpp"), *LIBRARY.parent.glob("*.h"), *KERNELS.glob("*.h")]):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+@cache
+def _load(changed: int) -> ctypes.CDLL:
+    """The library; `changed` is when the file was, so that one that was built again is another."""
     library = ctypes.CDLL(str(LIBRARY))
-    for name in ("calls", "runs_here", "version", "api"):
+    for name in ("calls", "runs_here", "api"):
         getattr(library, f"linearize_onnx_{name}").restype = ctypes.c_int64
+    library.linearize_onnx_sources.restype = ctypes.c_char_p
     return library

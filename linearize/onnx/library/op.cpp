@@ -171,8 +171,8 @@ using namespace linearize;
 // How often an operator of this library ran in this process.
 EXPORTED int64_t linearize_onnx_calls() { return calls.load(); }
 
-// Of the domain `ai.linearize`, and of onnxruntime's interface: the minor number of its first version.
-EXPORTED int64_t linearize_onnx_version() { return 1; }
+// The sources it was built from (build.py, `sources`), and the minor number of the oldest onnxruntime for it.
+EXPORTED const char* linearize_onnx_sources() { return SOURCES; }
 EXPORTED int64_t linearize_onnx_api() { return ORT_API_VERSION; }
 
 // 1 when this processor can run the kernels.
