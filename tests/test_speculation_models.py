@@ -153,6 +153,4 @@ def test_caches_that_cannot_hold_a_tree_are_refused_and_stay_as_they_were() -> N
         transformers.MistralConfig(vocab_size=96, sliding_window=4, num_key_value_heads=2, **settings)
     ).eval()
     with pytest.raises(InputError, match="DynamicSlidingWindowLayer"):
-        window.generate(
-            tokens(1, 9), **GREEDY, custom_generate=TreeSpeculation(DraftModel(model, depth=2))
-        )
+        window.generate(tokens(1, 9), **GREEDY, custom_generate=TreeSpeculation(DraftModel(model, depth=2)))

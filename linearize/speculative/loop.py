@@ -119,7 +119,7 @@ class TreeSpeculation:
                 row.emit(chooser.pick(chooser.scores(row.ids, scores)))
             sent = _stream(streamer, rows[0], len(input_ids[0]))
             while not all(row.done for row in rows):
-                drafts = self._drafts(rows, hidden)
+                drafts = self._drafts(rows, hidden, logits.shape[-1])
                 size = max(len(tokens) for tokens, _ in drafts)
                 tokens = _padded([tokens for tokens, _ in drafts], size, 0, input_ids.device)
                 parents = _padded([parents for _, parents in drafts], size, -1, torch.device("cpu"))
@@ -141,16 +141,12 @@ class TreeSpeculation:
             streamer.end()
         return _output(rows, cache, generation_config)
 
-    def _drafts(self, rows: list[Row], hidden: Tensor | None) -> list[Draft]:
-        """For every row the token that comes next, and what the drafter expects to follow it; a row that is
-        done needs any one node."""
+    def _drafts(self, rows: list[Row], hidden: Tensor | None, vocabulary: int) -> list[Draft]:
+        """For every row its last token, which the model has not seen, and what the drafter expects below."""
         drafts = self.drafter.propose([row.known for row in rows], hidden)
-        return [
-            ([0], [-1])
-            if row.done
-            else ([int(row.known[-1]), *tokens], [-1, *(parent + 1 for parent in parents)])
-            for row, (tokens, parents) in zip(rows, drafts, strict=True)
-        ]
+        if len(drafts) != len(rows):
+            raise InputError(f"the drafter gave {len(drafts)} drafts for {len(rows)} sequences")
+        return [_below(row, *draft, vocabulary) for row, draft in zip(rows, drafts, strict=True)]
 
     def _count(self, stats: Stats, drafts: list[Draft], paths: list[list[int]]) -> None:
         stats.passes += 1
@@ -163,6 +159,21 @@ class TreeSpeculation:
                 stats.drafted += len(tokens) - 1
                 stats.accepted += len(path) - 1
                 stats.depth += max(depth)
+
+
+def _below(row: Row, tokens: list[int], parents: list[int], vocabulary: int) -> Draft:
+    """A draft below the row's last token; a row that is done needs any one node. Raises InputError for what
+    is no draft; whether parents come first is checked with the tree."""
+    if row.done:
+        return [0], [-1]
+    if len(tokens) != len(parents):
+        raise InputError(f"a draft has as many parents as tokens, not {len(parents)} and {len(tokens)}")
+    if tokens and not 0 <= min(tokens) <= max(tokens) < vocabulary:
+        raise InputError(
+            f"tokens {min(tokens)} to {max(tokens)} were drafted and the model has {vocabulary}: the drafter "
+            "has another vocabulary"
+        )
+    return [int(row.known[-1]), *tokens], [-1, *(parent + 1 for parent in parents)]
 
 
 def _padded(lists: list[list[int]], size: int, value: int, device: torch.device) -> Tensor:
