@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from .config import LinearizeConfig as LinearizeConfig
     from .demo import load_demo as load_demo
     from .errors import LinearizeError as LinearizeError
+    from .onnx import export_onnx as export_onnx
     from .released import load_released as load_released
     from .report import Report as Report
     from .report import inspect as inspect
@@ -56,6 +57,7 @@ _EXPORTS = {
     "LinearizeConfig": ".config",
     "AttentionModule": ".attention",
     "LinearizeError": ".errors",
+    "export_onnx": ".onnx",
     "TreeSpeculation": ".speculative",
     "PromptLookup": ".speculative",
     "Medusa": ".speculative",
@@ -73,7 +75,7 @@ __all__ = ["__version__", *_EXPORTS]
 def __getattr__(name: str) -> Any:
     if name in _EXPORTS:
         return getattr(import_module(_EXPORTS[name], __name__), name)
-    if name in {"ops", "passes", "backend", "errors"}:
+    if name in {"ops", "passes", "backend", "errors", "onnx"}:
         return import_module(f".{name}", __name__)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 

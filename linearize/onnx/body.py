@@ -200,7 +200,7 @@ class _Tokens:
         return op.Add(first, op.Unsqueeze(source, op.ints(1)))
 
     def queries(self, query: Value, kv_heads: Value, repeats: Value) -> Value:
-        """float [B, H, T, D] -> [B, Hkv, blocks, R block, D]: the query heads of a key/value head together."""
+        """float [B, H, T, D] -> [B, Hkv, blocks, R block, D]: the R query heads of a key/value head stacked."""
         op = self.op
         heads, dim = op.size(query, 1), op.size(query, 3)
         rows = op.Concat(query, op.zeros(self.batch, heads, 1, dim), axis=2)
@@ -212,7 +212,7 @@ class _Tokens:
         return op.rows(rows, op.Add(first, asked), self.batch, kv_heads, self.blocks, stacked)
 
     def columns(self, out: Value, kv_heads: Value, repeats: Value) -> Value:
-        """Inverse of `queries`, [B, Hkv, blocks, R block, Dv] -> [B, H, T, Dv]; zero where there is no token."""
+        """Inverse of `queries`, [B, Hkv, blocks, R block, Dv] -> [B, H, T, Dv]; zero for no token."""
         out = _unstacked(self.op, out, self.op.Max(self.rank, self.op.ints(0)), self.block, kv_heads, repeats)
         keep = self.op.reshape(self.mask, self.batch, 1, self.length, 1)
         return self.op.Where(keep, out, 0.0)
