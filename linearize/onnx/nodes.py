@@ -23,6 +23,15 @@ class Past(NamedTuple):
     recurrent: Tensor
     window: Tensor
 
+    def flat(self) -> tuple[Tensor, Tensor]:
+        """As a file has it, the window with three axes, [B, Hkv R, D + Dv]: onnxruntime-genai takes no more."""
+        return self.recurrent, self.window.flatten(1, 2)
+
+    @classmethod
+    def of(cls, recurrent: Tensor, window: Tensor) -> Past:
+        """Inverse of `flat`."""
+        return cls(recurrent, window.unflatten(1, (recurrent.shape[1], -1)))
+
 
 class Call(NamedTuple):
     """What all layers of one call share: mask, bool [B, T], and the real tokens before it, int64 [B]."""

@@ -169,7 +169,7 @@ def decoder(model: Any, names: StateNames) -> Program:
     for index, layer in enumerate(layers):
         if isinstance(layer, StateLayer):
             states = empty(layer._module(), batch, dtype)  # type: ignore[arg-type]
-            past.append([tuple(state) for state in states])
+            past.append([state.flat() for state in states])
             for part in range(len(states)):
                 more = f".{part}" if part else ""
                 before += [names.past_recurrent % index + more, names.past_conv % index + more]
@@ -241,12 +241,12 @@ class _Decoder(nn.Module):
             if module is None:
                 layers.append(KeyValueLayer(*pairs[0]))
             else:
-                layers.append(ExportLayer(module, [Past(*pair) for pair in pairs], call, columns))
+                layers.append(ExportLayer(module, [Past.of(*pair) for pair in pairs], call, columns))
         result = self.model(**given, past_key_values=Cache(layers=list(layers)), use_cache=True)
         after: list[Tensor] = []
         for layer in layers:
             if isinstance(layer, ExportLayer):
-                after += [tensor for past in layer.past for tensor in past]
+                after += [tensor for past in layer.past for tensor in past.flat()]
             else:
                 after += [layer.keys, layer.values]
         return (result[0], *after)
