@@ -1,4 +1,4 @@
-"""The command line: `linearize demo | inspect | convert | mechanisms | version`."""
+"""The command line: `linearize demo | inspect | convert | generate | mechanisms | version`."""
 
 from __future__ import annotations
 
@@ -15,10 +15,12 @@ from rich.table import Table
 from rich.text import Text
 
 from . import __version__
-from .errors import CheckpointError, ConfigError, LinearizeError
+from .errors import CheckpointError, ConfigError, InputError, LinearizeError
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from .generation import Run
 
 app = typer.Typer(
     help="Find any softmax attention in a model, prove it, and rewrite it to linear attention.",
@@ -169,6 +171,65 @@ def convert(
 
 
 @app.command()
+def generate(
+    source: Annotated[
+        str, typer.Argument(help="a folder with a decoder, converted or not, or `demo`, converted on the way")
+    ],
+    prompt: Annotated[str | None, typer.Option(help="the text to continue")] = None,
+    file: Annotated[Path | None, typer.Option(help="a file with the text to continue")] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="tokens to stop after")] = 128,
+    temperature: Annotated[float, typer.Option(help="0: the likeliest token; above: sampled")] = 0.0,
+    top_p: Annotated[float, typer.Option(help="sample from the likeliest tokens of this probability")] = 1.0,
+    seed: Annotated[int, typer.Option(help="of sampling")] = 0,
+    speculative: Annotated[
+        str | None, typer.Option(help="draft several tokens per pass: medusa, draft or lookup")
+    ] = None,
+    heads: Annotated[
+        Path | None, typer.Option(help="folder with Medusa heads; the model's own unless said")
+    ] = None,
+    draft: Annotated[str | None, typer.Option(help="folder with the small model that drafts")] = None,
+    nodes: Annotated[int | None, typer.Option(help="most tokens to draft per pass")] = None,
+) -> None:
+    """Continue a text: the text on stdout as it comes, then what it took on stderr."""
+    from .generation import check_decoder, speculation_of
+    from .generation import generate as continue_text
+
+    text = _prompt(prompt, file)
+    model, tokenizer = _decoder(source)
+    if text and _is_demo(source):
+        text = f"{tokenizer.bos_token}{text}"  # as in its training; its tokenizer does not add it
+    speculation = None
+    if speculative is not None:
+        small = None
+        if draft is not None:
+            small = load_source(find_source(draft))
+            check_decoder(small, draft)
+        own = find_source(source) if heads is None else heads
+        speculation = speculation_of(speculative, model, heads=own, draft=small, nodes=nodes)
+    elif heads is not None or draft is not None or nodes is not None:
+        raise ConfigError("--heads, --draft and --nodes go with --speculative medusa, draft or lookup")
+
+    def write(piece: str) -> None:
+        sys.stdout.write(piece)
+        sys.stdout.flush()
+
+    run = continue_text(
+        model,
+        tokenizer,
+        text,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        seed=seed,
+        speculation=speculation,
+        write=write,
+    )
+    sys.stdout.write("\n")
+    sys.stdout.flush()
+    _tell(run)
+
+
+@app.command()
 def mechanisms() -> None:
     """List what can take a softmax's place: formula, options with defaults, and the kinds of site it fits.
 
@@ -188,6 +249,69 @@ def mechanisms() -> None:
         texts = Text(mechanism.formula), Text("\n".join(options))  # their brackets are no markup
         table.add_row(mechanism.name, *texts, augmentation, *fits)
     Console(width=None if sys.stdout.isatty() else 160).print(table)
+
+
+def _prompt(prompt: str | None, file: Path | None) -> str:
+    if (prompt is None) == (file is None):
+        raise ConfigError("give the text to continue, either as --prompt TEXT or as --file FILE")
+    if file is None:
+        return prompt or ""
+    try:
+        return file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"cannot read the prompt in {file}: {error}") from error
+
+
+def _decoder(source: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A decoder and its tokenizer; the demo's is converted here, and writes badly untuned."""
+    from transformers import AutoTokenizer
+
+    from .api import linearize
+    from .generation import check_decoder
+
+    folder = find_source(source)
+    model = load_source(folder)
+    check_decoder(model, source)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError, ImportError) as error:
+        raise CheckpointError(f"cannot load the tokenizer in {folder}: {error}") from error
+    if _is_demo(source):
+        linearize(model)
+        typer.echo(
+            "converted now and not tuned: it computes exactly what it should, and writes badly", err=True
+        )
+    return model, tokenizer
+
+
+def _tell(run: Run) -> None:
+    """What a generation took, on stderr: stdout holds nothing but the text."""
+    from .generation import LONG
+
+    text = f"{run.tokens} tokens: {run.tokens_per_second:.1f} per second, {run.tokens_per_pass:.2f} per pass"
+    if run.acceptance is not None:
+        text += f", {run.acceptance:.0%} of the drafted depth accepted"
+    typer.echo(f"{text}; {run.prompt} tokens of prompt in {run.first:.2f} s", err=True)
+    now, memory = run.length, run.memory
+    table = Table("memory in bytes", *(f"at {length:,} tokens" for length in (now, LONG)))
+    if memory.held == memory.softmax:
+        table.add_row("KV cache (this model is not converted)", *(f"{memory.at(n):,}" for n in (now, LONG)))
+    else:
+        table.add_row("this model's state", *(f"{memory.at(n):,}" for n in (now, LONG)))
+        table.add_row("a KV cache instead", *(f"{memory.softmax_at(n):,}" for n in (now, LONG)))
+    Console(stderr=True, width=None if sys.stderr.isatty() else 120).print(table)
+
+
+@app.command()
+def build_library(
+    include: Annotated[
+        Path | None, typer.Option(help="folder with onnxruntime's C++ headers; the usual places unless said")
+    ] = None,
+) -> None:
+    """Compile the kernels with which onnxruntime runs exported files faster. Takes seconds and a C++ compiler."""
+    from . import onnx
+
+    typer.echo(f"wrote {onnx.build_library(include)}")
 
 
 def _options(given: Iterable[str]) -> dict[str, Any]:
@@ -216,12 +340,16 @@ def _indices(text: str) -> tuple[int, ...] | None:
         raise ConfigError(f"layers must be numbers separated by commas, got {text!r}") from error
 
 
+def _is_demo(name: str) -> bool:
+    return name == "demo" and not Path(name).is_dir()
+
+
 def find_source(name: str) -> Path:
     """The folder of a model: an existing one, the shipped demo, or a download from the Hub."""
     folder = Path(name)
     if folder.is_dir():
         return folder
-    if name == "demo":
+    if _is_demo(name):
         return Path(__file__).parent / "demo_model"
     if folder.is_absolute() or name.startswith((".", "~")) or name.count("/") != 1:
         raise CheckpointError(f"{name}: no such folder")

@@ -89,7 +89,10 @@ class SavesPlan:
         if speculative is not None:
             if kwargs.get("custom_generate") is not None or kwargs.get("assistant_model") is not None:
                 raise InputError("speculative= stands alone: leave out custom_generate= and assistant_model=")
-            kwargs["custom_generate"] = speculative
+            # transformers streams the prompt, and gives a callable no streamer for what it generates.
+            streamer = kwargs.get("streamer")
+            bound = {} if streamer is None else {"streamer": streamer}
+            kwargs["custom_generate"] = functools.partial(speculative, **bound)
         return super().generate(*args, **kwargs)  # type: ignore[misc]
 
     def _prepare_cache_for_generation(

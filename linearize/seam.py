@@ -122,15 +122,20 @@ def attention_forward(
     return output.transpose(1, 2).contiguous(), None
 
 
+def attention_children(owner: Any) -> list[Any]:
+    """The owner's attention modules, told by what they have: PEFT wraps those it trains with an adapter."""
+    return [child for child in owner.children() if hasattr(child, "has_state")]
+
+
 def sole_child(owner: Any) -> AttentionModule | None:
     """The owner's one attention module; None when it has several, which would share a cache layer."""
-    children = [child for child in owner.children() if isinstance(child, AttentionModule)]
+    children = attention_children(owner)
     return children[0] if len(children) == 1 else None
 
 
 def drops_window(owner: Any) -> bool:
     """Some site of the owner had a causal window, which its linear form does not follow."""
-    children = [child for child in owner.children() if isinstance(child, AttentionModule)]
+    children = attention_children(owner)
     return any(c.spec.window is not None and not isinstance(c, SoftmaxAttention) for c in children)
 
 
