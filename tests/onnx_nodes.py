@@ -13,10 +13,11 @@ import onnx_ir
 import onnxruntime as ort
 import torch
 from linearize.kernels.oracle import augmented_attention
-from linearize.onnx import body
-from linearize.onnx.schema import DOMAIN, FAMILIES, OPERATORS, VERSION, window_rows
 from onnx import TensorProto, helper
 from torch import Tensor
+
+from linearize.onnx import body
+from linearize.onnx.schema import DOMAIN, FAMILIES, OPERATORS, VERSION, window_rows
 
 OPSET = 20
 FLOAT, FLOAT16, BFLOAT16, DOUBLE = (

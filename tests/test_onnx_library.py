@@ -7,11 +7,12 @@ from pathlib import Path
 import numpy as np
 import onnxruntime as ort
 import pytest
+from onnx_nodes import BFLOAT16, DOUBLE, FLOAT, FLOAT16, Case, session_options, write_node
+
 from linearize.errors import LibraryError
 from linearize.onnx import library
 from linearize.onnx.library.build import find_headers
 from linearize.onnx.schema import FAMILIES
-from onnx_nodes import BFLOAT16, DOUBLE, FLOAT, FLOAT16, Case, session_options, write_node
 
 CPU = ["CPUExecutionProvider"]
 CUDA = ["CUDAExecutionProvider", "CPUExecutionProvider"]
@@ -25,7 +26,7 @@ def built() -> Path:
     """The library, built now when it was not and the headers are here."""
     if library.unavailable_reason() is not None:
         try:
-            library.build()
+            library.build_library()
         except LibraryError as error:
             pytest.skip(f"the library for onnxruntime is not built and cannot be: {error}")
     reason = library.unavailable_reason()
@@ -170,7 +171,7 @@ def test_shapes_that_do_not_fit_are_an_error_and_not_a_crash(built: Path, tmp_pa
 
 def test_without_headers_one_sentence_says_where_they_are_to_be_had(tmp_path: Path) -> None:
     with pytest.raises(LibraryError, match="libonnxruntime-dev.*--include") as caught:
-        library.build(tmp_path)
+        library.build_library(tmp_path)
     assert "\n" not in str(caught.value) and str(tmp_path) in str(caught.value)
 
 
@@ -185,8 +186,8 @@ def test_a_build_that_fails_leaves_the_library_as_it_was(built: Path, tmp_path: 
     (tmp_path / "onnxruntime_cxx_api.h").write_text("#error not these\n")
     before = built.read_bytes()
     with pytest.raises(LibraryError, match="not these"):
-        library.build(tmp_path)
+        library.build_library(tmp_path)
     with pytest.raises(LibraryError, match="cannot be run"):
-        library.build(tmp_path, compiler="no-such-compiler")
+        library.build_library(tmp_path, compiler="no-such-compiler")
     assert built.read_bytes() == before and library.unavailable_reason() is None
     assert not list(built.parent.glob(".build-*"))

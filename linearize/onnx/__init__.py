@@ -16,6 +16,9 @@ from ..errors import MissingExtraError
 if TYPE_CHECKING:
     from .export import Exported as Exported
     from .export import export_onnx as export_onnx
+    from .genai import write_genai as write_genai
+    from .library import build_library as build_library
+    from .library import register as register
     from .programs import StateNames as StateNames
     from .quantize import quantize as quantize
     from .runtime import OrtModel as OrtModel
@@ -26,6 +29,9 @@ _EXPORTS = {
     "StateNames": ".programs",
     "quantize": ".quantize",
     "OrtModel": ".runtime",
+    "build_library": ".library",
+    "register": ".library",
+    "write_genai": ".genai",
 }
 _EXTRA = {"onnx", "onnx_ir", "onnxruntime", "onnxscript"}
 

@@ -8,7 +8,7 @@ A file needs none of this: without the library its nodes run by their bodies. Bu
     rolling.cpp     the kernels, once per instruction set; the mathematics is that of kernels/cpu
 """
 
-from .build import build
+from .build import build_library
 from .loader import LIBRARY, calls, obstacle, register, unavailable_reason
 
-__all__ = ["LIBRARY", "build", "calls", "obstacle", "register", "unavailable_reason"]
+__all__ = ["LIBRARY", "build_library", "calls", "obstacle", "register", "unavailable_reason"]

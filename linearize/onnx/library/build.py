@@ -40,7 +40,7 @@ def find_headers(include: Path | None = None) -> Path:
     )
 
 
-def build(include: Path | None = None, *, compiler: str | None = None) -> Path:
+def build_library(include: Path | None = None, *, compiler: str | None = None) -> Path:
     """Compile the library for this machine's family of processors, in seconds, and return where it is.
 
     include: where onnxruntime's headers are, 1.18 or newer and not newer than the onnxruntime in use.
