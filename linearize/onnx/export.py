@@ -6,6 +6,7 @@ import copy
 import os
 from collections import Counter
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from ..errors import ExportError, InvalidModelError
 from ..verification import quiet_run
 from . import file as files
 from . import programs
+from .genai import write_genai
 from .programs import Program, StateNames
 
 FILE = "model.onnx"
@@ -110,6 +112,10 @@ def export_onnx(
                 written += files.write(graph, folder / name, external_data)
         if not single:
             written += _configuration(model, folder)
+            if FILE in programs_ and "logits" in programs_[FILE].outputs:
+                # A decoder that onnxruntime-genai has no names for is still one for onnxruntime.
+                with suppress(ExportError):
+                    written.append(write_genai(folder / FILE, model.config, model.generation_config))
         home = target.parent if single else target
         found = tuple(home / file.name for file in written)
     return Exported(

@@ -24,7 +24,7 @@ class Past(NamedTuple):
     window: Tensor
 
     def flat(self) -> tuple[Tensor, Tensor]:
-        """As a file has it, the window with three axes, [B, Hkv R, D + Dv]: onnxruntime-genai takes no more."""
+        """As a file has it, the window as [B, Hkv R, D + Dv]: onnxruntime-genai takes three axes."""
         return self.recurrent, self.window.flatten(1, 2)
 
     @classmethod

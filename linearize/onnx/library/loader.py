@@ -54,7 +54,9 @@ def unavailable_reason() -> str | None:
 
 def calls() -> int:
     """How often an operator of the library ran in this process; 0 without the library."""
-    return int(_load(LIBRARY.stat().st_mtime_ns).linearize_onnx_calls()) if unavailable_reason() is None else 0
+    if unavailable_reason() is not None:
+        return 0
+    return int(_load(LIBRARY.stat().st_mtime_ns).linearize_onnx_calls())
 
 
 def obstacle(path: str | PathLike[str], providers: Sequence[str] = (CPU,)) -> str | None:
