@@ -41,9 +41,9 @@ def run(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> C
     return call
 
 
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    """A tiny llama with the demo's tokenizer, as someone would have it on disk."""
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny llama with the demo's tokenizer, as someone would have it on disk. Not to be written to."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     import linearize as lz
@@ -57,6 +57,7 @@ def folder(tmp_path: Path) -> Path:
         num_key_value_heads=2,
     )
     torch.manual_seed(0)
-    LlamaForCausalLM(config).save_pretrained(tmp_path / "model")
-    lz.load_demo()[1].save_pretrained(tmp_path / "model")
-    return tmp_path / "model"
+    path = tmp_path_factory.mktemp("llama") / "model"
+    LlamaForCausalLM(config).save_pretrained(path)
+    lz.load_demo()[1].save_pretrained(path)
+    return path
