@@ -7,7 +7,7 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from ..errors import InputError
+from ..errors import ConfigError, InputError
 
 Draft = tuple[list[int], list[int]]
 """A tree of tokens, and the index of the parent of each; -1 for the parent of those that come first. Parents
@@ -36,17 +36,41 @@ class Drafter(Protocol):
 
 def merge(branches: Iterable[Sequence[int]]) -> Draft:
     """Continuations as one tree in which every shared beginning stands once: tokens and parents."""
+    return union((list(branch), list(range(-1, len(branch) - 1))) for branch in branches)
+
+
+class Several:
+    """Drafters whose drafts are tried together, as one tree. What two of them expect stands in it once."""
+
+    def __init__(self, drafters: Sequence[Drafter]) -> None:
+        if not drafters:
+            raise ConfigError("name one drafter at least")
+        self.drafters = tuple(drafters)
+        self.needs_hidden = any(drafter.needs_hidden for drafter in self.drafters)
+
+    def start(self, model: Any) -> None:
+        for drafter in self.drafters:
+            drafter.start(model)
+
+    def propose(self, ids: Sequence[Tensor], hidden: Tensor | None) -> list[Draft]:
+        proposals = [d.propose(ids, hidden if d.needs_hidden else None) for d in self.drafters]
+        return [union(drafts) for drafts in zip(*proposals, strict=True)]
+
+
+def union(drafts: Iterable[Draft]) -> Draft:
+    """Trees as one, in which every shared beginning stands once."""
     tokens: list[int] = []
     parents: list[int] = []
     known: dict[tuple[int, int], int] = {}
-    for branch in branches:
-        node = -1
-        for token in branch:
-            if (node, token) not in known:
-                known[node, token] = len(tokens)
+    for draft in drafts:
+        place = [-1]  # of each node in the union, after that of the parent of first tokens
+        for token, parent in zip(*draft, strict=True):
+            key = place[parent + 1], token
+            if key not in known:
+                known[key] = len(tokens)
                 tokens.append(token)
-                parents.append(node)
-            node = known[node, token]
+                parents.append(key[0])
+            place.append(known[key])
     return tokens, parents
 
 

@@ -58,13 +58,16 @@ class MedusaHeads(nn.Module):
     def forward(self, hidden: Tensor, tokens: Tensor) -> Tensor:
         """Logits `[heads, N, vocabulary]`; hidden `[N, hidden_size]`, tokens int64 `[N]` chosen from it."""
         layer, embedding = self._base
-        seen = torch.cat([hidden, embedding(tokens).to(hidden.dtype)], -1) if self.sees_token else hidden
+        hidden = hidden.to(self.weight.dtype)
+        seen = hidden
+        if self.sees_token:
+            seen = torch.cat([hidden, _frozen(embedding, tokens).to(hidden.dtype)], -1)
         states = hidden + F.silu(
             torch.baddbmm(self.bias, seen.expand(self.num_heads, -1, -1), self.weight.mT)
         )
         if self.output is not None:
             return states @ self.output.mT
-        return layer(states)
+        return _frozen(layer, states.to(layer.weight.dtype))
 
     def check(self, model: Any) -> None:
         """Raise InputError when the heads were made for a model of other sizes."""
@@ -139,8 +142,9 @@ class MedusaHeads(nn.Module):
         """How often guesses are right: `rates[k][r]` for head k and rank r, on text the heads were not
         trained on, among the places where the heads before it had the right token in their first `ranks`.
 
-        tokens: int64 `[n]` or `[B, n]`. Right is what the model itself would choose (greedily) there. The
-        result is kept as `rates`. Raises InputError for fewer tokens than the heads look ahead.
+        tokens: int64 `[n]` or `[B, n]`, or several such. Right is what the model itself would choose
+        (greedily), and only places count where the text so far is what it would have chosen. The result is
+        kept as `rates`. Raises InputError for fewer tokens than the heads look ahead.
         """
         from .training import measure
 
@@ -149,6 +153,14 @@ class MedusaHeads(nn.Module):
 
     def extra_repr(self) -> str:
         return f"heads={self.num_heads}, {_sizes(self.fingerprint)}"
+
+
+def _frozen(layer: nn.Module, inputs: Tensor) -> Tensor:
+    """What the model's own layer says, without gradients for its parameters."""
+    if not torch.is_grad_enabled():
+        return layer(inputs)
+    parameters = {name: parameter.detach() for name, parameter in layer.named_parameters()}
+    return torch.func.functional_call(layer, parameters, (inputs,))
 
 
 def _sizes(fingerprint: dict[str, int]) -> str:

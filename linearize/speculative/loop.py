@@ -7,6 +7,7 @@ the logits agree). A good draft only makes it take fewer passes.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,7 +17,7 @@ from torch import Tensor
 from ..draft import accept, tree_logits
 from ..errors import ConfigError, InputError
 from .acceptance import Typical, rule
-from .drafter import Draft, Drafter
+from .drafter import Draft, Drafter, Several
 from .hidden import tapped
 from .rows import Chooser, Row, Stop
 from .tree import Tree
@@ -56,17 +57,25 @@ class TreeSpeculation:
     Models that were not converted take it as `generate(..., custom_generate=...)`, and any settings of
     `generate` that make one choice per token go with it; beams do not.
 
-    drafter: who guesses, see `Drafter`. tree: which guesses are tried, for drafters that rank guesses by
-    depth (`Medusa`); None for the drafter's own. acceptance: "exact", or a rule such as `Typical()`.
-    stats: of the last call; `passes`, `tokens`, `tokens_per_pass` and `acceptance` are there by name.
+    drafter: who guesses, see `Drafter`; of several the trees are tried as one. tree: which guesses are tried,
+    for a drafter that ranks its guesses by depth (`Medusa`); None for the drafter's own. acceptance: "exact",
+    or a rule such as `Typical()`. stats: of the last call; `passes`, `tokens`, `tokens_per_pass` and
+    `acceptance` are there by name.
+
+    Raises ConfigError for a tree with a drafter that makes its own, or an unknown acceptance.
     """
 
-    def __init__(self, drafter: Drafter, tree: Tree | None = None, acceptance: Any = "exact") -> None:
+    def __init__(
+        self,
+        drafter: Drafter | Sequence[Drafter],
+        tree: Tree | None = None,
+        acceptance: Any = "exact",
+    ) -> None:
         if tree is not None:
             if not hasattr(drafter, "with_tree"):
                 raise ConfigError(f"{type(drafter).__name__} makes its own trees: leave out tree=")
             drafter = drafter.with_tree(tree)
-        self.drafter = drafter
+        self.drafter = Several(drafter) if isinstance(drafter, (list, tuple)) else drafter
         self.rule = rule(acceptance)
         self.stats = Stats()
 
@@ -104,8 +113,8 @@ class TreeSpeculation:
         """
         cache = model_kwargs.get("past_key_values")
         _check(model, input_ids, cache, logits_processor, generation_config, synced_gpus, streamer)
-        getattr(self.drafter, "start", lambda model: None)(model)
-        needs_hidden = getattr(self.drafter, "needs_hidden", False)
+        self.drafter.start(model)
+        needs_hidden = self.drafter.needs_hidden
         mask = model_kwargs.get("attention_mask")
         columns = torch.ones_like(input_ids) if mask is None else mask
         real, stop = columns.bool(), Stop(stopping_criteria)

@@ -22,7 +22,7 @@ def train_heads(
     *,
     num_heads: int = 4,
     tokenizer: Any = None,
-    targets: str = "model",
+    targets: str = "generated",
     sees_token: bool = True,
     own_layers: bool = False,
     context: int = 256,
@@ -41,18 +41,19 @@ def train_heads(
     The model is not changed: its hidden states on the data are computed once and kept (as many numbers as the
     hidden size for every token, in the model's dtype), then the heads alone are trained on them.
 
-    data: int64 `[n]` or `[B, n]`, or several such of any lengths; with `tokenizer`, texts. targets: what
-    heads learn to guess: "model", what the model would choose greedily after the text (better for greedy
-    decoding), or "text", what the text says. sees_token, own_layers: see `MedusaHeads`. context: tokens that
-    are read at once. epochs, batch_size (of pieces of `context` tokens), learning_rate: of AdamW, with a
-    cosine schedule. decay: head k's loss counts `decay ** k`. held_out: share of the data, its end, that is
-    not trained on but gives `heads.rates`. output_dir: where the Trainer keeps its checkpoints, one each
-    epoch; resume: go on from the last of them. progress: show the Trainer's bar.
+    data: int64 `[n]` or `[B, n]`, or several such of any lengths; with `tokenizer`, texts. It is read in
+    pieces of `context` tokens. targets: what heads learn to guess. "generated": the model itself goes on,
+    greedily, from the first quarter of each piece, and heads learn on what it writes, which is what they
+    will see when it decodes; "model": what the model would choose along the text as it is; "text": what the
+    text says. sees_token, own_layers: see `MedusaHeads`. epochs, batch_size (in pieces), learning_rate: of
+    AdamW, with a cosine schedule. decay: head k's loss counts `decay ** k`. held_out: share of the data, its
+    end, that is not trained on but gives `heads.rates`. output_dir: where the Trainer keeps its checkpoints,
+    one each epoch; resume: go on from the last of them. progress: show the Trainer's bar.
 
     Raises InputError for too little data, ConfigError for settings, MissingExtraError without accelerate.
     """
-    if targets not in ("model", "text"):
-        raise ConfigError(f"targets are 'model' or 'text', got {targets!r}")
+    if targets not in ("generated", "model", "text"):
+        raise ConfigError(f"targets are 'generated', 'model' or 'text', got {targets!r}")
     if not 0 < held_out < 1:
         raise ConfigError(f"held_out is a share between 0 and 1, got {held_out}")
     if resume and output_dir is None:
@@ -60,6 +61,8 @@ def train_heads(
     trainer_class, arguments_class = _trainer()
     heads = MedusaHeads(model, num_heads, sees_token, own_layers)
     pieces = _pieces(sequences(data, tokenizer), context, num_heads)
+    if targets == "generated":
+        pieces = _pieces(_continued(model, pieces, context), context, num_heads)
     kept = max(1, round(len(pieces) * held_out))
     if len(pieces) <= kept:
         raise InputError(f"{len(pieces)} pieces of {context} tokens are too few to train on: give more text")
@@ -117,8 +120,6 @@ def measure(heads: MedusaHeads, model: Any, tokens: Any, ranks: int) -> list[lis
             found = torch.zeros_like(alive)
             found[alive] = (rank < ranks).to(found.device)
             alive = found & (piece[head + 2 : head + 2 + places] == target)
-    if int(tried[0]) == 0:
-        raise InputError("none of this text is what the model would have chosen: nothing to measure on")
     return (hits / tried.clamp_min(1)[:, None]).tolist()
 
 
@@ -157,6 +158,33 @@ def _pieces(found: Sequence[Tensor], context: int, num_heads: int) -> list[Tenso
     if not pieces:
         raise InputError(f"the data has no {num_heads + 2} tokens in a row: give more text")
     return pieces
+
+
+def _continued(model: Any, pieces: Sequence[Tensor], context: int) -> list[Tensor]:
+    """What the model writes greedily after the first quarter of every whole piece, `context` tokens in all,
+    and where it ended the text before, so many."""
+    start, batch = max(1, context // 4), 64
+    whole = [piece[:start] for piece in pieces if len(piece) == context]
+    if not whole:
+        raise InputError(
+            f"no text has {context} tokens in a row to go on from: give more, or a shorter context"
+        )
+    found: list[Tensor] = []
+    for i in range(0, len(whole), batch):
+        prompts = torch.stack(whole[i : i + batch]).to(next(iter(model.parameters())).device)
+        out = model.generate(
+            prompts,
+            attention_mask=torch.ones_like(prompts),
+            max_new_tokens=context - start,
+            do_sample=False,
+            num_beams=1,
+            return_dict_in_generate=False,
+        ).cpu()
+        ends = model.generation_config.eos_token_id
+        for row in out:
+            stops = torch.isin(row[start:], torch.tensor([] if ends is None else ends)).nonzero()
+            found.append(row[: start + int(stops[0]) + 1] if len(stops) else row)
+    return found
 
 
 def _example(model: Any, piece: Tensor, context: int, num_heads: int, targets: str) -> dict[str, Tensor]:
