@@ -1,4 +1,4 @@
-"""The command line: `linearize demo | inspect | convert | generate | mechanisms | version`."""
+"""The command line: `linearize demo | inspect | convert | generate | train-heads | mechanisms | version`."""
 
 from __future__ import annotations
 
@@ -249,6 +249,70 @@ def mechanisms() -> None:
         texts = Text(mechanism.formula), Text("\n".join(options))  # their brackets are no markup
         table.add_row(mechanism.name, *texts, augmentation, *fits)
     Console(width=None if sys.stdout.isatty() else 160).print(table)
+
+
+@app.command()
+def train_heads(
+    source: Annotated[
+        str, typer.Argument(help="a folder with a decoder, converted or not, or `demo`, converted on the way")
+    ],
+    data: Annotated[list[Path], typer.Option(help="a text file, or a folder of them; repeat for several")],
+    out: Annotated[Path | None, typer.Option(help="folder to write; the model's own unless said")] = None,
+    num_heads: Annotated[int, typer.Option(help="tokens to guess ahead")] = 4,
+    targets: Annotated[
+        str, typer.Option(help="what heads learn: generated (what the model writes), model or text")
+    ] = "generated",
+    max_tokens: Annotated[
+        int, typer.Option(help="tokens of the data to use; memory and time go by them")
+    ] = 60_000,
+    context: Annotated[int, typer.Option(help="tokens that are read at once")] = 256,
+    epochs: Annotated[float, typer.Option(help="times that the data is gone through")] = 3.0,
+    batch_size: Annotated[int, typer.Option(help="pieces of `context` tokens per step")] = 1,
+    learning_rate: Annotated[float, typer.Option(help="of AdamW, at its highest")] = 2e-3,
+    own_layers: Annotated[bool, typer.Option(help="an output layer for each head, as in Medusa-1")] = False,
+    checkpoints: Annotated[Path | None, typer.Option(help="folder for a checkpoint every epoch")] = None,
+    resume: Annotated[bool, typer.Option(help="go on from the last of these checkpoints")] = False,
+    seed: Annotated[int, typer.Option(help="of the order of the data")] = 0,
+) -> None:
+    """Train Medusa heads on a frozen decoder, for `generate --speculative medusa`."""
+    from .speculative import fit_tree
+    from .speculative import train_heads as train
+    from .speculative.medusa import NODES
+    from .speculative.training import text_tokens
+
+    target = out
+    if target is None:
+        if _is_demo(source):
+            raise ConfigError("name the folder to write the heads to: --out DIR")
+        target = find_source(source)
+    model, tokenizer = _decoder(source)
+    heads = train(
+        model,
+        text_tokens(data, tokenizer, max_tokens),
+        num_heads=num_heads,
+        targets=targets,
+        context=context,
+        epochs=epochs,
+        batch_size=batch_size,
+        learning_rate=learning_rate,
+        own_layers=own_layers,
+        output_dir=checkpoints,
+        resume=resume,
+        progress=sys.stderr.isatty(),
+        seed=seed,
+    )
+    heads.save(target)
+    rates = heads.rates or []
+    table = Table("held-out text, right by rank", *(f"{rank + 1}" for rank in range(len(rates[0]))))
+    for head, row in enumerate(rates):
+        table.add_row(f"head {head + 1}", *(f"{rate:.1%}" for rate in row))
+    Console(width=None if sys.stdout.isatty() else 120).print(table)
+    typer.echo(f"{num_heads} heads written to {target}")
+    if any(rates[0]):
+        tree = fit_tree(rates, NODES)
+        typer.echo(
+            f"a tree of {len(tree)} nodes should give about {tree.expected_tokens:.2f} tokens per pass"
+        )
 
 
 def _prompt(prompt: str | None, file: Path | None) -> str:

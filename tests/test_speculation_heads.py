@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -234,3 +235,31 @@ def test_what_cannot_be_trained_or_drafted_is_said(
     monkeypatch.setitem(sys.modules, "accelerate", None)
     with pytest.raises(MissingExtraError, match=r"linearize\[train\]"):
         train_heads(model, tokens(4, 60))
+
+
+def test_the_command_trains_heads_that_generate_uses(run: Any, folder: Path, tmp_path: Path) -> None:
+    """A row of shares for each head, on stdout; the model's folder holds the heads, and nothing else new."""
+    model = tmp_path / "model"
+    shutil.copytree(folder, model)
+    texts = tmp_path / "texts"
+    texts.mkdir()
+    for i in range(3):
+        (texts / f"{i}.py").write_text("\n".join(f"def f{j}(x): return x + {j * i}" for j in range(60)))
+    (texts / "picture.bin").write_bytes(b"\xff\xfe\x00")
+    settings = ("--data", texts, "--num-heads", 2, "--context", 32, "--max-tokens", 1500)
+    result = run("train-heads", model, *settings, "--epochs", 8, "--learning-rate", 2e-2)
+    assert result.code == 0, result.err
+    assert sum(line.count("head 1") + line.count("head 2") for line in result.out.splitlines()) == 2
+    assert "2 heads written to" in result.out
+    new = {path.name for path in model.iterdir()} - {path.name for path in folder.iterdir()}
+    assert new == {"medusa_heads.json", "medusa_heads.safetensors"}
+    said = run("generate", model, "--prompt", "def f", "--max-new-tokens", 20)
+    drafted = run("generate", model, "--prompt", "def f", "--max-new-tokens", 20, "--speculative", "medusa")
+    assert drafted.code == 0 and drafted.out == said.out
+    for arguments, message in (
+        (("train-heads", model, "--data", tmp_path / "none"), "cannot read the text"),
+        (("train-heads", "demo", "--data", texts), "--out DIR"),
+        (("train-heads", model, "--data", texts, "--targets", "words"), "targets"),
+    ):
+        result = run(*arguments)
+        assert result.code == 1 and message in result.err.splitlines()[-1]

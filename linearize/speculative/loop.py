@@ -54,8 +54,9 @@ class Stats:
 class TreeSpeculation:
     """Decoding by draft trees: `model.generate(..., speculative=TreeSpeculation(drafter))`.
 
-    Models that were not converted take it as `generate(..., custom_generate=...)`, and any settings of
-    `generate` that make one choice per token go with it; beams do not.
+    Models that were not converted take it as `generate(..., custom_generate=...)`; transformers gives such a
+    callable no streamer, so bind that: `functools.partial(speculation, streamer=streamer)`. All settings of
+    `generate` that choose one token at a time go with it; beams do not.
 
     drafter: who guesses, see `Drafter`; of several the trees are tried as one. tree: which guesses are tried,
     for a drafter that ranks its guesses by depth (`Medusa`); None for the drafter's own. acceptance: "exact",

@@ -27,7 +27,7 @@ def train_heads(
     own_layers: bool = False,
     context: int = 256,
     epochs: float = 3.0,
-    batch_size: int = 4,
+    batch_size: int = 1,
     learning_rate: float = 2e-3,
     decay: float = 0.8,
     held_out: float = 0.05,
@@ -149,6 +149,30 @@ def sequences(data: Any, tokenizer: Any) -> list[Tensor]:
         if tensor.dim() != 1 or (tensor.is_floating_point() and len(tensor)):
             raise InputError("data is token ids, int64 [n] or [B, n], several of these, or texts")
         found.append(tensor.long().cpu())
+    return found
+
+
+def text_tokens(paths: Sequence[Path], tokenizer: Any, limit: int) -> list[Tensor]:
+    """Token ids of text files, and of those in folders, in the order of their names, up to `limit` tokens.
+
+    A folder's files that are no text are passed over. Raises InputError for a path that cannot be read.
+    """
+    found: list[Tensor] = []
+    for path in paths:
+        for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
+            if limit <= 0:
+                return found
+            if file.is_dir():
+                continue
+            try:
+                text = file.read_text(encoding="utf-8")
+            except (OSError, UnicodeDecodeError) as error:
+                if path.is_dir():
+                    continue
+                raise InputError(f"cannot read the text in {file}: {error}") from error
+            if text:
+                found += [ids[:limit] for ids in sequences(text, tokenizer)]
+                limit -= len(found[-1])
     return found
 
 

@@ -109,7 +109,7 @@ def fit_tree(rates: Iterable[Sequence[float]], nodes: int = 16) -> Tree:
             if rate > 0:
                 heapq.heappush(waiting, (chance * rate, (*path, rank)))
     if not chosen:
-        raise ConfigError("no guess was ever right: these rates make no tree")
+        raise ConfigError("no guess was ever right: train on more text, measure on more, or write a Tree")
     return Tree(tuple(chosen), table)
 
 
