@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -98,7 +99,7 @@ def tree_layers(cache: Any) -> list[StateLayer | KeyValueLayer]:
 
 def _check_masks(model: nn.Module) -> None:
     """Raise InputError unless keys and values can be masked node by node, at positions that are told."""
-    if not _takes_positions(type(model)):
+    if not _takes_positions(type(model).forward):
         raise InputError(f"draft trees need position_ids, which {type(model).__name__} does not take")
     attention = getattr(getattr(model, "config", None), "_attn_implementation", None)
     if attention not in ("sdpa", "eager"):
@@ -109,5 +110,5 @@ def _check_masks(model: nn.Module) -> None:
 
 
 @functools.cache
-def _takes_positions(cls: type) -> bool:
-    return "position_ids" in inspect.signature(cls.forward).parameters  # type: ignore[attr-defined]
+def _takes_positions(forward: Callable[..., Any]) -> bool:
+    return "position_ids" in inspect.signature(forward).parameters

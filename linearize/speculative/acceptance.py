@@ -124,5 +124,5 @@ def rule(acceptance: Any) -> Acceptance:
     if acceptance == "exact":
         return Exact()
     if hasattr(acceptance, "walk"):
-        return acceptance  # type: ignore[no-any-return]
+        return acceptance
     raise ConfigError(f"acceptance is 'exact' or a rule such as linearize.Typical(), got {acceptance!r}")

@@ -17,8 +17,10 @@ come before children."""
 class Drafter(Protocol):
     """Guesses how sequences go on. What it guesses never changes what is generated, only how fast."""
 
-    needs_hidden: bool
-    """Whether `propose` is given the hidden states."""
+    @property
+    def needs_hidden(self) -> bool:
+        """Whether `propose` is given the hidden states."""
+        ...
 
     def start(self, model: Any) -> None:
         """A generation with `model` begins. Raises InputError when the two do not fit together."""

@@ -76,7 +76,7 @@ class TreeSpeculation:
             if not hasattr(drafter, "with_tree"):
                 raise ConfigError(f"{type(drafter).__name__} makes its own trees: leave out tree=")
             drafter = drafter.with_tree(tree)
-        self.drafter = Several(drafter) if isinstance(drafter, (list, tuple)) else drafter
+        self.drafter: Drafter = Several(drafter) if isinstance(drafter, Sequence) else drafter
         self.rule = rule(acceptance)
         self.stats = Stats()
 
@@ -156,7 +156,7 @@ class TreeSpeculation:
         drafts = self.drafter.propose([row.known for row in rows], hidden)
         if len(drafts) != len(rows):
             raise InputError(f"the drafter gave {len(drafts)} drafts for {len(rows)} sequences")
-        return [_below(row, *draft, vocabulary) for row, draft in zip(rows, drafts, strict=True)]
+        return [_below(row, draft, vocabulary) for row, draft in zip(rows, drafts, strict=True)]
 
     def _count(self, stats: Stats, drafts: list[Draft], paths: list[list[int]]) -> None:
         stats.passes += 1
@@ -171,11 +171,12 @@ class TreeSpeculation:
                 stats.depth += max(depth)
 
 
-def _below(row: Row, tokens: list[int], parents: list[int], vocabulary: int) -> Draft:
+def _below(row: Row, draft: Draft, vocabulary: int) -> Draft:
     """A draft below the row's last token; a row that is done needs any one node. Raises InputError for what
     is no draft; whether parents come first is checked with the tree."""
     if row.done:
         return [0], [-1]
+    tokens, parents = draft
     if len(tokens) != len(parents):
         raise InputError(f"a draft has as many parents as tokens, not {len(parents)} and {len(tokens)}")
     if tokens and not 0 <= min(tokens) <= max(tokens) < vocabulary:
