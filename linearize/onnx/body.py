@@ -200,7 +200,7 @@ class _Tokens:
         return op.Add(first, op.Unsqueeze(source, op.ints(1)))
 
     def queries(self, query: Value, kv_heads: Value, repeats: Value) -> Value:
-        """float [B, H, T, D] -> [B, Hkv, blocks, R block, D]: the R query heads of a key/value head stacked."""
+        """float [B, H, T, D] -> [B, Hkv, blocks, R block, D], R query heads of a key/value head stacked."""
         op = self.op
         heads, dim = op.size(query, 1), op.size(query, 3)
         rows = op.Concat(query, op.zeros(self.batch, heads, 1, dim), axis=2)

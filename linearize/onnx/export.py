@@ -21,7 +21,7 @@ from . import programs
 from .genai import write_genai
 from .programs import Program, StateNames
 
-FILE = "model.onnx"
+FILE, ENCODER, DECODER = "model.onnx", "encoder_model.onnx", "decoder_model.onnx"
 DTYPES = {"float32": torch.float32, "float16": torch.float16}
 
 
@@ -129,9 +129,11 @@ def export_onnx(
     )
 
 
-def _makers(model: nn.Module, inputs: Any, names: StateNames) -> dict[str, Callable[[nn.Module], Program]]:
+def _makers(model: Any, inputs: Any, names: StateNames) -> dict[str, Callable[[Any], Program]]:
     """The graphs that the model becomes, by file name."""
-    if inputs is None and programs.is_decoder(model):
+    if inputs is None and programs.generates(model):
+        if getattr(model.config, "is_encoder_decoder", False):
+            return {ENCODER: programs.encoder_of, DECODER: lambda m: programs.decoder_of(m, names)}
         return {FILE: lambda m: programs.decoder(m, names)}
     return {FILE: lambda m: programs.plain(m, inputs)}
 

@@ -21,7 +21,7 @@ import torch
 from .. import __version__
 from ..errors import ExportError
 from . import body
-from .programs import Program
+from .programs import LENGTH, PAST, TOTAL, Program
 from .schema import DOMAIN, VERSION
 
 OPSETS = range(18, 27)
@@ -93,7 +93,8 @@ def _name_axes(model: ir.Model, program: Program) -> None:
     for value in (*model.graph.inputs, *model.graph.outputs):
         for axis, size in enumerate(value.shape or ()):
             if not isinstance(size, int) and size.value is not None:
-                value.shape[axis] = re.sub(r"\b[a-z]+\d+\b", lambda m: known.get(m[0], m[0]), size.value)
+                size = re.sub(r"\b[a-z]+\d+\b", lambda m: known.get(m[0], m[0]), size.value)
+                value.shape[axis] = TOTAL if set(size.split(" + ")) == {PAST, LENGTH} else size
 
 
 def write(model: ir.Model, path: Path, external_data: bool | None) -> list[Path]:

@@ -31,6 +31,7 @@ class ExportLayer(StateLayer):
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        self.columns = self.columns + key_states.shape[-2]
         return key_states, value_states
 
     def get_seq_length(self) -> Any:
@@ -108,7 +109,7 @@ def _attend(
 def _window(
     module: SoftmaxWindowAttention, query: Tensor, key: Tensor, value: Tensor, past: Past, call: Call
 ) -> tuple[Tensor, Past]:
-    maps = [module.query_map, module.key_map, module.far_weight]
+    maps: list[Tensor] = [module.query_map, module.key_map, module.far_weight]
     kv_heads, tiled = key.shape[1], module.spec.kv_layout == "tiled"
     if tiled:
         query = to_interleaved(query, kv_heads)

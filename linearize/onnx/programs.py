@@ -7,8 +7,8 @@ that one run of the model fills.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -26,14 +26,15 @@ from . import nodes
 from .nodes import Call, Past
 from .past import ExportLayer, KeyValueLayer, empty
 
-BATCH, LENGTH, TOTAL, PAST = "batch_size", "sequence_length", "total_sequence_length", "past_sequence_length"
+BATCH, LENGTH, TOTAL = "batch_size", "sequence_length", "total_sequence_length"
+PAST, ENCODED = "past_sequence_length", "encoder_sequence_length"
 _COLUMNS = 7
 """Tokens before the call in the example of a decoder, unlike the batch and the length."""
 
 
 @dataclass(frozen=True)
 class StateNames:
-    """Names of a decoder's states in the file; `%d` is the layer. The defaults are those of onnxruntime-genai.
+    """Names of a decoder's states in the file, `%d` for the layer. The defaults are onnxruntime-genai's.
 
     A mechanism with more than one state in a layer adds `.1`, `.2`, ... to the names of the others.
     """
@@ -60,6 +61,7 @@ class Program:
     """One graph to be written.
 
     inputs, outputs: names in order. axes: names of the axes of inputs that must not be frozen, by input.
+    states, caches: layers that keep a state, and keys and values.
     """
 
     exported: ExportedProgram
@@ -68,13 +70,11 @@ class Program:
     axes: dict[str, dict[int, str]]
     states: int = 0
     caches: int = 0
-    facts: dict[str, str] = field(default_factory=dict)
 
 
-def is_decoder(model: nn.Module) -> bool:
-    """A model that generates from a cache of its own tokens alone."""
-    generates = bool(getattr(model, "can_generate", lambda: False)())
-    return generates and not getattr(getattr(model, "config", None), "is_encoder_decoder", False)
+def generates(model: nn.Module) -> bool:
+    """Whether the model decodes with a cache."""
+    return bool(getattr(model, "can_generate", lambda: False)())
 
 
 def plain(model: nn.Module, inputs: Any) -> Program:
@@ -140,95 +140,147 @@ def _free_axes(names: Sequence[str], examples: Sequence[Mapping[str, Any]]) -> d
 
 
 def decoder(model: Any, names: StateNames) -> Program:
-    """Tokens and states in, logits and states out: prefill, prefill in pieces and decoding in one graph."""
-    example = {
-        name: value
-        for name, value in example_inputs(model)[0].items()
-        if name in ("input_ids", "attention_mask")
-    }
-    if list(example) != ["input_ids", "attention_mask"]:
+    """Tokens and states in, logits and states out: prefill, prefill in pieces and decoding in one graph.
+
+    Raises ExportError for a model that needs more than tokens, or keeps something else than states or keys
+    and values.
+    """
+    from transformers import DynamicCache
+
+    example = {k: v for k, v in example_inputs(model)[0].items() if isinstance(v, Tensor)}
+    if set(example) != {"input_ids", "attention_mask"}:
         raise ExportError(
-            f"{type(model).__name__} does not run on input_ids and attention_mask alone; "
-            "export_onnx writes decoders of tokens"
+            f"{type(model).__name__} takes {', '.join(example)}; a decoder is written as a graph of "
+            "input_ids and attention_mask alone"
         )
-    layers = _layers(model, example)
-    ids = example["input_ids"]
-    batch, length = ids.shape
-    mask = torch.ones(batch, _COLUMNS + length, dtype=torch.int64, device=ids.device)
-    inputs: dict[str, Tensor] = {"input_ids": ids, "attention_mask": mask}
-    axes: dict[str, dict[int, str]] = {
-        "input_ids": {0: BATCH, 1: LENGTH},
-        "attention_mask": {0: BATCH, 1: TOTAL},
-    }
+    cache = DynamicCache(config=model.config)
+    model(**example, past_key_values=cache, use_cache=True)
+    tokens, axes = _tokens(example["input_ids"])
     if "position_ids" in inspect.signature(model.forward).parameters:
-        inputs["position_ids"] = torch.arange(_COLUMNS, _COLUMNS + length, device=ids.device).repeat(batch, 1)
+        count = tokens["attention_mask"].shape[1]
+        tokens["position_ids"] = (tokens["attention_mask"].cumsum(1) - 1)[:, _COLUMNS:count]
         axes["position_ids"] = {0: BATCH, 1: LENGTH}
-    tokens = list(inputs)
-    past, before, after = [], [], []
-    dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
-    for index, layer in enumerate(layers):
-        if isinstance(layer, StateLayer):
-            states = empty(layer._module(), batch, dtype)  # type: ignore[arg-type]
-            past.append([state.flat() for state in states])
-            for part in range(len(states)):
-                more = f".{part}" if part else ""
-                before += [names.past_recurrent % index + more, names.past_conv % index + more]
-                after += [names.present_recurrent % index + more, names.present_conv % index + more]
-        else:
-            shape = (batch, layer.keys.shape[1], _COLUMNS)
-            kept = (layer.keys, layer.values)
-            past.append([tuple(x.new_zeros(*shape, x.shape[3]) for x in kept)])
-            before += [names.past_key % index, names.past_value % index]
-            after += [names.present_key % index, names.present_value % index]
-    flat = [tensor for parts in past for part in parts for tensor in part]
-    for name, tensor in zip(before, flat, strict=True):
-        growing = name in [names.past_key % i for i in range(len(layers))] + [
-            names.past_value % i for i in range(len(layers))
-        ]
-        axes[name] = {0: BATCH, 2: PAST} if growing else {0: BATCH}
-        inputs[name] = tensor
-    modules = [layer._module() if isinstance(layer, StateLayer) else None for layer in layers]
-    shell = _Decoder(model, tokens, modules, [len(parts) for parts in past])
-    shapes = tuple({axis: Dim.AUTO for axis in axes[name]} for name in inputs)
-    exported = _trace(shell, tuple(inputs.values()), (shapes,))
-    states = sum(module is not None for module in modules)
-    return Program(
-        exported, list(inputs), ["logits", *after], axes, states=states, caches=len(layers) - states
+    return _stateful(model, _call_decoder, tokens, axes, cache.layers, names)
+
+
+def _call_decoder(model: Any, given: Mapping[str, Tensor], layers: Sequence[Any]) -> Any:
+    from transformers import Cache
+
+    return model(**given, past_key_values=Cache(layers=list(layers)), use_cache=True)
+
+
+def encoder_of(model: Any) -> Program:
+    """The encoder of an encoder-decoder: what it takes in, `last_hidden_state` out."""
+    encoder = model.get_encoder()
+    takes = inspect.signature(encoder.forward).parameters
+    examples = [{k: v for k, v in e.items() if k in takes} for e in example_inputs(model)]
+    return plain(encoder, examples)
+
+
+def decoder_of(model: Any, names: StateNames) -> Program:
+    """The decoder of an encoder-decoder: `input_ids`, `attention_mask` [B, past + T], the encoder's output
+    `encoder_hidden_states` [B, S, hidden], `encoder_attention_mask` [B, S] where the model takes one, and
+    states in; logits and states out. Keys and values of the encoder's output are computed at each call.
+    """
+    from transformers import DynamicCache, EncoderDecoderCache
+
+    example = {k: v for k, v in example_inputs(model)[0].items() if isinstance(v, Tensor)}
+    if "decoder_input_ids" not in example:
+        raise ExportError(f"{type(model).__name__} does not take decoder_input_ids")
+    config = model.config.get_text_config(decoder=True)
+    cache = EncoderDecoderCache(DynamicCache(config=config), DynamicCache(config=config))
+    hidden = model(**example, past_key_values=cache, use_cache=True).encoder_last_hidden_state
+    tokens, axes = _tokens(example["decoder_input_ids"])
+    tokens["encoder_hidden_states"] = hidden
+    axes["encoder_hidden_states"] = {0: BATCH, 1: ENCODED}
+    if "attention_mask" in example:
+        tokens["encoder_attention_mask"] = torch.ones(hidden.shape[:2], dtype=torch.int64)
+        axes["encoder_attention_mask"] = {0: BATCH, 1: ENCODED}
+    return _stateful(model, _call_decoder_of, tokens, axes, cache.self_attention_cache.layers, names)
+
+
+def _call_decoder_of(model: Any, given: Mapping[str, Tensor], layers: Sequence[Any]) -> Any:
+    from transformers import Cache, DynamicCache, EncoderDecoderCache
+    from transformers.modeling_outputs import BaseModelOutput
+
+    more = {"attention_mask": given["encoder_attention_mask"]} if "encoder_attention_mask" in given else {}
+    return model(
+        encoder_outputs=BaseModelOutput(last_hidden_state=given["encoder_hidden_states"]),
+        decoder_input_ids=given["input_ids"],
+        decoder_attention_mask=given["attention_mask"],
+        past_key_values=EncoderDecoderCache(Cache(layers=list(layers)), DynamicCache()),
+        use_cache=True,
+        **more,
     )
 
 
-def _layers(model: Any, example: Mapping[str, Tensor]) -> list[Any]:
-    """The cache's layers after one run: states, and keys and values."""
-    from transformers import DynamicCache
+def _tokens(ids: Tensor) -> tuple[dict[str, Tensor], dict[str, dict[int, str]]]:
+    """Example tokens after `_COLUMNS` others, and their mask."""
+    mask = ids.new_ones(ids.shape[0], _COLUMNS + ids.shape[1], dtype=torch.int64)
+    axes = {"input_ids": {0: BATCH, 1: LENGTH}, "attention_mask": {0: BATCH, 1: TOTAL}}
+    return {"input_ids": ids, "attention_mask": mask}, axes
 
-    cache = DynamicCache(config=model.config)
-    model(**example, past_key_values=cache, use_cache=True)
-    for index, layer in enumerate(cache.layers):
-        known = isinstance(layer, StateLayer) or getattr(layer, "keys", None) is not None
-        if not known:
+
+def _stateful(
+    model: Any,
+    call: Callable[[Any, Mapping[str, Tensor], Sequence[Any]], Any],
+    tokens: dict[str, Tensor],
+    axes: dict[str, dict[int, str]],
+    layers: Sequence[Any],
+    names: StateNames,
+) -> Program:
+    """layers: those of a cache that the model has filled."""
+    batch = tokens["input_ids"].shape[0]
+    dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
+    inputs, modules, parts, after = dict(tokens), [], [], ["logits"]
+    for index, layer in enumerate(layers):
+        module = layer._module() if isinstance(layer, StateLayer) else None
+        modules.append(module)
+        if module is not None:
+            pasts = empty(module, batch, dtype)
+            parts.append(len(pasts))
+            for part, past in enumerate(pasts):
+                more = f".{part}" if part else ""
+                for name, tensor in zip((names.past_recurrent, names.past_conv), past, strict=True):
+                    inputs[name % index + more], axes[name % index + more] = tensor, {0: BATCH}
+                after += [name % index + more for name in (names.present_recurrent, names.present_conv)]
+            continue
+        keys, values = getattr(layer, "keys", None), getattr(layer, "values", None)
+        if keys is None or values is None:
             raise ExportError(
-                f"layer {index} of {type(model).__name__} keeps a {type(layer).__name__}, which has no ONNX form"
+                f"layer {index} of {type(model).__name__} keeps a {type(layer).__name__} in its cache, which "
+                "has no ONNX form"
             )
-    return list(cache.layers)
+        parts.append(1)
+        for name, x in ((names.past_key, keys), (names.past_value, values)):
+            inputs[name % index] = x.new_zeros(batch, x.shape[1], _COLUMNS, x.shape[3])
+            axes[name % index] = {0: BATCH, 2: PAST}
+        after += [names.present_key % index, names.present_value % index]
+    shell = _Stateful(model, call, list(tokens), modules, parts)
+    shapes = tuple(dict.fromkeys(axes[name], Dim.AUTO) for name in inputs)
+    exported = _trace(shell, tuple(inputs.values()), (shapes,))
+    states = sum(module is not None for module in modules)
+    return Program(exported, list(inputs), after, axes, states=states, caches=len(modules) - states)
 
 
-class _Decoder(nn.Module):
-    """tokens: names of the first inputs; then the states of every layer: `parts` pairs of tensors each."""
+class _Stateful(nn.Module):
+    """tokens: names of the first inputs; then the states of every layer, `parts` pairs of tensors each."""
 
     def __init__(
         self,
         model: nn.Module,
+        call: Callable[[Any, Mapping[str, Tensor], Sequence[Any]], Any],
         tokens: Sequence[str],
-        modules: Sequence[AttentionModule | None],
+        sites: Sequence[AttentionModule | None],
         parts: Sequence[int],
     ) -> None:
         super().__init__()
         self.model = model
-        self._tokens, self._sites, self._parts = list(tokens), list(modules), list(parts)
+        self._run = call
+        # A tuple: modules in it are not registered a second time.
+        self._sites, self._tokens, self._parts = tuple(sites), tuple(tokens), tuple(parts)
 
     def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
-        from transformers import Cache
-
         given = dict(zip(self._tokens, tensors, strict=False))
         states = iter(tensors[len(self._tokens) :])
         mask, count = given["attention_mask"], given["input_ids"].shape[1]
@@ -241,22 +293,27 @@ class _Decoder(nn.Module):
             if module is None:
                 layers.append(KeyValueLayer(*pairs[0]))
             else:
-                layers.append(ExportLayer(module, [Past.of(*pair) for pair in pairs], call, columns))
-        result = self.model(**given, past_key_values=Cache(layers=list(layers)), use_cache=True)
+                layers.append(ExportLayer(module, [Past(*pair) for pair in pairs], call, columns))
+        result = self._run(self.model, given, layers)
         after: list[Tensor] = []
         for layer in layers:
             if isinstance(layer, ExportLayer):
-                after += [tensor for past in layer.past for tensor in past.flat()]
+                after += [tensor for past in layer.past for tensor in past]
             else:
                 after += [layer.keys, layer.values]
-        return (result[0], *after)
+        return (result.logits, *after)
 
 
 def _trace(shell: nn.Module, tensors: tuple[Tensor, ...], shapes: Any) -> ExportedProgram:
     """Export, and every core call in it as a node. Raises ExportError."""
+    # Not views: torch 2.13 writes conditions on the tensor behind one, which it cannot read back.
+    tensors = tuple(tensor.clone() for tensor in tensors)
     try:
         program = torch.export.export(shell, tensors, dynamic_shapes=shapes, strict=False)
-        return program.run_decompositions({torch.ops.linearize.augmented_attention.default: nodes.attention})
+        core = torch.ops.linearize.augmented_attention.default
+        if any(node.target is core for node in program.graph.nodes):
+            program = program.run_decompositions({core: nodes.attention})
+        return program
     except ExportError:
         raise
     except Exception as error:
