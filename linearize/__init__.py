@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from .errors import LinearizeError as LinearizeError
     from .onnx import export_onnx as export_onnx
     from .released import load_released as load_released
+    from .released_heads import load_released_heads as load_released_heads
     from .report import Report as Report
     from .report import inspect as inspect
     from .speculative import DraftModel as DraftModel
@@ -51,6 +52,7 @@ _EXPORTS = {
     "load": ".checkpoint",
     "load_demo": ".demo",
     "load_released": ".released",
+    "load_released_heads": ".released_heads",
     "lora_config": ".adapters",
     "merge": ".adapters",
     "Backend": ".backend",
