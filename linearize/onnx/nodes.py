@@ -88,7 +88,7 @@ def window_softmax(
     window: int,
     scale: float,
 ) -> tuple[Tensor, Past]:
-    """`mechanisms/softmax_window.py` after a state, heads interleaved; maps: query_map, key_map, far_weight"""
+    """The mechanism softmax_window after a state, heads interleaved; maps: query_map, key_map, far_weight."""
     out, *present = _node(
         WINDOW_SOFTMAX,
         (query, key, value, call.mask, *past, call.length, *(x.float() for x in maps)),

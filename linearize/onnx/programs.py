@@ -241,7 +241,7 @@ def _stateful(
             parts.append(len(pasts))
             for part, past in enumerate(pasts):
                 more = f".{part}" if part else ""
-                for name, tensor in zip((names.past_recurrent, names.past_conv), past, strict=True):
+                for name, tensor in zip((names.past_recurrent, names.past_conv), past.flat(), strict=True):
                     inputs[name % index + more], axes[name % index + more] = tensor, {0: BATCH}
                 after += [name % index + more for name in (names.present_recurrent, names.present_conv)]
             continue
@@ -293,12 +293,12 @@ class _Stateful(nn.Module):
             if module is None:
                 layers.append(KeyValueLayer(*pairs[0]))
             else:
-                layers.append(ExportLayer(module, [Past(*pair) for pair in pairs], call, columns))
+                layers.append(ExportLayer(module, [Past.of(*pair) for pair in pairs], call, columns))
         result = self._run(self.model, given, layers)
         after: list[Tensor] = []
         for layer in layers:
             if isinstance(layer, ExportLayer):
-                after += [tensor for past in layer.past for tensor in past]
+                after += [tensor for past in layer.past for tensor in past.flat()]
             else:
                 after += [layer.keys, layer.values]
         return (result.logits, *after)
