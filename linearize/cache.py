@@ -58,6 +58,12 @@ def state_layer(cache: Any, index: int | None, module: AttentionModule | None) -
     return adopt(cache, index, module)
 
 
+def give_up_state(cache: Any, index: int) -> None:
+    """Put back the layer whose place an empty state took."""
+    layers = getattr(cache, "self_attention_cache", cache).layers
+    layers[index] = layers[index].instead_of
+
+
 def length_of(layer: Any) -> int | Tensor:
     """Tokens in a layer; a copy, as static layers count in place."""
     length = layer.get_seq_length()

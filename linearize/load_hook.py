@@ -23,7 +23,8 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from .cache import state_layer
 from .errors import CheckpointError, InputError
-from .seam import SeamOwner, sole_child
+from .graft import GraftOwner, state_of
+from .seam import sole_child
 
 if TYPE_CHECKING:
     from torch import nn
@@ -106,7 +107,9 @@ class SavesPlan:
             return
         for path, sites in self._linearize.plan.owners.items():
             owner: Any = self.get_submodule(path)  # type: ignore[attr-defined]
-            if isinstance(owner, SeamOwner):
+            if isinstance(owner, GraftOwner):
+                state_of(owner, cache)
+            else:
                 state_layer(cache, sites[0].layer_index, sole_child(owner))
         if generation_config.is_assistant:
             cache.activate_past_recording()

@@ -34,6 +34,7 @@ class StateLayer(CacheLayerMixin):
 
     def __init__(self, module: AttentionModule, like: Any) -> None:
         super().__init__()
+        self.instead_of = like
         self.is_compileable = bool(getattr(like, "is_compileable", False))
         self.max_cache_len = like.get_max_length()
         self.cumulative_length: int | Tensor = torch.tensor(0) if self.is_compileable else 0
