@@ -28,6 +28,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+DTYPES = ("auto", "float32", "bfloat16", "float16")
 Source = Annotated[str, typer.Argument(help="a folder with a transformers model, a Hub name, or `demo`")]
 Mechanism = Annotated[
     str, typer.Option(help="what takes the softmax's place; `linearize mechanisms` lists what there is")
@@ -189,20 +190,22 @@ def generate(
     ] = None,
     draft: Annotated[str | None, typer.Option(help="folder with the small model that drafts")] = None,
     nodes: Annotated[int | None, typer.Option(help="most tokens to draft per pass")] = None,
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16; auto: as stored")] = "auto",
+    device: Annotated[str, typer.Option(help="where it runs, such as cpu or cuda")] = "cpu",
 ) -> None:
     """Continue a text: the text on stdout as it comes, then what it took on stderr."""
     from .generation import check_decoder, speculation_of
     from .generation import generate as continue_text
 
     text = _prompt(prompt, file)
-    model, tokenizer = _decoder(source)
+    model, tokenizer = _decoder(source, dtype, device)
     if text and _is_demo(source):
         text = f"{tokenizer.bos_token}{text}"  # as in its training; its tokenizer does not add it
     speculation = None
     if speculative is not None:
         small = None
         if draft is not None:
-            small = load_source(find_source(draft))
+            small = _on(load_source(find_source(draft), dtype), device)
             check_decoder(small, draft)
         own = find_source(source) if heads is None else heads
         speculation = speculation_of(speculative, model, heads=own, draft=small, nodes=nodes)
@@ -249,6 +252,25 @@ def mechanisms() -> None:
         texts = Text(mechanism.formula), Text("\n".join(options))  # their brackets are no markup
         table.add_row(mechanism.name, *texts, augmentation, *fits)
     Console(width=None if sys.stdout.isatty() else 160).print(table)
+
+
+@app.command()
+def export(
+    source: Source,
+    target: Annotated[
+        Path, typer.Argument(help="a file *.onnx, or a folder for model.onnx and what it needs")
+    ],
+    opset: Annotated[int, typer.Option(help="ONNX opset of the standard operators")] = 20,
+    dtype: Annotated[str, typer.Option(help="float32 or float16")] = "float32",
+    bits: Annotated[int, typer.Option(help="8 or 4 for quantised weights, 0 for none")] = 0,
+) -> None:
+    """Write a model, converted or not, as ONNX that stock onnxruntime runs, state in and state out."""
+    from .onnx.command import run
+
+    folder = find_source(source)
+    run(
+        load_source(folder), target, companions(folder), opset=opset, dtype=dtype, bits=bits, write=typer.echo
+    )
 
 
 @app.command()
@@ -326,7 +348,9 @@ def _prompt(prompt: str | None, file: Path | None) -> str:
         raise InputError(f"cannot read the prompt in {file}: {error}") from error
 
 
-def _decoder(source: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def _decoder(
+    source: str, dtype: str = "auto", device: str = "cpu"
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A decoder and its tokenizer; the demo's is converted here, and writes badly untuned."""
     from transformers import AutoTokenizer
 
@@ -334,7 +358,8 @@ def _decoder(source: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     from .generation import check_decoder
 
     folder = find_source(source)
-    model = load_source(folder)
+    # The demo is stored in bfloat16 and meant to run in float32, as `load_demo` has it.
+    model = load_source(folder, "float32" if dtype == "auto" and _is_demo(source) else dtype)
     check_decoder(model, source)
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
@@ -427,17 +452,20 @@ def find_source(name: str) -> Path:
         ) from error
 
 
-def load_source(folder: Path) -> PreTrainedModel:
-    """The model of a folder, converted or not, by the class its config names."""
+def load_source(folder: Path, dtype: str = "auto") -> PreTrainedModel:
+    """The model of a folder, converted or not, by the class its config names. dtype: "auto" is as stored."""
     import transformers
     from safetensors import SafetensorError
 
     from .checkpoint import read_json
 
+    if dtype not in DTYPES:
+        raise ConfigError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
     architectures = read_json(folder / "config.json").get("architectures") or []
     cls = getattr(transformers, architectures[0], None) if architectures else None
     try:
-        return (cls or transformers.AutoModel).from_pretrained(folder, local_files_only=True).eval()
+        loader = cls or transformers.AutoModel
+        return loader.from_pretrained(folder, dtype=dtype, local_files_only=True).eval()
     except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
         raise CheckpointError(f"cannot load the model in {folder}: {error}") from error
 

@@ -1,9 +1,9 @@
 """ONNX: one file that stock onnxruntime runs, state in and state out. Needs the extra `linearize[onnx]`.
 
 `schema.py` says what the operators mean, `body.py` writes them in standard operators; `programs.py` traces a
-model, `nodes.py` and `past.py` being what its attention and its cache become, `file.py` writes. `quantize.py`
-makes weights smaller, `runtime.py` runs a file, `library/` makes it faster. Nothing outside of this package
-imports it at import time.
+model, `nodes.py` and `past.py` being what its attention and its cache become; `file.py` writes it, and
+`genai.py` what onnxruntime-genai needs beside it. `quantization.py` makes weights smaller, `runtime.py` runs
+a file, `library/` makes it faster. Nothing outside of this package imports it at import time.
 """
 
 from __future__ import annotations
@@ -20,14 +20,16 @@ if TYPE_CHECKING:
     from .library import build_library as build_library
     from .library import register as register
     from .programs import StateNames as StateNames
-    from .quantize import quantize as quantize
+    from .quantization import Quantized as Quantized
+    from .quantization import quantize as quantize
     from .runtime import OrtModel as OrtModel
 
 _EXPORTS = {
     "export_onnx": ".export",
     "Exported": ".export",
     "StateNames": ".programs",
-    "quantize": ".quantize",
+    "quantize": ".quantization",
+    "Quantized": ".quantization",
     "OrtModel": ".runtime",
     "build_library": ".library",
     "register": ".library",

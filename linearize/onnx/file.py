@@ -98,18 +98,24 @@ def _name_axes(model: ir.Model, program: Program) -> None:
 
 
 def write(model: ir.Model, path: Path, external_data: bool | None) -> list[Path]:
-    """Write `path`, and `path` + ".data" beside it for weights that a protobuf file cannot hold.
+    """Write and check `path`, and `path` + ".data" beside it for weights that a protobuf file cannot hold.
 
     external_data: None decides by size. Returns the files. Raises ExportError.
     """
-    if external_data is None:
-        external_data = sum(tensor.nbytes for tensor in _weights(model)) > _LIMIT
-    data = f"{path.name}.data" if external_data else None
+    files = save(model, path, external_data)
     try:
-        ir.save(model, path, external_data=data)
         onnx.checker.check_model(str(path))
     except onnx.checker.ValidationError as error:
         raise ExportError(f"the graph is not valid ONNX: {str(error).splitlines()[0]}") from error
+    return files
+
+
+def save(model: ir.Model, path: Path, external_data: bool | None) -> list[Path]:
+    """As `write`, unchecked."""
+    if external_data is None:
+        external_data = sum(tensor.nbytes for tensor in _weights(model)) > _LIMIT
+    data = f"{path.name}.data" if external_data else None
+    ir.save(model, path, external_data=data)
     return [path, *([path.parent / data] if data else [])]
 
 
