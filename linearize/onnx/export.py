@@ -63,6 +63,7 @@ def export_onnx(
     opset: int = 20,
     dtype: str | None = None,
     names: StateNames | None = None,
+    last_logits: bool = False,
     external_data: bool | None = None,
 ) -> Exported:
     """Write a model as ONNX, with a dynamic batch and length; the model is unchanged.
@@ -80,8 +81,9 @@ def export_onnx(
     path: a file `*.onnx`, or a folder to hold `model.onnx` and the model's configuration.
     inputs: example inputs, as `linearize` takes them; made from the configuration of a transformers model.
     opset: of the standard operators, 18 to 26. dtype: "float32" or "float16", the model's own by default;
-    states are summed in float32 always. names: of the states. external_data: keep weights in `*.onnx.data`;
-    None does where the file would pass 2 GB.
+    states are summed in float32 always. names: of the states. last_logits: a decoder gives the logits of the
+    last token alone, [B, 1, vocabulary]: all that generation reads, and for a long prompt a fraction of the
+    work. external_data: keep weights in `*.onnx.data`; None does where the file would pass 2 GB.
 
     Raises ExportError when the model has no ONNX form, or the file cannot be written: nothing is left behind.
     """
@@ -92,7 +94,7 @@ def export_onnx(
     if dtype is not None and dtype not in DTYPES:
         raise ExportError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
     target = Path(path)
-    makers = _makers(model, inputs, names or StateNames())
+    makers = _makers(model, inputs, names or StateNames(), last_logits)
     single = target.suffix == ".onnx"
     if single and len(makers) > 1:
         raise ExportError(f"an encoder-decoder becomes two files; give a folder instead of {target}")
@@ -129,12 +131,18 @@ def export_onnx(
     )
 
 
-def _makers(model: Any, inputs: Any, names: StateNames) -> dict[str, Callable[[Any], Program]]:
+def _makers(
+    model: Any, inputs: Any, names: StateNames, last_logits: bool
+) -> dict[str, Callable[[Any], Program]]:
     """The graphs that the model becomes, by file name."""
-    if inputs is None and programs.generates(model):
-        if getattr(model.config, "is_encoder_decoder", False):
+    paired = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
+    stateful = inputs is None and programs.generates(model)
+    if last_logits and (paired or not stateful):
+        raise ExportError("last_logits is for a decoder that is exported with its states")
+    if stateful:
+        if paired:
             return {ENCODER: programs.encoder_of, DECODER: lambda m: programs.decoder_of(m, names)}
-        return {FILE: lambda m: programs.decoder(m, names)}
+        return {FILE: lambda m: programs.decoder(m, names, last_logits)}
     return {FILE: lambda m: programs.plain(m, inputs)}
 
 

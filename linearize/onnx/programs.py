@@ -9,6 +9,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -139,11 +140,11 @@ def _free_axes(names: Sequence[str], examples: Sequence[Mapping[str, Any]]) -> d
     return axes
 
 
-def decoder(model: Any, names: StateNames) -> Program:
+def decoder(model: Any, names: StateNames, last_logits: bool) -> Program:
     """Tokens and states in, logits and states out: prefill, prefill in pieces and decoding in one graph.
 
-    Raises ExportError for a model that needs more than tokens, or keeps something else than states or keys
-    and values.
+    last_logits: those of the last token alone. Raises ExportError for a model that needs more than tokens,
+    or keeps something else than states or keys and values.
     """
     from transformers import DynamicCache
 
@@ -156,17 +157,21 @@ def decoder(model: Any, names: StateNames) -> Program:
     cache = DynamicCache(config=model.config)
     model(**example, past_key_values=cache, use_cache=True)
     tokens, axes = _tokens(example["input_ids"])
-    if "position_ids" in inspect.signature(model.forward).parameters:
+    takes = inspect.signature(model.forward).parameters
+    if last_logits and "logits_to_keep" not in takes:
+        raise ExportError(f"{type(model).__name__} cannot leave out logits: it takes no logits_to_keep")
+    call = partial(_call_decoder, logits_to_keep=1) if last_logits else _call_decoder
+    if "position_ids" in takes:
         count = tokens["attention_mask"].shape[1]
         tokens["position_ids"] = (tokens["attention_mask"].cumsum(1) - 1)[:, _COLUMNS:count]
         axes["position_ids"] = {0: BATCH, 1: LENGTH}
-    return _stateful(model, _call_decoder, tokens, axes, cache.layers, names)
+    return _stateful(model, call, tokens, axes, cache.layers, names)
 
 
-def _call_decoder(model: Any, given: Mapping[str, Tensor], layers: Sequence[Any]) -> Any:
+def _call_decoder(model: Any, given: Mapping[str, Tensor], layers: Sequence[Any], **more: Any) -> Any:
     from transformers import Cache
 
-    return model(**given, past_key_values=Cache(layers=list(layers)), use_cache=True)
+    return model(**given, past_key_values=Cache(layers=list(layers)), use_cache=True, **more)
 
 
 def encoder_of(model: Any) -> Program:
