@@ -370,7 +370,14 @@ def _decoder(
         typer.echo(
             "converted now and not tuned: it computes exactly what it should, and writes badly", err=True
         )
-    return model, tokenizer
+    return _on(model, device), tokenizer
+
+
+def _on(model: PreTrainedModel, device: str) -> PreTrainedModel:
+    try:
+        return model.to(device)
+    except (RuntimeError, AssertionError) as error:
+        raise ConfigError(f"cannot run on {device!r}: {str(error).splitlines()[0]}") from error
 
 
 def _tell(run: Run) -> None:

@@ -110,6 +110,12 @@ def test_an_unconverted_model_is_told_to_be_one(run, folder: Path) -> None:
     assert at_length * (length - 1) == nbytes(cache) * length and at_long * length == at_length * LONG
 
 
+def test_half_precision_halves_the_cache(run, folder: Path) -> None:
+    command = ("generate", folder, "--prompt", PROMPT, "--max-new-tokens", 5)
+    whole, half = run(*command), run(*command, "--dtype", "bfloat16")
+    assert half.code == 0 and [2 * n for n in row(half, "KV cache")] == row(whole, "KV cache")
+
+
 def test_a_model_with_a_softmax_layer_left_grows_by_that_layer(run, folder: Path, tmp_path: Path) -> None:
     assert run("convert", folder, tmp_path / "hybrid", "--group-size", 8, "--layers", "1").code == 0
     result = run("generate", tmp_path / "hybrid", "--prompt", PROMPT, "--max-new-tokens", 5)
@@ -258,6 +264,8 @@ def test_fewer_nodes_draft_less(converted: Path) -> None:
             ["{folder}", "--prompt", "x", "--speculative", "medusa", "--heads", "{heads}"],
             "trained on a model with",
         ),
+        (["{folder}", "--prompt", "x", "--dtype", "int8"], "dtype must be one of auto, float32"),
+        (["{folder}", "--prompt", "x", "--device", "nowhere"], "cannot run on 'nowhere'"),
         (["{bert}", "--prompt", "x"], "holds a BertModel, which continues no text"),
         (["{other}", "--prompt", "x"], "cannot load the tokenizer"),
     ],
