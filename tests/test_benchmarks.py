@@ -20,6 +20,7 @@ import generation  # noqa: E402
 import gpu  # noqa: E402
 import gpu_sections  # noqa: E402
 import measured  # noqa: E402
+import ort  # noqa: E402
 from linearize.kernels import oracle  # noqa: E402
 from measured import Row  # noqa: E402
 
@@ -319,10 +320,11 @@ def test_the_generation_benchmark_measures_memory_decoding_trees_and_speculation
     assert {(row.details["nodes"], row.details["part"]) for row in found["trees"]} == {
         (nodes, part) for nodes in (1, 5) for part in ("whole pass and commit", "attention", "linear layers")
     }
-    # Two models, each with lookup and a tree of heads, and the best of these.
-    assert [row.details["model"] for row in found["speculation"]] == ["softmax"] * 3 + ["augmented"] * 3
+    # Two models, each with lookup, heads and both, and the best of those with heads.
+    assert [row.details["model"] for row in found["speculation"]] == ["softmax"] * 4 + ["augmented"] * 4
+    assert all("heads" in row.details["drafter"] for row in found["speculation"][3::4])
     assert all(row.ratio and "NOT the same" not in row.note for row in found["speculation"])
-    assert [row.goal for row in found["speculation"]] == [None] * 5 + [2.0]
+    assert [row.goal for row in found["speculation"]] == [None] * 7 + [2.0]
 
 
 @pytest.mark.slow
@@ -337,3 +339,17 @@ def test_goals_of_decoding_are_for_the_model_with_much_attention() -> None:
     wide, demo = (generation.decode_row("decode", name, 65536, timed) for name in ("wide", "demo"))
     assert (wide.theirs, wide.ratio, wide.goal, wide.verdict) == ("b", 15.0, 15.0, "met")
     assert demo.goal is None
+
+
+# ------------------------------------------------------------------------------------------- ort.py
+
+
+def test_the_onnxruntime_benchmark_measures_both_exports(tmp_path: Path) -> None:
+    path = tmp_path / "onnx.json"
+    ort.main(["--json", str(path)], ort.Sizes(prefill=(32,), decode=(16, 32), layers=1, seconds=0.01))
+    rows = [measured.row_of(record) for record in json.loads(path.read_text())["rows"]]
+    assert {row.section for row in rows} == {"prefill", "decode", "flat"}
+    for row in rows:
+        assert row.ratio or row.note, row
+    timed = {(row.section, row.ours) for row in rows if row.ratio}
+    assert {("prefill", "body"), ("decode", "body"), ("flat", "body")} <= timed
