@@ -17,6 +17,7 @@ from typing import Any
 import onnx
 import onnx_ir as ir
 import torch
+from onnxscript.rewriter import pattern
 
 from .. import __version__
 from ..errors import ExportError
@@ -30,6 +31,11 @@ _IR_VERSION = 10
 """The newest that every onnxruntime since 1.20 reads."""
 _LIMIT = 2**31 - 2**20
 """Bytes of a protobuf file, with a margin for the graph itself."""
+_QUOTIENTS = pattern.RewriteRuleSet(
+    [pattern.RewriteRule(lambda op, x, y: op.Mul(x, op.Reciprocal(y)), lambda op, x, y: op.Div(x, y))],
+    commute=True,
+)
+"""Of an RMS norm, whose rsqrt becomes a reciprocal; onnxruntime makes one kernel of a norm that divides."""
 
 
 def model_of(program: Program, opset: int) -> ir.Model:
@@ -45,6 +51,7 @@ def model_of(program: Program, opset: int) -> ir.Model:
         raise ExportError(f"the graph has no ONNX form: {first}") from error
     assert exported is not None
     model: ir.Model = exported.model
+    _QUOTIENTS.apply_to_model(model)
     for names, values in ((program.inputs, model.graph.inputs), (program.outputs, model.graph.outputs)):
         _rename(model, names, values)
     _name_axes(model, program)
