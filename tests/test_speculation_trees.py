@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import LogitsProcessorList, TemperatureLogitsWarper
+from transformers import LogitsProcessor, LogitsProcessorList, TemperatureLogitsWarper
 
 from linearize import Tree, TreeSpeculation, Typical, fit_tree
 from linearize.errors import ConfigError
@@ -123,12 +123,27 @@ def test_typical_acceptance_takes_the_longest_then_the_likeliest_path() -> None:
     rare[1] = torch.tensor([0.01, 0.24, 0.25, 0.25, 0.25])
     assert walk(Typical(), rare, sample=False)[0] == [0, 1, 5]
     assert walk(Typical(epsilon=0.005), rare, sample=False)[0] == [0, 1, 4, 6]
-    # Nothing below node 1 is likely: single nodes, and the likeliest of them, token 3, wins over 1 and 2.
+    # Nothing below node 1 is likely: single nodes, of which the likeliest wins, wherever it stands.
     only = flat.clone()
-    only[0] = torch.tensor([0.1, 0.2, 0.2, 0.3, 0.2])
     only[1] = torch.tensor([0.01, 0.49, 0.01, 0.49, 0.0])
-    only[3] = torch.tensor([0.1, 0.1, 0.6, 0.1, 0.1])
-    assert walk(Typical(), only, sample=False) == ([0, 3], [3, 2])
+    only[2:] = torch.tensor([0.1, 0.1, 0.1, 0.1, 0.6])
+    for likeliest in (2, 3):
+        only[0] = torch.full((5,), 0.15)
+        only[0, likeliest] = 0.4
+        assert walk(Typical(), only, sample=False) == ([0, likeliest], [likeliest, 4])
+
+
+def test_typical_acceptance_processes_each_branch_with_its_own_tokens() -> None:
+    seen = set()
+
+    class Spy(LogitsProcessor):
+        def __call__(self, ids: Tensor, scores: Tensor) -> Tensor:
+            seen.add(tuple(ids[0, 2:].tolist()))
+            return scores
+
+    logits = torch.zeros(7, 5)
+    Typical().walk(row(), DRAFT, logits, Chooser(LogitsProcessorList([Spy()]), False))
+    assert seen == {(), (1,), (2,), (3,), (1, 0), (1, 2), (1, 0, 4)}
 
 
 def test_typical_threshold_is_the_papers() -> None:
