@@ -174,6 +174,9 @@ def test_what_cannot_be_merged_is_refused_and_stays_as_it_was() -> None:
         lz.merge(adapted)
     with pytest.raises(InvalidModelError, match="not converted"):
         lz.lora_config(llama())
+    base = converted("llama")
+    with pytest.raises(InvalidModelError, match=r"wraps a converted model.*linearize.merge.model."):
+        lz.save(peft.get_peft_model(base, lz.lora_config(base)), "nowhere")
     prompt = peft.get_peft_model(
         converted("llama"), peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
     )
