@@ -104,7 +104,9 @@ class Call:
         return self._owner._linearize_variants.setdefault(key, [])
 
     def _variant(self, past: int | None, example: Sequence[Tensor], tensors: Sequence[Tensor]) -> Variant:
-        known = self._known((past, self._owner.training, _form(self._parts), self._shared))
+        # A graph for keys and values of one token is its own; for all others, several tokens tell one as well.
+        form = _form(self._parts, sizes=past is not None)
+        known = self._known((past, self._owner.training, form, self._shared))
         variant = next((variant for variant in known if variant.fits(tensors)), None)
         if variant is None:
             variant = self._made(tensors, example)

@@ -46,10 +46,14 @@ class GraftOwner(Rewritten):
             variant, tensors = call.on_all_tokens()
         layer = caches.self_layer(cache, index)
         owner._linearize_state = state
-        owner._linearize_start = caches.start_of_queries(layer)
+        owner._linearize_start = caches.start_of_queries(layer) if state is None else caches.length_of(state)
         owner._linearize_seen = caches.decoded_length(cache, layer)
         try:
             return variant(owner, cache, tensors)
+        except BaseException:
+            if state is not None:
+                state.forget_since(owner._linearize_start)
+            raise
         finally:
             owner._linearize_state = owner._linearize_start = owner._linearize_seen = None
             if cache is not None:

@@ -110,7 +110,8 @@ class SavesPlan:
             if isinstance(owner, GraftOwner):
                 state_of(owner, cache)
             else:
-                state_layer(cache, sites[0].layer_index, sole_child(owner))
+                longest = getattr(self, "_previous_max_cache_length", None)  # of the static cache just made
+                state_layer(cache, sites[0].layer_index, sole_child(owner), longest)
         if generation_config.is_assistant:
             cache.activate_past_recording()
 

@@ -47,6 +47,7 @@ def attend_site(
     state = owner._linearize_state
     if state is not None:
         # The owner was traced on the new tokens alone: its mask has their columns, its cache no part in it.
+        state.expected = True
         state.update(key, value)
         return attend(owner, slot, query, key, value, mask, None)
     start = owner._linearize_start

@@ -49,6 +49,8 @@ class SeamOwner(Rewritten):
         """One call of the owner: `forward` is the original class's."""
         cache = caches.find_cache(args, kwargs)
         owner._linearize_state = state = caches.state_layer(cache, owner._linearize_layer, sole_child(owner))
+        if state is not None:
+            state.expected = True
         layer = caches.self_layer(cache, owner._linearize_layer)
         caches.check_not_foreign(layer, owner._linearize_path)
         whole = drops_window(owner) and state is None
@@ -63,6 +65,10 @@ class SeamOwner(Rewritten):
         owner._linearize_slot = 0
         try:
             return forward(owner, *args, **kwargs)
+        except BaseException:
+            if state is not None:
+                state.forget_since(owner._linearize_start)
+            raise
         finally:
             owner._linearize_start = owner._linearize_seen = owner._linearize_state = None
             if cache is not None:

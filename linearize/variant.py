@@ -29,6 +29,7 @@ from .passes.axes import shape_of
 from .passes.capture import CaptureError, capture
 from .passes.raise_ import canonical_operands, emitter_for, replace_output
 from .passes.site import KVKind, Reason, Site
+from .plan import child_name
 from .reroll import reroll, resolve
 from .running import attend_site, item, update_cache
 
@@ -225,6 +226,9 @@ def _trace(
     if len(sites) != expected:
         reasons = "; ".join(refusal.message for refusal in report.refusals) or "no refusal"
         raise GraftError(f"its own graph shows {len(sites)} provable sites instead of {expected} ({reasons})")
+    specs = [getattr(owner, child_name(slot)).spec for slot in range(expected)]
+    if any(site.shapes["H"] != spec.num_heads for site, spec in zip(sites, specs, strict=True)):
+        raise GraftError("heads and a batch of one cannot be told apart; call it with two sequences once")
     gm = report.graph_module
     first = next(iter(gm.graph.nodes))
     with gm.graph.inserting_before(first):
