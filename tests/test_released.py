@@ -179,6 +179,19 @@ def test_it_is_an_ordinary_converted_model(tmp_path: Path) -> None:
     assert torch.isfinite(model.generate(IDS[:1, :5], max_new_tokens=70, do_sample=False)).all()
 
 
+@pytest.mark.parametrize("stored", [torch.bfloat16, torch.float16])
+def test_a_checkpoint_in_half_precision_stays_so_or_is_widened(stored: torch.dtype, tmp_path: Path) -> None:
+    tensors = {name: tensor.to(stored) for name, tensor in released().items()}
+    folder = write(tensors, tmp_path / "r", "sharded bin")
+    wanted = reference({name: tensor.double() for name, tensor in tensors.items()})
+    model = lz.load_released(folder, group_size=GROUP)
+    assert {parameter.dtype for parameter in model.parameters()} == {stored}
+    assert torch.isfinite(model(IDS).logits).all()
+    wide = lz.load_released(folder, group_size=GROUP, dtype=torch.float32)
+    with torch.no_grad():
+        torch.testing.assert_close(wide(IDS).logits.double(), wanted, atol=1e-4, rtol=1e-3)
+
+
 def test_a_given_base_is_converted_in_place() -> None:
     base, tensors = llama(torch.float32), released()
     model = lz.load_released(new_tensors(), base, group_size=GROUP)
