@@ -196,33 +196,46 @@ class Recurrence:
     def __call__(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """The next tokens, whole groups: [1, H, T, D], [1, Hkv, T, D or Dv] -> [H, T, Dv]."""
         repeats = self.heads[0] // self.heads[1]
-        q, k = (x[0].double() / x[0].double().norm(dim=-1, keepdim=True) for x in (query, key))
-        v = value[0].double()
-        groups = [x.unflatten(1, (-1, GROUP)) for x in (q, k.repeat_interleave(repeats, 0))]
-        values = v.unflatten(1, (-1, GROUP)).repeat_interleave(repeats, 0)
-        sums = k.unflatten(1, (-1, GROUP)).mT @ v.unflatten(1, (-1, GROUP))
-        ends = self.total[:, None] + sums.cumsum(1)
-        starts = torch.cat([self.total[:, None], ends[:, :-1]], 1)
-        self.total, self.before_last = ends[:, -1], starts[:, -1]
-        out = (groups[0] @ groups[1].mT).clamp_min(0).square().tril() @ values
-        out = out + self.alpha * (groups[0] @ starts.repeat_interleave(repeats, 0))
-        seen = torch.cat([self.values, v], 1)
-        self.values = seen[:, seen.shape[1] - self.values.shape[1] :]
+        before, start = self.values, self.total
+        q, k, v, sums = unit(query[0].double()), *self.advance(key, value)
+        starts = start[:, None] + torch.cat([torch.zeros_like(sums[:, :1]), sums[:, :-1].cumsum(1)], 1)
+        q = q.unflatten(1, (-1, GROUP))
+        k, values, starts = (
+            x.repeat_interleave(repeats, 0) for x in (k, v.unflatten(1, (-1, GROUP)), starts)
+        )
+        out = (q @ k.mT).clamp_min(0).square().tril() @ values + self.alpha * (q @ starts)
         reach = self.taps.shape[1]
-        filtered = seen.unfold(1, reach, 1).repeat_interleave(repeats, 0)  # [H, T, Dv, taps]
+        filtered = torch.cat([before, v], 1).unfold(1, reach, 1).repeat_interleave(repeats, 0)
         return out.flatten(1, 2) + torch.einsum("htvk,hk->htv", filtered, self.taps.flip(1))
+
+    def advance(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The same without outputs; returns the keys by group, the values, and k^T v of each group."""
+        k, v = unit(key[0].double()).unflatten(1, (-1, GROUP)), value[0].double()
+        sums = k.mT @ v.unflatten(1, (-1, GROUP))
+        self.before_last = self.total + sums[:, :-1].sum(1)
+        self.total = self.before_last + sums[:, -1]
+        self.values = torch.cat([self.values, v], 1)[:, -self.values.shape[1] :]
+        return k, v, sums
+
+
+def unit(x: Tensor) -> Tensor:
+    return x / x.norm(dim=-1, keepdim=True)
 
 
 class Watched:
-    """A site's `extend`, with the recurrence run beside it on the same query, key and value."""
+    """A site's `extend`, with the recurrence run beside it on the same query, key and value; outputs of calls
+    that are to be compared, the state always."""
 
     def __init__(self, module: Any) -> None:
-        self.extend, self.recurrence = module.extend, Recurrence(module)
+        self.extend, self.recurrence, self.compares = module.extend, Recurrence(module), False
         self.outputs = (torch.zeros(0), torch.zeros(0))
 
     def __call__(self, query: Tensor, key: Tensor, value: Tensor, state: Any, **options: Any) -> Tensor:
         out = self.extend(query, key, value, state, **options)
-        self.outputs = (out[0].double(), self.recurrence(query, key, value))
+        if self.compares:
+            self.outputs = out[0].double(), self.recurrence(query, key, value)
+        else:
+            self.recurrence.advance(key, value)
         self.state = state.parts[0]
         return out
 
@@ -250,6 +263,8 @@ def long_run(sizes: Sizes) -> Iterator[Row]:
     stops = sorted({*sizes.checkpoints, *range(sizes.piece, sizes.tokens, sizes.piece), sizes.tokens})
     with torch.no_grad():
         for stop in stops:
+            for watch in watched:
+                watch.compares = stop in sizes.checkpoints
             linear(ids[:, at:stop], past_key_values=cache, logits_to_keep=1)
             at = stop
             if stop in sizes.checkpoints:
