@@ -287,14 +287,14 @@ def train_heads(
     max_tokens: Annotated[
         int, typer.Option(help="tokens of the data to use; memory and time go by them")
     ] = 60_000,
-    context: Annotated[int, typer.Option(help="tokens that are read at once")] = 256,
+    context: Annotated[int, typer.Option(help="tokens that are read at once")] = 512,
     epochs: Annotated[float, typer.Option(help="times that the data is gone through")] = 3.0,
     batch_size: Annotated[int, typer.Option(help="pieces of `context` tokens per step")] = 1,
     learning_rate: Annotated[float, typer.Option(help="of AdamW, at its highest")] = 2e-3,
     own_layers: Annotated[bool, typer.Option(help="an output layer for each head, as in Medusa-1")] = False,
     checkpoints: Annotated[Path | None, typer.Option(help="folder for a checkpoint every epoch")] = None,
     resume: Annotated[bool, typer.Option(help="go on from the last of these checkpoints")] = False,
-    seed: Annotated[int, typer.Option(help="of the order of the data")] = 0,
+    seed: Annotated[int, typer.Option(help="of the choice and the order of the data")] = 0,
 ) -> None:
     """Train Medusa heads on a frozen decoder, for `generate --speculative medusa`."""
     from .speculative import fit_tree
@@ -310,7 +310,7 @@ def train_heads(
     model, tokenizer = _decoder(source)
     heads = train(
         model,
-        text_tokens(data, tokenizer, max_tokens),
+        text_tokens(data, tokenizer, max_tokens, context, seed),
         num_heads=num_heads,
         targets=targets,
         context=context,

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from live_models import converted, llama, tokens
+from transformers import AutoTokenizer
 
 from linearize import Medusa, MedusaHeads, PromptLookup, Tree, TreeSpeculation, train_heads
 from linearize.errors import CheckpointError, ConfigError, InputError, MissingExtraError
@@ -220,7 +221,7 @@ def test_what_cannot_be_trained_or_drafted_is_said(
         train_heads(model, tokens(1, 3))
     with pytest.raises(InputError, match="too few"):
         train_heads(model, tokens(1, 30), targets="text")
-    with pytest.raises(InputError, match="no text has 256 tokens"):
+    with pytest.raises(InputError, match="no text has 512 tokens"):
         train_heads(model, tokens(1, 30))
     with pytest.raises(ConfigError, match="targets"):
         train_heads(model, tokens(1, 30), targets="words")
@@ -263,3 +264,17 @@ def test_the_command_trains_heads_that_generate_uses(run: Any, folder: Path, tmp
     ):
         result = run(*arguments)
         assert result.code == 1 and message in result.err.splitlines()[-1]
+
+
+def test_text_is_taken_from_many_files(folder: Path, tmp_path: Path) -> None:
+    """Parts of twenty of thirty files, none of them whole, the same for the same seed."""
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    for i in range(30):
+        (tmp_path / f"{i}.txt").write_text(f"value{i} = " * 60)
+    taken = training.text_tokens([tmp_path], tokenizer, 320, 16, 0)
+    assert [len(ids) for ids in taken] == [16] * 20
+    assert len({tuple(ids.sort().values.tolist()) for ids in taken}) == 20
+    again = training.text_tokens([tmp_path], tokenizer, 320, 16, 0)
+    assert all(torch.equal(a, b) for a, b in zip(taken, again, strict=True))
+    other = training.text_tokens([tmp_path], tokenizer, 320, 16, 1)
+    assert any(not torch.equal(a, b) for a, b in zip(taken, other, strict=True))

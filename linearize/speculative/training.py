@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import tempfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -25,7 +26,7 @@ def train_heads(
     targets: str = "generated",
     sees_token: bool = True,
     own_layers: bool = False,
-    context: int = 256,
+    context: int = 512,
     epochs: float = 3.0,
     batch_size: int = 1,
     learning_rate: float = 2e-3,
@@ -152,28 +153,37 @@ def sequences(data: Any, tokenizer: Any) -> list[Tensor]:
     return found
 
 
-def text_tokens(paths: Sequence[Path], tokenizer: Any, limit: int) -> list[Tensor]:
-    """Token ids of text files, and of those in folders, in the order of their names, up to `limit` tokens.
+def text_tokens(paths: Sequence[Path], tokenizer: Any, limit: int, context: int, seed: int) -> list[Tensor]:
+    """Token ids of text files, and of those in folders: about `limit` tokens, from as many files as can give
+    `context` each, so that heads see all kinds of text.
 
-    A folder's files that are no text are passed over. Raises InputError for a path that cannot be read.
+    Files come in an order drawn by `seed`, and of each a part of it. A folder's files that are no text are
+    passed over. Raises InputError for a path that cannot be read.
     """
+    draw = random.Random(seed)
+    files = [(file, path.is_dir()) for path in paths for file in _files(path)]
+    draw.shuffle(files)
+    share = max(context, limit // max(1, len(files)))
     found: list[Tensor] = []
-    for path in paths:
-        for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
-            if limit <= 0:
-                return found
-            if file.is_dir():
+    for file, optional in files:
+        if limit <= 0:
+            break
+        try:
+            text = file.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            if optional:
                 continue
-            try:
-                text = file.read_text(encoding="utf-8")
-            except (OSError, UnicodeDecodeError) as error:
-                if path.is_dir():
-                    continue
-                raise InputError(f"cannot read the text in {file}: {error}") from error
-            if text:
-                found += [ids[:limit] for ids in sequences(text, tokenizer)]
-                limit -= len(found[-1])
+            raise InputError(f"cannot read the text in {file}: {error}") from error
+        if text:
+            ids = sequences(text, tokenizer)[0]
+            start = draw.randint(0, max(0, len(ids) - share))
+            found.append(ids[start : start + share])
+            limit -= len(found[-1])
     return found
+
+
+def _files(path: Path) -> list[Path]:
+    return sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
 
 
 def _pieces(found: Sequence[Tensor], context: int, num_heads: int) -> list[Tensor]:
