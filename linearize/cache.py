@@ -64,8 +64,8 @@ def state_layer(
     if isinstance(layer, StateLayer):
         if layer.is_initialized and int(layer.get_seq_length()) > 0:
             raise InputError(
-                "the cache holds a state, which carries no gradients; continue under torch.no_grad(), or give "
-                "the whole text without a cache"
+                "the cache holds a state, which carries no gradients; continue under torch.no_grad(), or "
+                "give the whole text without a cache"
             )
         give_up_state(cache, index)
     return None

@@ -104,7 +104,7 @@ class Call:
         return self._owner._linearize_variants.setdefault(key, [])
 
     def _variant(self, past: int | None, example: Sequence[Tensor], tensors: Sequence[Tensor]) -> Variant:
-        # A graph for keys and values of one token is its own; for all others, several tokens tell one as well.
+        # Keys and values of one token have a graph of their own; otherwise that of several tokens does.
         form = _form(self._parts, sizes=past is not None)
         known = self._known((past, self._owner.training, form, self._shared))
         variant = next((variant for variant in known if variant.fits(tensors)), None)

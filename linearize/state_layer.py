@@ -25,8 +25,9 @@ class StateLayer(CacheLayerMixin):
     """State of one attention module. Rewinding (`crop`) is exact: see `activate_past_recording`.
 
     module: whose state it is; not kept alive. like: the empty layer whose place it takes. Beside static
-    layers the masks have one width, `max_length` (default: what `like` holds), and the length is a tensor that
-    compiled code advances in place. A pickle forgets whose state it was: the first module it fits takes it.
+    layers the masks have one width, `max_length` (default: what `like` holds), and the length is a tensor
+    that compiled code advances in place. A pickle forgets whose state it was: the first module it fits takes
+    it.
     """
 
     is_sliding = False
@@ -72,8 +73,8 @@ class StateLayer(CacheLayerMixin):
         """
         if not self.expected:
             raise InputError(
-                "this cache belongs to a converted model and holds no keys and values for any other; start from "
-                "an empty one"
+                "this cache belongs to a converted model and holds no keys and values for any other; start "
+                "from an empty one"
             )
         self.expected = False
         if not self.is_initialized:
