@@ -1,6 +1,6 @@
 """Generation by whole models on a CPU: memory, decoding against a KV cache, draft trees, speculation.
 
-    python benchmarks/generation.py [--quick] [--section NAME ...] [--threads 1] [--json FILE]
+    python benchmarks/generation.py [--quick] [--section NAME ...] [--model NAME ...] [--json FILE]
 
 Both sides of a row are measured in one run, turn by turn, medians; clocks as in `cpu.py`. `softmax` is the
 model as it was, through the same transformers code, on the better of two caches filled with random keys and
@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import dataclasses
 import sys
 import time
 import traceback
@@ -530,12 +531,16 @@ def main(argv: list[str] | None = None, sizes: Sizes | None = None) -> None:
     )
     parser.add_argument("--quick", action="store_true", help="a dry run of every part, about two minutes")
     parser.add_argument("--section", nargs="+", choices=list(SECTIONS), default=list(SECTIONS))
-    parser.add_argument("--model", nargs="+", choices=("demo", "wide"), help="of memory, decode and trees")
+    parser.add_argument(
+        "--model", nargs="+", choices=("demo", "wide"), help="all but speculation, which is demo's"
+    )
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--json", type=Path, help="also write the figures to this file")
     options = parser.parse_args(argv)
     torch.set_num_threads(options.threads)
     chosen = sizes or (QUICK if options.quick else Sizes())
+    if options.model is not None:
+        chosen = dataclasses.replace(chosen, models=tuple(options.model))
     measured: list[Row] = []
     failed: list[str] = []
     setting = environment()
