@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -16,6 +16,7 @@ from linearize import DraftModel, TreeSpeculation
 from linearize.api import linearize
 from linearize.draft import accept, tree_logits
 from linearize.errors import ConfigError, InputError
+from linearize.speculative import merge
 
 TREE = [-1, -1, 0, 0, 1, 2, 2, 5, 7]
 BRANCHES = [[0], [1], [0, 2], [0, 3], [1, 4], [0, 2, 5], [0, 2, 6], [0, 2, 5, 7], [0, 2, 5, 7, 8]]
@@ -154,3 +155,23 @@ def test_caches_that_cannot_hold_a_tree_are_refused_and_stay_as_they_were() -> N
     ).eval()
     with pytest.raises(InputError, match="DynamicSlidingWindowLayer"):
         window.generate(tokens(1, 9), **GREEDY, custom_generate=TreeSpeculation(DraftModel(model, depth=2)))
+
+
+def test_a_draft_model_keeps_in_step_with_rows_that_advance_unevenly(model: Any) -> None:
+    """Row 0 has a second drafter, which knows six tokens; row 1 goes by its draft model alone, in step."""
+    ids = tokens(2, 9)
+    wanted = model.generate(ids, **GREEDY)
+
+    class Knows:
+        needs_hidden = False
+
+        def start(self, model: Any) -> None:
+            pass
+
+        def propose(self, ids: Sequence[Tensor], hidden: Tensor | None) -> list[Any]:
+            return [merge([wanted[0, len(ids[0]) :][:6].tolist()]), ([], [])]
+
+    speculation = TreeSpeculation([DraftModel(model, depth=2), Knows()])
+    assert torch.equal(model.generate(ids, **GREEDY, custom_generate=speculation), wanted)
+    assert speculation.passes == 10  # 29 tokens by threes
+    assert speculation.stats.scored == 15  # and row 0 by sevens: 5 passes
