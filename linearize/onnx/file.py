@@ -91,9 +91,8 @@ def _name_axes(model: ir.Model, program: Program) -> None:
         for axis, name in axes.items():
             size = value.shape[axis]
             if isinstance(size, int):
-                raise ExportError(
-                    f"axis {axis} of {value.name} would be {size} for ever: the model's code fixes it"
-                )
+                why = "give example inputs of at least 2 there" if size == 1 else "the model's code fixes it"
+                raise ExportError(f"axis {axis} of {value.name} would be {size} for ever: {why}")
             if str(size.value).isidentifier():
                 known.setdefault(str(size.value), name)
             value.shape[axis] = name

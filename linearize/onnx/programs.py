@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
+from torch.overrides import TorchFunctionMode
 
 from ..attention import AttentionModule
 from ..cache import is_cache
@@ -52,9 +53,7 @@ class StateNames:
     def __post_init__(self) -> None:
         names = vars(self).values()
         if not all(name.count("%d") == 1 for name in names) or len(set(names)) < len(names):
-            raise ExportError(
-                "every name of a state needs one %d, for the layer, and must differ from the others"
-            )
+            raise ExportError("each name of a state needs one %d, for the layer, and no two may be equal")
 
 
 @dataclass
@@ -83,12 +82,19 @@ def plain(model: nn.Module, inputs: Any) -> Program:
     examples = example_inputs(model, inputs)
     example = {name: value for name, value in examples[0].items() if isinstance(value, Tensor)}
     fixed = {name: value for name, value in without_cache(model, examples[0]).items() if name not in example}
+    call_model(
+        model, without_cache(model, examples[0])
+    )  # what is made at a first call is made outside a trace
     names: list[str] = []
     shell = _Plain(model, list(example), fixed, names)
-    shapes = {name: dict.fromkeys(range(value.ndim), Dim.AUTO) for name, value in example.items()}
-    exported = _trace(shell, tuple(example.values()), (tuple(shapes.values()),))
     inputs_ = [f"input_{name}" if name.isdigit() else name for name in example]
-    return Program(exported, inputs_, list(names), _free_axes(inputs_, examples))
+    axes = _free_axes(inputs_, examples)
+    shapes = tuple(
+        dict.fromkeys(axes[name] if len(examples) > 1 else _lengths(value), Dim.AUTO)
+        for name, value in zip(inputs_, example.values(), strict=True)
+    )
+    exported = _trace(shell, tuple(example.values()), (shapes,))
+    return Program(exported, inputs_, list(names), axes)
 
 
 class _Plain(nn.Module):
@@ -125,6 +131,11 @@ def _named_tensors(result: Any, name: str = "") -> dict[str, Tensor]:
         label = f"output_{key}" if isinstance(key, int) and not name else str(key)
         found |= _named_tensors(part, f"{name}.{label}" if name else label)
     return found
+
+
+def _lengths(tensor: Tensor) -> range:
+    """Axes that one example may stand for at other sizes; the last one of an activation is its features."""
+    return range(tensor.ndim - (tensor.is_floating_point() and tensor.ndim > 2))
 
 
 def _free_axes(names: Sequence[str], examples: Sequence[Mapping[str, Any]]) -> dict[str, dict[int, str]]:
@@ -310,18 +321,33 @@ class _Stateful(nn.Module):
 
 
 def _trace(shell: nn.Module, tensors: tuple[Tensor, ...], shapes: Any) -> ExportedProgram:
-    """Export, and every core call in it as a node. Raises ExportError."""
+    """Export, with every core call as a node. Raises ExportError."""
     # Not views: torch 2.13 writes conditions on the tensor behind one, which it cannot read back.
     tensors = tuple(tensor.clone() for tensor in tensors)
     try:
-        program = torch.export.export(shell, tensors, dynamic_shapes=shapes, strict=False)
-        core = torch.ops.linearize.augmented_attention.default
-        if any(node.target is core for node in program.graph.nodes):
-            program = program.run_decompositions({core: nodes.attention})
-        return program
+        return torch.export.export(_AsNodes(shell), tensors, dynamic_shapes=shapes, strict=False)
     except ExportError:
         raise
     except Exception as error:
         # torch.export raises nearly anything.
         first = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ExportError(f"torch.export cannot trace the model: {type(error).__name__}: {first}") from error
+
+
+class _AsNodes(nn.Module):
+    """Calls a module with every core call in it replaced by its node."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, *tensors: Tensor) -> Any:
+        with _Nodes():
+            return self.module(*tensors)
+
+
+class _Nodes(TorchFunctionMode):
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.linearize.augmented_attention.default:
+            return nodes.attention(*args, **(kwargs or {}))
+        return func(*args, **(kwargs or {}))
