@@ -30,10 +30,20 @@ if TYPE_CHECKING:
     from .config import LinearizeConfig as LinearizeConfig
     from .demo import load_demo as load_demo
     from .errors import LinearizeError as LinearizeError
+    from .onnx import export_onnx as export_onnx
+    from .released import load_released as load_released
+    from .released_heads import load_released_heads as load_released_heads
     from .report import Report as Report
     from .report import inspect as inspect
-    from .speculation import PromptLookup as PromptLookup
-    from .speculation import TreeSpeculation as TreeSpeculation
+    from .speculative import DraftModel as DraftModel
+    from .speculative import Medusa as Medusa
+    from .speculative import MedusaHeads as MedusaHeads
+    from .speculative import PromptLookup as PromptLookup
+    from .speculative import Tree as Tree
+    from .speculative import TreeSpeculation as TreeSpeculation
+    from .speculative import Typical as Typical
+    from .speculative import fit_tree as fit_tree
+    from .speculative import train_heads as train_heads
 
 _EXPORTS = {
     "linearize": ".api",
@@ -42,6 +52,8 @@ _EXPORTS = {
     "save": ".checkpoint",
     "load": ".checkpoint",
     "load_demo": ".demo",
+    "load_released": ".released",
+    "load_released_heads": ".released_heads",
     "lora_config": ".adapters",
     "merge": ".adapters",
     "Backend": ".backend",
@@ -49,8 +61,16 @@ _EXPORTS = {
     "LinearizeConfig": ".config",
     "AttentionModule": ".attention",
     "LinearizeError": ".errors",
-    "PromptLookup": ".speculation",
-    "TreeSpeculation": ".speculation",
+    "export_onnx": ".onnx",
+    "TreeSpeculation": ".speculative",
+    "PromptLookup": ".speculative",
+    "Medusa": ".speculative",
+    "MedusaHeads": ".speculative",
+    "DraftModel": ".speculative",
+    "Tree": ".speculative",
+    "Typical": ".speculative",
+    "fit_tree": ".speculative",
+    "train_heads": ".speculative",
 }
 
 __all__ = ["__version__", *_EXPORTS]
@@ -59,7 +79,7 @@ __all__ = ["__version__", *_EXPORTS]
 def __getattr__(name: str) -> Any:
     if name in _EXPORTS:
         return getattr(import_module(_EXPORTS[name], __name__), name)
-    if name in {"ops", "passes", "backend", "errors"}:
+    if name in {"ops", "passes", "backend", "errors", "onnx"}:
         return import_module(f".{name}", __name__)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 

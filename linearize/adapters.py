@@ -27,32 +27,37 @@ if TYPE_CHECKING:
 def lora_config(model: nn.Module, modules_to_save: Iterable[str] = (), **settings: Any) -> LoraConfig:
     """A `peft.LoraConfig` for a converted model that trains and saves its new parameters too.
 
-    settings: fields of `LoraConfig`. Unless given, `target_modules` are the linear layers beside the rewritten
-    attention (query, key, value and output projections), and r=8, lora_alpha=16 as in the paper's recipe.
+    settings: fields of `LoraConfig`. Unless given, `target_modules` are the linear layers beside the
+    rewritten attention (query, key, value, output projections), and r=8, lora_alpha=16 as in the paper.
     modules_to_save: what else is trained whole, such as "embed_tokens".
 
         adapted = peft.get_peft_model(model, lz.lora_config(model))
 
     Raises InvalidModelError when the model is not converted, MissingExtraError without peft.
     """
-    peft = _peft()
+    peft = require_peft()
     plan = state_of(model).plan
-    children = sorted({site.child for site in plan.sites})
+    trained = [
+        site for site in plan.sites if next(model.get_submodule(site.name).parameters(), None) is not None
+    ]
+    children = sorted({site.child for site in trained})
     if "target_modules" not in settings:
         # The owner's own name goes with it: GPT-2 has a `c_proj` in its attention and another in its MLP.
         settings["target_modules"] = sorted(
-            f"{path.rpartition('.')[2]}.{name}".removeprefix(".")
-            for path in plan.owners
-            for name, child in model.get_submodule(path).named_children()
-            if _takes_lora(child)
+            {
+                f"{path.rpartition('.')[2]}.{name}".removeprefix(".")
+                for path in plan.owners
+                for name, child in model.get_submodule(path).named_children()
+                if _takes_lora(child)
+            }
         )
         if not settings["target_modules"]:
             raise InvalidModelError(
-                f"no linear layer beside the rewritten attention of {type(model).__name__}: give target_modules"
+                f"no linear layer beside the rewritten attention of {type(model).__name__}: "
+                "give target_modules"
             )
-        settings["target_modules"] = list(dict.fromkeys(settings["target_modules"]))
     settings = {"r": 8, "lora_alpha": 16, **settings}
-    return peft.LoraConfig(modules_to_save=[*children, *modules_to_save], **settings)
+    return peft.LoraConfig(modules_to_save=[*children, *modules_to_save] or None, **settings)
 
 
 def merge(model: nn.Module) -> nn.Module:
@@ -64,7 +69,7 @@ def merge(model: nn.Module) -> nn.Module:
     Raises InvalidModelError when `model` is no PeftModel of a converted model or cannot be merged (the model
     is then as it was), MissingExtraError without peft.
     """
-    peft = _peft()
+    peft = require_peft()
     if not isinstance(model, peft.PeftModel):
         raise InvalidModelError(f"merge works on a peft.PeftModel, got {type(model).__name__}")
     whole: Any = model
@@ -88,7 +93,7 @@ def merge(model: nn.Module) -> nn.Module:
 class Undo(Transaction):
     """A Transaction that also takes back what replaces the contents of parameters, unless all goes well.
 
-    Only good for changes that leave the old tensors alone (`parameter.data = new`), as PEFT's safe merge does.
+    Only for changes that leave the old tensors alone (`parameter.data = new`), as PEFT's safe merge does.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -118,9 +123,7 @@ class Undo(Transaction):
 def _inside(wrapper: nn.Module, base: nn.Module, state: LinearizeState) -> Plan:
     """The plan of a wrapper, with the paths that `base` inside it has."""
     prefix = next(f"{name}." for name, module in wrapper.named_modules() if module is base)
-    sites = tuple(
-        dataclasses.replace(site, path=site.path.removeprefix(prefix)) for site in state.plan.sites
-    )
+    sites = tuple(dataclasses.replace(site, path=site.path.removeprefix(prefix)) for site in state.plan.sites)
     return dataclasses.replace(state.plan, sites=sites)
 
 
@@ -130,7 +133,7 @@ def _takes_lora(child: nn.Module) -> bool:
     return isinstance(child, nn.Linear | Conv1D)
 
 
-def _peft() -> Any:
+def require_peft() -> Any:
     try:
         import peft
     except ImportError as error:

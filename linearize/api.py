@@ -27,7 +27,16 @@ from .passes.capture import capture
 from .passes.site import MatchReport, Reason
 from .plan import Plan, plan_sites
 from .seam import dispatches
-from .verification import Recording, quiet_run, record, run_model, verify, without_cache
+from .verification import (
+    Recording,
+    quiet_run,
+    record,
+    run_model,
+    verify,
+    verify_cache,
+    verify_generation,
+    without_cache,
+)
 
 
 def linearize(
@@ -174,12 +183,17 @@ def prove(
         candidate = allow_compact_masks(model, candidate)
     check_dropped_windows(candidate, config, report)
     verify(model, recording)
+    graphs = any(site.rung == "graft" for site in candidate.sites)
+    if config.mechanism == "softmax" or not graphs:
+        verify_generation(model, recording)
     proving(model, candidate, False)
     if config.mechanism != "softmax":
         for path, sites in candidate.owners.items():
             attach(model.get_submodule(path), sites, config)
         for example in recording.inputs:
             run_model(model, example)
+        if graphs:
+            verify_cache(model, recording)
     return candidate
 
 

@@ -46,16 +46,35 @@ def self_layer(cache: Any, index: int | None) -> Any | None:
     return layers[index] if layers is not None and index < len(layers) else None
 
 
-def state_layer(cache: Any, index: int | None, module: AttentionModule | None) -> StateLayer | None:
+def state_layer(
+    cache: Any, index: int | None, module: AttentionModule | None, max_length: int | None = None
+) -> StateLayer | None:
     """The constant-size state that `module` uses in this call; None when it goes by keys and values.
 
-    States carry no gradients: a call that builds an autograd graph attends keys and values.
+    States carry no gradients: a call that builds an autograd graph attends keys and values. max_length: see
+    `state_layer.adopt`. Raises InputError when such a call comes after others that left a state.
     """
-    if cache is None or index is None or module is None or torch.is_grad_enabled():
+    if cache is None or index is None or module is None:
         return None
-    from .state_layer import adopt
+    from .state_layer import StateLayer, adopt
 
-    return adopt(cache, index, module)
+    if not torch.is_grad_enabled():
+        return adopt(cache, index, module, max_length)
+    layer = self_layer(cache, index)
+    if isinstance(layer, StateLayer):
+        if layer.is_initialized and int(layer.get_seq_length()) > 0:
+            raise InputError(
+                "the cache holds a state, which carries no gradients; continue under torch.no_grad(), or "
+                "give the whole text without a cache"
+            )
+        give_up_state(cache, index)
+    return None
+
+
+def give_up_state(cache: Any, index: int) -> None:
+    """Put back the layer whose place an empty state took."""
+    layers = getattr(cache, "self_attention_cache", cache).layers
+    layers[index] = layers[index].instead_of
 
 
 def length_of(layer: Any) -> int | Tensor:

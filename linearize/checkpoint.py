@@ -108,7 +108,7 @@ def state_of(model: nn.Module) -> LinearizeState:
     if isinstance(getattr(model, "_linearize", None), LinearizeState):
         raise InvalidModelError(
             f"{type(model).__name__} wraps a converted model; save the model inside it (for PEFT, "
-            "`merge_and_unload()` first, or save the adapter with its own `save_pretrained`)"
+            "`linearize.merge(model)` first, or save the adapter with its own `save_pretrained`)"
         )
     raise InvalidModelError(f"{type(model).__name__} is not converted; call linearize(model) first")
 

@@ -1,4 +1,4 @@
-"""The command line: `linearize demo | inspect | convert | mechanisms | version`."""
+"""The command line: `linearize demo | inspect | convert | generate | train-heads | mechanisms | version`."""
 
 from __future__ import annotations
 
@@ -15,10 +15,12 @@ from rich.table import Table
 from rich.text import Text
 
 from . import __version__
-from .errors import CheckpointError, ConfigError, LinearizeError
+from .errors import CheckpointError, ConfigError, InputError, LinearizeError
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from .generation import Run
 
 app = typer.Typer(
     help="Find any softmax attention in a model, prove it, and rewrite it to linear attention.",
@@ -26,6 +28,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+DTYPES = ("auto", "float32", "bfloat16", "float16")
 Source = Annotated[str, typer.Argument(help="a folder with a transformers model, a Hub name, or `demo`")]
 Mechanism = Annotated[
     str, typer.Option(help="what takes the softmax's place; `linearize mechanisms` lists what there is")
@@ -169,6 +172,67 @@ def convert(
 
 
 @app.command()
+def generate(
+    source: Annotated[
+        str, typer.Argument(help="a folder with a decoder, converted or not, or `demo`, converted on the way")
+    ],
+    prompt: Annotated[str | None, typer.Option(help="the text to continue")] = None,
+    file: Annotated[Path | None, typer.Option(help="a file with the text to continue")] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="tokens to stop after")] = 128,
+    temperature: Annotated[float, typer.Option(help="0: the likeliest token; above: sampled")] = 0.0,
+    top_p: Annotated[float, typer.Option(help="sample from the likeliest tokens of this probability")] = 1.0,
+    seed: Annotated[int, typer.Option(help="of sampling")] = 0,
+    speculative: Annotated[
+        str | None, typer.Option(help="draft several tokens per pass: medusa, draft or lookup")
+    ] = None,
+    heads: Annotated[
+        Path | None, typer.Option(help="folder with Medusa heads; the model's own unless said")
+    ] = None,
+    draft: Annotated[str | None, typer.Option(help="folder with the small model that drafts")] = None,
+    nodes: Annotated[int | None, typer.Option(help="most tokens to draft per pass")] = None,
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16; auto: as stored")] = "auto",
+    device: Annotated[str, typer.Option(help="where it runs, such as cpu or cuda")] = "cpu",
+) -> None:
+    """Continue a text: the text on stdout as it comes, then what it took on stderr."""
+    from .generation import check_decoder, speculation_of
+    from .generation import generate as continue_text
+
+    text = _prompt(prompt, file)
+    model, tokenizer = _decoder(source, dtype, device)
+    if text and _is_demo(source):
+        text = f"{tokenizer.bos_token}{text}"  # as in its training; its tokenizer does not add it
+    speculation = None
+    if speculative is not None:
+        small = None
+        if draft is not None:
+            small = _on(load_source(find_source(draft), dtype), device)
+            check_decoder(small, draft)
+        own = find_source(source) if heads is None else heads
+        speculation = speculation_of(speculative, model, heads=own, draft=small, nodes=nodes)
+    elif heads is not None or draft is not None or nodes is not None:
+        raise ConfigError("--heads, --draft and --nodes go with --speculative medusa, draft or lookup")
+
+    def write(piece: str) -> None:
+        sys.stdout.write(piece)
+        sys.stdout.flush()
+
+    run = continue_text(
+        model,
+        tokenizer,
+        text,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        seed=seed,
+        speculation=speculation,
+        write=write,
+    )
+    sys.stdout.write("\n")
+    sys.stdout.flush()
+    _tell(run)
+
+
+@app.command()
 def mechanisms() -> None:
     """List what can take a softmax's place: formula, options with defaults, and the kinds of site it fits.
 
@@ -188,6 +252,162 @@ def mechanisms() -> None:
         texts = Text(mechanism.formula), Text("\n".join(options))  # their brackets are no markup
         table.add_row(mechanism.name, *texts, augmentation, *fits)
     Console(width=None if sys.stdout.isatty() else 160).print(table)
+
+
+@app.command()
+def export(
+    source: Source,
+    target: Annotated[
+        Path, typer.Argument(help="a file *.onnx, or a folder for model.onnx and what it needs")
+    ],
+    opset: Annotated[int, typer.Option(help="ONNX opset of the standard operators")] = 20,
+    dtype: Annotated[str, typer.Option(help="float32 or float16")] = "float32",
+    bits: Annotated[int, typer.Option(help="8 or 4 for quantised weights, 0 for none")] = 0,
+) -> None:
+    """Write a model, converted or not, as ONNX that stock onnxruntime runs, state in and state out."""
+    from .onnx.command import run
+
+    folder = find_source(source)
+    run(
+        load_source(folder), target, companions(folder), opset=opset, dtype=dtype, bits=bits, write=typer.echo
+    )
+
+
+@app.command()
+def train_heads(
+    source: Annotated[
+        str, typer.Argument(help="a folder with a decoder, converted or not, or `demo`, converted on the way")
+    ],
+    data: Annotated[list[Path], typer.Option(help="a text file, or a folder of them; repeat for several")],
+    out: Annotated[Path | None, typer.Option(help="folder to write; the model's own unless said")] = None,
+    num_heads: Annotated[int, typer.Option(help="tokens to guess ahead")] = 4,
+    targets: Annotated[
+        str, typer.Option(help="what heads learn: generated (what the model writes), model or text")
+    ] = "generated",
+    max_tokens: Annotated[
+        int, typer.Option(help="tokens of the data to use; memory and time go by them")
+    ] = 60_000,
+    context: Annotated[int, typer.Option(help="tokens that are read at once")] = 512,
+    epochs: Annotated[float, typer.Option(help="times that the data is gone through")] = 3.0,
+    batch_size: Annotated[int, typer.Option(help="pieces of `context` tokens per step")] = 1,
+    learning_rate: Annotated[float, typer.Option(help="of AdamW, at its highest")] = 2e-3,
+    own_layers: Annotated[bool, typer.Option(help="an output layer for each head, as in Medusa-1")] = False,
+    checkpoints: Annotated[Path | None, typer.Option(help="folder for a checkpoint every epoch")] = None,
+    resume: Annotated[bool, typer.Option(help="go on from the last of these checkpoints")] = False,
+    seed: Annotated[int, typer.Option(help="of the choice and the order of the data")] = 0,
+) -> None:
+    """Train Medusa heads on a frozen decoder, for `generate --speculative medusa`."""
+    from .speculative import fit_tree
+    from .speculative import train_heads as train
+    from .speculative.medusa import NODES
+    from .speculative.training import text_tokens
+
+    target = out
+    if target is None:
+        if _is_demo(source):
+            raise ConfigError("name the folder to write the heads to: --out DIR")
+        target = find_source(source)
+    model, tokenizer = _decoder(source)
+    heads = train(
+        model,
+        text_tokens(data, tokenizer, max_tokens, context, seed),
+        num_heads=num_heads,
+        targets=targets,
+        context=context,
+        epochs=epochs,
+        batch_size=batch_size,
+        learning_rate=learning_rate,
+        own_layers=own_layers,
+        output_dir=checkpoints,
+        resume=resume,
+        progress=sys.stderr.isatty(),
+        seed=seed,
+    )
+    heads.save(target)
+    rates = heads.rates or []
+    table = Table("held-out text, right by rank", *(f"{rank + 1}" for rank in range(len(rates[0]))))
+    for head, row in enumerate(rates):
+        table.add_row(f"head {head + 1}", *(f"{rate:.1%}" for rate in row))
+    Console(width=None if sys.stdout.isatty() else 120).print(table)
+    typer.echo(f"{num_heads} heads written to {target}")
+    if any(rates[0]):
+        tree = fit_tree(rates, NODES)
+        typer.echo(
+            f"a tree of {len(tree)} nodes should give about {tree.expected_tokens:.2f} tokens per pass"
+        )
+
+
+def _prompt(prompt: str | None, file: Path | None) -> str:
+    if (prompt is None) == (file is None):
+        raise ConfigError("give the text to continue, either as --prompt TEXT or as --file FILE")
+    if file is None:
+        return prompt or ""
+    try:
+        return file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"cannot read the prompt in {file}: {error}") from error
+
+
+def _decoder(
+    source: str, dtype: str = "auto", device: str = "cpu"
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A decoder and its tokenizer; the demo's is converted here, and writes badly untuned."""
+    from transformers import AutoTokenizer
+
+    from .api import linearize
+    from .generation import check_decoder
+
+    folder = find_source(source)
+    # The demo is stored in bfloat16 and meant to run in float32, as `load_demo` has it.
+    model = load_source(folder, "float32" if dtype == "auto" and _is_demo(source) else dtype)
+    check_decoder(model, source)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError, ImportError) as error:
+        raise CheckpointError(f"cannot load the tokenizer in {folder}: {error}") from error
+    if _is_demo(source):
+        linearize(model)
+        typer.echo(
+            "converted now and not tuned: it computes exactly what it should, and writes badly", err=True
+        )
+    return _on(model, device), tokenizer
+
+
+def _on(model: PreTrainedModel, device: str) -> PreTrainedModel:
+    try:
+        return model.to(device)
+    except (RuntimeError, AssertionError) as error:
+        raise ConfigError(f"cannot run on {device!r}: {str(error).splitlines()[0]}") from error
+
+
+def _tell(run: Run) -> None:
+    """What a generation took, on stderr: stdout holds nothing but the text."""
+    from .generation import LONG
+
+    text = f"{run.tokens} tokens: {run.tokens_per_second:.1f} per second, {run.tokens_per_pass:.2f} per pass"
+    if run.acceptance is not None:
+        text += f", {run.acceptance:.0%} of the drafted depth accepted"
+    typer.echo(f"{text}; {run.prompt} tokens of prompt in {run.first:.2f} s", err=True)
+    now, memory = run.length, run.memory
+    table = Table("memory in bytes", *(f"at {length:,} tokens" for length in (now, LONG)))
+    if memory.held == memory.softmax:
+        table.add_row("KV cache (this model is not converted)", *(f"{memory.at(n):,}" for n in (now, LONG)))
+    else:
+        table.add_row("this model's state", *(f"{memory.at(n):,}" for n in (now, LONG)))
+        table.add_row("a KV cache instead", *(f"{memory.softmax_at(n):,}" for n in (now, LONG)))
+    Console(stderr=True, width=None if sys.stderr.isatty() else 120).print(table)
+
+
+@app.command()
+def build_library(
+    include: Annotated[
+        Path | None, typer.Option(help="folder with onnxruntime's C++ headers; the usual places unless said")
+    ] = None,
+) -> None:
+    """Compile the kernels with which onnxruntime runs exported files faster. Takes seconds and a C++ compiler."""
+    from . import onnx
+
+    typer.echo(f"wrote {onnx.build_library(include)}")
 
 
 def _options(given: Iterable[str]) -> dict[str, Any]:
@@ -216,12 +436,16 @@ def _indices(text: str) -> tuple[int, ...] | None:
         raise ConfigError(f"layers must be numbers separated by commas, got {text!r}") from error
 
 
+def _is_demo(name: str) -> bool:
+    return name == "demo" and not Path(name).is_dir()
+
+
 def find_source(name: str) -> Path:
     """The folder of a model: an existing one, the shipped demo, or a download from the Hub."""
     folder = Path(name)
     if folder.is_dir():
         return folder
-    if name == "demo":
+    if _is_demo(name):
         return Path(__file__).parent / "demo_model"
     if folder.is_absolute() or name.startswith((".", "~")) or name.count("/") != 1:
         raise CheckpointError(f"{name}: no such folder")
@@ -235,17 +459,20 @@ def find_source(name: str) -> Path:
         ) from error
 
 
-def load_source(folder: Path) -> PreTrainedModel:
-    """The model of a folder, converted or not, by the class its config names."""
+def load_source(folder: Path, dtype: str = "auto") -> PreTrainedModel:
+    """The model of a folder, converted or not, by the class its config names. dtype: "auto" is as stored."""
     import transformers
     from safetensors import SafetensorError
 
     from .checkpoint import read_json
 
+    if dtype not in DTYPES:
+        raise ConfigError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
     architectures = read_json(folder / "config.json").get("architectures") or []
     cls = getattr(transformers, architectures[0], None) if architectures else None
     try:
-        return (cls or transformers.AutoModel).from_pretrained(folder, local_files_only=True).eval()
+        loader = cls or transformers.AutoModel
+        return loader.from_pretrained(folder, dtype=dtype, local_files_only=True).eval()
     except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
         raise CheckpointError(f"cannot load the model in {folder}: {error}") from error
 

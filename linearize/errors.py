@@ -44,3 +44,11 @@ class CheckpointError(LinearizeError, OSError):
 
 class MissingExtraError(LinearizeError, ImportError):
     """An optional dependency is absent; the message names the extra to install."""
+
+
+class ExportError(LinearizeError, RuntimeError):
+    """A model cannot be written as ONNX, or the file cannot be written; nothing is left behind."""
+
+
+class LibraryError(LinearizeError, RuntimeError):
+    """The operators for onnxruntime cannot be built, or a file to run them on cannot be read."""

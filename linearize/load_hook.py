@@ -22,8 +22,9 @@ from transformers.quantizers.auto import (
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from .cache import state_layer
-from .errors import CheckpointError
-from .seam import SeamOwner, sole_child
+from .errors import CheckpointError, InputError
+from .graft import GraftOwner, state_of
+from .seam import sole_child
 
 if TYPE_CHECKING:
     from torch import nn
@@ -84,6 +85,17 @@ class SavesPlan:
     config: Any
     _linearize: Any
 
+    def generate(self, *args: Any, speculative: Any = None, **kwargs: Any) -> Any:
+        """As transformers' `generate`; with `speculative`, a `TreeSpeculation`, by draft trees."""
+        if speculative is not None:
+            if kwargs.get("custom_generate") is not None or kwargs.get("assistant_model") is not None:
+                raise InputError("speculative= stands alone: leave out custom_generate= and assistant_model=")
+            # transformers streams the prompt, and gives a callable no streamer for what it generates.
+            streamer = kwargs.get("streamer")
+            bound = {} if streamer is None else {"streamer": streamer}
+            kwargs["custom_generate"] = functools.partial(speculative, **bound)
+        return super().generate(*args, **kwargs)  # type: ignore[misc]
+
     def _prepare_cache_for_generation(
         self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
     ) -> None:
@@ -95,8 +107,11 @@ class SavesPlan:
             return
         for path, sites in self._linearize.plan.owners.items():
             owner: Any = self.get_submodule(path)  # type: ignore[attr-defined]
-            if isinstance(owner, SeamOwner):
-                state_layer(cache, sites[0].layer_index, sole_child(owner))
+            if isinstance(owner, GraftOwner):
+                state_of(owner, cache)
+            else:
+                longest = getattr(self, "_previous_max_cache_length", None)  # of the static cache just made
+                state_layer(cache, sites[0].layer_index, sole_child(owner), longest)
         if generation_config.is_assistant:
             cache.activate_past_recording()
 

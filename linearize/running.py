@@ -44,6 +44,12 @@ def attend_site(
     mask = _visible(terms, kinds) if owner._linearize_padding else None
     if exact_call(owner, slot):
         return canonical.attention(query, key, value, list(terms), program, tiled)
+    state = owner._linearize_state
+    if state is not None:
+        # The owner was traced on the new tokens alone: its mask has their columns, its cache no part in it.
+        state.expected = True
+        state.update(key, value)
+        return attend(owner, slot, query, key, value, mask, None)
     start = owner._linearize_start
     cross = getattr(owner, child_name(slot)).spec.cross
     if owner._linearize_seen is not None and cross:

@@ -49,6 +49,8 @@ class SeamOwner(Rewritten):
         """One call of the owner: `forward` is the original class's."""
         cache = caches.find_cache(args, kwargs)
         owner._linearize_state = state = caches.state_layer(cache, owner._linearize_layer, sole_child(owner))
+        if state is not None:
+            state.expected = True
         layer = caches.self_layer(cache, owner._linearize_layer)
         caches.check_not_foreign(layer, owner._linearize_path)
         whole = drops_window(owner) and state is None
@@ -63,6 +65,10 @@ class SeamOwner(Rewritten):
         owner._linearize_slot = 0
         try:
             return forward(owner, *args, **kwargs)
+        except BaseException:
+            if state is not None:
+                state.forget_since(owner._linearize_start)
+            raise
         finally:
             owner._linearize_start = owner._linearize_seen = owner._linearize_state = None
             if cache is not None:
@@ -122,15 +128,20 @@ def attention_forward(
     return output.transpose(1, 2).contiguous(), None
 
 
+def attention_children(owner: Any) -> list[Any]:
+    """The owner's attention modules, told by what they have: PEFT wraps those it trains with an adapter."""
+    return [child for child in owner.children() if hasattr(child, "has_state")]
+
+
 def sole_child(owner: Any) -> AttentionModule | None:
     """The owner's one attention module; None when it has several, which would share a cache layer."""
-    children = [child for child in owner.children() if isinstance(child, AttentionModule)]
+    children = attention_children(owner)
     return children[0] if len(children) == 1 else None
 
 
 def drops_window(owner: Any) -> bool:
     """Some site of the owner had a causal window, which its linear form does not follow."""
-    children = [child for child in owner.children() if isinstance(child, AttentionModule)]
+    children = attention_children(owner)
     return any(c.spec.window is not None and not isinstance(c, SoftmaxAttention) for c in children)
 
 
@@ -160,8 +171,10 @@ def attend(
     spec = child.spec
     start = start if spec.causal or spec.cross else None
     if owner._linearize_state is not None:
-        real = new_tokens(mask, key.shape[0], key.shape[2], start, owner._linearize_path)
-        return owner._linearize_state.extend(child, query, key, value, real)
+        state, real = owner._linearize_state, None
+        if state.tree is None:  # the nodes of a draft tree are all real, and its mask is not causal
+            real = new_tokens(mask, key.shape[0], key.shape[2], start, owner._linearize_path)
+        return state.extend(child, query, key, value, real)
     key_mask = key_mask_of(mask, key.shape[0], key.shape[2])
     if start is not None and spec.causal:
         # Static caches: slots after the last query are empty.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -120,6 +121,12 @@ class States:
     @property
     def batch_size(self) -> int:
         return self.length.shape[0]
+
+    @property
+    def form(self) -> list[Any]:
+        """What two states have in common that can stand for each other."""
+        sizes = [(x.shape[1:], x.dtype, x.device) for x in self.tensors()]
+        return [*sizes, *((part.group_size, part.taps) for part in self.parts)]
 
     def tensors(self) -> list[Tensor]:
         return [x for part in self.parts for x in part.tensors]

@@ -6,6 +6,7 @@ gives the new keys and values back, and the attention module brings the state up
 
 from __future__ import annotations
 
+import copy
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -24,7 +25,9 @@ class StateLayer(CacheLayerMixin):
     """State of one attention module. Rewinding (`crop`) is exact: see `activate_past_recording`.
 
     module: whose state it is; not kept alive. like: the empty layer whose place it takes. Beside static
-    layers the masks have one width, and the length is a tensor that compiled code advances in place.
+    layers the masks have one width, `max_length` (default: what `like` holds), and the length is a tensor
+    that compiled code advances in place. A pickle forgets whose state it was: the first module it fits takes
+    it.
     """
 
     is_sliding = False
@@ -32,14 +35,16 @@ class StateLayer(CacheLayerMixin):
     supports_early_init = False
     _linearize_filled = True  # whatever it holds came from a converted owner, see `cache.check_not_foreign`
 
-    def __init__(self, module: AttentionModule, like: Any) -> None:
+    def __init__(self, module: AttentionModule, like: Any, max_length: int | None = None) -> None:
         super().__init__()
+        self.instead_of = like
         self.is_compileable = bool(getattr(like, "is_compileable", False))
-        self.max_cache_len = like.get_max_length()
+        self.max_cache_len = like.get_max_length() if max_length is None else max_length
         self.cumulative_length: int | Tensor = torch.tensor(0) if self.is_compileable else 0
         self.record_past = False
         self.states: States | None = None
-        self._module = weakref.ref(module)
+        self.expected = False  # a converted owner is about to call `update`
+        self._module: weakref.ref[AttentionModule] | None = weakref.ref(module)
         self.tree: Lineage | None = None  # of the draft nodes that come next, see `draft`
         self._drafted: tuple[Tensor, Tensor] | None = None
         self._committed: States | None = None  # while recording: the state at the last commit
@@ -50,7 +55,7 @@ class StateLayer(CacheLayerMixin):
         if isinstance(self.cumulative_length, Tensor):
             self.cumulative_length = self.cumulative_length.to(self.device)
             torch._dynamo.mark_static_address(self.cumulative_length)
-        module = self._module()
+        module = self.module
         assert module is not None
         self.states = module.new_state(key_states.shape[0], dtype=self.dtype, device=self.device)
         assert self.states is not None
@@ -62,10 +67,24 @@ class StateLayer(CacheLayerMixin):
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        """Count the new tokens `[B, Hkv, T, D]` and return them. Raises InputError for another batch size."""
+        """Count the new tokens `[B, Hkv, T, D]` and return them.
+
+        Raises InputError for another batch size, dtype or device, and for a model that was not converted.
+        """
+        if not self.expected:
+            raise InputError(
+                "this cache belongs to a converted model and holds no keys and values for any other; start "
+                "from an empty one"
+            )
+        self.expected = False
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         assert self.states is not None
+        if (key_states.dtype, key_states.device) != (self.dtype, self.device):
+            raise InputError(
+                f"the cache was filled in {self.dtype} on {self.device} and the model now computes in "
+                f"{key_states.dtype} on {key_states.device}; start from an empty cache"
+            )
         if key_states.shape[0] != self.states.batch_size:
             raise InputError(
                 f"the cache holds {self.states.batch_size} sequences and the model was called with "
@@ -86,14 +105,52 @@ class StateLayer(CacheLayerMixin):
             self._recorded.append((key, value, real))
         return module.extend(query, key, value, self.states, key_mask=real)
 
+    @property
+    def module(self) -> Any | None:
+        """Whose state it is; None when that is gone or not known any more."""
+        return None if self._module is None else self._module()
+
+    def claim(self, module: AttentionModule) -> None:
+        """Check that it is `module` that the state belongs to. Raises InputError when it is not."""
+        if self._module is None and self._fits(module):
+            self._module = weakref.ref(module)
+        if self.module is not module:
+            raise InputError("this cache belongs to another model or layer; start from an empty one")
+
+    def _fits(self, module: AttentionModule) -> bool:
+        if self.states is None:
+            return True
+        new = module.new_state(self.states.batch_size, dtype=self.dtype, device=self.device)
+        return new is not None and new.form == self.states.form
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_module": None}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> StateLayer:
+        memo[id(self)] = twin = object.__new__(type(self))
+        for name, value in vars(self).items():
+            setattr(twin, name, value if name == "_module" else copy.deepcopy(value, memo))
+        copied = memo.get(id(self.module))
+        if copied is not None:  # model and cache are copied together
+            twin._module = weakref.ref(copied)
+        return twin
+
     def accept(self, path: Tensor) -> None:
         """Commit the nodes `path` `[B, P]` of the last tree, -1 for none; all rows advance by P columns."""
-        module: Any = self._module()
+        module = self.module
         if self._drafted is None or self.states is None or module is None:
             raise InputError("no draft tree was run on this cache since the last accepted one")
         module.commit(*self._drafted, self.states, path)
         self.cumulative_length += path.shape[1]
         self._drafted = None
+
+    def forget_since(self, length: int | Tensor) -> None:
+        """Count `length` tokens again: a call failed after `update`, before the state was changed."""
+        self.expected = False
+        if isinstance(self.cumulative_length, Tensor):
+            self.cumulative_length.copy_(torch.as_tensor(length))
+        else:
+            self.cumulative_length = int(length)
 
     def get_seq_length(self) -> int:
         return self.cumulative_length if self.is_initialized else 0  # type: ignore[return-value]
@@ -139,7 +196,7 @@ class StateLayer(CacheLayerMixin):
             raise InputError(
                 f"cannot take back {count} tokens: only {keep + count} came since the last commit"
             )
-        module: Any = self._module()
+        module = self.module
         assert self.states is not None and module is not None
         if self._committed is None:
             self._each(Tensor.zero_)
@@ -193,11 +250,14 @@ class StateLayer(CacheLayerMixin):
         ]
 
 
-def adopt(cache: Cache, index: int, module: AttentionModule) -> StateLayer | None:
+def adopt(
+    cache: Cache, index: int, module: AttentionModule, max_length: int | None = None
+) -> StateLayer | None:
     """The state layer of `module` in `cache`, put there now if the layer is empty; None where it is not.
 
-    A layer with keys and values in it stays, and its tokens are attended as before. Raises InputError when
-    the state is another module's.
+    A layer with keys and values in it stays, and its tokens are attended as before. max_length: of a static
+    cache, whose layers do not tell when each of them keeps a window only. Raises InputError when the state is
+    another module's.
     """
     if not module.has_state:
         return None
@@ -209,12 +269,17 @@ def adopt(cache: Cache, index: int, module: AttentionModule) -> StateLayer | Non
         return None
     layer = cache.layers[index]
     if isinstance(layer, StateLayer):
-        if layer._module() is not module:
-            raise InputError("this cache belongs to another model or layer; start from an empty one")
+        layer.claim(module)
         return layer
     if getattr(layer, "is_initialized", False) and int(layer.get_seq_length()) > 0:
         return None
+    longest = None
     if getattr(layer, "is_compileable", False) and getattr(layer, "is_sliding", False):
-        return None  # masks beside a static window are as wide as the window: new tokens have no column
-    cache.layers[index] = StateLayer(module, layer)
+        # Masks as wide as the window would have no column for new tokens. (A state where the model has a
+        # window means that every layer becomes one: `api.check_dropped_windows`.)
+        whole = [x.get_max_length() for x in cache.layers if not getattr(x, "is_sliding", False)]
+        longest = max(whole, default=max_length)
+        if longest is None:
+            return None
+    cache.layers[index] = StateLayer(module, layer, longest)
     return cache.layers[index]

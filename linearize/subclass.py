@@ -27,6 +27,7 @@ class Rewritten:
     _linearize_plain: bool
     _linearize_slots: int
     _linearize_variants: Any
+    _linearize_keeps_keys: bool
 
     @staticmethod
     def run(

@@ -1,17 +1,21 @@
 """One traced form of a grafted owner: its forward as a graph, attention replaced and real children called.
 
-The owner is captured without its cache (the cache's `update` becomes a hole in the graph, filled at call
-time), the proved sites become calls of `attend_site`, and everything the graph borrowed from the owner is
-looked up on the live owner at each call: a LoRA layer put over `q_proj` later is the one that runs, and
-nothing is held twice.
+The proved sites become calls of `attend_site`, and everything the graph borrowed from the owner is looked up
+on the live owner at each call: a LoRA layer put over `q_proj` later is the one that runs, and nothing is held
+twice.
+
+Of a cache the graph keeps one of two things. Where a state of constant size will stand behind it, only how
+many tokens came before: the owner is traced on the new tokens alone, and masks are cut to their columns.
+Otherwise its `update` becomes a hole in the graph, filled at call time with all keys and values.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import sympy
 import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, nn
@@ -21,9 +25,11 @@ from torch.fx import Graph, GraphModule, Node
 from .cache import is_cache
 from .errors import VerificationError
 from .passes import canonical, find_attention
+from .passes.axes import shape_of
 from .passes.capture import CaptureError, capture
 from .passes.raise_ import canonical_operands, emitter_for, replace_output
 from .passes.site import KVKind, Reason, Site
+from .plan import child_name
 from .reroll import reroll, resolve
 from .running import attend_site, item, update_cache
 
@@ -41,15 +47,36 @@ class GraftError(VerificationError):
 
 @dataclass(frozen=True)
 class Variant:
-    """A graph `(owner, cache, *tensors) -> flat outputs`, and how to rebuild the owner's result from them."""
+    """A graph `(owner, cache, *tensors) -> flat outputs`, and how to rebuild the owner's result from them.
+
+    sizes: of the owner's tensors, as numbers and expressions over sizes that may differ from call to call.
+    masks: which of the tensors act on nothing but the scores of the sites. asks_length: the owner asked its
+    cache how many tokens it holds.
+    """
 
     graph: GraphModule
     spec: Any
-    equal: tuple[tuple[Place, ...], ...]
+    sizes: tuple[tuple[sympy.Expr, ...], ...]
+    masks: tuple[int, ...]
+    asks_length: bool
 
-    def fits(self, sizes: Sequence[Sequence[int]]) -> bool:
+    def fits(self, tensors: Sequence[Tensor]) -> bool:
         """Whether the sizes of a call, tensor by tensor, agree where the trace took them to agree."""
-        return all(sizes[i][a] == sizes[j][b] for (i, a), *rest in self.equal for j, b in rest)
+        known: dict[sympy.Expr, int] = {}
+        derived = []
+        for expected, tensor in zip(self.sizes, tensors, strict=True):
+            if len(expected) != tensor.ndim:
+                return False
+            for size, found in zip(expected, tensor.shape, strict=True):
+                if size.is_Symbol:
+                    if known.setdefault(size, found) != found:
+                        return False
+                elif size.is_Integer:
+                    if size != found:
+                        return False
+                else:
+                    derived.append((size, found))
+        return all(size.subs(known) == found for size, found in derived)
 
     def __call__(self, owner: nn.Module, cache: Any, tensors: Sequence[Tensor]) -> Any:
         return pytree.tree_unflatten(list(self.graph(owner, cache, *tensors)), self.spec)
@@ -63,31 +90,29 @@ class _Shell(nn.Module):
         owner: nn.Module,
         forward: Callable[..., Any],
         rebuild: Callable[..., Any],
-        cached: bool,
+        of_cache: int,
         equal: Sequence[Sequence[Place]],
-        indices: set[int | None],
+        asked: list[Any],
     ) -> None:
         super().__init__()
         self._equal = equal
         self.owner = owner
-        self._forward, self._rebuild, self._cached = forward, rebuild, cached
-        self._indices = indices
+        self._forward, self._rebuild, self._of_cache = forward, rebuild, of_cache
+        self._asked = asked
 
     def forward(self, *tensors: Tensor) -> Any:
-        hole = None
         for (index, axis), *rest in self._equal:
             for other, place in rest:
                 torch._check(tensors[index].shape[axis] == tensors[other].shape[place])
-        if self._cached:
-            *tensors, past, keys, values = tensors  # type: ignore[assignment]
-            hole = _hole(past, keys, values)
-        args, kwargs = self._rebuild(tensors, hole)
+        own = len(tensors) - self._of_cache
+        hole = _hole(*tensors[own:]) if self._of_cache else None
+        args, kwargs = self._rebuild(tensors[:own], hole)
         result = self._forward(self.owner, *args, **kwargs)
         result = pytree.tree_map(lambda leaf: None if is_cache(leaf) else leaf, result, is_leaf=is_cache)
         if hole is None:
             return result, ()
-        self._indices.add(hole.index)
-        return result, hole.written
+        self._asked.append(hole)
+        return result, hole.written if self._of_cache == len(("past", "keys", "values")) else ()
 
 
 def equal_sizes(tensors: Sequence[Tensor], stored: int) -> tuple[tuple[Place, ...], ...]:
@@ -106,8 +131,8 @@ def equal_sizes(tensors: Sequence[Tensor], stored: int) -> tuple[tuple[Place, ..
     return tuple(tuple(group) for group in groups.values() if len(group) > 1)
 
 
-def _hole(past: Tensor, keys: Tensor, values: Tensor) -> Any:
-    """A stand-in cache for tracing: `update` remembers what it is given and returns `keys` and `values`."""
+def _hole(past: Tensor, *stored: Tensor) -> Any:
+    """A stand-in cache for tracing: `update` remembers what it is given and returns `stored`, or the same."""
     from transformers.cache_utils import Cache
 
     class Hole(Cache):
@@ -115,6 +140,7 @@ def _hole(past: Tensor, keys: Tensor, values: Tensor) -> Any:
             super().__init__(layers=[])
             self.written: tuple[Tensor, ...] = ()
             self.index: int | None = None
+            self.asked = False
 
         def update(
             self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
@@ -122,13 +148,14 @@ def _hole(past: Tensor, keys: Tensor, values: Tensor) -> Any:
             if self.written:
                 raise GraftError("the owner updates its cache more than once per call")
             self.written, self.index = (key_states, value_states), layer_idx
-            return keys, values
+            return stored or self.written
 
         def get_seq_length(self, *args: Any, **kwargs: Any) -> Any:
+            self.asked = True
             return past.shape[0]
 
         def get_query_offset(self, *args: Any, **kwargs: Any) -> Any:
-            return past.shape[0]
+            return self.get_seq_length()
 
     return Hole()
 
@@ -143,18 +170,19 @@ def trace(
 ) -> Variant:
     """Capture, match and rewrite the owner for one form of call.
 
-    rebuild: `(tensors, cache) -> (args, kwargs)`. cache: examples of the past marker `[P]` and of the keys
-    and values that `update` returns (meta tensors do), empty for a call without a cache. expected: sites per
-    call in the plan.
+    rebuild: `(tensors, cache) -> (args, kwargs)`. cache: examples of the past marker `[P]` and, for a cache
+    of keys and values, of those that `update` returns (meta tensors do); empty for a call without a cache.
+    expected: sites per call in the plan.
     Raises GraftError when the graph does not hold exactly those sites.
     """
     inputs = tuple(tensor.detach() for tensor in (*tensors, *(_real(tensor, tensors) for tensor in cache)))
-    equal = equal_sizes(inputs, 2 if cache else 0)
+    stored = max(len(cache) - 1, 0)
+    equal = equal_sizes(inputs, stored)
     # Telling apart sizes that happen to agree makes a graph for more calls; some proofs need them to agree.
-    attempts: list[tuple[tuple[Place, ...], ...]] = [equal, ()] if cache else [(), equal]
+    attempts: list[tuple[tuple[Place, ...], ...]] = [equal, ()] if stored else [(), equal]
     for attempt, agreed in enumerate(attempts):
         try:
-            return _trace(owner, forward, rebuild, inputs, agreed, bool(cache), expected)
+            return _trace(owner, forward, rebuild, inputs, agreed, len(cache), expected)
         except (GraftError, CaptureError):
             if attempt == len(attempts) - 1 or not equal:
                 raise
@@ -167,25 +195,26 @@ def _trace(
     rebuild: Callable[..., Any],
     inputs: Sequence[Tensor],
     equal: tuple[tuple[Place, ...], ...],
-    cached: bool,
+    of_cache: int,
     expected: int,
 ) -> Variant:
-    stored = 2 if cached else 0
-    # Export undoes what a forward assigns to its module, hence a set beside it.
-    indices: set[int | None] = set()
-    shell = _Shell(owner, forward, rebuild, cached, equal, indices)
+    cached, stored = of_cache > 0, max(of_cache - 1, 0)
+    # Export undoes what a forward assigns to its module, hence a list beside it.
+    asked: list[Any] = []
+    shell = _Shell(owner, forward, rebuild, of_cache, equal, asked)
     # The shell calls forward directly: hooks of the owner run around the graft, not inside it as well.
     axes = [_axes(tensor) for tensor in inputs]
     for kept in axes[len(axes) - stored :]:
         for axis in set(kept) - set(_CACHED_AXES):
             del kept[axis]
     single = next((i for i, t in enumerate(inputs) if t.is_floating_point() and t.ndim == 3), None)
-    if cached and single is not None and inputs[single].shape[1] == 1:
+    one = cached and single is not None and inputs[single].shape[1] == 1
+    if one and single is not None:
         # One token at a time: its axis must be seen as an axis, or no attention can be recognised.
         axes[single][1] = Dim.AUTO
-    with sizes_of_one_as_symbols(cached):
+    with sizes_of_one_as_symbols(one or stored > 0):
         gm = capture(shell, inputs, dynamic=(tuple(axes),))
-    index = next(iter(indices), None)
+    index = asked[-1].index if asked else None
     if cached and index is None:
         raise GraftError("the owner takes a cache but does not update it")
     report = find_attention(gm)
@@ -197,6 +226,9 @@ def _trace(
     if len(sites) != expected:
         reasons = "; ".join(refusal.message for refusal in report.refusals) or "no refusal"
         raise GraftError(f"its own graph shows {len(sites)} provable sites instead of {expected} ({reasons})")
+    specs = [getattr(owner, child_name(slot)).spec for slot in range(expected)]
+    if any(site.shapes["H"] != spec.num_heads for site, spec in zip(sites, specs, strict=True)):
+        raise GraftError("heads and a batch of one cannot be told apart; call it with two sequences once")
     gm = report.graph_module
     first = next(iter(gm.graph.nodes))
     with gm.graph.inserting_before(first):
@@ -204,10 +236,16 @@ def _trace(
     for slot, site in enumerate(sites):
         _replace_site(gm, site, slot, live)
     spec = gm.graph._codegen.pytree_info.out_spec  # type: ignore[attr-defined]
+    placeholders = [node for node in gm.graph.find_nodes(op="placeholder") if "val" in node.meta]
+    sizes = tuple(shape_of(node) or () for node in placeholders[: len(placeholders) - of_cache])
+    masks = _mask_inputs(gm.graph)
     reroll(gm, owner, live)
-    if cached:
+    if stored:
         _fill_hole(gm.graph, store, index, equal)
-    return Variant(_rebuilt(gm, live), _result_spec(spec), equal)
+    elif cached and index != owner._linearize_layer:
+        raise GraftError(f"it counts its tokens in layer {index} of the cache, not its own")
+    asks_length = any(hole.asked for hole in asked)
+    return Variant(_rebuilt(gm, live), _result_spec(spec), sizes, masks, asks_length)
 
 
 def _real(tensor: Tensor, beside: Sequence[Tensor]) -> Tensor:
@@ -241,22 +279,22 @@ def _drop_weights(gm: GraphModule, anchors: Sequence[Node]) -> None:
     output = gm.graph.output_node()
     values = _flat_outputs(gm.graph)
     for position, value in enumerate(values[1:], start=1):
-        if isinstance(value, Node) and _depends(value, set(anchors)):
+        if isinstance(value, Node) and _ancestors([value]) & set(anchors):
             values[position] = None
     output.args = (tuple(values),)
     gm.graph.eliminate_dead_code(is_impure_node=lambda node: node.op in ("placeholder", "output"))
 
 
-def _depends(node: Node, on: set[Node]) -> bool:
-    seen, stack = set(), [node]
+def _ancestors(nodes: Sequence[Node], read: Mapping[Node, Sequence[Node]] | None = None) -> set[Node]:
+    """The nodes and everything they depend on; read: of these nodes, only the given arguments count."""
+    seen: set[Node] = set()
+    stack = list(nodes)
     while stack:
-        current = stack.pop()
-        if current in on:
-            return True
-        if current not in seen:
-            seen.add(current)
-            stack += current.all_input_nodes
-    return False
+        node = stack.pop()
+        if node not in seen:
+            seen.add(node)
+            stack += node.all_input_nodes if read is None or node not in read else read[node]
+    return seen
 
 
 def _replace_site(gm: GraphModule, site: Site, slot: int, live: Node) -> None:
@@ -274,6 +312,16 @@ def _replace_site(gm: GraphModule, site: Site, slot: int, live: Node) -> None:
     program = canonical.encode(site.program)
     call = emitter.call(attend_site, live, slot, query, key, value, terms, hides, program, tiled)
     replace_output(emitter, site, call)
+
+
+def _mask_inputs(graph: Graph) -> tuple[int, ...]:
+    """Tensor inputs whose values reach the results through the score terms of the sites only."""
+    inputs = [node for node in graph.find_nodes(op="placeholder") if "val" in node.meta]
+    sites = graph.find_nodes(op="call_function", target=attend_site)
+    sizes = dict.fromkeys(graph.find_nodes(op="call_function", target=torch.ops.aten.sym_size.int), ())
+    terms = _ancestors([term for site in sites for term in site.args[5]], sizes)
+    rest = _ancestors([graph.output_node()], sizes | {site: site.args[2:5] for site in sites})
+    return tuple(i for i, node in enumerate(inputs) if node in terms and node not in rest)
 
 
 def _fill_hole(graph: Graph, store: Node, index: int | None, equal: Sequence[Sequence[Place]]) -> None:
@@ -335,7 +383,8 @@ def _rebuilt(gm: GraphModule, live: Node) -> GraphModule:
         made[node] = graph.node_copy(node, lambda argument: made[argument])
         made[node].meta = {}
 
-    live_nodes = _live(gm.graph)
+    # What the result depends on; the cache is written by what attention reads.
+    live_nodes = _ancestors([gm.graph.output_node()])
     for node in gm.graph.nodes:
         if node.op == "placeholder":
             emit(node)
@@ -344,15 +393,3 @@ def _rebuilt(gm: GraphModule, live: Node) -> GraphModule:
             emit(node)
     graph.lint()
     return GraphModule(root, graph)
-
-
-def _live(graph: Graph) -> set[Node]:
-    """What the result depends on; the cache is written by what attention reads."""
-    seen: set[Node] = set()
-    stack = [graph.output_node()]
-    while stack:
-        node = stack.pop()
-        if node not in seen:
-            seen.add(node)
-            stack += node.all_input_nodes
-    return seen

@@ -1,6 +1,11 @@
-"""Shared by every test: one torch thread per worker, so that two workers use two cores and no more."""
+"""Shared by every test: one torch thread per worker, and the command line as a user types it."""
 
 from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,4 +13,51 @@ import torch
 
 @pytest.fixture(autouse=True, scope="session")
 def _one_thread() -> None:
+    # Two workers use two cores and no more.
     torch.set_num_threads(1)
+
+
+@dataclass
+class Result:
+    """What a command left: exit code, stdout, stderr."""
+
+    code: int
+    out: str
+    err: str
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Callable[..., Result]:
+    """The entry point of the command line, in this process."""
+    from linearize.cli import main
+
+    def call(*arguments: object) -> Result:
+        monkeypatch.setattr(sys, "argv", ["linearize", *map(str, arguments)])
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as done:
+            main()
+        return Result(done.value.code or 0, *capfd.readouterr())
+
+    return call
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny llama with the demo's tokenizer, as someone would have it on disk. Not to be written to."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    import linearize as lz
+
+    config = LlamaConfig(
+        vocab_size=4096,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+    )
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("llama") / "model"
+    LlamaForCausalLM(config).save_pretrained(path)
+    lz.load_demo()[1].save_pretrained(path)
+    return path

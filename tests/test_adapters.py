@@ -9,7 +9,7 @@ from typing import Any
 import peft
 import pytest
 import torch
-from live_models import activations, converted, llama, snapshot, tokens
+from live_models import activations, converted, llama, recompute, snapshot, tokens
 from torch import Tensor, nn
 
 import linearize as lz
@@ -66,11 +66,27 @@ def test_training_with_the_config_moves_projections_and_new_parameters_only() ->
     adapted(tokens(2, 12), labels=tokens(2, 12), use_cache=False).loss.backward()
     moved = {name for name, p in adapted.named_parameters() if p.grad is not None and p.requires_grad}
     projections = {f"layers.{i}.self_attn.{p}_proj" for i in range(2) for p in "qkvo"}
-    assert {name.split("base_model.model.model.")[1].split(".lora_")[0] for name in moved if "lora_" in name} == (
-        projections
-    )
+    adapters = {name.split(".lora_")[0] for name in moved if "lora_" in name}
+    assert adapters == {f"base_model.model.model.{name}" for name in projections}
     assert sum("linear_attention.modules_to_save" in name for name in moved) == 4
     assert sum("embed_tokens.modules_to_save" in name for name in moved) == 1 and len(moved) == 16 + 4 + 1
+
+
+def test_an_adapted_model_keeps_a_constant_state_and_the_base_under_it_its_own() -> None:
+    base = converted("llama")
+    ids, settings = tokens(1, 11), dict(max_new_tokens=12, do_sample=False, return_dict_in_generate=True)
+    plain = base.generate(ids, **settings).sequences
+    adapted: Any = trained(peft.get_peft_model(base, lz.lora_config(base)))
+    out = adapted.generate(input_ids=ids, **settings)
+    assert {type(layer).__name__ for layer in out.past_key_values.layers} == {"StateLayer"}
+    assert torch.equal(out.sequences, recompute(adapted, ids, 12))
+    speculation = lz.TreeSpeculation(lz.PromptLookup())
+    drafted = adapted.generate(input_ids=ids, **settings, speculative=speculation)
+    assert torch.equal(drafted.sequences, out.sequences)
+    with adapted.disable_adapter():
+        assert torch.equal(adapted.generate(input_ids=ids, **settings).sequences, plain)
+    assert torch.equal(lz.merge(adapted).generate(ids, **settings).sequences, out.sequences)
+    assert not torch.equal(plain, out.sequences)
 
 
 def test_names_that_the_attention_shares_with_the_rest_of_a_layer_are_told_apart() -> None:
@@ -158,6 +174,9 @@ def test_what_cannot_be_merged_is_refused_and_stays_as_it_was() -> None:
         lz.merge(adapted)
     with pytest.raises(InvalidModelError, match="not converted"):
         lz.lora_config(llama())
+    base = converted("llama")
+    with pytest.raises(InvalidModelError, match=r"wraps a converted model.*linearize.merge.model."):
+        lz.save(peft.get_peft_model(base, lz.lora_config(base)), "nowhere")
     prompt = peft.get_peft_model(
         converted("llama"), peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
     )

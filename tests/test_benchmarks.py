@@ -16,9 +16,12 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.append(str(ROOT / "benchmarks"))
 
 import cpu  # noqa: E402
+import generation  # noqa: E402
 import gpu  # noqa: E402
 import gpu_sections  # noqa: E402
 import measured  # noqa: E402
+import ort  # noqa: E402
+from linearize.kernels import oracle  # noqa: E402
 from measured import Row  # noqa: E402
 
 TINY = cpu.Sizes(
@@ -261,3 +264,92 @@ def test_a_side_slower_than_a_second_is_its_first_figure(monkeypatch: pytest.Mon
     found = cpu.compare(dict(slow=lambda: "slow", fast=lambda: "fast"), 0.01)
     assert calls == dict(slow=1, fast=5)
     assert (found["slow"].ms, found["fast"].ms, found["fast"].runs) == (4000, 1, 3)
+
+
+# ------------------------------------------------------------------------------------------- generation.py
+
+GENERATION = generation.Sizes(
+    tokens=512,
+    piece=192,
+    checkpoints=(64, 512),
+    contexts=(100,),
+    models=("demo",),
+    nodes=(1, 5),
+    budgets=(2,),
+    mechanisms=(("augmented", 0),),
+    training_tokens=1500,
+    epochs=0.2,
+    prompts=1,
+    new_tokens=8,
+    seconds=0.01,
+)
+
+
+def test_the_recurrence_beside_the_long_run_is_the_oracle() -> None:
+    torch.manual_seed(0)
+    module: Any = generation.attentions(generation.converted(generation.softmax_model("demo")))[0]
+    query, key, value = (torch.randn(1, heads, 320, 32) for heads in (8, 4, 4))
+    recurrence = generation.Recurrence(module)
+    pieces = [recurrence(*(x[:, :, a:b] for x in (query, key, value))) for a, b in ((0, 64), (64, 320))]
+    wanted = oracle.augmented_attention(
+        query,
+        key.repeat_interleave(2, 1),
+        value.repeat_interleave(2, 1),
+        alpha=module.alpha.detach().expand(8),
+        conv_weight=module.conv_weight.detach(),
+    )
+    torch.testing.assert_close(torch.cat(pieces, 1).detach(), wanted[0], rtol=0, atol=1e-10)
+
+
+def test_the_generation_benchmark_measures_memory_decoding_trees_and_speculation(tmp_path: Path) -> None:
+    path = tmp_path / "generation.json"
+    sections = ["memory", "decode", "trees", "speculation"]
+    generation.main(["--json", str(path), "--section", *sections], GENERATION)
+    rows = [measured.row_of(record) for record in json.loads(path.read_text())["rows"]]
+    found = {name: [row for row in rows if row.section == name] for name in sections}
+
+    size, early, late, steps = found["memory"]
+    assert size.details["state_bytes"][0] == size.details["state_bytes"][1]
+    assert [early.details["tokens"], late.details["tokens"]] == [64, 512]
+    assert 0 < max(late.details["output_error"]) < 1e-5 and 0 < max(late.details["state_error"]) < 1e-5
+    assert 0 < steps.details["output_error"] < 1e-5 and steps.details["length"] == 512 + 64
+
+    (decode,) = found["decode"]
+    kinds = [kind for kind in decode.details if kind.startswith("softmax")]
+    assert len(kinds) == 2 and decode.theirs_ms == min(decode.details[kind] for kind in kinds)
+    assert {(row.details["nodes"], row.details["part"]) for row in found["trees"]} == {
+        (nodes, part) for nodes in (1, 5) for part in ("whole pass and commit", "attention", "linear layers")
+    }
+    # Two models, each with lookup, heads and both, and the best of those with heads.
+    assert [row.details["model"] for row in found["speculation"]] == ["softmax"] * 4 + ["augmented"] * 4
+    assert all("heads" in row.details["drafter"] for row in found["speculation"][3::4])
+    assert all(row.ratio and "NOT the same" not in row.note for row in found["speculation"])
+    assert [row.goal for row in found["speculation"]] == [None] * 7 + [2.0]
+
+
+@pytest.mark.slow
+def test_the_generation_benchmark_compiles_both_sides() -> None:
+    torch.set_num_threads(1)
+    (row,) = generation.compiled(GENERATION)
+    assert row.theirs == "softmax, static cache" and row.ratio
+
+
+def test_goals_of_decoding_are_for_the_model_with_much_attention() -> None:
+    timed = {name: cpu.Timed(ms, ms, 3) for name, ms in (("linear", 2.0), ("a", 40.0), ("b", 30.0))}
+    wide, demo = (generation.decode_row("decode", name, 65536, timed) for name in ("wide", "demo"))
+    assert (wide.theirs, wide.ratio, wide.goal, wide.verdict) == ("b", 15.0, 15.0, "met")
+    assert demo.goal is None
+
+
+# ------------------------------------------------------------------------------------------- ort.py
+
+
+def test_the_onnxruntime_benchmark_measures_both_exports(tmp_path: Path) -> None:
+    path = tmp_path / "onnx.json"
+    ort.main(["--json", str(path)], ort.Sizes(prefill=(32,), decode=(16, 32), layers=1, seconds=0.01))
+    rows = [measured.row_of(record) for record in json.loads(path.read_text())["rows"]]
+    assert {row.section for row in rows} == {"prefill", "decode", "flat"}
+    for row in rows:
+        assert row.ratio or row.note, row
+    timed = {(row.section, row.ours) for row in rows if row.ratio}
+    assert {("prefill", "body"), ("decode", "body"), ("flat", "body")} <= timed

@@ -4,51 +4,16 @@ from __future__ import annotations
 
 import json
 import re
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import AutoTokenizer
 
 import linearize as lz
 from linearize.checkpoint import state_of
-from linearize.cli import _options, main
+from linearize.cli import _options
 from linearize.mechanisms import available
-
-
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    """A tiny llama with the demo's tokenizer, as someone would have it on disk."""
-    config = LlamaConfig(
-        vocab_size=4096,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-    )
-    torch.manual_seed(0)
-    LlamaForCausalLM(config).save_pretrained(tmp_path / "model")
-    lz.load_demo()[1].save_pretrained(tmp_path / "model")
-    return tmp_path / "model"
-
-
-class Result:
-    def __init__(self, code: int, out: str, err: str) -> None:
-        self.code, self.out, self.err = code, out, err
-
-
-@pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]):
-    def call(*arguments: object) -> Result:
-        monkeypatch.setattr(sys, "argv", ["linearize", *map(str, arguments)])
-        capfd.readouterr()
-        with pytest.raises(SystemExit) as done:
-            main()
-        return Result(done.value.code or 0, *capfd.readouterr())
-
-    return call
 
 
 def test_version_names_the_packages_that_matter(run) -> None:

@@ -150,8 +150,10 @@ def test_a_dropped_window_is_dropped_in_the_cache_and_the_masks_too() -> None:
         assert torch.equal(
             out[row, 11:], recompute(model, prompt[row : row + 1, keep], STEPS)[0, keep.sum() :]
         )
-    with pytest.raises(InputError, match="sliding window"):
-        model.generate(prompt, attention_mask=mask, cache_implementation="static", **GREEDY)
+    static = model.generate(prompt, attention_mask=mask, cache_implementation="static", **GREEDY)
+    assert torch.equal(static, out)
+    with torch.no_grad(), pytest.raises(InputError, match="sliding window.*DynamicCache"):
+        model(prompt, past_key_values=StaticCache(config=model.config, max_cache_len=30))
 
 
 def test_a_window_is_not_dropped_beside_layers_that_keep_theirs() -> None:

@@ -164,7 +164,7 @@ def test_an_owner_whose_graph_cannot_be_made_leaves_the_model_as_it_was(
     def fail(*_: Any) -> Any:
         raise RuntimeError("no graph today")
 
-    monkeypatch.setattr("linearize.graft.trace", fail)
+    monkeypatch.setattr("linearize.forms.trace", fail)
     model = plain()
     with pytest.raises(VerificationError, match="blocks.0.*no graph today"):
         linearize(model, activations())

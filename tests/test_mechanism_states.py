@@ -222,6 +222,53 @@ def test_any_order_of_pieces_rewinds_trees_and_commits_on_uneven_rows(seed, wind
     assert (furthest > 3 * window).all()
 
 
+@pytest.mark.parametrize("window", (1, 3, 8))
+@pytest.mark.parametrize("rows", (1, 2))
+def test_sequences_of_one_length_take_steps_trees_commits_and_rewinds_in_any_order(window, rows):
+    """Without rows to spare in the window; trees deeper than it, on an empty state too."""
+    module = windowed(window)
+    torch.manual_seed(window)
+    tokens = [
+        torch.randn(rows, heads, 90, size, dtype=torch.float64) for heads, size in ((4, 8), (2, 8), (2, 6))
+    ]
+    whole = module(*tokens)
+    state = module.new_state(rows, dtype=torch.float64, device=torch.device("cpu"))
+    at = 0
+
+    def pick(start: int, stop: int) -> list[torch.Tensor]:
+        return [x[:, :, start:stop] for x in tokens]
+
+    for turn in range(40):
+        branch = (3, 12, 1, 5)[turn % 4]
+        drafts = [
+            torch.cat([x, torch.randn_like(tokens[i][:, :, :2])], 2)
+            for i, x in enumerate(pick(at, at + branch))
+        ]
+        parents = torch.tensor([*range(-1, branch - 1), -1, min(branch - 1, 1)])
+        if at > 75:
+            break
+        out = module.tree(*drafts, state, parents)
+        same(out[:, :, :branch], whole[:, :, at : at + branch])
+        for node, before in ((branch, at), (branch + 1, at + min(branch - 1, 1) + 1)):
+            wrong = [
+                torch.cat([x, y[:, :, node : node + 1]], 2)
+                for x, y in zip(pick(0, before), drafts, strict=True)
+            ]
+            same(out[:, :, node], module(*wrong)[:, :, -1])
+        kept = min(branch, 2)
+        path = torch.arange(kept).expand(rows, -1)
+        module.commit(*drafts[1:], state, torch.nn.functional.pad(path, (0, 1), value=-1))
+        at += kept
+        same(module.extend(*pick(at, at + 1), state), whole[:, :, at : at + 1])
+        at += 1
+        if turn % 3 == 0:  # one token can always be taken back, and any that still are in the rows
+            count = min(at, 2) if at <= window else 1
+            state.rewind(count)
+            at -= count
+        assert state.length.tolist() == [at] * rows
+    assert at > 70
+
+
 def test_a_row_that_begins_after_another():
     module = windowed(4)
     query, key, value = exact_tokens(20)

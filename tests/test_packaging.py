@@ -181,7 +181,15 @@ def test_the_wheel_holds_one_top_level_package_with_its_data(wheel: Path) -> Non
 def test_a_wheel_holds_the_kernels_for_any_python_and_not_their_sources(wheel: Path) -> None:
     assert "-py3-none-" in wheel.name
     names = {name for name in zipfile.ZipFile(wheel).namelist() if name.startswith("linearize/kernels/cpu/")}
-    assert names == {f"linearize/kernels/cpu/{name}" for name in ("__init__.py", "_kernels.so")}
+    headers = {path.name for path in (ROOT / "kernels" / "cpu").glob("*.h")}
+    assert names == {f"linearize/kernels/cpu/{name}" for name in {"__init__.py", "_kernels.so", *headers}}
+
+
+def test_a_wheel_holds_what_the_onnxruntime_library_is_built_from(wheel: Path) -> None:
+    folder = "linearize/onnx/library"
+    sources = {path.name for path in (ROOT / folder).iterdir() if path.suffix in (".cpp", ".h")}
+    assert {f"{folder}/{name}" for name in sources} <= set(zipfile.ZipFile(wheel).namelist())
+    assert "op.cpp" in sources
 
 
 def test_a_source_distribution_holds_what_the_kernels_are_built_from(clone: Path, tmp_path: Path) -> None:

@@ -1,0 +1,44 @@
+"""`linearize export`: a model of a folder as ONNX, with the files that belong to it."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from torch import nn
+
+from ..errors import ConfigError, ExportError
+from . import export_onnx, quantize
+
+
+def run(
+    model: nn.Module,
+    target: Path,
+    companions: Sequence[Path],
+    *,
+    opset: int,
+    dtype: str,
+    bits: int,
+    write: Callable[[str], object],
+) -> None:
+    """Export to `target` and say what was written; companions: tokenizer files, copied into a folder.
+
+    bits: of the weights; a quantised file lies beside the other one, as `*.int8.onnx` or `*.int4.onnx`.
+    """
+    if bits not in (0, 4, 8):
+        raise ConfigError(f"bits must be 8 or 4, or 0 for none, got {bits}")
+    exported = export_onnx(model, target, opset=opset, dtype=dtype)
+    if target.is_dir():
+        for path in companions:
+            if not (target / path.name).exists():
+                try:
+                    shutil.copyfile(path, target / path.name)
+                except OSError as error:
+                    raise ExportError(f"cannot write {target / path.name}: {error}") from error
+    write(str(exported))
+    for file in exported.files:
+        if bits and file.suffix == ".onnx":
+            made = quantize(file, file.with_suffix(f".int{bits}.onnx"), bits=bits)
+            error = "" if made.error is None else f", {100 * made.error:.2f} % off in the logits"
+            write(f"{made.path}: {made.bytes / 1e6:.1f} MB instead of {made.before / 1e6:.1f}{error}")

@@ -1,0 +1,169 @@
+"""`lz.export_onnx`: a model as one ONNX file that stock onnxruntime runs, state in and state out."""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections import Counter
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..errors import ExportError, InvalidModelError
+from ..verification import quiet_run
+from . import file as files
+from . import programs
+from .genai import write_genai
+from .programs import Program, StateNames
+
+FILE, ENCODER, DECODER = "model.onnx", "encoder_model.onnx", "decoder_model.onnx"
+DTYPES = {"float32": torch.float32, "float16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What `export_onnx` wrote.
+
+    files: all of them. nodes: nodes of domain `ai.linearize` by operator, none for a model that was not
+    converted. states: layers with a state of constant size; caches: layers with keys and values. inputs,
+    outputs: of every graph, by file name.
+    """
+
+    path: Path
+    files: tuple[Path, ...]
+    nodes: Counter[str]
+    states: int
+    caches: int
+    inputs: dict[str, list[str]]
+    outputs: dict[str, list[str]]
+
+    @property
+    def converted(self) -> bool:
+        return bool(self.nodes)
+
+    def __str__(self) -> str:
+        """One sentence for people."""
+        size = sum(file.stat().st_size for file in self.files) / 1e6
+        what = ", ".join(f"{count} x {name}" for name, count in sorted(self.nodes.items()))
+        kept = f"{self.caches} layers with keys and values" if self.caches else ""
+        parts = [part for part in (what or "not converted: softmax attention only", kept) if part]
+        return f"{self.path}: {'; '.join(parts)} ({size:.1f} MB)"
+
+
+def export_onnx(
+    model: nn.Module,
+    path: str | os.PathLike[str],
+    inputs: Any = None,
+    *,
+    opset: int = 20,
+    dtype: str | None = None,
+    names: StateNames | None = None,
+    last_logits: bool = False,
+    external_data: bool | None = None,
+) -> Exported:
+    """Write a model as ONNX, with a dynamic batch and length; the model is unchanged.
+
+    A decoder becomes one graph for prefill, prefill in pieces and decoding: `input_ids` [B, T],
+    `attention_mask` [B, past + T] (1 for real tokens, on either side), `position_ids` [B, T] where the model
+    takes them, and the states of the layers -> `logits` [B, T, vocabulary] and the states after the call. A
+    state of zeros is the empty one. Layers that are still softmax have keys and values instead. Any other
+    model becomes one call: its tensor inputs in, the tensors of its result out. An encoder-decoder becomes
+    two graphs in a folder, `encoder_model.onnx` and `decoder_model.onnx`.
+
+    Each site is a node of domain `ai.linearize` (`onnx/schema.py`), whose meaning in standard operators is in
+    the file too, so nothing but onnxruntime is needed to run it.
+
+    path: a file `*.onnx`, or a folder to hold `model.onnx` and the model's configuration.
+    inputs: example inputs, as `linearize` takes them; made from the configuration of a transformers model.
+    opset: of the standard operators, 18 to 26. dtype: "float32" or "float16", the model's own by default;
+    states are summed in float32 always. names: of the states. last_logits: a decoder gives the logits of the
+    last token alone, [B, 1, vocabulary]: all that generation reads, and for a long prompt a fraction of the
+    work. external_data: keep weights in `*.onnx.data`; None does where the file would pass 2 GB.
+
+    Raises ExportError when the model has no ONNX form, or the file cannot be written: nothing is left behind.
+    """
+    if not isinstance(model, nn.Module):
+        raise InvalidModelError(f"export_onnx needs an nn.Module, got {type(model).__name__}")
+    if opset not in files.OPSETS:
+        raise ExportError(f"opset must be {files.OPSETS[0]} to {files.OPSETS[-1]}, got {opset!r}")
+    if dtype is not None and dtype not in DTYPES:
+        raise ExportError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
+    target = Path(path)
+    makers = _makers(model, inputs, names or StateNames(), last_logits)
+    single = target.suffix == ".onnx"
+    if single and len(makers) > 1:
+        raise ExportError(f"an encoder-decoder becomes two files; give a folder instead of {target}")
+    if target.is_dir() == single and target.exists():
+        raise ExportError(f"cannot write {target}: it is a {'folder' if single else 'file'}")
+    with files.staged(target, single) as folder:
+        model = _in_dtype(model, dtype)
+        written: list[Path] = []
+        programs_: dict[str, Program] = {}
+        nodes: Counter[str] = Counter()
+        with quiet_run(model):
+            for name, make in makers.items():
+                name = target.name if single else name
+                programs_[name] = make(model)
+                graph = files.model_of(programs_[name], opset)
+                nodes += files.nodes_of(graph)
+                written += files.write(graph, folder / name, external_data)
+        if not single:
+            written += _configuration(model, folder)
+            if FILE in programs_ and "logits" in programs_[FILE].outputs:
+                # A decoder that onnxruntime-genai has no names for is still one for onnxruntime.
+                with suppress(ExportError):
+                    written.append(write_genai(folder / FILE, model.config, model.generation_config))
+        home = target.parent if single else target
+        found = tuple(home / file.name for file in written)
+    return Exported(
+        target,
+        found,
+        nodes,
+        sum(program.states for program in programs_.values()),
+        sum(program.caches for program in programs_.values()),
+        {name: program.inputs for name, program in programs_.items()},
+        {name: program.outputs for name, program in programs_.items()},
+    )
+
+
+def _makers(
+    model: Any, inputs: Any, names: StateNames, last_logits: bool
+) -> dict[str, Callable[[Any], Program]]:
+    """The graphs that the model becomes, by file name."""
+    paired = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
+    stateful = inputs is None and programs.generates(model)
+    if last_logits and (paired or not stateful):
+        raise ExportError("last_logits is for a decoder that is exported with its states")
+    if stateful:
+        if paired:
+            return {ENCODER: programs.encoder_of, DECODER: lambda m: programs.decoder_of(m, names)}
+        return {FILE: lambda m: programs.decoder(m, names, last_logits)}
+    return {FILE: lambda m: programs.plain(m, inputs)}
+
+
+def _in_dtype(model: nn.Module, dtype: str | None) -> nn.Module:
+    """The model, or a copy of it in another dtype. Raises ExportError for one that ONNX files do not hold."""
+    found = {p.dtype for p in model.parameters() if p.is_floating_point()}
+    wanted = DTYPES[dtype] if dtype else None
+    if wanted is None and not found <= set(DTYPES.values()):
+        raise ExportError(
+            f"the model is in {', '.join(sorted(str(d).removeprefix('torch.') for d in found))}, which "
+            f"onnxruntime does not compute in everywhere; give dtype= one of {', '.join(DTYPES)}"
+        )
+    if wanted is None or found == {wanted}:
+        return model
+    return copy.deepcopy(model).to(wanted)
+
+
+def _configuration(model: Any, folder: Path) -> list[Path]:
+    """The configuration files of a transformers model."""
+    before = set(folder.iterdir())
+    for part in (getattr(model, "config", None), getattr(model, "generation_config", None)):
+        if hasattr(part, "save_pretrained"):
+            part.save_pretrained(folder)
+    return sorted(set(folder.iterdir()) - before)

@@ -1,0 +1,170 @@
+"""A traced program as an ONNX file: bodies of its nodes, names of its axes, written whole or not at all."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import shutil
+import tempfile
+import warnings
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import onnx
+import onnx_ir as ir
+import torch
+from onnxscript.rewriter import pattern
+
+from .. import __version__
+from ..errors import ExportError
+from . import body
+from .programs import LENGTH, PAST, TOTAL, Program
+from .schema import DOMAIN, VERSION
+
+OPSETS = range(18, 27)
+"""ONNX opsets that hold the bodies and that onnxruntime 1.31 accepts."""
+_IR_VERSION = 10
+"""The newest that every onnxruntime since 1.20 reads."""
+_LIMIT = 2**31 - 2**20
+"""Bytes of a protobuf file, with a margin for the graph itself."""
+_QUOTIENTS = pattern.RewriteRuleSet(
+    [pattern.RewriteRule(lambda op, x, y: op.Mul(x, op.Reciprocal(y)), lambda op, x, y: op.Div(x, y))],
+    commute=True,
+)
+"""Of an RMS norm, whose rsqrt becomes a reciprocal; onnxruntime makes one kernel of a norm that divides."""
+
+
+def model_of(program: Program, opset: int) -> ir.Model:
+    """The ONNX model. Raises ExportError when an operator has no ONNX form, or an axis became a constant."""
+    try:
+        with _quiet():
+            exported = torch.onnx.export(
+                program.exported, (), dynamo=True, opset_version=opset, verbose=False, external_data=False
+            )
+    except Exception as error:
+        # The exporter's own errors wrap whatever an operator raised.
+        first = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ExportError(f"the graph has no ONNX form: {first}") from error
+    assert exported is not None
+    model: ir.Model = exported.model
+    _QUOTIENTS.apply_to_model(model)
+    for names, values in ((program.inputs, model.graph.inputs), (program.outputs, model.graph.outputs)):
+        _rename(model, names, values)
+    _name_axes(model, program)
+    used = nodes_of(model)
+    for name in used:
+        function = body.function(name, model.opset_imports[""])
+        model.functions[function.identifier()] = function
+    if used:
+        model.opset_imports[DOMAIN] = VERSION
+    model.ir_version = _IR_VERSION
+    model.producer_name, model.producer_version = "linearize", __version__
+    return model
+
+
+def nodes_of(model: ir.Model) -> Counter[str]:
+    """How many nodes of our domain the model has, by operator."""
+    return Counter(node.op_type for node in model.graph if node.domain == DOMAIN)
+
+
+def _rename(model: ir.Model, names: list[str], values: Any) -> None:
+    """Give the graph's inputs or outputs their names; a value in the way gives up its own."""
+    if len(names) != len(values):
+        raise ExportError(f"the graph has {len(values)} inputs or outputs where {len(names)} were expected")
+    for value in values:
+        value.name = f"{value.name}__"
+    taken = {name: value for name, value in model.graph.initializers.items() if name in names}
+    for name, value in taken.items():
+        value.name = f"{name}__"
+    for value, name in zip(values, names, strict=True):
+        value.name = name
+
+
+def _name_axes(model: ir.Model, program: Program) -> None:
+    known: dict[str, str] = {}
+    for value in model.graph.inputs:
+        axes = program.axes[value.name]
+        for axis, name in axes.items():
+            size = value.shape[axis]
+            if isinstance(size, int):
+                why = "give example inputs of at least 2 there" if size == 1 else "the model's code fixes it"
+                raise ExportError(f"axis {axis} of {value.name} would be {size} for ever: {why}")
+            if str(size.value).isidentifier():
+                known.setdefault(str(size.value), name)
+            value.shape[axis] = name
+    for value in (*model.graph.inputs, *model.graph.outputs):
+        for axis, size in enumerate(value.shape or ()):
+            if not isinstance(size, int) and size.value is not None:
+                size = re.sub(r"\b[a-z]+\d+\b", lambda m: known.get(m[0], m[0]), size.value)
+                value.shape[axis] = TOTAL if set(size.split(" + ")) == {PAST, LENGTH} else size
+
+
+def write(model: ir.Model, path: Path, external_data: bool | None) -> list[Path]:
+    """Write and check `path`, and `path` + ".data" beside it for weights that a protobuf file cannot hold.
+
+    external_data: None decides by size. Returns the files. Raises ExportError.
+    """
+    files = save(model, path, external_data)
+    try:
+        onnx.checker.check_model(str(path))
+    except onnx.checker.ValidationError as error:
+        raise ExportError(f"the graph is not valid ONNX: {str(error).splitlines()[0]}") from error
+    return files
+
+
+def save(model: ir.Model, path: Path, external_data: bool | None) -> list[Path]:
+    """As `write`, unchecked."""
+    if external_data is None:
+        external_data = sum(tensor.nbytes for tensor in _weights(model)) > _LIMIT
+    data = f"{path.name}.data" if external_data else None
+    ir.save(model, path, external_data=data)
+    return [path, *([path.parent / data] if data else [])]
+
+
+def _weights(model: ir.Model) -> Iterator[Any]:
+    return (value.const_value for value in model.graph.initializers.values() if value.const_value is not None)
+
+
+@contextmanager
+def staged(target: Path, names_target: bool) -> Iterator[Path]:
+    """A folder beside `target` to write in; its files move to `target` at the end, or into its parent.
+
+    names_target: the files bear their final names, in the parent of `target`. Raises ExportError when
+    something cannot be written; then nothing is left, and what was there before stays.
+    """
+    home = target.parent if names_target else target
+    try:
+        parent = home if names_target else home.parent
+        if not parent.is_dir():
+            raise ExportError(f"cannot write {target}: there is no folder {parent}")
+        temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=parent))
+    except OSError as error:
+        raise ExportError(f"cannot write {target}: {error}") from error
+    try:
+        yield temporary
+        home.mkdir(exist_ok=True)
+        # A file of weights first: a graph without its weights would be half a model.
+        for file in sorted(temporary.iterdir(), key=lambda file: file.suffix == ".onnx"):
+            os.replace(file, home / file.name)
+    except OSError as error:
+        raise ExportError(f"cannot write {target}: {error}") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """torch.onnx says of a missing torchvision, and of itself, what no user can act on."""
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)

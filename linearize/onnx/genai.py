@@ -1,0 +1,96 @@
+"""`genai_config.json` beside an exported decoder: what onnxruntime-genai needs to open the folder."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import onnx
+from transformers import GenerationConfig, PreTrainedConfig
+
+from ..errors import ExportError
+
+CONFIG = "genai_config.json"
+_TYPE = "decoder"
+"""genai's plainest kind of model: tokens in, logits out, whatever states there are."""
+_SAMPLING = ("temperature", "top_k", "top_p", "repetition_penalty", "do_sample", "num_beams")
+
+
+def write_genai(file: str | os.PathLike[str], config: PreTrainedConfig, generation: GenerationConfig) -> Path:
+    """Write `genai_config.json` beside the exported decoder `file`, and return its path.
+
+    genai also reads a tokenizer, `tokenizer.save_pretrained(folder)`. Raises ExportError for a file that is
+    no decoder, or whose states genai cannot name.
+    """
+    path = Path(file)
+    settings = genai_config(path, config, generation)
+    target = path.with_name(CONFIG)
+    try:
+        target.write_text(json.dumps(settings, indent=2) + "\n")
+    except OSError as error:
+        raise ExportError(f"cannot write {target}: {error}") from error
+    return target
+
+
+def genai_config(path: Path, config: PreTrainedConfig, generation: GenerationConfig) -> dict[str, Any]:
+    """The contents of `genai_config.json` for the decoder in `path`."""
+    graph = onnx.load(path, load_external_data=False).graph
+    inputs, outputs = ([value.name for value in values] for values in (graph.input, graph.output))
+    if "logits" not in outputs or "attention_mask" not in inputs:
+        raise ExportError(f"{path} is no decoder that onnxruntime-genai could run")
+    text = config.get_text_config(decoder=True)
+    context = getattr(text, "max_position_embeddings", None) or 2**20
+    heads = text.num_attention_heads
+    decoder = {
+        "session_options": {"log_id": "onnxruntime-genai", "provider_options": []},
+        "filename": path.name,
+        "head_size": getattr(text, "head_dim", None) or text.hidden_size // heads,
+        "hidden_size": text.hidden_size,
+        "num_attention_heads": heads,
+        "num_key_value_heads": getattr(text, "num_key_value_heads", None) or heads,
+        "num_hidden_layers": text.num_hidden_layers,
+        "inputs": {
+            **{name: name for name in inputs if not name.startswith("past")},
+            **_templates(inputs, "past"),
+        },
+        "outputs": {"logits": "logits", **_templates(outputs, "present")},
+    }
+    eos = generation.eos_token_id if generation.eos_token_id is not None else text.eos_token_id
+    pad = generation.pad_token_id if generation.pad_token_id is not None else text.pad_token_id
+    ends = [] if eos is None else eos if isinstance(eos, list) else [eos]
+    if pad is None:
+        pad = ends[0] if ends else 0
+    chosen = {name: getattr(generation, name, None) for name in _SAMPLING}
+    return {
+        "model": {
+            "type": _TYPE,
+            "bos_token_id": text.bos_token_id if text.bos_token_id is not None else pad,
+            "eos_token_id": ends,
+            "pad_token_id": pad,
+            "context_length": context,
+            "vocab_size": text.vocab_size,
+            "decoder": decoder,
+        },
+        "search": {
+            **{name: value for name, value in chosen.items() if value is not None},
+            "max_length": context,
+            # A state is read while its successor is written.
+            "past_present_share_buffer": False,
+        },
+    }
+
+
+def _templates(names: Iterable[str], side: str) -> dict[str, str]:
+    """Names of states with `%d` for the layer, by what genai calls them: {"past_conv_names": ...}."""
+    found: dict[str, set[str]] = {}
+    for name in names:
+        match = re.fullmatch(rf"({side}[a-z_]*\.)\d+(\.(key|value|conv|recurrent))(\..*)?", name)
+        if match:
+            if match[4]:
+                raise ExportError(f"onnxruntime-genai knows one state for a layer; {name} is another")
+            found.setdefault(f"{side}_{match[3]}_names", set()).add(f"{match[1]}%d{match[2]}")
+    return {kind: template for kind, (template,) in found.items()}

@@ -1,0 +1,14 @@
+"""Our kernels for onnxruntime's CPU provider, as a library of custom operators that files run faster with.
+
+A file needs none of this: without the library its nodes run by their bodies. Built once by
+`linearize build-library` (`build.py`), asked for when a session is made (`loader.py`).
+
+    op.cpp          the operators: types, shapes, threads of onnxruntime
+    rolling.h       what crosses from it to the kernels
+    rolling.cpp     the kernels, once per instruction set; the mathematics is that of kernels/cpu
+"""
+
+from .build import build_library
+from .loader import LIBRARY, calls, obstacle, register, unavailable_reason
+
+__all__ = ["LIBRARY", "build_library", "calls", "obstacle", "register", "unavailable_reason"]

@@ -1,0 +1,121 @@
+"""Giving the library to a session, when and only when the session's file runs with it.
+
+A node that a registered operator claims runs by it or not at all: onnxruntime then leaves the body aside,
+and a missing type or provider is an error instead of a slower session. So the file is looked at first.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import onnx
+import onnxruntime
+
+from ...errors import LibraryError
+from ...kernels import cpu
+from ..schema import DOMAIN, FAMILIES, VERSION
+
+if TYPE_CHECKING:
+    from os import PathLike
+
+LIBRARY = Path(__file__).with_name("_operators.so")
+"""Where `build` puts the library."""
+
+KERNELS = Path(cpu.__file__).parent
+"""The headers of the kernels that it is made of."""
+
+CPU = "CPUExecutionProvider"
+_OPERATORS = (FAMILIES["relu2"], FAMILIES["linear"])
+_TYPES = (onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16)
+
+
+def unavailable_reason() -> str | None:
+    """Why no session of this process can have the library, in one sentence; None when it can."""
+    if not LIBRARY.exists():
+        return "the library was not built: run `linearize build-library`"
+    try:
+        library = _load(LIBRARY.stat().st_mtime_ns)
+    except OSError as error:
+        return f"the library cannot be loaded: {error}"
+    if not library.linearize_onnx_runs_here():
+        return "this processor has no AVX2"
+    if library.linearize_onnx_sources().decode() != sources():
+        return "the library was built from other sources: run `linearize build-library` again"
+    built, here = library.linearize_onnx_api(), int(onnxruntime.__version__.split(".")[1])
+    if built > here:
+        return f"the library was built with headers of onnxruntime 1.{built}, newer than 1.{here} here"
+    return None
+
+
+def calls() -> int:
+    """How often an operator of the library ran in this process; 0 without the library."""
+    if unavailable_reason() is not None:
+        return 0
+    return int(_load(LIBRARY.stat().st_mtime_ns).linearize_onnx_calls())
+
+
+def obstacle(path: str | PathLike[str], providers: Sequence[str] = (CPU,)) -> str | None:
+    """Why a session of the file with these providers is better off without the library; None if it is not.
+
+    Raises LibraryError when the file cannot be read.
+    """
+    reason = unavailable_reason()
+    if reason is not None:
+        return reason
+    others = [name for name in providers if name != CPU]
+    if others:
+        return f"the library has kernels for {CPU} alone, not for {', '.join(others)}"
+    try:
+        model = onnx.load(path, load_external_data=False)
+    except Exception as error:  # protobuf's own errors share no base with the system's
+        raise LibraryError(f"{path} is not a readable ONNX file: {error}") from error
+    versions = [entry.version for entry in model.opset_import if entry.domain == DOMAIN]
+    nodes = [node for node in model.graph.node if node.domain == DOMAIN and node.op_type in _OPERATORS]
+    if not nodes or versions != [VERSION]:
+        return f"{path} has no node that the library runs"
+    values = (*model.graph.input, *model.graph.value_info)
+    types = {value.name: value.type.tensor_type.elem_type for value in values}
+    types |= {tensor.name: tensor.data_type for tensor in model.graph.initializer}
+    for node in nodes:
+        if types.get(node.input[0]) not in _TYPES:
+            name = onnx.TensorProto.DataType.Name(types.get(node.input[0], 0)).lower()
+            return f"the library has no kernel for query in {name}"
+    return None
+
+
+def register(
+    options: onnxruntime.SessionOptions, path: str | PathLike[str], providers: Sequence[str] = (CPU,)
+) -> bool:
+    """Let a session made with `options` run the file's nodes by the library; False when `obstacle` finds one.
+
+    path and providers are those the session will be made with. Nothing is changed when it is False: the
+    nodes run by their bodies then. Raises LibraryError when the file cannot be read.
+    """
+    if obstacle(path, providers) is not None:
+        return False
+    options.register_custom_ops_library(str(LIBRARY))
+    return True
+
+
+@cache
+def sources() -> str:
+    """A digest of what the library is compiled from."""
+    digest = hashlib.sha256()
+    for path in sorted([*LIBRARY.parent.glob("*.cpp"), *LIBRARY.parent.glob("*.h"), *KERNELS.glob("*.h")]):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+@cache
+def _load(changed: int) -> ctypes.CDLL:
+    """The library; `changed` is when the file was, so that one that was built again is another."""
+    library = ctypes.CDLL(str(LIBRARY))
+    for name in ("calls", "runs_here", "api"):
+        getattr(library, f"linearize_onnx_{name}").restype = ctypes.c_int64
+    library.linearize_onnx_sources.restype = ctypes.c_char_p
+    return library

@@ -1,0 +1,182 @@
+"""Nodes of `schema.py` in a graph under export: tensors in, tensors out, nothing is computed.
+
+These functions have a meaning only inside `torch.export`, where each becomes one node.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..arguments import from_interleaved, stateful_tables
+from ..errors import ExportError
+from ..mechanisms.composed import Term
+from .schema import DOMAIN, FAMILIES, OPERATORS, VERSION, WINDOW_SOFTMAX, window_rows
+
+
+class Past(NamedTuple):
+    """State of one node: recurrent [B, Hkv, D, Dv] float32, window [B, Hkv, R, D + Dv]."""
+
+    recurrent: Tensor
+    window: Tensor
+
+    def flat(self) -> tuple[Tensor, Tensor]:
+        """As a file has it, the window as [B, Hkv R, D + Dv]: onnxruntime-genai takes three axes."""
+        return self.recurrent, self.window.flatten(1, 2)
+
+    @classmethod
+    def of(cls, recurrent: Tensor, window: Tensor) -> Past:
+        """Inverse of `flat`."""
+        return cls(recurrent, window.unflatten(1, (recurrent.shape[1], -1)))
+
+
+class Call(NamedTuple):
+    """What all layers of one call share: mask, bool [B, T], and the real tokens before it, int64 [B]."""
+
+    mask: Tensor
+    length: Tensor
+
+
+def empty_past(key: Tensor, value: Tensor, group_size: int, conv_weight: Tensor | None) -> Past:
+    """The state of a causal core call before the first token, of the batch size of key and value."""
+    taps = 1 if conv_weight is None else conv_weight.shape[1]
+    return _zeros(key, key.shape[3], value.shape[3], window_rows(group_size, taps), value.shape[3])
+
+
+def empty_window_past(key: Tensor, value: Tensor, window: int) -> Past:
+    """The state of `window_softmax` before the first token."""
+    return _zeros(key, 2 * key.shape[3], value.shape[3] + 1, window_rows(window), value.shape[3])
+
+
+def _zeros(key: Tensor, rows: int, columns: int, window: int, value_dim: int) -> Past:
+    batch, heads, _, dim = key.shape
+    return Past(
+        key.new_zeros(batch, heads, rows, columns, dtype=torch.float32),
+        key.new_zeros(batch, heads, window, dim + value_dim),
+    )
+
+
+def causal(term: Term, past: Past, call: Call, group_size: int, kv_layout: str) -> tuple[Tensor, Past]:
+    """One causal core call after a state -> [B, H, T, Dv] and the state after it."""
+    if term.local_bias is not None:
+        raise no_bias()
+    kv_heads, value = term.key.shape[1], term.value.to(term.key.dtype)
+    query, tables = stateful_tables(
+        term.query, term.key, term.alpha, term.local_scale, term.conv_weight, kv_layout
+    )
+    out, *present = _node(
+        FAMILIES[term.activation],
+        (query, term.key, value, call.mask, *past, call.length, *_weights(tables, query)),
+        dict(group_size=group_size, normalize=int(term.normalize)),
+        (value.dtype, *(x.dtype for x in past)),
+        ((*query.shape[:3], value.shape[3]), *(x.shape for x in past)),
+    )
+    out = out.to(term.value.dtype)
+    return from_interleaved(out, kv_heads) if kv_layout == "tiled" else out, Past(*present)
+
+
+def window_softmax(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    past: Past,
+    call: Call,
+    maps: Sequence[Tensor],
+    window: int,
+    scale: float,
+) -> tuple[Tensor, Past]:
+    """The mechanism softmax_window after a state, heads interleaved; maps: query_map, key_map, far_weight."""
+    out, *present = _node(
+        WINDOW_SOFTMAX,
+        (query, key, value, call.mask, *past, call.length, *(x.float() for x in maps)),
+        dict(window=window, scale=float(scale)),
+        (value.dtype, *(x.dtype for x in past)),
+        ((*query.shape[:3], value.shape[3]), *(x.shape for x in past)),
+    )
+    return out, Past(*present)
+
+
+def attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    alpha: Tensor | None,
+    local_scale: Tensor | None,
+    conv_weight: Tensor | None,
+    local_bias: Tensor | None,
+    activation: str,
+    group_size: int,
+    causal: bool,
+    cross: bool,
+    key_mask: Tensor | None = None,
+    query_start: Any = None,
+    query_start_tensor: Tensor | None = None,
+    normalize: bool = True,
+    form: str | None = None,
+) -> Tensor:
+    """`torch.ops.linearize.augmented_attention`, which has no state, as one node."""
+    if local_bias is not None:
+        raise no_bias()
+    if key_mask is None:
+        key_mask = key.new_ones(key.shape[0], key.shape[2], dtype=torch.bool)
+    value, dtype = value.to(key.dtype), value.dtype
+    shape = (*query.shape[:3], value.shape[3])
+    weights = _weights((alpha, local_scale, conv_weight), query)
+    attributes = dict(group_size=group_size, normalize=int(normalize))
+    if causal:
+        if query_start is not None or query_start_tensor is not None:
+            raise ExportError(
+                "a causal layer keeps all keys and values instead of a state of constant size, which has no "
+                "ONNX form; leave the layer as softmax (`keep_softmax=`)"
+            )
+        past = empty_past(key, value, group_size, conv_weight)
+        length = key.new_zeros(key.shape[0], dtype=torch.int64)
+        out, *_ = _node(
+            FAMILIES[activation],
+            (query, key, value, key_mask, *past, length, *weights),
+            attributes,
+            (value.dtype, *(x.dtype for x in past)),
+            (shape, *(x.shape for x in past)),
+        )
+    elif cross:
+        start = 0 if query_start is None else query_start
+        if query_start_tensor is None:
+            query_start_tensor = torch.full((1,), start, dtype=torch.int64)
+        start = query_start_tensor.reshape(1).to(torch.int64)
+        inputs = (query, key, value, key_mask, start, *weights[:2])
+        (out,) = _node(f"Cross{FAMILIES[activation]}", inputs, attributes, (value.dtype,), (shape,))
+    else:
+        inputs = (query, key, value, key_mask, *weights)
+        (out,) = _node(f"Bidirectional{FAMILIES[activation]}", inputs, attributes, (value.dtype,), (shape,))
+    return out.to(dtype)
+
+
+def no_bias() -> ExportError:
+    return ExportError("a position bias inside groups has no ONNX form; convert with position_bias='drop'")
+
+
+def _weights(tables: Sequence[Tensor | None], like: Tensor) -> list[Tensor]:
+    """alpha [H], local_scale [H], conv_weight [H, K] in float32; zeros for a part that is left out."""
+    alpha, local_scale, conv = (None if table is None else table.float() for table in tables)
+    none = torch.zeros(like.shape[1], dtype=torch.float32, device=like.device)
+    return [
+        none if alpha is None else alpha,
+        none if local_scale is None else local_scale,
+        none[:, None] if conv is None else conv,
+    ]
+
+
+def _node(
+    name: str,
+    inputs: Sequence[Tensor],
+    attributes: dict[str, Any],
+    dtypes: Sequence[torch.dtype],
+    shapes: Sequence[Sequence[Any]],
+) -> Sequence[Tensor]:
+    assert len(inputs) == len(OPERATORS[name].inputs)
+    return torch.onnx.ops.symbolic_multi_out(
+        f"{DOMAIN}::{name}", inputs, attributes, dtypes=dtypes, shapes=shapes, version=VERSION
+    )

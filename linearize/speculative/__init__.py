@@ -1,0 +1,29 @@
+"""Speculative decoding by draft trees: `model.generate(..., speculative=TreeSpeculation(drafter))`.
+
+`loop.py` is the decoding loop and `acceptance.py` its rules; a drafter (`drafter.py`) is prompt lookup,
+Medusa heads or a small model. All of it builds on `linearize.draft`, which scores and accepts trees.
+"""
+
+from .acceptance import Typical
+from .draft_model import DraftModel
+from .drafter import Drafter, merge
+from .heads import MedusaHeads
+from .lookup import PromptLookup
+from .loop import TreeSpeculation
+from .medusa import Medusa
+from .training import train_heads
+from .tree import Tree, fit_tree
+
+__all__ = [
+    "DraftModel",
+    "Drafter",
+    "Medusa",
+    "MedusaHeads",
+    "PromptLookup",
+    "Tree",
+    "TreeSpeculation",
+    "Typical",
+    "fit_tree",
+    "merge",
+    "train_heads",
+]

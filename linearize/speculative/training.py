@@ -1,0 +1,262 @@
+"""Training of Medusa heads on a frozen decoder, and measuring how often they are right."""
+
+from __future__ import annotations
+
+import random
+import tempfile
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..errors import ConfigError, InputError, MissingExtraError
+from .heads import MedusaHeads
+from .hidden import tapped
+
+
+def train_heads(
+    model: Any,
+    data: Any,
+    *,
+    num_heads: int = 4,
+    tokenizer: Any = None,
+    targets: str = "generated",
+    sees_token: bool = True,
+    own_layers: bool = False,
+    context: int = 512,
+    epochs: float = 3.0,
+    batch_size: int = 1,
+    learning_rate: float = 2e-3,
+    decay: float = 0.8,
+    held_out: float = 0.05,
+    output_dir: str | Path | None = None,
+    resume: bool = False,
+    progress: bool = False,
+    seed: int = 0,
+) -> MedusaHeads:
+    """Medusa heads for `model`, trained on `data` by transformers' Trainer (extra `[train]`).
+
+    The model is not changed: its hidden states on the data are computed once and kept (as many numbers as the
+    hidden size for every token, in the model's dtype), then the heads alone are trained on them.
+
+    data: int64 `[n]` or `[B, n]`, or several such of any lengths; with `tokenizer`, texts. It is read in
+    pieces of `context` tokens. targets: what heads learn to guess. "generated": the model itself goes on,
+    greedily, from the first quarter of each piece, and heads learn on what it writes, which is what they
+    will see when it decodes; "model": what the model would choose along the text as it is; "text": what the
+    text says. sees_token, own_layers: see `MedusaHeads`. epochs, batch_size (in pieces), learning_rate: of
+    AdamW, with a cosine schedule. decay: head k's loss counts `decay ** k`. held_out: share of the data, its
+    end, that is not trained on but gives `heads.rates`. output_dir: where the Trainer keeps its checkpoints,
+    one each epoch; resume: go on from the last of them. progress: show the Trainer's bar.
+
+    Raises InputError for too little data, ConfigError for settings, MissingExtraError without accelerate.
+    """
+    if targets not in ("generated", "model", "text"):
+        raise ConfigError(f"targets are 'generated', 'model' or 'text', got {targets!r}")
+    if not 0 < held_out < 1:
+        raise ConfigError(f"held_out is a share between 0 and 1, got {held_out}")
+    if resume and output_dir is None:
+        raise ConfigError("resume goes on from a checkpoint in output_dir: name that")
+    trainer_class, arguments_class = _trainer()
+    heads = MedusaHeads(model, num_heads, sees_token, own_layers)
+    pieces = _pieces(sequences(data, tokenizer), context, num_heads)
+    if targets == "generated":
+        pieces = _pieces(_continued(model, pieces, context), context, num_heads)
+    kept = max(1, round(len(pieces) * held_out))
+    if len(pieces) <= kept:
+        raise InputError(f"{len(pieces)} pieces of {context} tokens are too few to train on: give more text")
+    examples = [_example(model, piece, context, num_heads, targets) for piece in pieces[:-kept]]
+    training = _Training(heads.float(), decay)
+    with tempfile.TemporaryDirectory() as scratch:
+        arguments = arguments_class(
+            output_dir=str(output_dir or scratch),
+            num_train_epochs=epochs,
+            per_device_train_batch_size=batch_size,
+            learning_rate=learning_rate,
+            lr_scheduler_type="cosine",
+            warmup_steps=20,
+            save_strategy="no" if output_dir is None else "epoch",
+            save_total_limit=1,
+            logging_steps=50,
+            disable_tqdm=not progress,
+            report_to="none",
+            remove_unused_columns=False,
+            dataloader_pin_memory=False,
+            use_cpu=heads.weight.device.type == "cpu",
+            seed=seed,
+        )
+        trainer = trainer_class(model=training, args=arguments, train_dataset=examples)
+        if not progress:
+            from transformers import PrinterCallback
+
+            trainer.remove_callback(PrinterCallback)
+        trainer.train(resume_from_checkpoint=resume or None)
+    heads = heads.to(next(iter(model.parameters())).dtype).eval()
+    heads.acceptance(model, pieces[-kept:])
+    return heads
+
+
+def measure(heads: MedusaHeads, model: Any, tokens: Any, ranks: int) -> list[list[float]]:
+    """See `MedusaHeads.acceptance`."""
+    heads.check(model)
+    count = heads.num_heads
+    hits = torch.zeros(count, ranks, dtype=torch.int64)
+    tried = torch.zeros(count, dtype=torch.int64)
+    for piece in _pieces(sequences(tokens, None), 512, count):
+        hidden, choice = read(model, piece[None])
+        places = len(piece) - 1 - count
+        piece = piece.to(choice.device)
+        with torch.no_grad():
+            logits = heads(hidden[0, :places], piece[1 : places + 1])
+        # Only where decoding would have come: the text so far is what the model chose.
+        alive = piece[1 : places + 1] == choice[0, :places]
+        for head in range(count):
+            target = choice[0, head + 1 : head + 1 + places]
+            rank = (logits[head] > logits[head].gather(1, target[:, None])).sum(1)
+            rank = rank[alive].cpu()
+            tried[head] += len(rank)
+            hits[head] += torch.bincount(rank.clamp_max(ranks), minlength=ranks + 1)[:ranks]
+            found = torch.zeros_like(alive)
+            found[alive] = (rank < ranks).to(found.device)
+            alive = found & (piece[head + 2 : head + 2 + places] == target)
+    return (hits / tried.clamp_min(1)[:, None]).tolist()
+
+
+@torch.no_grad()
+def read(model: Any, tokens: Tensor) -> tuple[Tensor, Tensor]:
+    """Hidden states `[B, T, hidden_size]` that the output layer saw on tokens `[B, T]`, and greedy choices
+    `[B, T]` after each."""
+    tokens = tokens.to(next(iter(model.parameters())).device)
+    with tapped(model) as tap:
+        logits = model(input_ids=tokens, use_cache=False).logits
+    return tap.hidden, logits.argmax(-1)
+
+
+def sequences(data: Any, tokenizer: Any) -> list[Tensor]:
+    """Sequences int64 `[n]` of what `train_heads` is given. Raises InputError for anything else."""
+    if isinstance(data, Tensor):
+        items: Iterable[Any] = data if data.dim() == 2 else [data]
+    else:
+        items = [data] if isinstance(data, str) else data
+    found = []
+    for item in items:
+        if isinstance(item, str):
+            if tokenizer is None:
+                raise InputError("texts need their tokenizer: train_heads(..., tokenizer=tokenizer)")
+            item = tokenizer(item, verbose=False)["input_ids"]
+        tensor = torch.as_tensor(item)
+        if tensor.dim() != 1 or (tensor.is_floating_point() and len(tensor)):
+            raise InputError("data is token ids, int64 [n] or [B, n], several of these, or texts")
+        found.append(tensor.long().cpu())
+    return found
+
+
+def text_tokens(paths: Sequence[Path], tokenizer: Any, limit: int, context: int, seed: int) -> list[Tensor]:
+    """Token ids of text files, and of those in folders: about `limit` tokens, from as many files as can give
+    `context` each, so that heads see all kinds of text.
+
+    Files come in an order drawn by `seed`, and of each a part of it. A folder's files that are no text are
+    passed over. Raises InputError for a path that cannot be read.
+    """
+    draw = random.Random(seed)
+    files = [(file, path.is_dir()) for path in paths for file in _files(path)]
+    draw.shuffle(files)
+    share = max(context, limit // max(1, len(files)))
+    found: list[Tensor] = []
+    for file, optional in files:
+        if limit <= 0:
+            break
+        try:
+            text = file.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            if optional:
+                continue
+            raise InputError(f"cannot read the text in {file}: {error}") from error
+        if text:
+            ids = sequences(text, tokenizer)[0]
+            start = draw.randint(0, max(0, len(ids) - share))
+            found.append(ids[start : start + share])
+            limit -= len(found[-1])
+    return found
+
+
+def _files(path: Path) -> list[Path]:
+    return sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
+
+
+def _pieces(found: Sequence[Tensor], context: int, num_heads: int) -> list[Tensor]:
+    """Pieces of at most `context` tokens; too short ones, in which no head has a target, are left out."""
+    pieces = [piece for tensor in found for piece in tensor.split(context) if len(piece) > num_heads + 1]
+    if not pieces:
+        raise InputError(f"the data has no {num_heads + 2} tokens in a row: give more text")
+    return pieces
+
+
+def _continued(model: Any, pieces: Sequence[Tensor], context: int) -> list[Tensor]:
+    """What the model writes greedily after the first quarter of every whole piece, `context` tokens in all,
+    and where it ended the text before, so many."""
+    start, batch = max(1, context // 4), 64
+    whole = [piece[:start] for piece in pieces if len(piece) == context]
+    if not whole:
+        raise InputError(
+            f"no text has {context} tokens in a row to go on from: give more, or a shorter context"
+        )
+    found: list[Tensor] = []
+    for i in range(0, len(whole), batch):
+        prompts = torch.stack(whole[i : i + batch]).to(next(iter(model.parameters())).device)
+        out = model.generate(
+            prompts,
+            attention_mask=torch.ones_like(prompts),
+            max_new_tokens=context - start,
+            do_sample=False,
+            num_beams=1,
+            return_dict_in_generate=False,
+        ).cpu()
+        ends = model.generation_config.eos_token_id
+        for row in out:
+            stops = torch.isin(row[start:], torch.tensor([] if ends is None else ends)).nonzero()
+            found.append(row[: start + int(stops[0]) + 1] if len(stops) else row)
+    return found
+
+
+def _example(model: Any, piece: Tensor, context: int, num_heads: int, targets: str) -> dict[str, Tensor]:
+    """What heads see and must say along a piece, filled up to one size: hidden `[T, hidden_size]`, the tokens
+    chosen there `[T]`, targets `[T, heads]`, -100 where there is none; T is context - 1."""
+    hidden, choice = (x[0].cpu() for x in read(model, piece[None]))
+    right = F.pad(choice[:-1], (1, 0)) if targets == "model" else piece
+    count, fill = len(piece) - 1, context - len(piece)
+    padded = F.pad(right, (0, num_heads), value=-100)
+    wanted = torch.stack([padded[k + 2 : k + 2 + count] for k in range(num_heads)], 1)
+    return {
+        "hidden": F.pad(hidden[:count], (0, 0, 0, fill)),
+        "tokens": F.pad(piece[1:], (0, fill)),
+        "targets": F.pad(wanted, (0, 0, 0, fill), value=-100),
+    }
+
+
+class _Training(nn.Module):
+    """What the Trainer trains: the heads, and their loss."""
+
+    def __init__(self, heads: MedusaHeads, decay: float) -> None:
+        super().__init__()
+        self.heads, self.decay = heads, decay
+
+    def forward(self, hidden: Tensor, tokens: Tensor, targets: Tensor) -> dict[str, Tensor]:
+        logits = self.heads(hidden.flatten(0, 1), tokens.flatten())
+        losses = [
+            self.decay**head * F.cross_entropy(logits[head].float(), wanted, ignore_index=-100)
+            for head, wanted in enumerate(targets.flatten(0, 1).unbind(1))
+        ]
+        return {"loss": torch.stack(losses).sum()}
+
+
+def _trainer() -> tuple[Any, Any]:
+    try:
+        import accelerate  # noqa: F401
+    except ImportError as error:
+        raise MissingExtraError("training heads needs accelerate: pip install 'linearize[train]'") from error
+    from transformers import Trainer, TrainingArguments
+
+    return Trainer, TrainingArguments
