@@ -7,12 +7,11 @@ adds to every `self_attn` of a LLaMA:
 |-----------------|--------------|------------------------------------------|--------------------------------|
 | `dwconv.weight` | [H, 1, K, 1] | Conv2d over values, pad K // 2, K = 63   | `conv_weight` [H, (K + 1) / 2] |
 | `conv_mask`     | [1, 1, K, 1] | zeros for the taps that look ahead       | applied once, not kept         |
-| `global_factor` | [1]          | weight of the grouped part               | `alpha` [1]                    |
-| `local_factor`  | [1]          | weight of the local part, in training    | folded into the others         |
+| `global_factor` | [1]          | weight of the grouped part               | `alpha` [H], all the same      |
+| `local_factor`  | [1]          | weight of the local part, in training    | `local_scale` [H], the same    |
 
 Its kernel runs from the past to the future: tap i weights the value at t + i - K // 2, ours at t - i, so the
-causal half is reversed. A local weight l stands for 1 after dividing alpha and taps by it and multiplying
-`o_proj` by it.
+causal half is reversed.
 
 What such a checkpoint does not say, because the reference reads it from environment variables: the group
 size, whether there is a grouped part without a factor, and whether one of its other options (castling, YOSO,
@@ -188,13 +187,13 @@ def _place(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
 class _Found:
     """The new parameters by path of their owner, in our form; an empty mapping where there are none.
 
-    convolution [H, taps], alpha [1], local: the weight of the local part, where it is not 1.
+    convolution [H, taps], alpha and local [1].
     """
 
     taps: int
     convolution: dict[str, Tensor]
     alpha: dict[str, Tensor]
-    local: dict[str, float]
+    local: dict[str, Tensor]
 
 
 def _new_parameters(new: Mapping[tuple[str, str], Tensor], model: nn.Module, alpha: float | None) -> _Found:
@@ -239,10 +238,7 @@ def _new_parameters(new: Mapping[tuple[str, str], Tensor], model: nn.Module, alp
         alphas = {path: _number(new, path, "global_factor") for path in owners}
     else:
         alphas = {path: torch.full((1,), alpha) for path in owners} if alpha else {}
-    local = {path: _number(new, path, "local_factor").item() for path in present["local_factor"]}
-    for path, weight in local.items():
-        if weight == 0:
-            raise CheckpointError(f"{path}.local_factor is 0, which leaves no local part to convert to")
+    local = {path: _number(new, path, "local_factor") for path in present["local_factor"]}
     return _Found(sizes.get(owners[0], LinearizeConfig.conv_taps), convolution, alphas, local)
 
 
@@ -284,14 +280,12 @@ def _fill(model: nn.Module, found: _Found) -> None:
     with torch.no_grad():
         for site in state_of(model).plan.sites:
             child: Any = model.get_submodule(site.name)
-            local = found.local.get(site.path, 1.0)
             if found.convolution:
-                child.conv_weight.copy_(found.convolution[site.path].double() / local)
+                child.conv_weight.copy_(found.convolution[site.path])
             if found.alpha:
-                child.alpha.copy_(found.alpha[site.path].double() / local)
-            if local != 1.0:
-                output: Any = model.get_submodule(f"{site.path}.o_proj")
-                output.weight.data = output.weight.data * local
+                child.alpha.copy_(found.alpha[site.path])
+            if found.local:
+                child.local_scale.copy_(found.local[site.path])
 
 
 def _adapter_config(*sources: Source | None) -> Path:
