@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -173,6 +175,13 @@ def test_without_headers_one_sentence_says_where_they_are_to_be_had(tmp_path: Pa
     with pytest.raises(LibraryError, match="libonnxruntime-dev.*--include") as caught:
         library.build_library(tmp_path)
     assert "\n" not in str(caught.value) and str(tmp_path) in str(caught.value)
+
+
+def test_the_command_says_it_in_one_line_too(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "linearize", "build-library", "--include", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1 and done.stdout == ""
+    assert done.stderr.startswith("error: onnxruntime's C++ headers") and done.stderr.count("\n") == 1
 
 
 def test_headers_are_found_below_the_folder_that_is_given(tmp_path: Path) -> None:

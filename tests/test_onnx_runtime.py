@@ -298,15 +298,13 @@ def test_genai_runs_a_hybrid_with_softmax_layers(genai: Any, hybrid: tuple[Any, 
     assert written_by(genai, folder, ids, 60) == expected
 
 
-def test_genai_runs_the_library_when_its_config_names_it(
+def test_genai_runs_by_the_library_when_asked_to(
     genai: Any, model: Any, folder: Path, tmp_path: Path
 ) -> None:
     if library.unavailable_reason() is not None:
         pytest.skip(str(library.unavailable_reason()))
     shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
-    config = json.loads((tmp_path / "genai_config.json").read_text())
-    config["model"]["decoder"]["session_options"]["custom_ops_library"] = str(library.LIBRARY)
-    (tmp_path / "genai_config.json").write_text(json.dumps(config))
+    lz.onnx.write_genai(tmp_path / "model.onnx", model.config, model.generation_config, library=True)
     ids, before = tokens(1, 17), library.calls()
     expected = model.generate(ids, max_new_tokens=30, do_sample=False)[0].tolist()
     assert written_by(genai, tmp_path, ids, 30) == expected
