@@ -353,6 +353,7 @@ def test_embeddings_of_minilm_are_pytorchs(tmp_path: Path) -> None:
 def test_every_bidirectional_mechanism(tmp_path: Path, mechanism: str) -> None:
     model = converted(bert(), mechanism, augmentation=True)
     running = lz.export_onnx(model, tmp_path / "m.onnx")
+    assert running.converted and "not converted" not in str(running)
     ids, mask = tokens(40), np.ones((3, 40), np.int64)
     mask[1, 21:] = 0
     given = dict(input_ids=ids, attention_mask=mask)

@@ -88,7 +88,8 @@ def _name_axes(model: ir.Model, program: Program) -> None:
     """Names for the axes of inputs that must be free, and so of outputs. Raises ExportError for one that is
     not: a number, or tied to a number (code that reads a size as an int does that without a word)."""
     known: dict[str, str] = {}
-    for value in model.graph.inputs:
+    inputs: Any = model.graph.inputs
+    for value in inputs:
         for axis, name in program.axes[value.name].items():
             size = value.shape[axis]
             symbols = str(size if isinstance(size, int) else size.value).split(" + ")
@@ -99,7 +100,7 @@ def _name_axes(model: ir.Model, program: Program) -> None:
             if len(symbols) == 1:
                 known.setdefault(symbols[0], name)
             value.shape[axis] = name
-    for value in (*model.graph.inputs, *model.graph.outputs):
+    for value in (*inputs, *model.graph.outputs):
         for axis, size in enumerate(value.shape or ()):
             if not isinstance(size, int) and size.value is not None:
                 text = re.sub(r"\b[a-z]+\d+\b", lambda m: known.get(m[0], m[0]), size.value)
