@@ -404,7 +404,7 @@ def build_library(
         Path | None, typer.Option(help="folder with onnxruntime's C++ headers; the usual places unless said")
     ] = None,
 ) -> None:
-    """Compile the kernels with which onnxruntime runs exported files faster. Takes seconds and a C++ compiler."""
+    """Compile the kernels with which onnxruntime runs exported files faster. Needs a C++ compiler."""
     from . import onnx
 
     typer.echo(f"wrote {onnx.build_library(include)}")

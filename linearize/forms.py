@@ -62,7 +62,8 @@ class Call:
 
         Raises VerificationError where the graph does not show that masks are all that has other columns.
         """
-        hidden, past = _hidden(self._tensors), int(state.get_seq_length())
+        hidden, past = _hidden(self._tensors), state.get_seq_length()
+        past = int(past) if isinstance(past, Tensor) else past  # of a traced call it stays a symbol
         count = self.tokens
         total, _ = state.get_mask_sizes(count)
         marker = (hidden.new_empty(past, device="meta"),)
@@ -78,7 +79,7 @@ class Call:
 
         # Sizes of one are no form of their own here: a step of one token runs the graph of the prompt.
         key = ("state", self._owner.training, _form(self._parts, sizes=False), self._shared)
-        for variant in self._known((*key, past > 0)):
+        for variant in self._known((*key, bool(past > 0))):
             tensors = cut(wide & set(variant.masks))
             if variant.fits(tensors):
                 return variant, [*tensors, *marker]
@@ -91,7 +92,7 @@ class Call:
                 problem = problem or error
                 continue
             if set(places) <= set(variant.masks):
-                self._known((*key, past > 0)).append(variant)
+                self._known((*key, bool(past > 0))).append(variant)
                 # Steps of one token follow, and a graph of more tokens than one is the safer one for those.
                 if past == 0 and count > 1:
                     later = (hidden.new_empty(count, device="meta"),)

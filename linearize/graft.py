@@ -41,7 +41,8 @@ class GraftOwner(Rewritten):
                     raise
                 log.warning("%s; its cache keeps keys and values, which grow with every token", error)
                 owner._linearize_keeps_keys = call.tokens > 1
-                state = caches.give_up_state(cache, index)
+                caches.give_up_state(cache, index)
+                state = None
         if state is None:
             variant, tensors = call.on_all_tokens()
         layer = caches.self_layer(cache, index)

@@ -90,6 +90,17 @@ class SavesPlan:
         if speculative is not None:
             if kwargs.get("custom_generate") is not None or kwargs.get("assistant_model") is not None:
                 raise InputError("speculative= stands alone: leave out custom_generate= and assistant_model=")
+            strings = kwargs.pop("stop_strings", None)
+            if strings is not None and kwargs.get("tokenizer") is not None:
+                from transformers.generation import StoppingCriteriaList, StopStringCriteria
+
+                # transformers takes the tokenizer away from a callable before it looks for these.
+                own = StopStringCriteria(kwargs["tokenizer"], strings)
+                kwargs["stopping_criteria"] = StoppingCriteriaList(
+                    [*(kwargs.get("stopping_criteria") or ()), own]
+                )
+            elif strings is not None:
+                raise InputError("stop_strings need their tokenizer: generate(..., tokenizer=tokenizer)")
             # transformers streams the prompt, and gives a callable no streamer for what it generates.
             streamer = kwargs.get("streamer")
             bound = {} if streamer is None else {"streamer": streamer}

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
+import onnx
 import onnxruntime as ort
 import pytest
 from onnx_nodes import BFLOAT16, DOUBLE, FLOAT, FLOAT16, Case, session_options, write_node
@@ -152,6 +155,40 @@ def test_an_operator_that_the_library_does_not_have_runs_by_its_body(
     ort.InferenceSession(path, options, providers=CPU)
 
 
+def test_nodes_whose_types_are_not_known_are_left_to_their_bodies(built: Path, tmp_path: Path) -> None:
+    plain = onnx.load(write_node(tmp_path / "node.onnx"))
+    (node,) = plain.graph.node
+    branch = onnx.helper.make_graph([node], "branch", [], plain.graph.output)
+    names = [value.name for value in plain.graph.output]
+    choice = onnx.helper.make_node("If", ["always"], names, then_branch=branch, else_branch=branch)
+    always = onnx.helper.make_tensor("always", onnx.TensorProto.BOOL, [], [True])
+    nested = onnx.ModelProto()
+    nested.CopyFrom(plain)
+    del nested.graph.node[:]
+    nested.graph.node.append(choice)
+    nested.graph.initializer.append(always)
+    onnx.save(nested, tmp_path / "nested.onnx")
+    # Their types are those of the inputs.
+    assert library.register(session_options(), tmp_path / "nested.onnx")
+
+    for value in nested.graph.input:
+        value.name = f"{value.name}_outer"
+        cast = onnx.helper.make_node("Identity", [value.name], [value.name.removesuffix("_outer")])
+        nested.graph.node.insert(0, cast)
+    onnx.save(nested, tmp_path / "untold.onnx")
+    options = session_options()
+    assert not library.register(options, tmp_path / "untold.onnx")
+    ort.InferenceSession(tmp_path / "untold.onnx", options, providers=CPU)
+
+    wrapped = onnx.ModelProto()
+    wrapped.CopyFrom(plain)
+    inputs = [value.name for value in plain.graph.input]
+    function = onnx.helper.make_function("other", "Wrapped", inputs, names, [node], plain.opset_import)
+    wrapped.functions.append(function)
+    onnx.save(wrapped, tmp_path / "wrapped.onnx")
+    assert "inside functions" in str(library.obstacle(tmp_path / "wrapped.onnx"))
+
+
 def test_what_is_no_onnx_file_is_said_so(built: Path, tmp_path: Path) -> None:
     (tmp_path / "broken.onnx").write_bytes(b"no protobuf")
     for name in ("broken.onnx", "missing.onnx"):
@@ -173,6 +210,13 @@ def test_without_headers_one_sentence_says_where_they_are_to_be_had(tmp_path: Pa
     with pytest.raises(LibraryError, match="libonnxruntime-dev.*--include") as caught:
         library.build_library(tmp_path)
     assert "\n" not in str(caught.value) and str(tmp_path) in str(caught.value)
+
+
+def test_the_command_says_it_in_one_line_too(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "linearize", "build-library", "--include", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1 and done.stdout == ""
+    assert done.stderr.startswith("error: onnxruntime's C++ headers") and done.stderr.count("\n") == 1
 
 
 def test_headers_are_found_below_the_folder_that_is_given(tmp_path: Path) -> None:

@@ -85,10 +85,10 @@ def folder(model: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def hybrid(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path]:
-    """A model that keeps softmax in one layer, and its folder."""
+    """A model that keeps softmax in one layer, and its folder; the file gives the last token's logits."""
     model = llama(keep_softmax=[1])
     folder = tmp_path_factory.mktemp("hybrid") / "model"
-    lz.export_onnx(model, folder)
+    lz.export_onnx(model, folder, last_logits=True)
     return model, folder
 
 
@@ -213,6 +213,7 @@ def test_a_prompts_states_can_be_continued_twice(folder: Path) -> None:
 def test_a_hybrid_with_softmax_layers_generates(hybrid: tuple[Any, Path], kind: str) -> None:
     model, folder = hybrid
     running, ids = opened(folder, kind), tokens(1, 19)
+    assert running(ids).logits.shape == (1, 1, VOCABULARY + 1)
     before = library.calls()
     written = [m.generate(ids, max_new_tokens=20, do_sample=False) for m in (model, running)]
     assert torch.equal(*written)
@@ -230,6 +231,8 @@ def test_embeddings_of_an_encoder_are_pytorchs(tmp_path: Path) -> None:
         max_position_embeddings=128,
     )
     model = awake(lz.linearize(BertModel(config, add_pooling_layer=False).eval(), group_size=GROUP))
+    with pytest.raises(ExportError, match="last_logits"):
+        lz.export_onnx(model, tmp_path / "encoder", last_logits=True)
     lz.export_onnx(model, tmp_path / "encoder")
     ids, mask = tokens(2, 37), torch.ones(2, 37, dtype=torch.int64)
     mask[1, 20:] = 0
@@ -298,15 +301,13 @@ def test_genai_runs_a_hybrid_with_softmax_layers(genai: Any, hybrid: tuple[Any, 
     assert written_by(genai, folder, ids, 60) == expected
 
 
-def test_genai_runs_the_library_when_its_config_names_it(
+def test_genai_runs_by_the_library_when_asked_to(
     genai: Any, model: Any, folder: Path, tmp_path: Path
 ) -> None:
     if library.unavailable_reason() is not None:
         pytest.skip(str(library.unavailable_reason()))
     shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
-    config = json.loads((tmp_path / "genai_config.json").read_text())
-    config["model"]["decoder"]["session_options"]["custom_ops_library"] = str(library.LIBRARY)
-    (tmp_path / "genai_config.json").write_text(json.dumps(config))
+    lz.onnx.write_genai(tmp_path / "model.onnx", model.config, model.generation_config, library=True)
     ids, before = tokens(1, 17), library.calls()
     expected = model.generate(ids, max_new_tokens=30, do_sample=False)[0].tolist()
     assert written_by(genai, tmp_path, ids, 30) == expected

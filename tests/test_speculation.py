@@ -12,6 +12,8 @@ from live_models import converted, tokens
 from torch import Tensor
 from transformers import GenerationConfig
 
+from linearize.api import linearize
+from linearize.demo import load_demo
 from linearize.errors import ConfigError, InputError
 from linearize.speculative import PromptLookup, TreeSpeculation, Typical, merge
 from linearize.speculative.drafter import Draft
@@ -165,6 +167,22 @@ def test_sampling_has_the_distribution_of_the_model(model: Any) -> None:
     assert set(counts) <= set(wanted)
     statistic = sum((counts[k] - count * p) ** 2 / (count * p) for k, p in wanted.items())
     assert statistic < 24.3  # chi-square, 7 degrees of freedom: one in a thousand is above
+
+
+def test_text_stops_at_strings() -> None:
+    """Of the demo decoder, whose tokenizer knows strings."""
+    original, tokenizer = load_demo()
+    demo: Any = linearize(original)
+    ids = torch.tensor([tokenizer.encode("import os\n\n\ndef main(")])
+    settings: dict[str, Any] = {**GREEDY, "max_new_tokens": 24, "eos_token_id": None, "tokenizer": tokenizer}
+    free = demo.generate(ids, **settings)[0]
+    string = tokenizer.decode(free[ids.shape[1] + 6 : ids.shape[1] + 8])
+    wanted = demo.generate(ids, **settings, stop_strings=[string])
+    speculation = TreeSpeculation(Oracle([free.tolist()]))
+    assert wanted.shape[1] < len(free)
+    assert torch.equal(demo.generate(ids, **settings, stop_strings=[string], speculative=speculation), wanted)
+    with pytest.raises(InputError, match="need their tokenizer"):
+        demo.generate(ids, **GREEDY, stop_strings=[string], speculative=speculation)
 
 
 def test_typical_acceptance_is_another_text_in_fewer_passes(model: Any) -> None:

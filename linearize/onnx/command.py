@@ -40,5 +40,5 @@ def run(
     for file in exported.files:
         if bits and file.suffix == ".onnx":
             made = quantize(file, file.with_suffix(f".int{bits}.onnx"), bits=bits)
-            error = "" if made.error is None else f", {100 * made.error:.2f} % off in the logits"
-            write(f"{made.path}: {made.bytes / 1e6:.1f} MB instead of {made.before / 1e6:.1f}{error}")
+            off = "" if made.error is None else f", {100 * made.error:.2f} % off in the logits"
+            write(f"{made.path}: {made.bytes / 1e6:.1f} MB instead of {made.before / 1e6:.1f}{off}")

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..attention import AttentionModule, SoftmaxAttention
 from ..errors import ExportError, InvalidModelError
 from ..verification import quiet_run
 from . import file as files
@@ -29,13 +30,14 @@ DTYPES = {"float32": torch.float32, "float16": torch.float16}
 class Exported:
     """What `export_onnx` wrote.
 
-    files: all of them. nodes: nodes of domain `ai.linearize` by operator, none for a model that was not
-    converted. states: layers with a state of constant size; caches: layers with keys and values. inputs,
-    outputs: of every graph, by file name.
+    files: all of them. sites: attention modules that are not softmax, none in a model that was not converted.
+    nodes: nodes of domain `ai.linearize` by operator. states: layers with a state of constant size; caches:
+    layers with keys and values. inputs, outputs: of every graph, by file name.
     """
 
     path: Path
     files: tuple[Path, ...]
+    sites: int
     nodes: Counter[str]
     states: int
     caches: int
@@ -44,14 +46,15 @@ class Exported:
 
     @property
     def converted(self) -> bool:
-        return bool(self.nodes)
+        return self.sites > 0
 
     def __str__(self) -> str:
         """One sentence for people."""
         size = sum(file.stat().st_size for file in self.files) / 1e6
         what = ", ".join(f"{count} x {name}" for name, count in sorted(self.nodes.items()))
         kept = f"{self.caches} layers with keys and values" if self.caches else ""
-        parts = [part for part in (what or "not converted: softmax attention only", kept) if part]
+        plain = f"{self.sites} sites in standard operators" if self.sites else "not converted: softmax only"
+        parts = [part for part in (what or plain, kept) if part]
         return f"{self.path}: {'; '.join(parts)} ({size:.1f} MB)"
 
 
@@ -123,6 +126,7 @@ def export_onnx(
     return Exported(
         target,
         found,
+        sum(isinstance(m, AttentionModule) and not isinstance(m, SoftmaxAttention) for m in model.modules()),
         nodes,
         sum(program.states for program in programs_.values()),
         sum(program.caches for program in programs_.values()),
@@ -163,6 +167,7 @@ def _in_dtype(model: nn.Module, dtype: str | None) -> nn.Module:
 def _configuration(model: Any, folder: Path) -> list[Path]:
     """The configuration files of a transformers model."""
     before = set(folder.iterdir())
+    part: Any
     for part in (getattr(model, "config", None), getattr(model, "generation_config", None)):
         if hasattr(part, "save_pretrained"):
             part.save_pretrained(folder)

@@ -85,22 +85,26 @@ def _rename(model: ir.Model, names: list[str], values: Any) -> None:
 
 
 def _name_axes(model: ir.Model, program: Program) -> None:
+    """Names for the axes of inputs that must be free, and so of outputs. Raises ExportError for one that is
+    not: a number, or tied to a number (code that reads a size as an int does that without a word)."""
     known: dict[str, str] = {}
-    for value in model.graph.inputs:
-        axes = program.axes[value.name]
-        for axis, name in axes.items():
+    inputs: Any = model.graph.inputs
+    for value in inputs:
+        for axis, name in program.axes[value.name].items():
             size = value.shape[axis]
-            if isinstance(size, int):
-                why = "give example inputs of at least 2 there" if size == 1 else "the model's code fixes it"
+            symbols = str(size if isinstance(size, int) else size.value).split(" + ")
+            if not all(symbol.isidentifier() for symbol in symbols):
+                one = symbols == ["1"]
+                why = "give example inputs of at least 2 there" if one else "the model's code fixes it"
                 raise ExportError(f"axis {axis} of {value.name} would be {size} for ever: {why}")
-            if str(size.value).isidentifier():
-                known.setdefault(str(size.value), name)
+            if len(symbols) == 1:
+                known.setdefault(symbols[0], name)
             value.shape[axis] = name
-    for value in (*model.graph.inputs, *model.graph.outputs):
+    for value in (*inputs, *model.graph.outputs):
         for axis, size in enumerate(value.shape or ()):
             if not isinstance(size, int) and size.value is not None:
-                size = re.sub(r"\b[a-z]+\d+\b", lambda m: known.get(m[0], m[0]), size.value)
-                value.shape[axis] = TOTAL if set(size.split(" + ")) == {PAST, LENGTH} else size
+                text = re.sub(r"\b[a-z]+\d+\b", lambda m: known.get(m[0], m[0]), size.value)
+                value.shape[axis] = TOTAL if set(text.split(" + ")) == {PAST, LENGTH} else text
 
 
 def write(model: ir.Model, path: Path, external_data: bool | None) -> list[Path]:

@@ -13,6 +13,7 @@ import onnx
 from transformers import GenerationConfig, PreTrainedConfig
 
 from ..errors import ExportError
+from . import library as operators
 
 CONFIG = "genai_config.json"
 _TYPE = "decoder"
@@ -20,14 +21,26 @@ _TYPE = "decoder"
 _SAMPLING = ("temperature", "top_k", "top_p", "repetition_penalty", "do_sample", "num_beams")
 
 
-def write_genai(file: str | os.PathLike[str], config: PreTrainedConfig, generation: GenerationConfig) -> Path:
+def write_genai(
+    file: str | os.PathLike[str],
+    config: PreTrainedConfig,
+    generation: GenerationConfig,
+    *,
+    library: bool = False,
+) -> Path:
     """Write `genai_config.json` beside the exported decoder `file`, and return its path.
 
-    genai also reads a tokenizer, `tokenizer.save_pretrained(folder)`. Raises ExportError for a file that is
-    no decoder, or whose states genai cannot name.
+    genai also reads a tokenizer, `tokenizer.save_pretrained(folder)`. library: have genai run the file by
+    our operators, from where they lie on this machine. Raises ExportError for a file that is no decoder, or
+    whose states genai cannot name, and with `library` when it would not run by the library.
     """
     path = Path(file)
     settings = genai_config(path, config, generation)
+    if library:
+        reason = operators.obstacle(path)
+        if reason is not None:
+            raise ExportError(f"genai cannot run {path} by the library: {reason}")
+        settings["model"]["decoder"]["session_options"]["custom_ops_library"] = str(operators.LIBRARY)
     target = path.with_name(CONFIG)
     try:
         target.write_text(json.dumps(settings, indent=2) + "\n")

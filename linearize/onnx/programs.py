@@ -82,9 +82,8 @@ def plain(model: nn.Module, inputs: Any) -> Program:
     examples = example_inputs(model, inputs)
     example = {name: value for name, value in examples[0].items() if isinstance(value, Tensor)}
     fixed = {name: value for name, value in without_cache(model, examples[0]).items() if name not in example}
-    call_model(
-        model, without_cache(model, examples[0])
-    )  # what is made at a first call is made outside a trace
+    # Graphs that grafted owners make at their first call are not made inside a trace.
+    call_model(model, without_cache(model, examples[0]))
     names: list[str] = []
     shell = _Plain(model, list(example), fixed, names)
     inputs_ = [f"input_{name}" if name.isdigit() else name for name in example]
@@ -250,7 +249,7 @@ def _stateful(
     dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
     inputs, modules, parts, after = dict(tokens), [], [], ["logits"]
     for index, layer in enumerate(layers):
-        module = layer._module() if isinstance(layer, StateLayer) else None
+        module = layer.module if isinstance(layer, StateLayer) else None
         modules.append(module)
         if module is not None:
             pasts = empty(module, batch, dtype)

@@ -71,8 +71,8 @@ def quantize(
             leftover.unlink()
         folded.rmdir()
         given = inputs if inputs is not None else _random_tokens(old)
-        error = None if given is None else _difference(old, made, given)
-    return Quantized(new, new.stat().st_size, old.stat().st_size, error)
+        difference = None if given is None else _difference(old, made, given)
+    return Quantized(new, new.stat().st_size, old.stat().st_size, difference)
 
 
 def _run(source: Path, target: Path, bits: int) -> None:

@@ -19,8 +19,6 @@ Record = Callable[[Tensor, Tensor], Any]
 class Acceptance(Protocol):
     """A rule that walks a scored tree."""
 
-    lossless: bool
-
     def walk(self, row: Row, draft: Draft, logits: Tensor, chooser: Chooser) -> list[int]:
         """Emit tokens on the row, one at least, and return the nodes on the path that was kept.
 
@@ -38,8 +36,6 @@ class Exact:
     model's own distribution, given the tokens before it; the draft is only asked whether it holds that
     token. So the draft, as long as it was made before the draw, does not change the distribution.
     """
-
-    lossless = True
 
     def walk(self, row: Row, draft: Draft, logits: Tensor, chooser: Chooser) -> list[int]:
         tokens, parents = draft
@@ -75,8 +71,6 @@ class Typical:
 
     epsilon: float = 0.09
     delta: float = 0.3
-
-    lossless = False
 
     def __post_init__(self) -> None:
         if not (0 < self.epsilon <= 1 and 0 < self.delta < math.inf):

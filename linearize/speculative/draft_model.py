@@ -82,6 +82,8 @@ class DraftModel:
             [torch.nn.functional.pad(torch.ones_like(row), (longest - len(row), 0)) for row in ids]
         )
         positions = (self._columns.cumsum(1) - 1).clamp_min(0)
+        # Of a long prompt only the last token's logits matter.
+        less = {"logits_to_keep": 1} if self.model._supports_logits_to_keep() else {}
         self._cache = DynamicCache(config=self.model.config.get_text_config(decoder=True))
         out = self.model(
             input_ids=tokens,
@@ -89,6 +91,7 @@ class DraftModel:
             position_ids=positions,
             past_key_values=self._cache,
             use_cache=True,
+            **less,
         )
         self._fed = [len(row) for row in ids]
         return out.logits[:, -1]

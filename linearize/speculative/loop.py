@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..draft import accept, tree_logits
 from ..errors import ConfigError, InputError
-from .acceptance import Typical, rule
+from .acceptance import rule
 from .drafter import Draft, Drafter, Several
 from .hidden import tapped
 from .rows import Chooser, Row, Stop
@@ -256,6 +256,3 @@ def _check(
                     f"{type(processor).__name__} goes by the row of a batch, and tree speculation processes "
                     "rows one at a time: generate them one by one"
                 )
-
-
-__all__ = ["Stats", "TreeSpeculation", "Typical"]

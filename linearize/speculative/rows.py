@@ -110,7 +110,7 @@ class Stop:
 class Chooser:
     """How the next token is chosen from logits: processors, then the greatest or a draw, as `generate` does.
 
-    recorded: called with the logits and the processed scores, `[1, vocabulary]` both, of every chosen token.
+    plain: it is the greatest of the logits as they are.
     """
 
     def __init__(self, processors: Any, sample: bool) -> None:

@@ -43,12 +43,12 @@ def find_headers(include: Path | None = None) -> Path:
 def build_library(include: Path | None = None, *, compiler: str | None = None) -> Path:
     """Compile the library for this machine's family of processors, in seconds, and return where it is.
 
-    include: where onnxruntime's headers are, 1.18 or newer and not newer than the onnxruntime in use.
+    include: where onnxruntime's headers are, 1.21 or newer and not newer than the onnxruntime in use.
     compiler: a C++17 compiler; c++, g++ or clang++ unless given. Raises LibraryError, leaving a library that
     was there before as it was.
     """
-    if sys.platform == "win32" or platform.machine().lower() not in ("x86_64", "amd64"):
-        raise LibraryError(f"the library is for x86-64 on Linux or macOS, not {platform.machine()}")
+    if sys.platform != "linux" or platform.machine() != "x86_64":
+        raise LibraryError(f"the library is for Linux on x86-64, not {sys.platform} on {platform.machine()}")
     headers = find_headers(include)
     found = compiler or next(filter(shutil.which, ("c++", "g++", "clang++")), None)
     if found is None:

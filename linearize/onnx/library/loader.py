@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -75,9 +75,11 @@ def obstacle(path: str | PathLike[str], providers: Sequence[str] = (CPU,)) -> st
     except Exception as error:  # protobuf's own errors share no base with the system's
         raise LibraryError(f"{path} is not a readable ONNX file: {error}") from error
     versions = [entry.version for entry in model.opset_import if entry.domain == DOMAIN]
-    nodes = [node for node in model.graph.node if node.domain == DOMAIN and node.op_type in _OPERATORS]
+    nodes = [node for node in _nodes(model.graph) if node.op_type in _OPERATORS]
     if not nodes or versions != [VERSION]:
         return f"{path} has no node that the library runs"
+    if any(node.op_type in _OPERATORS for function in model.functions for node in _nodes(function)):
+        return f"{path} has such nodes inside functions, where their types are not known"
     values = (*model.graph.input, *model.graph.value_info)
     types = {value.name: value.type.tensor_type.elem_type for value in values}
     types |= {tensor.name: tensor.data_type for tensor in model.graph.initializer}
@@ -86,6 +88,16 @@ def obstacle(path: str | PathLike[str], providers: Sequence[str] = (CPU,)) -> st
             name = onnx.TensorProto.DataType.Name(types.get(node.input[0], 0)).lower()
             return f"the library has no kernel for query in {name}"
     return None
+
+
+def _nodes(graph: onnx.GraphProto | onnx.FunctionProto) -> Iterator[onnx.NodeProto]:
+    """Nodes of our domain, those in branches and loops too."""
+    for node in graph.node:
+        if node.domain == DOMAIN:
+            yield node
+        for attribute in node.attribute:
+            if attribute.HasField("g"):
+                yield from _nodes(attribute.g)
 
 
 def register(
