@@ -127,6 +127,18 @@ def test_logits_in_pieces_are_pytorchs_and_the_kernel_that_ran_is_the_one_asked_
     assert library.calls() - before == (len(CHUNKS) * 2 if kind == "library" else 0)
 
 
+@pytest.mark.parametrize("piece", [1, 7, 1000])
+def test_a_prompt_in_pieces_is_the_whole_prompt(model: Any, hybrid: Any, folder: Path, piece: int) -> None:
+    ids, mask = tokens(2, 29), torch.ones(2, 29, dtype=torch.int64)
+    mask[0, :5] = 0
+    for home, kept in ((folder, 29), (hybrid[1], 1)):
+        whole, pieces = (OrtModel(home, library=False, piece=n)(ids, mask) for n in (29, piece))
+        assert pieces.logits.shape == (2, kept, VOCABULARY + 1)
+        real = mask[:, -kept:].bool()
+        torch.testing.assert_close(pieces.logits[real], whole.logits[real], atol=1e-4, rtol=0)
+        assert pieces.past_key_values.columns == 29
+
+
 def test_a_state_of_zeros_in_the_middle_is_noticed(model: Any, folder: Path, kind: str) -> None:
     running = opened(folder, kind)
     ids = tokens(1, 60)
@@ -251,6 +263,8 @@ def test_what_cannot_run_is_said_in_one_sentence(folder: Path, tmp_path: Path) -
     (tmp_path / "model.onnx").write_bytes(b"not a model")
     with pytest.raises(ExportError, match="cannot run"):
         OrtModel(tmp_path, library=False)
+    with pytest.raises(InputError, match="piece"):
+        OrtModel(folder, piece=0)
     with pytest.raises(ExportError, match="NoSuchProvider"):
         OrtModel(folder, providers=["NoSuchProvider"])
     running = opened(folder, "body")

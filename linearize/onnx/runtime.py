@@ -61,6 +61,7 @@ class OrtModel(GenerationMixin):
     path: the file, or a folder with `model.onnx`; `config.json` and `generation_config.json` beside it are
     read if they are there. providers: CUDA's when onnxruntime has it, else the CPU's. options: a session's
     options, to be used for this model alone. library: let nodes run by our kernels where `obstacle` is None.
+    piece: a decoder reads more tokens than that in pieces, which gives the same, and takes less memory.
 
     Inputs and outputs are torch tensors on the CPU. A decoder takes padding on either side and everything
     that transformers' `generate` takes: sampling, beams, `streamer=`, stopping criteria. An encoder has
@@ -82,7 +83,11 @@ class OrtModel(GenerationMixin):
         providers: Sequence[str] | None = None,
         options: onnxruntime.SessionOptions | None = None,
         library: bool = True,
+        piece: int = 1024,
     ) -> None:
+        if piece < 1:
+            raise InputError(f"piece must be at least 1 token, got {piece}")
+        self.piece = piece
         file = Path(path)
         file = file / FILE if file.is_dir() else file
         if not file.is_file():
@@ -99,7 +104,9 @@ class OrtModel(GenerationMixin):
             raise ExportError(f"onnxruntime cannot run {file}: {error}") from error
         self._place = "cuda" if self.providers[0] == _CUDA else "cpu"
         self.inputs = {node.name: node for node in self.session.get_inputs()}
-        self.outputs = [node.name for node in self.session.get_outputs()]
+        outputs = self.session.get_outputs()
+        self.outputs = [node.name for node in outputs]
+        self._last_alone = outputs[0].shape[1:2] == [1]  # a decoder's file with the last token's logits
         self.config = _config(file.parent)
         self.generation_config = _generation_config(file.parent, self.config)
 
@@ -131,8 +138,9 @@ class OrtModel(GenerationMixin):
     ) -> CausalLMOutputWithPast | BaseModelOutput:
         """input_ids int64 [B, T], after `past_key_values`; attention_mask [B, past + T], 1 for real tokens.
 
-        others: further inputs of the file by name, as tensors. Gives `logits` [B, T, V] and the states after
-        the call, or `last_hidden_state` [B, T, hidden] for an encoder.
+        others: further inputs of the file by name, as tensors, [B, T, ...] of a decoder. Gives `logits`
+        [B, T, V], or [B, 1, V] where the file was exported so, and the states after the call; of an encoder
+        `last_hidden_state` [B, T, hidden].
         """
         batch, length = input_ids.shape
         states = past_key_values
@@ -150,10 +158,17 @@ class OrtModel(GenerationMixin):
             given["position_ids"] = positions[:, -length:]
         if "token_type_ids" in self.inputs and "token_type_ids" not in others:
             given["token_type_ids"] = torch.zeros_like(input_ids)
-        first, states = self._run(given, states, columns)
-        if "logits" in self.outputs:
-            return CausalLMOutputWithPast(logits=first, past_key_values=states)
-        return BaseModelOutput(last_hidden_state=first)
+        if states is None:
+            return BaseModelOutput(last_hidden_state=self._run(given, None, columns)[0])
+        outs, before = [], states.columns
+        for start in range(0, length, self.piece):
+            end = min(start + self.piece, length)
+            part = {name: value[:, start:end] for name, value in given.items() if name in self.inputs}
+            part["attention_mask"] = attention_mask[:, : before + end]
+            out, states = self._run(part, states, before + end)
+            outs.append(out)
+        logits = outs[-1] if self._last_alone else torch.cat(outs, 1)
+        return CausalLMOutputWithPast(logits=logits, past_key_values=states)
 
     def _run(
         self, given: Mapping[str, Any], states: OrtStates | None, columns: int
