@@ -504,6 +504,13 @@ def test_an_example_of_one_would_freeze_the_batch(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_mechanism_without_onnx_form_is_named(tmp_path: Path) -> None:
+    model = converted(bert(), "softmax_window")
+    with pytest.raises(ExportError, match="softmax_window has an ONNX form with a state only"):
+        lz.export_onnx(model, tmp_path / "m.onnx")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_code_that_reads_a_size_as_a_number_is_noticed(tmp_path: Path) -> None:
     class First(nn.Module):
         def forward(self, x: Tensor) -> Tensor:

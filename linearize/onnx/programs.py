@@ -349,4 +349,9 @@ class _Nodes(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.ops.linearize.augmented_attention.default:
             return nodes.attention(*args, **(kwargs or {}))
+        if func is torch.ops.linearize.softmax_window.default:
+            raise ExportError(
+                "the mechanism softmax_window has an ONNX form with a state only, as in a decoder; leave other "
+                "layers as softmax (`keep_softmax=`) or choose another mechanism"
+            )
         return func(*args, **(kwargs or {}))
