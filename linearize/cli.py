@@ -183,13 +183,13 @@ def generate(
     top_p: Annotated[float, typer.Option(help="sample from the likeliest tokens of this probability")] = 1.0,
     seed: Annotated[int, typer.Option(help="of sampling")] = 0,
     speculative: Annotated[
-        str | None, typer.Option(help="draft several tokens per pass: medusa, draft or lookup")
+        str | None, typer.Option(help="draft several tokens per pass: medusa, draft, lookup, or medusa+lookup")
     ] = None,
     heads: Annotated[
         Path | None, typer.Option(help="folder with Medusa heads; the model's own unless said")
     ] = None,
     draft: Annotated[str | None, typer.Option(help="folder with the small model that drafts")] = None,
-    nodes: Annotated[int | None, typer.Option(help="most tokens to draft per pass")] = None,
+    nodes: Annotated[int | None, typer.Option(help="most tokens a drafter drafts per pass")] = None,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16; auto: as stored")] = "auto",
     device: Annotated[str, typer.Option(help="where it runs, such as cpu or cuda")] = "cpu",
 ) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import TextStreamer
 
 from .errors import ConfigError, InputError, InvalidModelError
-from .speculative import DraftModel, Medusa, MedusaHeads, PromptLookup, TreeSpeculation, fit_tree
+from .speculative import Drafter, DraftModel, Medusa, MedusaHeads, PromptLookup, TreeSpeculation, fit_tree
 from .state_layer import StateLayer
 
 if TYPE_CHECKING:
@@ -168,29 +168,40 @@ def speculation_of(
     nodes: int | None = None,
 ) -> TreeSpeculation:
     """Speculation by the name of its drafter: "medusa" (heads: their folder), "draft" (draft: the small
-    model) or "lookup". nodes: most tokens that are drafted per pass, the drafter's own choice by default.
+    model), "lookup", or several whose drafts are tried together, such as "medusa+lookup". nodes: most tokens
+    that each drafts per pass, the drafter's own choice by default.
 
     Raises ConfigError for another name, or what the drafter needs and was not given; CheckpointError or
     InputError for heads that cannot be read or are another model's.
     """
-    if kind not in DRAFTERS:
-        raise ConfigError(f"unknown drafter {kind!r}; the drafters are {', '.join(DRAFTERS)}")
     if nodes is not None and nodes < 1:
         raise ConfigError(f"at least one token is drafted per pass, got nodes={nodes}")
-    if kind == "lookup":
+    drafters = [_drafter(name, model, heads, draft, nodes) for name in kind.split("+")]
+    return TreeSpeculation(drafters[0] if len(drafters) == 1 else drafters)
+
+
+def _drafter(
+    name: str,
+    model: PreTrainedModel,
+    heads: Path | None,
+    draft: PreTrainedModel | None,
+    nodes: int | None,
+) -> Drafter:
+    if name not in DRAFTERS:
+        raise ConfigError(f"unknown drafter {name!r}; the drafters are {', '.join(DRAFTERS)}")
+    if name == "lookup":
         if nodes is None:
-            return TreeSpeculation(PromptLookup())
+            return PromptLookup()
         depth = min(nodes, PromptLookup.depth)
-        return TreeSpeculation(PromptLookup(depth=depth, branches=nodes // depth))
-    if kind == "draft":
+        return PromptLookup(depth=depth, branches=nodes // depth)
+    if name == "draft":
         if draft is None:
             raise ConfigError("drafts of a small model need its folder: --draft DIR")
-        return TreeSpeculation(DraftModel(draft) if nodes is None else DraftModel(draft, depth=nodes))
+        return DraftModel(draft) if nodes is None else DraftModel(draft, depth=nodes)
     if heads is None:
         raise ConfigError("Medusa drafts need a folder with trained heads: --heads DIR")
     trained = MedusaHeads.load(heads, model)
-    tree = None if nodes is None or trained.rates is None else fit_tree(trained.rates, nodes)
-    return TreeSpeculation(Medusa(trained, tree))
+    return Medusa(trained, None if nodes is None or trained.rates is None else fit_tree(trained.rates, nodes))
 
 
 def memory_of(model: Any, cache: Any) -> Memory:

@@ -210,6 +210,8 @@ def test_every_drafter_leaves_the_text_as_it_is(run, converted: Path, tmp_path: 
     own = shutil.copytree(converted, tmp_path / "own")
     heads.save(own)
     assert run(base[0], own, *base[2:], "medusa", *nodes).out == wanted
+    together = run(base[0], own, *base[2:], "medusa+draft", "--draft", converted, *nodes)
+    assert together.out == wanted and drafted(together)[0] > 3
 
 
 def test_a_model_that_was_not_converted_is_drafted_for_as_well(run, folder: Path) -> None:
