@@ -74,12 +74,15 @@ class _Ops:
 
     def __init__(self, op: Any) -> None:
         self._op = op
+        self._constants: dict[tuple[int, ...], Value] = {}
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._op, name)
 
     def ints(self, *values: int) -> Value:
-        return self._op.Constant(value_ints=list(values))
+        if values not in self._constants:
+            self._constants[values] = self._op.Constant(value_ints=list(values))
+        return self._constants[values]
 
     def attribute(self, name: str, kind: str) -> Value:
         """An attribute of the node as a tensor [1]."""
