@@ -25,6 +25,8 @@ from .mechanisms.composed import widen
 from .plan import SitePlan
 from .verification import quiet_run, without_cache
 
+TOKENS = 50_000
+"""Tokens that are read at most, unless asked for more: far fewer give the same fit."""
 _ROWS = 512
 """Queries of one sequence that are used at most, evenly spread: neighbours say much the same."""
 
@@ -56,7 +58,7 @@ class Calibration:
 
 
 def calibrate(
-    model: nn.Module, batches: Iterable[Any], *, max_tokens: int = 50_000, ridge: float = 1e-4
+    model: nn.Module, batches: Iterable[Any], *, max_tokens: int = TOKENS, ridge: float = 1e-4
 ) -> Calibration:
     """Fit the new parameters of a freshly converted `model` to its original attention, in place.
 

@@ -29,6 +29,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+CALIBRATION_LENGTH = 512
+"""Tokens of a piece of text that `convert --calibrate` runs."""
 Source = Annotated[str, typer.Argument(help="a folder with a transformers model, a Hub name, or `demo`")]
 Mechanism = Annotated[
     str, typer.Option(help="what takes the softmax's place; `linearize mechanisms` lists what there is")
@@ -142,6 +144,10 @@ def convert(
     ] = None,
     on_refusal: Annotated[str, typer.Option(help="error: all or nothing; keep: what can be")] = "error",
     approximate: Approximate = None,
+    calibrate: Annotated[
+        list[Path] | None,
+        typer.Option(help="text file, or folder of them, to fit the new parameters on; repeat for several"),
+    ] = None,
 ) -> None:
     """Convert a transformers model and write it, tokenizer and all, to a folder."""
     from .api import linearize
@@ -163,6 +169,14 @@ def convert(
     if target.resolve() == folder.resolve():
         raise CheckpointError(f"{target} is the model to convert; write to another folder")
     model = linearize(load_source(folder), config=config)
+    if calibrate:
+        from .calibration import TOKENS
+        from .calibration import calibrate as fit
+        from .text import text_tokens
+
+        texts = text_tokens(calibrate, _tokenizer(folder), TOKENS, CALIBRATION_LENGTH, seed=0)
+        pieces = [piece[None] for ids in texts for piece in ids.split(CALIBRATION_LENGTH)]
+        Console(width=None if sys.stdout.isatty() else 160).print(fit(model, pieces))
     save(model, target)
     for path in companions(folder):
         if not (target / path.name).exists():
@@ -183,7 +197,7 @@ def generate(
     top_p: Annotated[float, typer.Option(help="sample from the likeliest tokens of this probability")] = 1.0,
     seed: Annotated[int, typer.Option(help="of sampling")] = 0,
     speculative: Annotated[
-        str | None, typer.Option(help="draft several tokens per pass: medusa, draft, lookup, or medusa+lookup")
+        str | None, typer.Option(help="draft tokens: medusa, draft, lookup, or medusa+lookup")
     ] = None,
     heads: Annotated[
         Path | None, typer.Option(help="folder with Medusa heads; the model's own unless said")
@@ -300,7 +314,7 @@ def train_heads(
     from .speculative import fit_tree
     from .speculative import train_heads as train
     from .speculative.medusa import NODES
-    from .speculative.training import text_tokens
+    from .text import text_tokens
 
     target = out
     if target is None:
@@ -352,8 +366,6 @@ def _decoder(
     source: str, dtype: str = "auto", device: str = "cpu"
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A decoder and its tokenizer; the demo's is converted here, and writes badly untuned."""
-    from transformers import AutoTokenizer
-
     from .api import linearize
     from .generation import check_decoder
 
@@ -361,16 +373,22 @@ def _decoder(
     # The demo is stored in bfloat16 and meant to run in float32, as `load_demo` has it.
     model = load_source(folder, "float32" if dtype == "auto" and _is_demo(source) else dtype)
     check_decoder(model, source)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, ImportError) as error:
-        raise CheckpointError(f"cannot load the tokenizer in {folder}: {error}") from error
+    tokenizer = _tokenizer(folder)
     if _is_demo(source):
         linearize(model)
         typer.echo(
             "converted now and not tuned: it computes exactly what it should, and writes badly", err=True
         )
     return _on(model, device), tokenizer
+
+
+def _tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError, ImportError) as error:
+        raise CheckpointError(f"cannot load the tokenizer in {folder}: {error}") from error
 
 
 def _on(model: PreTrainedModel, device: str) -> PreTrainedModel:

@@ -50,6 +50,17 @@ def test_convert_writes_a_folder_that_works_by_itself(run, folder: Path, tmp_pat
     assert "converted" in run("inspect", tmp_path / "out").out
 
 
+def test_convert_can_fit_the_new_parameters_to_text(run, folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts" / "a.py").write_text("def f(x):\n    return x + 1\n" * 20)
+    result = run("convert", folder, tmp_path / "out", "--calibrate", tmp_path / "texts")
+    assert result.code == 0 and "error before" in result.out, result.err
+    module = lz.load(tmp_path / "out").model.layers[0].self_attn.linear_attention
+    assert module.local_scale.unique().numel() == 4 and module.conv_weight.abs().min() > 0
+    failed = run("convert", folder, tmp_path / "none", "--calibrate", tmp_path / "nothing.txt")
+    assert failed.code == 1 and "nothing.txt" in failed.err and not (tmp_path / "none").exists()
+
+
 def converted(folder: Path) -> lz.LinearizeConfig:
     """The config that a converted folder was written with."""
     return state_of(lz.load(folder)).config

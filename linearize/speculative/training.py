@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import random
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import ConfigError, InputError, MissingExtraError
+from ..text import sequences
 from .heads import MedusaHeads
 from .hidden import tapped
 
@@ -132,58 +132,6 @@ def read(model: Any, tokens: Tensor) -> tuple[Tensor, Tensor]:
     with tapped(model) as tap:
         logits = model(input_ids=tokens, use_cache=False).logits
     return tap.hidden, logits.argmax(-1)
-
-
-def sequences(data: Any, tokenizer: Any) -> list[Tensor]:
-    """Sequences int64 `[n]` of what `train_heads` is given. Raises InputError for anything else."""
-    if isinstance(data, Tensor):
-        items: Iterable[Any] = data if data.dim() == 2 else [data]
-    else:
-        items = [data] if isinstance(data, str) else data
-    found = []
-    for item in items:
-        if isinstance(item, str):
-            if tokenizer is None:
-                raise InputError("texts need their tokenizer: train_heads(..., tokenizer=tokenizer)")
-            item = tokenizer(item, verbose=False)["input_ids"]
-        tensor = torch.as_tensor(item)
-        if tensor.dim() != 1 or (tensor.is_floating_point() and len(tensor)):
-            raise InputError("data is token ids, int64 [n] or [B, n], several of these, or texts")
-        found.append(tensor.long().cpu())
-    return found
-
-
-def text_tokens(paths: Sequence[Path], tokenizer: Any, limit: int, context: int, seed: int) -> list[Tensor]:
-    """Token ids of text files, and of those in folders: about `limit` tokens, from as many files as can give
-    `context` each, so that heads see all kinds of text.
-
-    Files come in an order drawn by `seed`, and of each a part of it. A folder's files that are no text are
-    passed over. Raises InputError for a path that cannot be read.
-    """
-    draw = random.Random(seed)
-    files = [(file, path.is_dir()) for path in paths for file in _files(path)]
-    draw.shuffle(files)
-    share = max(context, limit // max(1, len(files)))
-    found: list[Tensor] = []
-    for file, optional in files:
-        if limit <= 0:
-            break
-        try:
-            text = file.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            if optional:
-                continue
-            raise InputError(f"cannot read the text in {file}: {error}") from error
-        if text:
-            ids = sequences(text, tokenizer)[0]
-            start = draw.randint(0, max(0, len(ids) - share))
-            found.append(ids[start : start + share])
-            limit -= len(found[-1])
-    return found
-
-
-def _files(path: Path) -> list[Path]:
-    return sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
 
 
 def _pieces(found: Sequence[Tensor], context: int, num_heads: int) -> list[Tensor]:
