@@ -37,6 +37,8 @@ Causal families (`AugmentedLinearAttention`, ...): T more tokens after a state.
     Every earlier token of the own group and of the taps lies in the window or in the call, so every key is
     counted once, exactly, with no subtraction, and all shapes are constant: one graph serves prefill, prefill
     in pieces and decoding.
+    A file's inputs and outputs hold the window as [B, Hkv R, D+Dv] (`past.N.conv`); it is reshaped around the
+    node.
 
 Bidirectional families (`Bidirectional` + name): every real token sees all.
 
