@@ -16,6 +16,7 @@ from transformers import AutoTokenizer
 from linearize import Medusa, MedusaHeads, PromptLookup, Tree, TreeSpeculation, train_heads
 from linearize.errors import CheckpointError, ConfigError, InputError, MissingExtraError
 from linearize.speculative import training
+from linearize.text import text_tokens
 
 GREEDY: dict[str, Any] = dict(max_new_tokens=40, do_sample=False, pad_token_id=0, eos_token_id=None)
 TREE = Tree(((0,), (1,), (2,), (0, 0), (0, 1), (1, 0), (0, 0, 0)))
@@ -271,10 +272,10 @@ def test_text_is_taken_from_many_files(folder: Path, tmp_path: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(folder)
     for i in range(30):
         (tmp_path / f"{i}.txt").write_text(f"value{i} = " * 60)
-    taken = training.text_tokens([tmp_path], tokenizer, 320, 16, 0)
+    taken = text_tokens([tmp_path], tokenizer, 320, 16, 0)
     assert [len(ids) for ids in taken] == [16] * 20
     assert len({tuple(ids.sort().values.tolist()) for ids in taken}) == 20
-    again = training.text_tokens([tmp_path], tokenizer, 320, 16, 0)
+    again = text_tokens([tmp_path], tokenizer, 320, 16, 0)
     assert all(torch.equal(a, b) for a, b in zip(taken, again, strict=True))
-    other = training.text_tokens([tmp_path], tokenizer, 320, 16, 1)
+    other = text_tokens([tmp_path], tokenizer, 320, 16, 1)
     assert any(not torch.equal(a, b) for a, b in zip(taken, other, strict=True))
