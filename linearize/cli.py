@@ -1,4 +1,5 @@
-"""The command line: `linearize demo | inspect | convert | generate | train-heads | mechanisms | version`."""
+"""The command line: `linearize demo | inspect | convert | generate | export | train-heads | build-library |
+mechanisms | version`."""
 
 from __future__ import annotations
 

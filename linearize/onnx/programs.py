@@ -351,7 +351,7 @@ class _Nodes(TorchFunctionMode):
             return nodes.attention(*args, **(kwargs or {}))
         if func is torch.ops.linearize.softmax_window.default:
             raise ExportError(
-                "the mechanism softmax_window has an ONNX form with a state only, as in a decoder; leave other "
-                "layers as softmax (`keep_softmax=`) or choose another mechanism"
+                "the mechanism softmax_window has an ONNX form with a state only, as in a decoder; leave "
+                "other layers as softmax (`keep_softmax=`) or choose another mechanism"
             )
         return func(*args, **(kwargs or {}))
