@@ -278,14 +278,16 @@ def export(
     opset: Annotated[int, typer.Option(help="ONNX opset of the standard operators")] = 20,
     dtype: Annotated[str, typer.Option(help="float32 or float16")] = "float32",
     bits: Annotated[int, typer.Option(help="8 or 4 for quantised weights, 0 for none")] = 0,
+    last_logits: Annotated[
+        bool, typer.Option(help="a decoder's last token's logits alone: long prompts are faster")
+    ] = False,
 ) -> None:
     """Write a model, converted or not, as ONNX that stock onnxruntime runs, state in and state out."""
     from .onnx.command import run
 
     folder = find_source(source)
-    run(
-        load_source(folder), target, companions(folder), opset=opset, dtype=dtype, bits=bits, write=typer.echo
-    )
+    options = dict(opset=opset, dtype=dtype, last_logits=last_logits)
+    run(load_source(folder), target, companions(folder), options, bits=bits, write=typer.echo)
 
 
 @app.command()

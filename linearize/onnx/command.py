@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 
@@ -16,19 +17,19 @@ def run(
     model: nn.Module,
     target: Path,
     companions: Sequence[Path],
+    options: Mapping[str, Any],
     *,
-    opset: int,
-    dtype: str,
     bits: int,
     write: Callable[[str], object],
 ) -> None:
     """Export to `target` and say what was written; companions: tokenizer files, copied into a folder.
 
-    bits: of the weights; a quantised file lies beside the other one, as `*.int8.onnx` or `*.int4.onnx`.
+    options: of `export_onnx`. bits: of the weights; a quantised file lies beside the other one, as
+    `*.int8.onnx` or `*.int4.onnx`.
     """
     if bits not in (0, 4, 8):
         raise ConfigError(f"bits must be 8 or 4, or 0 for none, got {bits}")
-    exported = export_onnx(model, target, opset=opset, dtype=dtype)
+    exported = export_onnx(model, target, **options)
     if target.is_dir():
         for path in companions:
             if not (target / path.name).exists():
