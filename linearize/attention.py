@@ -14,6 +14,7 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from .errors import ConfigError, InputError
 from .state import States
+from .summary import Summary
 
 if TYPE_CHECKING:
     from .config import LinearizeConfig
@@ -121,6 +122,24 @@ class AttentionModule(nn.Module):
         dtype, device: of the query, key and value that will come. max_rewind: tokens that can be taken back.
         """
         return None
+
+    @property
+    def has_summary(self) -> bool:
+        """Whether this is cross-attention that can `summarize` keys and values; then there is `recall`."""
+        return False
+
+    def summarize(self, key: Tensor, value: Tensor, key_mask: Tensor | None) -> Summary:
+        """What all queries share of key [B, Hkv, S, D], value [B, Hkv, S, Dv]; key_mask: bool [B, S]."""
+        raise NotImplementedError
+
+    def recall(
+        self, query: Tensor, key: Tensor, value: Tensor, summary: Summary, query_start: int | Tensor | None
+    ) -> Tensor:
+        """`forward` with the `summary` of the same key and value, of which at most a few groups are read.
+
+        No gradients reach key and value through the summary.
+        """
+        raise NotImplementedError
 
     def extra_repr(self) -> str:
         spec = self.spec

@@ -18,6 +18,7 @@ from .attention import AttentionModule
 from .errors import InputError
 
 if TYPE_CHECKING:
+    from .cross_layer import CrossLayer
     from .state_layer import StateLayer
 
 _MARK = "_linearize_filled"
@@ -69,6 +70,21 @@ def state_layer(
             )
         give_up_state(cache, index)
     return None
+
+
+def cross_layer(cache: Any, index: int | None, module: AttentionModule | None) -> CrossLayer | None:
+    """The layer of the encoder's keys and values that keeps their summary for `module`; None where none is.
+
+    Summaries carry no gradients, and an exported graph keeps none from call to call.
+    """
+    if index is None or module is None or not module.has_summary:
+        return None
+    cache = getattr(cache, "cross_attention_cache", None)
+    if cache is None or torch.is_grad_enabled() or torch.compiler.is_exporting():
+        return None
+    from .cross_layer import adopt
+
+    return adopt(cache, index)
 
 
 def give_up_state(cache: Any, index: int) -> None:

@@ -62,6 +62,7 @@ class SeamOwner(Rewritten):
         else:
             owner._linearize_start = caches.length_of(state)
         owner._linearize_seen = caches.decoded_length(cache, layer)
+        owner._linearize_cross = caches.cross_layer(cache, owner._linearize_layer, sole_child(owner))
         owner._linearize_slot = 0
         try:
             return forward(owner, *args, **kwargs)
@@ -71,6 +72,7 @@ class SeamOwner(Rewritten):
             raise
         finally:
             owner._linearize_start = owner._linearize_seen = owner._linearize_state = None
+            owner._linearize_cross = None
             if cache is not None:
                 caches.mark_filled(caches.self_layer(cache, owner._linearize_layer))
 
@@ -176,6 +178,9 @@ def attend(
             real = new_tokens(mask, key.shape[0], key.shape[2], start, owner._linearize_path)
         return state.extend(child, query, key, value, real)
     key_mask = key_mask_of(mask, key.shape[0], key.shape[2])
+    cross = owner._linearize_cross
+    if cross is not None and key is cross.keys and value is cross.values:
+        return child.recall(query, key, value, cross.summary(child, key_mask), start)
     if start is not None and spec.causal:
         # Static caches: slots after the last query are empty.
         columns = torch.arange(key.shape[2], device=key.device)

@@ -20,6 +20,7 @@ class Rewritten:
     _linearize_start: Any
     _linearize_seen: Any
     _linearize_state: Any = None
+    _linearize_cross: Any = None
     _linearize_slot: int
     _linearize_proof: bool
     _linearize_log: Any

@@ -20,7 +20,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -28,7 +28,9 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..attention import AttentionModule, SiteSpec
+from ..kernels import reference
 from ..state import AttentionState, States
+from ..summary import Summary, block_of, summed
 
 if TYPE_CHECKING:
     from ..config import LinearizeConfig
@@ -218,6 +220,47 @@ class ComposedAttention(AttentionModule):
             for term, part in zip(terms, state.parts, strict=True):
                 ops.augmented_commit(term.key, term.value, part, path, normalize=term.normalize)
 
+    @property
+    def has_summary(self) -> bool:
+        return self.spec.cross
+
+    def summarize(self, key: Tensor, value: Tensor, key_mask: Tensor | None) -> Summary:
+        with full_precision(value.device):
+            query = key.new_zeros(key.shape[0], self.spec.num_heads, 1, key.shape[3])
+            terms = self.terms(query, key, value)
+            sums = tuple(
+                None if term.alpha is None else summed(term.key, term.value, key_mask, term.normalize)
+                for term in terms
+            )
+        return Summary.of(sums, any(_is_near(term) for term in terms), key_mask)
+
+    def recall(
+        self, query: Tensor, key: Tensor, value: Tensor, summary: Summary, query_start: int | Tensor | None
+    ) -> Tensor:
+        start = 0 if query_start is None else query_start
+        block = block_of(key, value, summary, query.shape[2], start, self.group_size)
+        with full_precision(value.device):
+            terms = self.terms(widen(query), widen(block.key), widen(block.value))
+            outputs = [
+                self._recall(term, total, block.real, block.query_start)
+                for term, total in zip(terms, summary.sums, strict=True)
+            ]
+            return self.combine(outputs).to(value.dtype)
+
+    def _recall(self, term: Term, total: Tensor | None, real: Tensor, query_start: int | Tensor) -> Tensor:
+        """`run` on the groups that queries meet, with the sum over all keys at hand."""
+        near = self.run(replace(term, alpha=None), real, query_start) if _is_near(term) else None
+        if total is None or term.alpha is None:
+            assert near is not None
+            return near
+        query = reference.unit(term.query) if term.normalize else term.query
+        if isinstance(term.alpha, Tensor):
+            query = query * term.alpha.to(query.dtype).reshape(-1, 1, 1)
+        else:
+            query = query * term.alpha
+        out = self.merge_heads(self.split_heads(query) @ total.unsqueeze(2))
+        return out if near is None else out + near
+
     def mix_after(
         self,
         query: Tensor,
@@ -329,6 +372,11 @@ class NormalizedAttention(ComposedAttention):
         else:
             total = torch.where(total > 0, total, torch.ones_like(total))
         return joined[..., :-1] / total
+
+
+def _is_near(term: Term) -> bool:
+    """Whether something of a cross-attention's term is left once the sum over all keys is known."""
+    return term.local_scale is not None or term.alpha is None
 
 
 def widen(x: Tensor) -> Tensor:

@@ -21,8 +21,9 @@ from torch import Tensor, nn
 
 from ..attention import SiteSpec
 from ..errors import InputError
+from ..summary import Summary
 from .base import EVERYWHERE, Mechanism, whole
-from .composed import ComposedAttention, widen
+from .composed import ComposedAttention, full_precision, widen
 
 if TYPE_CHECKING:
     from ..config import LinearizeConfig
@@ -53,20 +54,37 @@ class LinformerAttention(ComposedAttention):
         key_mask: Tensor | None,
         query_start: int | Tensor | None,
     ) -> Tensor:
+        out = self._read(query, *self._project(key, value, key_mask))
+        if key_mask is None or self.spec.cross:
+            return out
+        return out * key_mask[:, None, :, None]
+
+    def summarize(self, key: Tensor, value: Tensor, key_mask: Tensor | None) -> Summary:
+        with full_precision(value.device):
+            return Summary(self._project(key, value, key_mask), False, key_mask, None)
+
+    def recall(
+        self, query: Tensor, key: Tensor, value: Tensor, summary: Summary, query_start: int | Tensor | None
+    ) -> Tensor:
+        keys, values = summary.sums
+        assert keys is not None and values is not None
+        with full_precision(value.device):
+            return self._read(query, keys, values).to(value.dtype)
+
+    def _project(self, key: Tensor, value: Tensor, key_mask: Tensor | None) -> tuple[Tensor, Tensor]:
+        """E k [B, Hkv, 1, r, D] and F v [B, Hkv, 1, r, Dv]."""
         longest = self.key_projection.shape[0]
         if key.shape[2] > longest:
             raise InputError(
                 f"linformer has projections for {longest} tokens and got {key.shape[2]}; convert with "
                 "options={'max_length': ...} for longer sequences"
             )
-        query, key, value = widen(query), widen(key), widen(value)
-        keys = self._rows(key, self.key_projection, key_mask)
-        values = self._rows(value, self.value_projection, key_mask)
-        scores = self.split_heads(query * self.scale) @ keys.mT
-        out = self.merge_heads(scores.softmax(-1) @ values)
-        if key_mask is None or self.spec.cross:
-            return out
-        return out * key_mask[:, None, :, None]
+        keys = self._rows(widen(key), self.key_projection, key_mask)
+        return keys, self._rows(widen(value), self.value_projection, key_mask)
+
+    def _read(self, query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        scores = self.split_heads(widen(query) * self.scale) @ keys.mT
+        return self.merge_heads(scores.softmax(-1) @ values)
 
     def _rows(self, x: Tensor, projection: Tensor, key_mask: Tensor | None) -> Tensor:
         """x [B, Hkv, S, D] -> [B, Hkv, 1, r, D]."""
