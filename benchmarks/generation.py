@@ -186,7 +186,9 @@ class Recurrence:
     """The operator in float64 as a recurrence over groups, from the keys and values of a running model."""
 
     def __init__(self, module: Any) -> None:
-        self.alpha = module.alpha.double()
+        self.alpha, self.local_scale = (
+            x.detach().double()[:, None, None, None] for x in (module.alpha, module.local_scale)
+        )
         self.taps = module.conv_weight.double()
         self.heads = (module.spec.num_heads, module.spec.num_key_value_heads)
         dims = (module.spec.head_dim, module.spec.value_dim)
@@ -204,7 +206,8 @@ class Recurrence:
         k, values, starts = (
             x.repeat_interleave(repeats, 0) for x in (k, v.unflatten(1, (-1, GROUP)), starts)
         )
-        out = (q @ k.mT).clamp_min(0).square().tril() @ values + self.alpha * (q @ starts)
+        inside = (q @ k.mT).clamp_min(0).square().tril() @ values
+        out = self.local_scale * inside + self.alpha * (q @ starts)
         reach = self.taps.shape[1]
         filtered = torch.cat([before, v], 1).unfold(1, reach, 1).repeat_interleave(repeats, 0)
         return out.flatten(1, 2) + torch.einsum("htvk,hk->htv", filtered, self.taps.flip(1))
