@@ -65,7 +65,7 @@ class ComposedAttention(AttentionModule):
     conv_joins: bool = False
     """The terms carry the convolution themselves: nothing but a sum follows them."""
 
-    linear_parameters = ("conv_weight",)
+    linear_parameters: tuple[str, ...] = ("conv_weight",)
 
     def __init__(self, spec: SiteSpec, config: LinearizeConfig) -> None:
         super().__init__(spec)
