@@ -42,7 +42,19 @@ def self_layer(cache: Any, index: int | None) -> Any | None:
     """The self-attention layer `index` of `cache`; None when it does not exist yet or cannot be told."""
     if cache is None or index is None:
         return None
-    cache = getattr(cache, "self_attention_cache", cache)
+    return _layer(getattr(cache, "self_attention_cache", cache), index)
+
+
+def own_layer(cache: Any, index: int | None, module: AttentionModule | None) -> Any | None:
+    """The layer that an owner of the attention `module` fills: the cross-attention layer of an
+    encoder-decoder cache for cross-attention, else as `self_layer`."""
+    if module is not None and module.spec.cross and index is not None:
+        cache = getattr(cache, "cross_attention_cache", cache)
+        return None if cache is None else _layer(cache, index)
+    return self_layer(cache, index)
+
+
+def _layer(cache: Any, index: int) -> Any | None:
     layers = getattr(cache, "layers", None)
     return layers[index] if layers is not None and index < len(layers) else None
 

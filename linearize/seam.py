@@ -47,12 +47,13 @@ class SeamOwner(Rewritten):
     @staticmethod
     def run(owner: Any, forward: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """One call of the owner: `forward` is the original class's."""
-        cache = caches.find_cache(args, kwargs)
-        owner._linearize_state = state = caches.state_layer(cache, owner._linearize_layer, sole_child(owner))
+        cache, child = caches.find_cache(args, kwargs), sole_child(owner)
+        owner._linearize_state = state = caches.state_layer(cache, owner._linearize_layer, child)
         if state is not None:
             state.expected = True
         layer = caches.self_layer(cache, owner._linearize_layer)
-        caches.check_not_foreign(layer, owner._linearize_path)
+        own = caches.own_layer(cache, owner._linearize_layer, child)
+        caches.check_not_foreign(own, owner._linearize_path)
         whole = drops_window(owner) and state is None
         if whole:
             caches.keep_everything(cache, owner._linearize_layer)
@@ -62,7 +63,7 @@ class SeamOwner(Rewritten):
         else:
             owner._linearize_start = caches.length_of(state)
         owner._linearize_seen = caches.decoded_length(cache, layer)
-        owner._linearize_cross = caches.cross_layer(cache, owner._linearize_layer, sole_child(owner))
+        owner._linearize_cross = caches.cross_layer(cache, owner._linearize_layer, child)
         owner._linearize_slot = 0
         try:
             return forward(owner, *args, **kwargs)
@@ -74,7 +75,7 @@ class SeamOwner(Rewritten):
             owner._linearize_start = owner._linearize_seen = owner._linearize_state = None
             owner._linearize_cross = None
             if cache is not None:
-                caches.mark_filled(caches.self_layer(cache, owner._linearize_layer))
+                caches.mark_filled(caches.own_layer(cache, owner._linearize_layer, child))
 
 
 def apply_seam(owner: Any, path: str, sites: Sequence[SitePlan]) -> None:
@@ -126,6 +127,11 @@ def attention_forward(
     if module._linearize_seen is not None and child.spec.cross:
         # The decoder's own attention of this layer ran before and already counted this call's tokens.
         start = module._linearize_seen - query.shape[2]
+    shared = child.spec.num_key_value_heads // key.shape[1]
+    if shared > 1:
+        # Keys and values that are shared in different ways count as one per query head in the plan; functions
+        # of the interface are left to repeat them.
+        key, value = key.repeat_interleave(shared, 1), value.repeat_interleave(shared, 1)
     output = attend(module, slot, query, key, value, attention_mask, start, bias=position_bias, sinks=s_aux)
     return output.transpose(1, 2).contiguous(), None
 

@@ -294,3 +294,26 @@ def test_a_static_cache_of_the_users_own_works_when_its_length_can_be_told(windo
     store = StaticCache(config=windowed.config, max_cache_len=20)
     found = torch.cat([following(windowed, piece, store) for piece in text.split([5, 1, 4, 4], 1)], 1)
     torch.testing.assert_close(found, whole(windowed, text, 0), atol=1e-4, rtol=1e-4)
+
+
+def test_two_attentions_of_one_owner_share_keys_and_values() -> None:
+    """DiffLlama's differential attention: keys are shared by pairs of heads, each half of values by all."""
+    torch.manual_seed(0)
+    config = transformers.DiffLlamaConfig(
+        vocab_size=VOCAB,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        initializer_range=0.2,
+        pad_token_id=0,
+    )
+    model: Any = wake(linearize(transformers.DiffLlamaForCausalLM(config).eval(), group_size=4))
+    prompt, mask = tokens(2, 9), torch.ones(2, 9, dtype=torch.long)
+    mask[0, :3] = 0
+    for settings in ({}, {"cache_implementation": "static"}):
+        out = model.generate(prompt, attention_mask=mask, do_sample=False, **SETTINGS, **settings)
+        for row, keep in enumerate(mask.bool()):
+            alone = recompute(model, prompt[row : row + 1, keep], 10)
+            assert torch.equal(out[row, 9:], alone[0, keep.sum() :])
