@@ -36,7 +36,7 @@ class StateLayer(CacheLayerMixin):
     _linearize_filled = True  # whatever it holds came from a converted owner, see `cache.check_not_foreign`
 
     def __init__(self, module: AttentionModule, like: Any, max_length: int | None = None) -> None:
-        super().__init__()
+        self.is_initialized = False
         self.instead_of = like
         self.is_compileable = bool(getattr(like, "is_compileable", False))
         self.max_cache_len = like.get_max_length() if max_length is None else max_length
@@ -47,11 +47,13 @@ class StateLayer(CacheLayerMixin):
         self._module: weakref.ref[AttentionModule] | None = weakref.ref(module)
         self.tree: Lineage | None = None  # of the draft nodes that come next, see `draft`
         self._drafted: tuple[Tensor, Tensor] | None = None
+        self._sizes = (0, 0, 0)  # key/value heads, and features of a key and of a value
         self._committed: States | None = None  # while recording: the state at the last commit
         self._recorded: list[tuple[Tensor, Tensor, Tensor | None]] = []  # and the tokens since
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         self.dtype, self.device = key_states.dtype, key_states.device
+        self._sizes = key_states.shape[1], key_states.shape[3], value_states.shape[3]
         if isinstance(self.cumulative_length, Tensor):
             self.cumulative_length = self.cumulative_length.to(self.device)
             torch._dynamo.mark_static_address(self.cumulative_length)
@@ -104,6 +106,23 @@ class StateLayer(CacheLayerMixin):
         if self.record_past:
             self._recorded.append((key, value, real))
         return module.extend(query, key, value, self.states, key_mask=real)
+
+    @property
+    def keys(self) -> Tensor | None:  # type: ignore[override]
+        """NaN in the shape of the keys that are not kept, for what copies caches row by row (Whisper's
+        `generate`). A converted model refuses such a copy."""
+        return self._stand_in(self._sizes[1])
+
+    @property
+    def values(self) -> Tensor | None:  # type: ignore[override]
+        """As `keys`."""
+        return self._stand_in(self._sizes[2])
+
+    def _stand_in(self, features: int) -> Tensor | None:
+        if self.states is None:
+            return None
+        nan = torch.full((), torch.nan, dtype=self.dtype, device=self.device)
+        return nan.expand(self.states.batch_size, self._sizes[0], int(self.get_seq_length()), features)
 
     @property
     def module(self) -> Any | None:

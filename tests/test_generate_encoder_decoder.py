@@ -16,6 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import CompileConfig, DynamicCache, EncoderDecoderCache
 
 from linearize.api import linearize
+from linearize.errors import InputError
 
 STEPS = 10  # more than two groups of 4
 GREEDY: dict[str, Any] = dict(
@@ -260,3 +261,8 @@ def test_whisper_generates_by_its_own_generate() -> None:
     wake(linearize(model, {**sound, "decoder_input_ids": tokens(2, 5)}, group_size=4))
     out = model.generate(**sound, **GREEDY)
     assert torch.equal(out, recompute(model, sound)[:, 1:])
+    # It takes a returned cache apart by rows; what is left of it has no state, and is refused.
+    again = model.generate(**sound, **GREEDY, return_dict_in_generate=True)
+    assert torch.equal(again.sequences[:, 1:], out)
+    with torch.no_grad(), pytest.raises(InputError, match="start from an empty cache"):
+        model(**sound, decoder_input_ids=tokens(2, 1), past_key_values=again.past_key_values)
