@@ -156,11 +156,13 @@ def tokens(batch: int, length: int) -> Tensor:
 
 
 def wake(model: nn.Module) -> nn.Module:
-    """Give alpha and the convolution values: at their initial zeros, half of the mechanism does nothing."""
-    generator = torch.Generator().manual_seed(5)
+    """Move the new parameters: at their initial values, half of the mechanism does nothing."""
+    generator, scales = torch.Generator().manual_seed(5), torch.Generator().manual_seed(6)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if "linear_attention" in name:
+            if name.endswith("local_scale"):
+                parameter.copy_(1 + torch.randn(parameter.shape, generator=scales) * 0.1)
+            elif "linear_attention" in name:
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.3)
     return model
 

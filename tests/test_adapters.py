@@ -68,13 +68,16 @@ def test_training_with_the_config_moves_projections_and_new_parameters_only() ->
     projections = {f"layers.{i}.self_attn.{p}_proj" for i in range(2) for p in "qkvo"}
     adapters = {name.split(".lora_")[0] for name in moved if "lora_" in name}
     assert adapters == {f"base_model.model.model.{name}" for name in projections}
-    assert sum("linear_attention.modules_to_save" in name for name in moved) == 4
-    assert sum("embed_tokens.modules_to_save" in name for name in moved) == 1 and len(moved) == 16 + 4 + 1
+    assert sum("linear_attention.modules_to_save" in name for name in moved) == 6
+    assert sum("embed_tokens.modules_to_save" in name for name in moved) == 1 and len(moved) == 16 + 6 + 1
 
 
 def test_an_adapted_model_keeps_a_constant_state_and_the_base_under_it_its_own() -> None:
     base = converted("llama")
-    ids, settings = tokens(1, 11), dict(max_new_tokens=12, do_sample=False, return_dict_in_generate=True)
+    ids = tokens(1, 11)
+    settings = dict(
+        max_new_tokens=12, do_sample=False, return_dict_in_generate=True, eos_token_id=None
+    )
     plain = base.generate(ids, **settings).sequences
     adapted: Any = trained(peft.get_peft_model(base, lz.lora_config(base)))
     out = adapted.generate(input_ids=ids, **settings)

@@ -169,7 +169,7 @@ def test_compiled_rewrite_equals_the_rewrite_of_the_exported_graph(dynamic):
         x = torch.randn(shape)
         torch.testing.assert_close(compiled(x), lowered(x))
         assert not torch.allclose(compiled(x), model(x), atol=1e-2)  # it is not softmax any more
-    assert len(list(backend.parameters())) == 2
+    assert len(list(backend.parameters())) == 3
 
 
 def test_padding_reaches_the_attention_module():
@@ -193,7 +193,7 @@ def test_gradients_reach_the_new_parameters_and_the_models(inner, dynamic):
     compiled(ids(2, 6))
     names = sorted(name for name, _ in backend.named_parameters())
     assert names == [
-        f"layers.{i}.linear_attention.{name}" for i in range(2) for name in ("alpha", "conv_weight")
+        f"layers.{i}.linear_attention.{name}" for i in range(2) for name in ("alpha", "conv_weight", "local_scale")
     ]
     before = [p.detach().clone() for p in backend.parameters()]
     optimizer = torch.optim.SGD([*model.parameters(), *backend.parameters()], lr=0.1)
@@ -220,7 +220,7 @@ def test_gradient_checkpointing_trains_the_new_parameters():
     layer, backend = NanoGPT(), Backend(**{**SMALL, "inner": "aot_eager"})
     compiled = torch.compile(lambda x: checkpoint(layer, x, use_reentrant=False), backend=backend)
     compiled(torch.randn(2, 6, 16)).square().sum().backward()
-    assert len(list(backend.parameters())) == 2
+    assert len(list(backend.parameters())) == 3
     assert all(p.grad is not None for p in backend.parameters())
 
 
