@@ -87,7 +87,8 @@ def state_layer(
 def cross_layer(cache: Any, index: int | None, module: AttentionModule | None) -> CrossLayer | None:
     """The layer of the encoder's keys and values that keeps their summary for `module`; None where none is.
 
-    Summaries carry no gradients, and an exported graph keeps none from call to call.
+    Calls that need gradients go by the kernels that have them, and an exported graph keeps nothing of its own
+    from call to call.
     """
     if index is None or module is None or not module.has_summary:
         return None

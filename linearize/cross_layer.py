@@ -37,7 +37,7 @@ class CrossLayer(CacheLayerMixin):
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
         self._forget()
-        return super().update(key_states, value_states, *args, **kwargs)  # type: ignore[safe-super]
+        return super().update(key_states, value_states, *args, **kwargs)
 
     def reset(self) -> None:
         self._forget()
@@ -50,12 +50,12 @@ class CrossLayer(CacheLayerMixin):
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         known = self._known()
-        super().batch_repeat_interleave(repeats)  # type: ignore[misc]
+        super().batch_repeat_interleave(repeats)
         self._keep(known, lambda x: x.repeat_interleave(repeats, 0))
 
     def batch_select_indices(self, indices: Tensor) -> None:
         known = self._known()
-        super().batch_select_indices(indices)  # type: ignore[misc]
+        super().batch_select_indices(indices)
         self._keep(known, lambda x: x[indices.to(x.device)])
 
     def offload(self) -> None:

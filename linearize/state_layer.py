@@ -108,13 +108,13 @@ class StateLayer(CacheLayerMixin):
         return module.extend(query, key, value, self.states, key_mask=real)
 
     @property
-    def keys(self) -> Tensor | None:  # type: ignore[override]
+    def keys(self) -> Tensor | None:
         """NaN in the shape of the keys that are not kept, for what copies caches row by row (Whisper's
         `generate`). A converted model refuses such a copy."""
         return self._stand_in(self._sizes[1])
 
     @property
-    def values(self) -> Tensor | None:  # type: ignore[override]
+    def values(self) -> Tensor | None:
         """As `keys`."""
         return self._stand_in(self._sizes[2])
 

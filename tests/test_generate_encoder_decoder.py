@@ -129,14 +129,15 @@ def test_decoding_goes_on_from_a_cache_in_steps_of_any_size(mechanism: str) -> N
     # linformer has no causal form.
     options = {"on_refusal": "keep"} if mechanism == "linformer" else {}
     model: Any = converted("bart", mechanism=mechanism, **options)
-    source, ids = encoder_input(), tokens(2, 14)
-    with torch.no_grad():
-        whole = model(**source, decoder_input_ids=ids, use_cache=False).logits
-        out = filled(model, source, ids[:, :3])
-        pieces = [out.logits]
-        for piece in ids[:, 3:].split([1, 6, 1, 3], 1):
-            pieces.append(following(model, source, piece, out, out.past_key_values))
-    torch.testing.assert_close(torch.cat(pieces, 1), whole, atol=2e-5, rtol=1e-4)
+    ids = tokens(2, 14)
+    for source in (encoder_input(), {"input_ids": tokens(2, 6)}):  # the second is shorter than what follows
+        with torch.no_grad():
+            whole = model(**source, decoder_input_ids=ids, use_cache=False).logits
+            out = filled(model, source, ids[:, :3])
+            pieces = [out.logits]
+            for piece in ids[:, 3:].split([3, 1, 6, 1], 1):
+                pieces.append(following(model, source, piece, out, out.past_key_values))
+        torch.testing.assert_close(torch.cat(pieces, 1), whole, atol=2e-5, rtol=1e-4)
 
 
 def test_generate_goes_on_from_a_returned_cache() -> None:
