@@ -27,10 +27,16 @@ _KINDS = {"float": FLOAT, "int64": TensorProto.INT64, "bool": TensorProto.BOOL}
 
 
 def write_node(
-    path: Path, name: str = FAMILIES["relu2"], dtype: int = FLOAT, *, group_size: int = 64, normalize: int = 1
+    path: Path,
+    name: str = FAMILIES["relu2"],
+    dtype: int = FLOAT,
+    *,
+    group_size: int = 64,
+    normalize: int = 1,
+    sizes: body.Sizes | None = None,
 ) -> Path:
-    """One node with its body. The file's inputs and outputs of type T are float, with casts around the node
-    for another T, so that numpy has all of them."""
+    """One node with its body, which `sizes` are told to. The file's inputs and outputs of type T are float,
+    with casts around the node for another T, so that numpy has all of them."""
     operator = OPERATORS[name]
     inputs, before, taken = [], [], []
     for given, kind in operator.inputs:
@@ -49,7 +55,7 @@ def write_node(
     node = helper.make_node(name, taken, made, domain=DOMAIN, group_size=group_size, normalize=normalize)
     types = [helper.make_tensor_value_info(x, dtype, None) for x in (*taken, *made) if x.endswith("_cast")]
     graph = helper.make_graph([*before, node, *after], "graph", inputs, outputs, value_info=types)
-    function = onnx_ir.serde.serialize_function(body.function(name, OPSET))
+    function = onnx_ir.serde.serialize_function(body.function(name, OPSET, sizes))
     opsets = [helper.make_opsetid("", OPSET), helper.make_opsetid(DOMAIN, VERSION)]
     model = helper.make_model(graph, functions=[function], opset_imports=opsets, ir_version=10)
     onnx.save(model, path)

@@ -22,6 +22,7 @@ from linearize.onnx.schema import DOMAIN, FAMILIES, OPERATORS, VERSION, WINDOW_S
 
 LEVELS = ("ORT_DISABLE_ALL", "ORT_ENABLE_ALL")
 HEADS, KV_HEADS, DIM, VALUE_DIM = 4, 2, 8, 9
+SIZES = body.Sizes(HEADS, KV_HEADS, DIM, VALUE_DIM, taps=5)
 # Calls that begin at 0 and at 1 modulo the group, of one token, of a part of a group and of several groups.
 CHUNKS = (33, 1, 1, 13, 16, 1, 20)
 
@@ -30,8 +31,8 @@ def session(path: Path, level: str) -> ort.InferenceSession:
     return ort.InferenceSession(path, session_options(level), providers=["CPUExecutionProvider"])
 
 
-def single(name: str, opset: int = 20, **attributes: Any) -> onnx.ModelProto:
-    """A model of one node with its body."""
+def single(name: str, opset: int = 20, sizes: body.Sizes | None = None, **attributes: Any) -> onnx.ModelProto:
+    """A model of one node with its body, which `sizes` are told to."""
     import onnx_ir
 
     kinds = {"T": 1, "float": 1, "int64": 7, "bool": 9}
@@ -51,7 +52,7 @@ def single(name: str, opset: int = 20, **attributes: Any) -> onnx.ModelProto:
     )
     model = onnx.helper.make_model(
         onnx.helper.make_graph([node], "graph", inputs, outputs),
-        functions=[onnx_ir.serde.serialize_function(body.function(name, opset))],
+        functions=[onnx_ir.serde.serialize_function(body.function(name, opset, sizes))],
         opset_imports=[onnx.helper.make_opsetid("", opset), onnx.helper.make_opsetid(DOMAIN, VERSION)],
         ir_version=10,
     )
@@ -90,13 +91,16 @@ def repeated(x: Tensor, axis: int = 1) -> Tensor:
     return x.repeat_interleave(HEADS // KV_HEADS, axis)
 
 
+@pytest.mark.parametrize("sizes", [None, SIZES])
 @pytest.mark.parametrize("level", LEVELS)
 @pytest.mark.parametrize("activation", FAMILIES)
-def test_causal_pieces_with_padding_are_the_oracle(tmp_path: Path, activation: str, level: str) -> None:
+def test_causal_pieces_with_padding_are_the_oracle(
+    tmp_path: Path, activation: str, level: str, sizes: body.Sizes | None
+) -> None:
     case = Case.random(
         sum(CHUNKS), group_size=16, taps=5, dim=DIM, value_dim=VALUE_DIM, activation=activation, padded=True
     )
-    path = write_node(tmp_path / "node.onnx", FAMILIES[activation], group_size=16)
+    path = write_node(tmp_path / "node.onnx", FAMILIES[activation], group_size=16, sizes=sizes)
     found = case.run(session(path, level), CHUNKS)
     np.testing.assert_allclose(found, case.expected(), atol=2e-5)
     forgetful = case.run(session(path, level), CHUNKS, forget=True)
@@ -131,7 +135,8 @@ def test_every_opset_that_is_offered_runs(tmp_path: Path, opset: int) -> None:
     for name, operator in OPERATORS.items():
         if "Augmented" in name or name == WINDOW_SOFTMAX:
             values = {"int": 16, "float": 0.5}
-            opened(single(name, opset, **{n: values[kind] for n, kind in operator.attributes}))
+            for sizes in (None, SIZES):
+                opened(single(name, opset, sizes, **{n: values[kind] for n, kind in operator.attributes}))
 
 
 @pytest.mark.parametrize("level", LEVELS)
@@ -142,7 +147,8 @@ def test_bidirectional_is_the_oracle(level: str, activation: str, length: int, g
     key, scale = normal(2, KV_HEADS, length, DIM), normal(HEADS, seed=2)
     value, conv = normal(2, KV_HEADS, length, VALUE_DIM), normal(HEADS, 2 * taps - 1)
     columns, mask = random_columns(length, 5)
-    model = single(f"Bidirectional{FAMILIES[activation]}", group_size=group, normalize=1)
+    sizes = SIZES._replace(taps=2 * taps - 1) if length % 2 else None
+    model = single(f"Bidirectional{FAMILIES[activation]}", sizes=sizes, group_size=group, normalize=1)
     tokens = {
         n: padded(x, columns, length + 5) for n, x in (("query", query), ("key", key), ("value", value))
     }
@@ -176,7 +182,8 @@ def test_cross_is_the_oracle(
     key, scale = normal(2, KV_HEADS, keys, DIM), normal(HEADS, seed=2)
     value = normal(2, KV_HEADS, keys, VALUE_DIM)
     columns, mask = random_columns(keys, 5)
-    model = single(f"Cross{FAMILIES[activation]}", group_size=group, normalize=1)
+    sizes = SIZES if start % 2 else None
+    model = single(f"Cross{FAMILIES[activation]}", sizes=sizes, group_size=group, normalize=1)
     (out,) = opened(model, level).run(
         None,
         dict(
@@ -212,7 +219,8 @@ def test_window_softmax_in_pieces_with_padding_is_the_oracle(level: str, window:
     query, query_map = normal(2, HEADS, length, DIM), normal(HEADS, DIM, DIM)
     key, key_map = normal(2, KV_HEADS, length, DIM), normal(KV_HEADS, DIM, DIM)
     value, far = normal(2, KV_HEADS, length, VALUE_DIM), normal(HEADS)
-    running = opened(single(WINDOW_SOFTMAX, window=window, scale=0.5), level)
+    sizes = SIZES if window > 16 else None
+    running = opened(single(WINDOW_SOFTMAX, sizes=sizes, window=window, scale=0.5), level)
     recurrent = np.zeros((2, KV_HEADS, 2 * DIM, VALUE_DIM + 1), np.float32)
     rows = np.zeros((2, KV_HEADS, window_rows(window), DIM + VALUE_DIM), np.float32)
     found, seen = [], 0

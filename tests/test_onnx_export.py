@@ -188,6 +188,18 @@ def test_one_node_for_each_site_and_its_body(exported: Path) -> None:
     assert model.ir_version <= 13  # onnxruntime 1.31 takes no later one
 
 
+def test_a_layer_adds_few_operators_to_a_call(exported: Path, tmp_path: Path) -> None:
+    """Decoding is as fast as they are few: indices and masks are found once for all layers."""
+    lz.export_onnx(converted(llama(num_hidden_layers=1)), tmp_path / "one.onnx")
+    counts = []
+    for path in (tmp_path / "one.onnx", exported):
+        options = session_options()
+        options.optimized_model_filepath = str(tmp_path / "optimised.onnx")
+        ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+        counts.append(len(onnx.load(tmp_path / "optimised.onnx").graph.node))
+    assert counts[1] - counts[0] < 80
+
+
 def test_no_axis_is_frozen_and_states_have_one_size(exported: Path) -> None:
     graph = onnx.load(exported).graph
 
@@ -416,6 +428,18 @@ def test_a_plain_module_by_its_example_inputs(tmp_path: Path) -> None:
     inputs = torch.randn(2, 11, 32)
     model = converted(EagerAttention().eval().requires_grad_(False), inputs=inputs)
     made = lz.export_onnx(model, tmp_path / "plain.onnx", inputs)
+    other = torch.randn(3, 40, 32)
+    found = session(made.path).run(None, {made.inputs["plain.onnx"][0]: other.numpy()})[0]
+    np.testing.assert_allclose(found, model(other).detach(), atol=1e-4)
+
+
+def test_layers_of_different_sizes_share_a_body(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    inputs = torch.randn(2, 11, 32)
+    layers = nn.Sequential(EagerAttention(heads=4), EagerAttention(heads=2))
+    model = converted(layers.eval().requires_grad_(False), inputs=inputs)
+    made = lz.export_onnx(model, tmp_path / "plain.onnx", inputs)
+    assert made.nodes == {"AugmentedLinearAttention": 2}
     other = torch.randn(3, 40, 32)
     found = session(made.path).run(None, {made.inputs["plain.onnx"][0]: other.numpy()})[0]
     np.testing.assert_allclose(found, model(other).detach(), atol=1e-4)

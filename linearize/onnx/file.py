@@ -23,7 +23,7 @@ from .. import __version__
 from ..errors import ExportError
 from . import body
 from .programs import LENGTH, PAST, TOTAL, Program
-from .schema import DOMAIN, VERSION
+from .schema import DOMAIN, OPERATORS, VERSION
 
 OPSETS = range(18, 27)
 """ONNX opsets that hold the bodies and that onnxruntime 1.31 accepts."""
@@ -57,7 +57,7 @@ def model_of(program: Program, opset: int) -> ir.Model:
     _name_axes(model, program)
     used = nodes_of(model)
     for name in used:
-        function = body.function(name, model.opset_imports[""])
+        function = body.function(name, model.opset_imports[""], _sizes(model, name))
         model.functions[function.identifier()] = function
     if used:
         model.opset_imports[DOMAIN] = VERSION
@@ -69,6 +69,20 @@ def model_of(program: Program, opset: int) -> ir.Model:
 def nodes_of(model: ir.Model) -> Counter[str]:
     """How many nodes of our domain the model has, by operator."""
     return Counter(node.op_type for node in model.graph if node.domain == DOMAIN)
+
+
+def _sizes(model: ir.Model, name: str) -> body.Sizes | None:
+    """Those of all nodes of an operator; None where they differ, or are not known."""
+    nodes: Any = (node for node in model.graph if node.domain == DOMAIN and node.op_type == name)
+    found = set()
+    for node in nodes:
+        inputs = zip((given for given, _ in OPERATORS[name].inputs), node.inputs, strict=True)
+        shapes = {given: value.shape for given, value in inputs}
+        query, key, value = (shapes[given] for given in ("query", "key", "value"))
+        taps = shapes["conv_weight"][1] if "conv_weight" in shapes else 0
+        found.add(body.Sizes(query[1], key[1], key[3], value[3], taps))
+    sizes = found.pop()
+    return None if found or not all(isinstance(size, int) for size in sizes) else sizes
 
 
 def _rename(model: ir.Model, names: list[str], values: Any) -> None:
