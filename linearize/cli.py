@@ -424,11 +424,22 @@ def build_library(
     include: Annotated[
         Path | None, typer.Option(help="folder with onnxruntime's C++ headers; the usual places unless said")
     ] = None,
+    cuda: Annotated[
+        Path | None,
+        typer.Option(help="an exported file: the kernels of its nodes for CUDA instead (never run on a GPU)"),
+    ] = None,
+    arch: Annotated[
+        list[int] | None,
+        typer.Option(
+            help="compute capability for --cuda, 90 for 9.0; repeat it; 80, 90 and 100 unless given"
+        ),
+    ] = None,
 ) -> None:
     """Compile the kernels with which onnxruntime runs exported files faster. Needs a C++ compiler."""
     from . import onnx
 
-    typer.echo(f"wrote {onnx.build_library(include)}")
+    made = onnx.build_cuda_library(cuda, include, architectures=arch) if cuda else onnx.build_library(include)
+    typer.echo(f"wrote {made}")
 
 
 def _options(given: Iterable[str]) -> dict[str, Any]:

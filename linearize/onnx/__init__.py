@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from .genai import write_genai as write_genai
     from .library import build_library as build_library
     from .library import register as register
+    from .library.cuda.build import build_cuda_library as build_cuda_library
     from .programs import StateNames as StateNames
     from .quantization import Quantized as Quantized
     from .quantization import quantize as quantize
@@ -32,6 +33,7 @@ _EXPORTS = {
     "Quantized": ".quantization",
     "OrtModel": ".runtime",
     "build_library": ".library",
+    "build_cuda_library": ".library.cuda.build",
     "register": ".library",
     "write_genai": ".genai",
 }

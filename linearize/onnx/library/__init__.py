@@ -6,6 +6,7 @@ A file needs none of this: without the library its nodes run by their bodies. Bu
     op.cpp          the operators: types, shapes, threads of onnxruntime
     rolling.h       what crosses from it to the kernels
     rolling.cpp     the kernels, once per instruction set; the mathematics is that of kernels/cpu
+    cuda/           the same for onnxruntime's CUDA provider, a library of its own; never run on a GPU
 """
 
 from .build import build_library

@@ -31,13 +31,21 @@ def find_headers(include: Path | None = None) -> Path:
     for place in _PLACES if include is None else (include,):
         for folder in _FOLDERS:
             if (place / folder / HEADER).is_file():
-                return place / folder
+                return (place / folder).absolute()  # the compiler runs in another folder
     where = "in the usual places" if include is None else f"in {include}"
     raise LibraryError(
         f"onnxruntime's C++ headers are not {where} ({HEADER} is missing): install Debian's "
         "libonnxruntime-dev, or unpack the archive of a release of onnxruntime on GitHub, and give the "
         "folder with --include"
     )
+
+
+def find_compiler(given: str | None = None) -> str:
+    """`given`, or the C++ compiler that is here. Raises LibraryError when there is none."""
+    found = given or next(filter(shutil.which, ("c++", "g++", "clang++")), None)
+    if found is None:
+        raise LibraryError("no C++ compiler was found; install g++ or clang++")
+    return found
 
 
 def build_library(include: Path | None = None, *, compiler: str | None = None) -> Path:
@@ -50,9 +58,7 @@ def build_library(include: Path | None = None, *, compiler: str | None = None) -
     if sys.platform != "linux" or platform.machine() != "x86_64":
         raise LibraryError(f"the library is for Linux on x86-64, not {sys.platform} on {platform.machine()}")
     headers = find_headers(include)
-    found = compiler or next(filter(shutil.which, ("c++", "g++", "clang++")), None)
-    if found is None:
-        raise LibraryError("no C++ compiler was found; install g++ or clang++")
+    found = find_compiler(compiler)
     if not os.access(LIBRARY.parent, os.W_OK):
         raise LibraryError(f"{LIBRARY.parent} is not writable, and the library belongs there")
     shared = (*_FLAGS, f"-I{KERNELS}")
@@ -64,13 +70,16 @@ def build_library(include: Path | None = None, *, compiler: str | None = None) -
             "avx512.o": (*_AVX512, "-DKERNELS=avx512_rolling", *_KERNELS),
         }
         for name, flags in parts.items():
-            _run(found, *shared, *flags, "-o", f"{folder}/{name}")
-        _run(found, "-shared", "-s", *(f"{folder}/{name}" for name in parts), "-o", f"{folder}/library")
+            compile_with(found, *shared, *flags, "-o", f"{folder}/{name}")
+        compile_with(
+            found, "-shared", "-s", *(f"{folder}/{name}" for name in parts), "-o", f"{folder}/library"
+        )
         os.replace(f"{folder}/library", LIBRARY)
     return LIBRARY
 
 
-def _run(*command: str) -> None:
+def compile_with(*command: str) -> None:
+    """Run a compiler in this folder; LibraryError with what it said when it fails."""
     try:
         done = subprocess.run(command, cwd=_FOLDER, capture_output=True, text=True)
     except OSError as error:

@@ -19,6 +19,8 @@ import onnxruntime
 from ...errors import LibraryError
 from ...kernels import cpu
 from ..schema import DOMAIN, FAMILIES, VERSION
+from .cuda import loader as cuda
+from .cuda.kinds import LIBRARY as CUDA_LIBRARY
 
 if TYPE_CHECKING:
     from os import PathLike
@@ -29,13 +31,13 @@ LIBRARY = Path(__file__).with_name("_operators.so")
 KERNELS = Path(cpu.__file__).parent
 """The headers of the kernels that it is made of."""
 
-CPU = "CPUExecutionProvider"
+CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
 _OPERATORS = (FAMILIES["relu2"], FAMILIES["linear"])
 _TYPES = (onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16)
 
 
 def unavailable_reason() -> str | None:
-    """Why no session of this process can have the library, in one sentence; None when it can."""
+    """Why no session on the CPU can have the library, in one sentence; None when it can."""
     if not LIBRARY.exists():
         return "the library was not built: run `linearize build-library`"
     try:
@@ -64,12 +66,14 @@ def obstacle(path: str | PathLike[str], providers: Sequence[str] = (CPU,)) -> st
 
     Raises LibraryError when the file cannot be read.
     """
+    others = [name for name in providers if name not in (CPU, CUDA)]
+    if others:
+        return f"the library has kernels for {CPU} and {CUDA} alone, not for {', '.join(others)}"
+    if CUDA in providers:
+        return cuda.obstacle(path)
     reason = unavailable_reason()
     if reason is not None:
         return reason
-    others = [name for name in providers if name != CPU]
-    if others:
-        return f"the library has kernels for {CPU} alone, not for {', '.join(others)}"
     try:
         model = onnx.load(path, load_external_data=False)
     except Exception as error:  # protobuf's own errors share no base with the system's
@@ -110,7 +114,7 @@ def register(
     """
     if obstacle(path, providers) is not None:
         return False
-    options.register_custom_ops_library(str(LIBRARY))
+    options.register_custom_ops_library(str(CUDA_LIBRARY if CUDA in providers else LIBRARY))
     return True
 
 

@@ -1,0 +1,277 @@
+// The causal families of `schema.py` for onnxruntime's CUDA provider: one launch of a Triton kernel per node
+// (`kernels/triton/rolling.py`), compiled ahead of time and read from the folder of this library. Needs no CUDA
+// toolkit: the driver is found when the first node runs.
+#define ORT_API_MANUAL_INIT
+#include <onnxruntime_cxx_api.h>
+#undef ORT_API_MANUAL_INIT
+
+#include <dlfcn.h>
+
+#include <atomic>
+#include <fstream>
+#include <iterator>
+#include <map>
+#include <mutex>
+
+#define EXPORTED extern "C" __attribute__((visibility("default")))
+#ifndef PROVIDER
+#define PROVIDER "CUDAExecutionProvider"
+#endif
+
+namespace {
+
+enum Input { QUERY, KEY, VALUE, MASK, PAST_RECURRENT, PAST_WINDOW, PAST_LENGTH, ALPHA, LOCAL, CONV, INPUTS };
+enum Output { OUT, PRESENT_RECURRENT, PRESENT_WINDOW, OUTPUTS };
+
+struct Type {
+  const char* name;
+  ONNXTensorElementDataType onnx;
+};
+constexpr Type TYPES[] = {
+    {"float", ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT},
+    {"float16", ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT16},
+    {"bfloat16", ONNX_TENSOR_ELEMENT_DATA_TYPE_BFLOAT16},
+};
+constexpr const char* FAMILIES[] = {"AugmentedLinearAttention", "PlainLinearAttention"};
+
+std::atomic<int64_t> calls{0};
+
+[[noreturn]] void fail(const std::string& why) { ORT_CXX_API_THROW("ai.linearize on CUDA: " + why, ORT_FAIL); }
+
+void require(bool fits, const char* what) {
+  if (!fits) ORT_CXX_API_THROW(std::string("ai.linearize: the shapes do not fit: ") + what, ORT_INVALID_ARGUMENT);
+}
+
+// The few calls of CUDA's driver that a launch takes (cuda.h: CUresult is an int, handles are pointers).
+struct Driver {
+  int (*current)(void** context);
+  int (*device)(int* device);
+  int (*attribute)(int* value, int which, int device);
+  int (*load)(void** module, const void* image);
+  int (*find)(void** function, void* module, const char* name);
+  int (*set)(void* function, int attribute, int value);
+  int (*launch)(void* function, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned shared,
+                void* stream, void** arguments, void** extra);
+
+  Driver() {
+    void* library = dlopen("libcuda.so.1", RTLD_NOW);
+    if (!library) fail("libcuda.so.1 cannot be loaded");
+    get(library, "cuCtxGetCurrent", current), get(library, "cuCtxGetDevice", device);
+    get(library, "cuDeviceGetAttribute", attribute), get(library, "cuModuleLoadData", load);
+    get(library, "cuModuleGetFunction", find), get(library, "cuFuncSetAttribute", set);
+    get(library, "cuLaunchKernel", launch);
+  }
+
+  template <class Function>
+  static void get(void* library, const char* name, Function& function) {
+    function = reinterpret_cast<Function>(dlsym(library, name));
+    if (!function) fail(std::string("libcuda.so.1 has no ") + name);
+  }
+};
+
+void check(int result, const char* call) {
+  if (result) fail(std::string(call) + " gave error " + std::to_string(result));
+}
+
+// What a kernel was compiled for. The index has a line for each (build.py).
+struct Kind {
+  std::string family, type;
+  int64_t dim, value_dim, normalize, block;
+
+  bool operator==(const Kind& other) const {
+    return family == other.family && type == other.type && dim == other.dim && value_dim == other.value_dim &&
+           normalize == other.normalize && block == other.block;
+  }
+};
+
+struct Entry {
+  Kind kind;
+  int64_t arch, columns, warps, shared;
+  std::string file;
+
+  // Code for 8.0 runs on 8.6 and 8.9 too; later code is for its own processors alone.
+  bool runs_on(int64_t device) const {
+    return arch == device || (arch / 10 == 8 && device / 10 == 8 && arch < device);
+  }
+};
+
+std::string folder() {
+  Dl_info info;
+  dladdr(reinterpret_cast<void*>(&folder), &info);
+  const std::string path = info.dli_fname;
+  return path.substr(0, path.find_last_of('/') + 1);
+}
+
+class Kernels {
+ public:
+  struct Loaded {
+    const Entry* entry;
+    void* function;
+  };
+
+  static Kernels& instance() {
+    static Kernels only;
+    return only;
+  }
+
+  const Driver driver;
+
+  // The kernel for the current device, loaded into its context.
+  Loaded find(const Kind& kind) {
+    void* context = nullptr;
+    check(driver.current(&context), "cuCtxGetCurrent");
+    int device = 0, major = 0, minor = 0;
+    check(driver.device(&device), "cuCtxGetDevice");
+    check(driver.attribute(&major, 75, device), "cuDeviceGetAttribute");
+    check(driver.attribute(&minor, 76, device), "cuDeviceGetAttribute");
+    for (const Entry& entry : entries)
+      if (entry.kind == kind && entry.runs_on(10 * major + minor)) return {&entry, function(context, entry)};
+    fail("no kernel was built for " + kind.family + " in " + kind.type + " with " + std::to_string(kind.dim) +
+         " and " + std::to_string(kind.value_dim) + " features on sm_" + std::to_string(10 * major + minor));
+  }
+
+ private:
+  std::vector<Entry> entries;
+  std::map<std::pair<void*, const Entry*>, void*> functions;
+  std::mutex lock;
+
+  Kernels() {
+    std::ifstream index(folder() + "index.txt");
+    std::string sources;
+    index >> sources;
+    for (Entry e; index >> e.kind.family >> e.kind.type >> e.kind.dim >> e.kind.value_dim >> e.kind.normalize >>
+                  e.kind.block >> e.arch >> e.columns >> e.warps >> e.shared >> e.file;)
+      entries.push_back(e);
+  }
+
+  void* function(void* context, const Entry& entry) {
+    std::lock_guard<std::mutex> held(lock);
+    void*& found = functions[{context, &entry}];
+    if (found) return found;
+    std::ifstream file(folder() + entry.file, std::ios::binary);
+    const std::string image{std::istreambuf_iterator<char>(file), {}};
+    if (image.empty()) fail("cannot read " + entry.file);
+    void *module = nullptr, *made = nullptr;
+    check(driver.load(&module, image.data()), "cuModuleLoadData");
+    check(driver.find(&made, module, "rolling_kernel"), "cuModuleGetFunction");
+    const int MAX_DYNAMIC_SHARED = 8;
+    check(driver.set(made, MAX_DYNAMIC_SHARED, static_cast<int>(entry.shared)), "cuFuncSetAttribute");
+    return found = made;
+  }
+};
+
+struct Kernel {
+  Kind kind;
+  int32_t group;
+
+  Kernel(const OrtKernelInfo* info, const char* family, const char* type) {
+    Ort::ConstKernelInfo attributes(info);
+    const int64_t given = attributes.GetAttribute<int64_t>("group_size");
+    require(given >= 1 && given < (1 << 20), "group_size");
+    group = static_cast<int32_t>(given);
+    kind = {family, type, 0, 0, attributes.GetAttribute<int64_t>("normalize"), 0};
+  }
+
+  void Compute(OrtKernelContext* handle) const {
+    Ort::KernelContext context(handle);
+    const void* in[INPUTS];
+    std::vector<int64_t> shape[INPUTS];
+    for (size_t i = 0; i < INPUTS; i++) {
+      const Ort::ConstValue value = context.GetInput(i);
+      in[i] = value.GetTensorRawData();
+      shape[i] = value.GetTensorTypeAndShapeInfo().GetShape();
+    }
+    const auto &q = shape[QUERY], &k = shape[KEY], &v = shape[VALUE], &window = shape[PAST_WINDOW];
+    require(q.size() == 4 && k.size() == 4 && v.size() == 4 && window.size() == 4, "four dimensions");
+    const int64_t batch = q[0], heads = q[1], kv_heads = k[1], length = q[2], dim = q[3], value_dim = v[3];
+    require(kv_heads > 0 && heads % kv_heads == 0, "the heads of query and key");
+    require(k == std::vector<int64_t>{batch, kv_heads, length, dim}, "query and key");
+    require(v == std::vector<int64_t>{batch, kv_heads, length, value_dim}, "value");
+    require(shape[MASK] == std::vector<int64_t>{batch, length}, "mask");
+    require(shape[PAST_RECURRENT] == std::vector<int64_t>{batch, kv_heads, dim, value_dim}, "past_recurrent");
+    require(shape[PAST_LENGTH] == std::vector<int64_t>{batch}, "past_length");
+    require(shape[ALPHA] == std::vector<int64_t>{heads} && shape[LOCAL] == shape[ALPHA], "alpha, local_scale");
+    require(shape[CONV].size() == 2 && shape[CONV][0] == heads && shape[CONV][1] > 0, "conv_weight");
+    const int64_t taps = shape[CONV][1], rows = window[2];
+    require(window == std::vector<int64_t>{batch, kv_heads, rows, dim + value_dim}, "past_window");
+    require(rows >= group - 1 && rows >= taps - 1 && rows > 0, "the rows of past_window");
+    require((length + rows) * (dim + value_dim) < (int64_t{1} << 31), "a head of 2^31 numbers or more");
+
+    void* out[OUTPUTS] = {
+        context.GetOutput(OUT, std::vector<int64_t>{batch, heads, length, value_dim}).GetTensorMutableRawData(),
+        context.GetOutput(PRESENT_RECURRENT, shape[PAST_RECURRENT]).GetTensorMutableRawData(),
+        context.GetOutput(PRESENT_WINDOW, window).GetTensorMutableRawData(),
+    };
+    if (batch == 0) return;
+    if (out[PRESENT_WINDOW] == in[PAST_WINDOW] || out[PRESENT_RECURRENT] == in[PAST_RECURRENT])
+      fail("a present state must not lie where the past one is");
+    // The kernel is compiled for pointers of 16 bytes where it reads rows; onnxruntime's own have 256.
+    for (const void* pointer : {in[QUERY], in[KEY], in[VALUE], in[PAST_RECURRENT], in[PAST_WINDOW],
+                                static_cast<const void*>(out[OUT]), static_cast<const void*>(out[PRESENT_RECURRENT]),
+                                static_cast<const void*>(out[PRESENT_WINDOW])})
+      if (reinterpret_cast<uintptr_t>(pointer) % 16) fail("a tensor does not begin at a multiple of 16 bytes");
+
+    Kind wanted = kind;
+    wanted.dim = dim, wanted.value_dim = value_dim, wanted.block = length <= SHORT_BLOCK ? SHORT_BLOCK : LONG_BLOCK;
+    Kernels& kernels = Kernels::instance();
+    const auto [entry, function] = kernels.find(wanted);
+    int32_t numbers[] = {int32_t(length), int32_t(kv_heads), int32_t(heads / kv_heads),
+                         int32_t(rows),   group,             int32_t(taps)};
+    void* scratch[] = {nullptr, nullptr};  // triton's kernels end in two pointers that these leave unused
+    void* arguments[INPUTS + OUTPUTS + 6 + 2];
+    void** next = arguments;
+    for (const void*& pointer : in) *next++ = &pointer;
+    for (void*& pointer : out) *next++ = &pointer;
+    for (int32_t& number : numbers) *next++ = &number;
+    for (void*& pointer : scratch) *next++ = &pointer;
+    const int64_t programs = batch * kv_heads * ((value_dim + entry->columns - 1) / entry->columns);
+    require(programs < (int64_t{1} << 31), "batch and heads");
+    check(kernels.driver.launch(function, unsigned(programs), 1, 1, unsigned(32 * entry->warps), 1, 1,
+                                unsigned(entry->shared), context.GetGPUComputeStream(), arguments, nullptr),
+          "cuLaunchKernel");
+    calls++;
+  }
+};
+
+struct Op : Ort::CustomOpBase<Op, Kernel> {
+  const char* family;
+  Type type;
+
+  Op(const char* family, Type type) : family(family), type(type) {}
+
+  void* CreateKernel(const OrtApi&, const OrtKernelInfo* info) const { return new Kernel(info, family, type.name); }
+  const char* GetName() const { return family; }
+  const char* GetExecutionProviderType() const { return PROVIDER; }
+  size_t GetInputTypeCount() const { return INPUTS; }
+  size_t GetOutputTypeCount() const { return OUTPUTS; }
+  ONNXTensorElementDataType GetInputType(size_t i) const {
+    if (i == MASK) return ONNX_TENSOR_ELEMENT_DATA_TYPE_BOOL;
+    if (i == PAST_LENGTH) return ONNX_TENSOR_ELEMENT_DATA_TYPE_INT64;
+    return i <= VALUE || i == PAST_WINDOW ? type.onnx : ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT;
+  }
+  ONNXTensorElementDataType GetOutputType(size_t i) const {
+    return i == PRESENT_RECURRENT ? ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT : type.onnx;
+  }
+};
+
+}  // namespace
+
+// How often an operator of this library ran in this process.
+EXPORTED int64_t linearize_onnx_calls() { return calls.load(); }
+
+// The sources it was built from (kinds.py, `sources`), and the minor number of the oldest onnxruntime for it.
+EXPORTED const char* linearize_onnx_sources() { return SOURCES; }
+EXPORTED int64_t linearize_onnx_api() { return ORT_API_VERSION; }
+
+EXPORTED OrtStatus* ORT_API_CALL RegisterCustomOps(OrtSessionOptions* options, const OrtApiBase* base) {
+  const OrtApi* api = base->GetApi(ORT_API_VERSION);
+  if (!api) return nullptr;  // too old: the bodies run
+  Ort::InitApi(api);
+  static const Ort::CustomOpDomain domain = [] {
+    Ort::CustomOpDomain made("ai.linearize");
+    for (const char* family : FAMILIES)
+      for (Type type : TYPES) made.Add(new Op(family, type));
+    return made;
+  }();
+  return api->AddCustomOpDomain(options, domain);
+}
