@@ -20,6 +20,8 @@ ahead of time serves every group, window and number of taps. NEVER RUN ON A GPU.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -206,7 +208,7 @@ def plan(
     numbers = dict(tokens=tokens, heads=kv_heads, repeats=heads // kv_heads, rows=past_window.shape[2])
     numbers |= dict(group=group_size, taps=conv_weight.shape[1])
     sizes = dict(D=dim, BD=padded(dim), DV=value_dim, BV=columns, BLOCK=block)
-    how = dict(RELU2=activation == "relu2", UNIT=normalize)
+    how: dict[str, Any] = dict(RELU2=activation == "relu2", UNIT=normalize)
     how |= dict(PRECISION="tf32x3" if query.dtype == torch.float32 else "tf32")
     warps = 4 if block == BLOCKS[0] else 8
     grid = (batch * kv_heads * triton.cdiv(value_dim, columns),)

@@ -20,7 +20,7 @@ from ...errors import LibraryError
 from ...kernels import cpu
 from ..schema import DOMAIN, FAMILIES, VERSION
 from .cuda import loader as cuda
-from .cuda.kinds import LIBRARY as CUDA_LIBRARY
+from .cuda.kinds import library as cuda_library
 
 if TYPE_CHECKING:
     from os import PathLike
@@ -114,7 +114,7 @@ def register(
     """
     if obstacle(path, providers) is not None:
         return False
-    options.register_custom_ops_library(str(CUDA_LIBRARY if CUDA in providers else LIBRARY))
+    options.register_custom_ops_library(str(cuda_library() if CUDA in providers else LIBRARY))
     return True
 
 

@@ -11,7 +11,8 @@ import torch
 
 from ....errors import LibraryError, MissingExtraError
 from ..build import compile_with, find_compiler, find_headers
-from .kinds import ACTIVATIONS, BUILT, INDEX, LIBRARY, Built, Kind, kinds_of, read_index, sources, write_index
+from . import kinds as known
+from .kinds import ACTIVATIONS, Built, Kind
 
 ARCHITECTURES = (80, 90, 100)
 """A100 and, with the same code, GeForce 30 and 40, L4 and L40; H100 and H200; B200."""
@@ -34,7 +35,7 @@ def build_cuda_library(
 
     Never run on a GPU: `cuda/__init__.py` says what is known.
     """
-    kinds = kinds_of(Path(file))
+    kinds = known.kinds_of(file)
     if isinstance(kinds, str):
         raise LibraryError(kinds)
     headers, found = find_headers(include), find_compiler(compiler)
@@ -45,24 +46,24 @@ def build_cuda_library(
             "kernels for CUDA are compiled by triton: pip install 'linearize[triton]'"
         ) from error
     try:
-        BUILT.mkdir(exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=BUILT, prefix=".build-") as folder:
-            defined = (f'-DSOURCES="{sources()}"', *map(_define, ("SHORT", "LONG"), rolling.BLOCKS))
+        known.BUILT.mkdir(exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=known.BUILT, prefix=".build-") as folder:
+            defined = (f'-DSOURCES="{known.sources()}"', *map(_define, ("SHORT", "LONG"), rolling.BLOCKS))
             source = str(Path(__file__).with_name("op.cpp"))
             made = f"{folder}/library"
             compile_with(found, *_FLAGS, *defined, "-isystem", str(headers), source, "-o", made)
-            built = {(entry.kind, entry.block, entry.arch): entry for entry in read_index()}
+            built = {(entry.kind, entry.block, entry.arch): entry for entry in known.read_index()}
             for kind in sorted(kinds):
                 for arch in architectures or ARCHITECTURES:
                     for block in rolling.BLOCKS:
                         if (kind, block, arch) not in built:
                             built[kind, block, arch] = _kernel(kind, block, arch)
-            INDEX.unlink(missing_ok=True)  # until all is in its place there is nothing to be had
-            os.replace(made, LIBRARY)
-            write_index(list(built.values()))
+            known.index().unlink(missing_ok=True)  # until all is in its place there is nothing to be had
+            os.replace(made, known.library())
+            known.write_index(list(built.values()))
     except OSError as error:
-        raise LibraryError(f"cannot write to {BUILT}: {error}") from error
-    return LIBRARY
+        raise LibraryError(f"cannot write to {known.BUILT}: {error}") from error
+    return known.library()
 
 
 def _define(name: str, block: int) -> str:
@@ -97,6 +98,6 @@ def _kernel(kind: Kind, block: int, arch: int) -> Built:
     except Exception as error:  # triton's, ptxas's and LLVM's errors share no base
         raise LibraryError(f"triton cannot compile {kind} for sm_{arch}: {error}") from error
     name = f"{kind.family}-{kind.type}-{kind.dim}-{kind.value_dim}-{kind.normalize}-{block}-sm_{arch}.cubin"
-    (BUILT / name).write_bytes(code.cubin)
+    (known.BUILT / name).write_bytes(code.cubin)
     columns = launch.constants["BV"]
     return Built(kind, block, arch, columns, launch.warps, code.shared, name)

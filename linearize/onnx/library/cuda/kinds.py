@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Sequence
 from functools import cache
+from os import PathLike
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,8 +18,6 @@ from ...schema import DOMAIN, FAMILIES, VERSION
 BUILT = Path(__file__).with_name("built")
 """Where the library, its kernels and the index of them lie."""
 
-LIBRARY = BUILT / "_operators.so"
-INDEX = BUILT / "index.txt"
 _KERNELS = Path(cpu.__file__).parent.parent / "triton"
 _TYPES = {
     onnx.TensorProto.FLOAT: "float",
@@ -67,7 +66,7 @@ class Built(NamedTuple):
         return self.arch == arch or (self.arch // 10 == arch // 10 == 8 and self.arch < arch)
 
 
-def kinds_of(path: str | Path) -> set[Kind] | str:
+def kinds_of(path: str | PathLike[str]) -> set[Kind] | str:
     """The kinds of the file's nodes; one sentence instead when a node is not to be claimed.
 
     Raises LibraryError when the file cannot be read.
@@ -112,21 +111,30 @@ def _nested(graph: onnx.GraphProto) -> Iterator[onnx.NodeProto]:
                 yield from _nested(attribute.g)
 
 
+def library() -> Path:
+    return BUILT / "_operators.so"
+
+
+def index() -> Path:
+    return BUILT / "index.txt"
+
+
 def read_index() -> list[Built]:
     """The kernels that were built from the sources that are here."""
-    lines = INDEX.read_text().splitlines() if INDEX.is_file() else [""]
-    return [Built.of(line) for line in lines[1:]] if lines[0] == sources() else []
+    lines = index().read_text().splitlines() if index().is_file() else [""]
+    entries = [Built.of(line) for line in lines[1:]] if lines[0] == sources() else []
+    return [entry for entry in entries if (BUILT / entry.file).is_file()]
 
 
 def write_index(built: Sequence[Built]) -> None:
-    INDEX.write_text("\n".join([sources(), *(entry.line() for entry in built)]) + "\n")
+    index().write_text("\n".join([sources(), *(entry.line() for entry in built)]) + "\n")
 
 
 @cache
 def sources() -> str:
     """A digest of what the library and its kernels are compiled from."""
     digest = hashlib.sha256()
-    kernels = (_KERNELS / f"{name}.py" for name in ("rolling", "normalize"))
+    kernels = (_KERNELS / f"{name}.py" for name in ("rolling", "normalize", "launch"))
     for path in (Path(__file__).with_name("op.cpp"), *kernels):
         digest.update(path.read_bytes())
     return digest.hexdigest()[:16]

@@ -4,30 +4,30 @@ from __future__ import annotations
 
 import ctypes
 from functools import cache
-from pathlib import Path
+from os import PathLike
 
 import onnxruntime
 
-from .kinds import BUILT, LIBRARY, kinds_of, read_index, sources
+from .kinds import kinds_of, library, read_index, sources
 
 
 def unavailable_reason() -> str | None:
     """Why no session of this process can have the library, in one sentence; None when it can."""
-    if not LIBRARY.exists():
+    if not library().exists():
         return "the library for CUDA was not built: run `linearize build-library --cuda FILE.onnx`"
     try:
-        library = _load(LIBRARY.stat().st_mtime_ns)
+        loaded = _load(library(), library().stat().st_mtime_ns)
     except OSError as error:
         return f"the library for CUDA cannot be loaded: {error}"
-    if library.linearize_onnx_sources().decode() != sources():
+    if loaded.linearize_onnx_sources().decode() != sources():
         return "the library for CUDA was built from other sources: run `linearize build-library --cuda` again"
-    built, here = library.linearize_onnx_api(), int(onnxruntime.__version__.split(".")[1])
+    built, here = loaded.linearize_onnx_api(), int(onnxruntime.__version__.split(".")[1])
     if built > here:
         return f"the library was built with headers of onnxruntime 1.{built}, newer than 1.{here} here"
     return None
 
 
-def obstacle(path: str | Path) -> str | None:
+def obstacle(path: str | PathLike[str]) -> str | None:
     """Why a session of the file on CUDA is better off without the library; None if it is not.
 
     Raises LibraryError when the file cannot be read.
@@ -41,7 +41,7 @@ def obstacle(path: str | Path) -> str | None:
     kinds = kinds_of(path)
     if isinstance(kinds, str):
         return kinds
-    built = [entry for entry in read_index() if (BUILT / entry.file).is_file()]
+    built = read_index()
     for kind in sorted(kinds):
         for arch in here:
             if not any(entry.kind == kind and entry.runs_on(arch) for entry in built):
@@ -53,7 +53,7 @@ def calls() -> int:
     """How often an operator of the library was launched in this process; 0 without the library."""
     if unavailable_reason() is not None:
         return 0
-    return int(_load(LIBRARY.stat().st_mtime_ns).linearize_onnx_calls())
+    return int(_load(library(), library().stat().st_mtime_ns).linearize_onnx_calls())
 
 
 def architectures() -> list[int] | str:
@@ -77,9 +77,9 @@ def architectures() -> list[int] | str:
 
 
 @cache
-def _load(changed: int) -> ctypes.CDLL:
+def _load(path: PathLike[str], changed: int) -> ctypes.CDLL:
     """The library; `changed` is when the file was, so that one that was built again is another."""
-    library = ctypes.CDLL(str(LIBRARY))
-    library.linearize_onnx_calls.restype = library.linearize_onnx_api.restype = ctypes.c_int64
-    library.linearize_onnx_sources.restype = ctypes.c_char_p
-    return library
+    loaded = ctypes.CDLL(str(path))
+    loaded.linearize_onnx_calls.restype = loaded.linearize_onnx_api.restype = ctypes.c_int64
+    loaded.linearize_onnx_sources.restype = ctypes.c_char_p
+    return loaded
