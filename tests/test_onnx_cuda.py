@@ -32,7 +32,8 @@ from linearize.onnx.schema import FAMILIES
 
 CPU, CUDA = ["CPUExecutionProvider"], ["CUDAExecutionProvider", "CPUExecutionProvider"]
 SMALL = dict(group_size=16, taps=7, dim=16, value_dim=24, heads=(2, 1))
-CHUNKS = (36, 1, 1, 15)  # more than a tile and its window, and calls that begin within and at groups
+CHUNKS = (5, 1, 70, 4, 1, 15)  # three tiles after a window, one of them folded; 0 and 1 at groups' borders
+FEW = (18, 1, 14)
 
 
 def write_shaped(path: Path, dim: int = 16, value_dim: int = 24, **options: Any) -> Path:
@@ -77,7 +78,6 @@ def check_kernel(
 
 @pytest.mark.parametrize("sizes", [
     dict(SMALL),
-    dict(SMALL, padded=True, heads=(4, 2)),
     dict(SMALL, group_size=3, taps=20, dim=9, value_dim=5, padded=True),
     dict(SMALL, group_size=1, taps=1, activation="linear", normalize=False),
 ], ids=str)  # fmt: skip
@@ -88,24 +88,24 @@ def test_the_kernel_in_pieces_gives_what_the_oracle_gives(sizes: dict[str, Any])
 
 @interpreted
 def test_the_kernel_on_all_at_once_gives_what_the_oracle_gives() -> None:
-    check_kernel((sum(CHUNKS),), padded=True, **SMALL)
+    check_kernel((40,), padded=True, **{**SMALL, "heads": (4, 2)})
 
 
 @interpreted
 def test_the_kernel_token_by_token_gives_what_the_oracle_gives() -> None:
-    check_kernel((1,) * 20, padded=True, **SMALL)
+    check_kernel((1,) * 17, padded=True, **SMALL)
 
 
 @pytest.mark.parametrize("dtype, tolerance", [("float16", 2e-3), ("bfloat16", 2e-2)])
 @interpreted
 def test_the_kernel_in_half_precision(dtype: str, tolerance: float) -> None:
-    check_kernel(CHUNKS, dtype, tolerance, padded=True, **SMALL)
+    check_kernel(FEW, dtype, tolerance, padded=True, **SMALL)
 
 
 @interpreted
 def test_a_state_that_is_forgotten_is_noticed() -> None:
-    case = Case.random(sum(CHUNKS), **SMALL)
-    out = case.run(Interpreted(case), CHUNKS, forget=True)
+    case = Case.random(sum(FEW), **SMALL)
+    out = case.run(Interpreted(case), FEW, forget=True)
     assert np.abs(out - case.expected()).max() > 0.1
 
 
@@ -290,7 +290,7 @@ def launched(case: Case, dtype: Any) -> Any:
 def test_the_library_launches_the_kernel_on_a_node(kind: str, dtype: Any, tolerance: float) -> None:
     """Runs in the interpreter's process: the stand-in for the driver stays in that one."""
     folder = Path(tempfile.mkdtemp())
-    case = Case.random(sum(CHUNKS), padded=True, digits=np.float16, **{**SMALL, "heads": (4, 2)})
+    case = Case.random(sum(FEW), padded=True, digits=np.float16, **{**SMALL, "heads": (4, 2)})
     wanted = kinds.Kind(FAMILIES["relu2"], kind, 16, 24, 1)
     operators = write_library(folder, str(find_headers()), wanted)
     driver = ctypes.CDLL(str(folder / "driver.so"), ctypes.RTLD_GLOBAL)
@@ -299,8 +299,8 @@ def test_the_library_launches_the_kernel_on_a_node(kind: str, dtype: Any, tolera
     options = session_options(threads=1)
     options.register_custom_ops_library(str(operators))
     path = write_shaped(folder / "node.onnx", dtype=FLOAT if kind == "float" else FLOAT16)
-    out = case.run(ort.InferenceSession(path, options, providers=CPU), CHUNKS)
-    assert ctypes.CDLL(str(operators)).linearize_onnx_calls() == len(CHUNKS)
+    out = case.run(ort.InferenceSession(path, options, providers=CPU), FEW)
+    assert ctypes.CDLL(str(operators)).linearize_onnx_calls() == len(FEW)
     expected = case.expected()
     np.testing.assert_allclose(out, expected, atol=tolerance * max(1.0, np.abs(expected).max()))
 
