@@ -192,9 +192,8 @@ def test_gradients_reach_the_new_parameters_and_the_models(inner, dynamic):
     compiled = torch.compile(model, backend=backend, dynamic=dynamic)
     compiled(ids(2, 6))
     names = sorted(name for name, _ in backend.named_parameters())
-    assert names == [
-        f"layers.{i}.linear_attention.{name}" for i in range(2) for name in ("alpha", "conv_weight", "local_scale")
-    ]
+    parts = ("alpha", "conv_weight", "local_scale")
+    assert names == [f"layers.{i}.linear_attention.{part}" for i in range(2) for part in parts]
     before = [p.detach().clone() for p in backend.parameters()]
     optimizer = torch.optim.SGD([*model.parameters(), *backend.parameters()], lr=0.1)
     loss = compiled(ids(2, 9))[0].square().sum()
