@@ -283,6 +283,7 @@ def launched(case: Case, dtype: Any) -> Any:
     return launch
 
 
+@pytest.mark.usefixtures("headers")
 @pytest.mark.parametrize(
     "kind, dtype, tolerance", [("float", np.float32, 2e-5), ("float16", np.float16, 4e-3)]
 )
