@@ -42,7 +42,7 @@ def test_weights_that_made_the_target_are_found_again(mechanism: str, causal: bo
             getattr(wanted, name).normal_()
     site = SitePlan("layer", 0, "seam", spec, 0, "causal" if causal else "full")
     fit = _Fit(module, site, 1e-9)
-    for length, start in ((40, 7), (25, 0)):
+    for length, start in ((40, 7), (1, 0)):  # the second call alone would say nothing about the taps
         query, key = torch.randn(2, 4, length, 8), torch.randn(2, 2, length, 8)
         value, mask = torch.randn(2, 2, length, 6), torch.ones(2, length, dtype=torch.bool)
         mask[1, :start] = False
@@ -56,6 +56,17 @@ def test_weights_that_made_the_target_are_found_again(mechanism: str, causal: bo
     fit.assign(solution)
     for name in names:
         torch.testing.assert_close(getattr(module, name), getattr(wanted, name), atol=1e-3, rtol=1e-3)
+
+
+def test_what_the_batches_say_nothing_about_stays_as_it_was() -> None:
+    """Sequences of one token show the tap on the present token alone, and no earlier group."""
+    model = converted("llama")
+    module: Any = model.get_submodule("model.layers.0.self_attn.linear_attention")
+    before = {name: parameter.clone() for name, parameter in module.named_parameters()}
+    calibrate(model, [tokens(8, 1)])
+    assert torch.equal(module.alpha, before["alpha"])
+    assert torch.equal(module.conv_weight[:, 1:], before["conv_weight"][:, 1:])
+    assert not torch.equal(module.conv_weight[:, 0], before["conv_weight"][:, 0])
 
 
 def test_the_demo_decoder_gets_most_of_its_perplexity_back() -> None:
