@@ -93,10 +93,11 @@ def workers(arguments: dict[str, Any], seconds: float) -> Iterator[dict[str, Any
 
     {"end": ""} for a worker that finished, otherwise the reason.
     """
-    environment = dict(os.environ, PYTHONUNBUFFERED="1")
+    environment = dict(os.environ)
     if arguments.get("interpret"):
-        environment["TRITON_INTERPRET"] = "1"  # counts only before triton is imported
-    command = [sys.executable, str(Path(__file__).resolve()), "--worker", json.dumps(arguments)]
+        # Triton's own and only switch; it counts before triton is imported, hence in a process of its own.
+        environment["TRITON_INTERPRET"] = "1"
+    command = [sys.executable, "-u", str(Path(__file__).resolve()), "--worker", json.dumps(arguments)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
     late = threading.Event()
 

@@ -175,7 +175,8 @@ def _vmap_backward(info: Any, in_dims: tuple[int | None, ...], *arguments: Any) 
 def _over_heads(info: Any, in_dims: tuple[int | None, ...], arguments: tuple[Any, ...]) -> list[Any]:
     """The mapped dimension joins the heads, so that every sample has its own tables and its own gradients.
 
-    Only tensors with heads can be mapped over: a mask of its own per sample has no heads to join.
+    Only tensors with heads can be mapped over: a mask of its own per sample has no heads to join. Raises
+    NotImplementedError for one, as torch's own rules do for what they cannot map.
     """
     call: list[Any] = []
     for x, dim in zip(arguments, in_dims, strict=True):

@@ -147,6 +147,7 @@ def _append(
 def _commit(
     key: Tensor, value: Tensor, state: State, group_size: int, normalize: bool, path: Tensor | None
 ) -> None:
+    """Tokens key [B, Hkv, T, D], value [B, Hkv, T, Dv] into the state: those of path [B, P], -1 for none."""
     choice = dispatch.choose(key, key, value, None, None, "linear", group_size, causal=True)
     if choice.form == "cpu" and state.recurrent.dtype == torch.float32 and key.shape[2]:
         dispatch.module(choice).append(key, value, *state, group_size, normalize, path)

@@ -15,6 +15,7 @@ does not grow with the length. Nothing of size [T, T] or [T / G, D, Dv] is alloc
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -149,7 +150,7 @@ class Walk(torch.autograd.Function):
     """`forward` and `backward` as one differentiable function; arguments as in `forward`, by position."""
 
     @staticmethod
-    def forward(ctx, *args):  # type: ignore[no-untyped-def]
+    def forward(ctx: Any, *args: Any) -> Tensor:
         ctx.tensors = [index for index, item in enumerate(args) if isinstance(item, Tensor)]
         ctx.args = [None if isinstance(item, Tensor) else item for item in args]
         ctx.save_for_backward(*(args[index] for index in ctx.tensors))
@@ -158,7 +159,7 @@ class Walk(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, grad):  # type: ignore[no-untyped-def]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         args = list(ctx.args)
         for index, tensor in zip(ctx.tensors, ctx.saved_tensors, strict=True):
             args[index] = tensor

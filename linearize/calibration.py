@@ -70,7 +70,7 @@ def calibrate(
     that do not run or hold too little; the model is then as it was.
     """
     sites = state_of(model).plan.sites
-    fits = {site.name: _Fit(model.get_submodule(site.name), site, ridge) for site in sites}  # type: ignore[arg-type]
+    fits = {site.name: _Fit(model.get_submodule(site.name), site, ridge) for site in sites}
     able = {name: fit for name, fit in fits.items() if not fit.left_out}
     if not able:
         reasons = {fit.left_out for fit in fits.values()}
@@ -130,7 +130,7 @@ class _PlainObserver(AttentionModule):
 class _Fit:
     """Normal equations of one site: per head, the columns' products with each other and with the target."""
 
-    def __init__(self, module: AttentionModule, site: SitePlan, ridge: float) -> None:
+    def __init__(self, module: Any, site: SitePlan, ridge: float) -> None:
         self.module, self.name, self.ridge = module, site.name, ridge
         self.left_out = _why_not(module, site)
         self._names = [n for n in module.linear_parameters if getattr(module, n, None) is not None]

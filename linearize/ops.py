@@ -211,17 +211,18 @@ class Lineage(NamedTuple):
 def lineage(parents: Tensor | Lineage, batch: int, nodes: int, device: torch.device) -> Lineage:
     """Depth int64 `[B, N]` and ancestors-or-self bool `[B, N, N]` of a tree given by its parents.
 
-    parents: int `[N]` or `[B, N]`; or a `Lineage`, which is given back. Raises InputError for another shape,
-    or a node that is not after its parent (so a cycle cannot be written down).
+    parents: int `[N]` or `[B, N]`, N at least 1; or a `Lineage`, which is given back. Raises InputError for
+    another shape, or a node that is not after its parent (so a cycle cannot be written down).
     """
     if isinstance(parents, Lineage):
         if parents.depth.shape != (batch, nodes):
             raise InputError(f"the tree is of shape {tuple(parents.depth.shape)}, not {(batch, nodes)}")
         return parents
     shape = tuple(parents.shape)
-    if parents.is_floating_point() or shape not in ((nodes,), (batch, nodes)):
+    if parents.is_floating_point() or shape not in ((nodes,), (batch, nodes)) or not nodes:
         raise InputError(
-            f"parents must be integers [{nodes}] or [{batch}, {nodes}], got {parents.dtype} {shape}"
+            f"parents must be integers [{nodes}] or [{batch}, {nodes}], one at least, got {parents.dtype} "
+            f"{shape}"
         )
     depths: list[int] = []
     seen = bytearray()

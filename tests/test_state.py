@@ -267,12 +267,14 @@ def test_registered_ops_pass_the_library_checks():
         ([-1, -2, 0], "after its parent"),
         ([-1, 0], "parents must be integers"),
         ([-1.0, 0.0, 0.0], "parents must be integers"),
+        (torch.empty(0, dtype=torch.int64), "one at least"),
     ),
 )
 def test_what_is_no_tree_is_refused(parents, message):
     case = Case()
+    tokens = case.tokens(slice(0, 3 if isinstance(parents, list) else 0))
     with pytest.raises(InputError, match=message):
-        ops.augmented_tree(*case.tokens(slice(0, 3)), case.state, torch.tensor(parents), **case.options)
+        ops.augmented_tree(*tokens, case.state, torch.as_tensor(parents), **case.options)
 
 
 def test_tokens_that_do_not_fit_the_state_are_refused_and_it_stays_as_it_was():
