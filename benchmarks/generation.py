@@ -39,7 +39,9 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, StaticCach
 import linearize as lz
 from linearize import walkthrough
 from linearize.attention import AttentionModule
+from linearize.checkpoint import state_of
 from linearize.draft import accept, tree_logits
+from linearize.state import States
 
 DECODE_GOALS = {1024: 1.0, 16384: 4.0, 65536: 15.0}
 TREE_GOAL = {64: 1 / 3}
@@ -133,17 +135,16 @@ def filled(model: Any, context: int, cache: Any) -> Any:
     """The cache after `context` random keys and values in each layer, of states as well."""
     config = model.config
     heads, dim = config.num_key_value_heads, config.hidden_size // config.num_attention_heads
-    layers = attentions(model)
-    if not layers:
+    if not attentions(model):
         for index in range(config.num_hidden_layers):
             cache.update(*torch.randn(2, 1, heads, context, dim).unbind(0), index)
         return cache
     model(torch.zeros(1, 1, dtype=torch.long), past_key_values=cache)  # makes the states
-    for index, layer in enumerate(cache.layers):
+    for layer in cache.layers:
         key, value = torch.randn(2, 1, heads, min(context, _PIECE), dim).unbind(0)
         for start in range(1, context, _PIECE):
             count = min(_PIECE, context - start)
-            layers[index].commit(key[:, :, :count], value[:, :, :count], layer.states)  # type: ignore[operator]
+            layer.module.commit(key[:, :, :count], value[:, :, :count], layer.states)
         layer.cumulative_length += context - 1
     return cache
 
@@ -226,17 +227,32 @@ def unit(x: Tensor) -> Tensor:
     return x / x.norm(dim=-1, keepdim=True)
 
 
-class Watched:
-    """A site's `extend`, with the recurrence run beside it on the same query, key and value; outputs of calls
-    that are to be compared, the state always."""
+class Watched(AttentionModule):
+    """Stands in for a site's module: its `extend`, with the recurrence run beside it on the same query, key
+    and value.
+
+    compares: whether the outputs of a call are compared, or only the state is. steps: once it is a list,
+    calls are kept in it instead, until they make up a group.
+    """
 
     def __init__(self, module: Any) -> None:
-        self.extend, self.recurrence, self.compares = module.extend, Recurrence(module), False
+        super().__init__(module.spec)
+        self.module, self.recurrence, self.compares = module, Recurrence(module), False
         self.outputs = (torch.zeros(0), torch.zeros(0))
+        self.steps: list[tuple[Tensor, Tensor, Tensor, Tensor]] | None = None
 
-    def __call__(self, query: Tensor, key: Tensor, value: Tensor, state: Any, **options: Any) -> Tensor:
-        out = self.extend(query, key, value, state, **options)
-        if self.compares:
+    @property
+    def has_state(self) -> bool:
+        return self.module.has_state
+
+    def new_state(self, batch: int, **options: Any) -> States | None:
+        return self.module.new_state(batch, **options)
+
+    def extend(self, query: Tensor, key: Tensor, value: Tensor, state: Any, **options: Any) -> Tensor:
+        out = self.module.extend(query, key, value, state, **options)
+        if self.steps is not None:
+            self.steps.append((query, key, value, out))
+        elif self.compares:
             self.outputs = out[0].double(), self.recurrence(query, key, value)
         else:
             self.recurrence.advance(key, value)
@@ -252,6 +268,12 @@ class Watched:
         errors = (out - wanted).abs().max() / wanted.abs().max(), (found - sums).abs().max() / scale
         return float(errors[0]), float(errors[1]), float(scale)
 
+    def step_error(self) -> float:
+        """The largest error of the outputs of `steps`, relative to the largest entry."""
+        query, key, value, out = (torch.cat(part, 2) for part in zip(*(self.steps or ()), strict=True))
+        wanted = self.recurrence(query, key, value)
+        return float((out[0].double() - wanted).abs().max() / wanted.abs().max())
+
 
 @torch.no_grad()
 def long_run(sizes: Sizes) -> Iterator[Row]:
@@ -260,9 +282,11 @@ def long_run(sizes: Sizes) -> Iterator[Row]:
     linear = converted(model)
     text = walkthrough.encode(tokenizer, walkthrough.training_text())
     ids = text.repeat(-(-(sizes.tokens + GROUP) // len(text)))[None]
-    watched = [Watched(module) for module in attentions(linear)]
-    for module, watch in zip(attentions(linear), watched, strict=True):
-        module.extend = watch  # type: ignore[method-assign]
+    watched = []
+    for site in state_of(linear).plan.sites:
+        watch = Watched(linear.get_submodule(site.name))
+        setattr(linear.get_submodule(site.path), site.child, watch)
+        watched.append(watch)
     cache, at, started = DynamicCache(), 0, time.perf_counter()
     stops = sorted({*sizes.checkpoints, *range(sizes.piece, sizes.tokens, sizes.piece), sizes.tokens})
     with torch.no_grad():
@@ -274,12 +298,11 @@ def long_run(sizes: Sizes) -> Iterator[Row]:
             if stop in sizes.checkpoints:
                 yield _long_row(watched, stop, time.perf_counter() - started)
         # Token by token, the recurrence by the group: at a group's end the last outputs are compared.
-        steps = [_Steps(watch) for watch in watched]
-        for module, step in zip(attentions(linear), steps, strict=True):
-            module.extend = step  # type: ignore[method-assign]
+        for watch in watched:
+            watch.steps = []
         for at in range(sizes.tokens, sizes.tokens + GROUP):
             linear(ids[:, at : at + 1], past_key_values=cache)
-    error = max(step.error() for step in steps)
+    error = max(watch.step_error() for watch in watched)
     yield Row(
         "memory",
         f"{sizes.tokens:,} tokens, then {GROUP} single steps",
@@ -288,23 +311,6 @@ def long_run(sizes: Sizes) -> Iterator[Row]:
         note=f"largest relative error of outputs {error:.1e}",
         details=dict(tokens=sizes.tokens, output_error=error, length=int(cache.get_seq_length())),
     )
-
-
-class _Steps:
-    """Single steps, kept until they are a group."""
-
-    def __init__(self, watch: Watched) -> None:
-        self.watch, self.kept = watch, []
-
-    def __call__(self, query: Tensor, key: Tensor, value: Tensor, state: Any, **options: Any) -> Tensor:
-        out = self.watch.extend(query, key, value, state, **options)
-        self.kept.append((query, key, value, out))
-        return out
-
-    def error(self) -> float:
-        query, key, value, out = (torch.cat(part, 2) for part in zip(*self.kept, strict=True))
-        wanted = self.watch.recurrence(query, key, value)
-        return float((out[0].double() - wanted).abs().max() / wanted.abs().max())
 
 
 def _long_row(watched: Sequence[Watched], tokens: int, seconds: float) -> Row:
