@@ -401,6 +401,13 @@ def test_other_providers_and_stale_builds_get_nothing(
     assert kinds.read_index() == []
 
 
+def test_a_change_in_what_is_compiled_makes_another_library() -> None:
+    """A header that the digest leaves out would change and the old library stay."""
+    (source,) = (path for path in kinds.SOURCES if path.name == "op.cpp")
+    headers = re.findall(r'#include "(.+)"', source.read_text())
+    assert headers and {(source.parent / name).resolve() for name in headers} <= set(kinds.SOURCES)
+
+
 def test_a_session_on_the_cpu_never_gets_it(built: Path, tmp_path: Path) -> None:
     """And why: a session that has it without the provider does not open."""
     path = write_shaped(tmp_path / "node.onnx")

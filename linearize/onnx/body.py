@@ -302,6 +302,56 @@ class _Tokens:
         return op.rows(joined, index, self.heads.width)
 
 
+class _Recent:
+    """A causal call in blocks, each with its span: the window before its first query, and its own tokens.
+
+    block: as for `_Tokens`. rows: of the window. query [B, H, T, D], key [B, Hkv, T, D] and value
+    [B, Hkv, T, Dv] are float; past_window [B, Hkv, rows, D + Dv] is of any type.
+
+    joined [B, Hkv, rows + T + 1, D + Dv]: the window, the call, nothing. places [blocks, span], source
+    [B, blocks, span], index [B, Hkv, 1, blocks, span]: what lies where. keys [B, Hkv, 1, blocks, span, D],
+    values [..., Dv], queries [B, Hkv, repeats, blocks, block, D]. lag [block, span]: of a key behind a query.
+    """
+
+    def __init__(
+        self,
+        op: _Ops,
+        heads: _Heads,
+        mask: Value,
+        block: Value,
+        rows: Value,
+        query: Value,
+        key: Value,
+        value: Value,
+        past_window: Value,
+    ) -> None:
+        self.op, self.heads, self.past_window = op, heads, past_window
+        self.tokens = tokens = _Tokens(op, heads, mask, block, rows)
+        self.span = op.Add(rows, tokens.block)
+        new = op.Concat(key, value, axis=3)
+        self.joined = tokens.with_nothing(op.float(past_window), new, width=heads.width)
+        self.places = tokens.places(self.span)
+        self.source = tokens.source(self.places)
+        self.index = tokens.row_of(self.source)
+        near = op.rows(self.joined, self.index, heads.width)
+        self.keys, self.values = op.split(near, heads.dim, heads.value_dim)
+        self.queries = tokens.queries(query, self.source)
+        self.lag = _lags(op, tokens.block, self.span, rows)
+
+    def leaving(self) -> Value:
+        """Where the rows are that leave the window, [B, Hkv, 1, blocks, block]."""
+        return self.tokens.row_of(self.tokens.leaving(self.source, self.places))
+
+    def outputs(self, out: Value, present_recurrent: Value, query: Value) -> Sequence[Value]:
+        """The node's, of out [B, Hkv, repeats, blocks, block, Dv]; query: of the type T."""
+        op = self.op
+        return (
+            op.CastLike(self.tokens.columns(out, self.heads.value_dim), query),
+            present_recurrent,
+            op.CastLike(self.tokens.last(self.joined), self.past_window),
+        )
+
+
 def _block(op: _Ops, group: Value) -> Value:
     """A multiple of the group that makes products worth their call."""
     return op.Mul(group, op.ceil_div(op.ints(_LEAST_BLOCK), group))
@@ -328,40 +378,28 @@ def _causal(
 ) -> Sequence[Value]:
     group, heads = op.attribute("group_size", "int"), _Heads(op, sizes, query, key, value, conv_weight)
     window = op.Sub(op.Max(group, heads.taps, op.ints(2)), op.ints(1))  # schema.window_rows
-    tokens = _Tokens(op, heads, mask, _block(op, group), window)
-    block, span = tokens.block, op.Add(window, tokens.block)
+    unit_query, unit_key = op.unit(query), op.unit(key)
+    recent = _Recent(
+        op, heads, mask, _block(op, group), window, unit_query, unit_key, op.float(value), past_window
+    )
 
-    new = op.Concat(op.unit(key), op.float(value), axis=3)
-    joined = tokens.with_nothing(op.float(past_window), new, width=heads.width)
-    places = tokens.places(span)
-    source = tokens.source(places)
-    near = op.rows(joined, tokens.row_of(source), heads.width)
-    near_keys, near_values = op.split(near, heads.dim, heads.value_dim)
-    queries = tokens.queries(op.unit(query), source)
-
-    lag = _lags(op, block, span, window)
     # Counted from a multiple of the group before the first row of the window, which may lie before token 0.
     begin = op.reshape(op.Add(past_length, op.Mul(window, op.Sub(group, op.ints(1)))), -1, 1, 1)
-    of_key = op.Div(op.Add(begin, op.arange(span)), group)  # [B, 1, span]
-    asked = op.column(op.Add(op.arange(block), window))
+    of_key = op.Div(op.Add(begin, op.arange(recent.span)), group)  # [B, 1, span]
+    asked = op.column(op.Add(op.arange(recent.tokens.block), window))
     of_query = op.Div(op.Add(begin, asked), group)  # [B, block, 1]
-    own = op.And(op.Equal(of_key, of_query), op.GreaterOrEqual(lag, op.ints(0)))
+    own = op.And(op.Equal(of_key, of_query), op.GreaterOrEqual(recent.lag, op.ints(0)))
     own, other = (_met(op, op.float(keep)) for keep in (own, op.Less(of_key, of_query)))
 
-    scores = op.MatMul(queries, _transposed(op, near_keys))
+    scores = op.MatMul(recent.queries, _transposed(op, recent.keys))
     alpha = heads.table(op, alpha)
     weights = act(op, scores, op.Mul(own, heads.table(op, local_scale)), op.Mul(other, alpha))
-    out = op.MatMul(op.Add(weights, _band(op, conv_weight, lag, heads)), near_values)
+    out = op.MatMul(op.Add(weights, _band(op, conv_weight, recent.lag, heads)), recent.values)
 
-    old = op.rows(joined, tokens.row_of(tokens.leaving(source, places)), heads.width)
+    old = op.rows(recent.joined, recent.leaving(), heads.width)
     before, present_recurrent = _running_sum(op, past_recurrent, *op.split(old, heads.dim, heads.value_dim))
-    out = op.Add(out, op.MatMul(op.Mul(queries, alpha), before))
-    output = tokens.columns(out, heads.value_dim)
-    return (
-        op.CastLike(output, query),
-        present_recurrent,
-        op.CastLike(tokens.last(joined), past_window),
-    )
+    out = op.Add(out, op.MatMul(op.Mul(recent.queries, alpha), before))
+    return recent.outputs(out, present_recurrent, query)
 
 
 def _met(op: _Ops, x: Value) -> Value:
@@ -494,33 +532,27 @@ def _window_softmax(
 ) -> Sequence[Value]:
     near_tokens, heads = op.attribute("window", "int"), _Heads(op, sizes, query, key, value)
     window = op.Sub(op.Max(near_tokens, op.ints(2)), op.ints(1))  # schema.window_rows
-    tokens = _Tokens(op, heads, mask, op.Max(near_tokens, op.ints(_LEAST_BLOCK)), window)
-    block, span = tokens.block, op.Add(window, tokens.block)
+    block = op.Max(near_tokens, op.ints(_LEAST_BLOCK))
+    recent = _Recent(
+        op, heads, mask, block, window, op.float(query), op.float(key), op.float(value), past_window
+    )
+    tokens, lag = recent.tokens, recent.lag
     kv_heads, dim, value_dim = heads.kv_heads, heads.dim, heads.value_dim
 
-    new = op.Concat(op.float(key), op.float(value), axis=3)
-    joined = tokens.with_nothing(op.float(past_window), new, width=heads.width)
-    places = tokens.places(span)
-    source = tokens.source(places)
-    near = op.rows(joined, tokens.row_of(source), heads.width)
-    near_keys, near_values = op.split(near, dim, value_dim)
-    queries = tokens.queries(op.float(query), source)
-
-    lag = _lags(op, block, span, window)
-    position = op.Add(op.reshape(op.Sub(past_length, window), -1, 1, 1), places)  # [B, blocks, span]
+    position = op.Add(op.reshape(op.Sub(past_length, window), -1, 1, 1), recent.places)  # [B, blocks, span]
     known = op.GreaterOrEqual(position, op.ints(0))
     there = op.Unsqueeze(known, op.ints(1, 2, 4))  # [B, 1, 1, blocks, 1, span]
     close = op.And(op.And(op.GreaterOrEqual(lag, op.ints(0)), op.Less(lag, near_tokens)), there)
-    scores = op.MatMul(queries, _transposed(op, near_keys))
+    scores = op.MatMul(recent.queries, _transposed(op, recent.keys))
     scores = op.Where(close, op.Mul(scores, op.attribute("scale", "float")), -3.0e38)
     largest = op.ReduceMax(scores, op.ints(-1), keepdims=1)
     weights = op.Mul(op.Exp(op.Sub(scores, largest)), op.float(close))
     sum_near = op.ReduceSum(weights, op.ints(-1), keepdims=1)
-    of_near = op.Div(op.MatMul(weights, near_values), sum_near)
+    of_near = op.Div(op.MatMul(weights, recent.values), sum_near)
 
     maps = op.reshape(query_map, kv_heads, heads.repeats, 1, dim, dim)
-    asked = _positive(op, queries, op.Transpose(maps, perm=[0, 1, 2, 4, 3]))
-    keys, values = op.split(joined, dim, value_dim)
+    asked = _positive(op, recent.queries, op.Transpose(maps, perm=[0, 1, 2, 4, 3]))
+    keys, values = op.split(recent.joined, dim, value_dim)
     features = _positive(op, keys, op.Transpose(key_map, perm=[0, 2, 1]))
     ones = op.Expand(op.Constant(value_float=1.0), op.shape(tokens.batch, kv_heads, op.size(values, 2), 1))
     counted = op.Concat(features, values, ones, axis=3)
@@ -528,11 +560,11 @@ def _window_softmax(
     width = op.Add(*widths)
     # A row that no token left in the window counts nothing.
     far = op.And(op.GreaterOrEqual(lag, near_tokens), there)
-    seen = op.rows(counted, tokens.row_of(source), width)
+    seen = op.rows(counted, recent.index, width)
     seen_features, seen_values = op.split(seen, *widths)
     weights = op.Mul(op.MatMul(asked, _transposed(op, seen_features)), op.float(far))
-    gone = op.And(tokens.gone(places), op.cut(known, op.ints(0), block, 2))
-    old = op.rows(counted, tokens.row_of(tokens.leaving(source, places)), width)
+    gone = op.And(tokens.gone(recent.places), op.cut(known, op.ints(0), tokens.block, 2))
+    old = op.rows(counted, recent.leaving(), width)
     old_features, old_values = op.split(old, *widths)
     old_values = op.Mul(old_values, op.float(op.Unsqueeze(gone, op.ints(1, 2, 5))))
     before, present_recurrent = _running_sum(op, past_recurrent, old_features, old_values)
@@ -544,11 +576,7 @@ def _window_softmax(
     share = op.Sigmoid(op.Sub(log_far, op.Add(largest, op.Log(sum_near))))
     share = op.Where(some, share, 0.0)
     out = op.Add(of_near, op.Mul(share, op.Sub(op.Div(of_far, total), of_near)))
-    return (
-        op.CastLike(tokens.columns(out, value_dim), query),
-        present_recurrent,
-        op.CastLike(tokens.last(joined), past_window),
-    )
+    return recent.outputs(out, present_recurrent, query)
 
 
 def _positive(op: _Ops, x: Value, maps: Value) -> Value:

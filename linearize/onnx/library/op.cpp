@@ -1,7 +1,5 @@
 // The causal families of `schema.py` for onnxruntime's CPU provider, in float32, float16 and bfloat16.
-#define ORT_API_MANUAL_INIT
-#include <onnxruntime_cxx_api.h>
-#undef ORT_API_MANUAL_INIT
+#include "operator.h"
 
 #include <atomic>
 #include <cstdlib>
@@ -10,15 +8,10 @@
 #include "isa.h"
 #include "rolling.h"
 
-#define EXPORTED extern "C" __attribute__((visibility("default")))
-
 namespace linearize {
 extern const RollingKernels avx2_rolling, avx512_rolling;
 
 namespace {
-
-enum Input { QUERY, KEY, VALUE, MASK, PAST_RECURRENT, PAST_WINDOW, PAST_LENGTH, ALPHA, LOCAL, CONV, INPUTS };
-enum Output { OUT, PRESENT_RECURRENT, PRESENT_WINDOW, OUTPUTS };
 
 constexpr ONNXTensorElementDataType ONNX_TYPES[] = {
     ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT,
@@ -65,12 +58,8 @@ struct Call {
   }
 };
 
-void require(bool fits, const char* what) {
-  if (!fits) ORT_CXX_API_THROW(std::string("ai.linearize: the shapes do not fit: ") + what, ORT_INVALID_ARGUMENT);
-}
-
 // [batch, head, row, column] without gaps.
-Tensor place(const void* data, const std::vector<int64_t>& shape) {
+Tensor place(const void* data, const Shape& shape) {
   return {const_cast<void*>(data), shape[1] * shape[2] * shape[3], shape[2] * shape[3], shape[3]};
 }
 
@@ -89,41 +78,29 @@ struct Kernel {
   void Compute(OrtKernelContext* handle) const {
     Ort::KernelContext context(handle);
     Ort::ConstValue in[INPUTS];
-    std::vector<int64_t> shape[INPUTS];
+    Shape shape[INPUTS];
     for (size_t i = 0; i < INPUTS; i++) {
       in[i] = context.GetInput(i);
       shape[i] = in[i].GetTensorTypeAndShapeInfo().GetShape();
     }
-    const auto &q = shape[QUERY], &k = shape[KEY], &v = shape[VALUE], &window = shape[PAST_WINDOW];
-    require(q.size() == 4 && k.size() == 4 && v.size() == 4 && window.size() == 4, "four dimensions");
-    const int64_t batch = q[0], heads = q[1], kv_heads = k[1], length = q[2], dim = q[3], value_dim = v[3];
-    require(kv_heads > 0 && heads % kv_heads == 0, "the heads of query and key");
-    require(k == std::vector<int64_t>{batch, kv_heads, length, dim}, "query and key");
-    require(v == std::vector<int64_t>{batch, kv_heads, length, value_dim}, "value");
-    require(shape[MASK] == std::vector<int64_t>{batch, length}, "mask");
-    require(shape[PAST_RECURRENT] == std::vector<int64_t>{batch, kv_heads, dim, value_dim}, "past_recurrent");
-    require(shape[PAST_LENGTH] == std::vector<int64_t>{batch}, "past_length");
-    require(shape[ALPHA] == std::vector<int64_t>{heads} && shape[LOCAL] == shape[ALPHA], "alpha, local_scale");
-    require(shape[CONV].size() == 2 && shape[CONV][0] == heads && shape[CONV][1] > 0, "conv_weight");
-    const int64_t taps = shape[CONV][1], rows = window[2];
-    require(window == std::vector<int64_t>{batch, kv_heads, rows, dim + value_dim}, "past_window");
-    require(rows >= group - 1 && rows >= taps - 1 && rows > 0, "the rows of past_window");
+    const auto [batch, heads, kv_heads, length, dim, value_dim, taps, rows] = sizes_of(shape, group);
 
-    const std::vector<int64_t> out{batch, heads, length, value_dim};
+    const Shape out{batch, heads, length, value_dim};
     Call call;
     Rolling& r = call.rolling;
     r.core = {dtype, batch,      heads,     kv_heads, length, dim, value_dim, group, taps, activation,
               normalize, in[ALPHA].GetTensorData<float>(), in[LOCAL].GetTensorData<float>(),
               in[CONV].GetTensorData<float>()};
-    r.query = place(in[QUERY].GetTensorRawData(), q);
-    r.key = place(in[KEY].GetTensorRawData(), k);
-    r.value = place(in[VALUE].GetTensorRawData(), v);
+    r.query = place(in[QUERY].GetTensorRawData(), shape[QUERY]);
+    r.key = place(in[KEY].GetTensorRawData(), shape[KEY]);
+    r.value = place(in[VALUE].GetTensorRawData(), shape[VALUE]);
     r.past_recurrent = place(in[PAST_RECURRENT].GetTensorRawData(), shape[PAST_RECURRENT]);
-    r.past_window = place(in[PAST_WINDOW].GetTensorRawData(), window);
+    r.past_window = place(in[PAST_WINDOW].GetTensorRawData(), shape[PAST_WINDOW]);
     r.out = place(context.GetOutput(OUT, out).GetTensorMutableRawData(), out);
     r.recurrent = place(context.GetOutput(PRESENT_RECURRENT, shape[PAST_RECURRENT]).GetTensorMutableRawData(),
                         shape[PAST_RECURRENT]);
-    r.window = place(context.GetOutput(PRESENT_WINDOW, window).GetTensorMutableRawData(), window);
+    r.window = place(context.GetOutput(PRESENT_WINDOW, shape[PAST_WINDOW]).GetTensorMutableRawData(),
+                     shape[PAST_WINDOW]);
     r.rows = rows;
     r.past_length = in[PAST_LENGTH].GetTensorData<int64_t>();
     r.real = in[MASK].GetTensorData<bool>();
@@ -140,27 +117,15 @@ struct Kernel {
   }
 };
 
-struct Op : Ort::CustomOpBase<Op, Kernel> {
-  Family family;
+struct Op : CausalOp<Op, Kernel> {
+  Activation activation;
   Dtype dtype;
 
-  Op(Family family, Dtype dtype) : family(family), dtype(dtype) {}
+  Op(const Family& family, Dtype dtype)
+      : CausalOp(family.name, ONNX_TYPES[dtype]), activation(family.activation), dtype(dtype) {}
 
-  void* CreateKernel(const OrtApi&, const OrtKernelInfo* info) const {
-    return new Kernel(info, dtype, family.activation);
-  }
-  const char* GetName() const { return family.name; }
+  void* CreateKernel(const OrtApi&, const OrtKernelInfo* info) const { return new Kernel(info, dtype, activation); }
   const char* GetExecutionProviderType() const { return "CPUExecutionProvider"; }
-  size_t GetInputTypeCount() const { return INPUTS; }
-  size_t GetOutputTypeCount() const { return OUTPUTS; }
-  ONNXTensorElementDataType GetInputType(size_t i) const {
-    if (i == MASK) return ONNX_TENSOR_ELEMENT_DATA_TYPE_BOOL;
-    if (i == PAST_LENGTH) return ONNX_TENSOR_ELEMENT_DATA_TYPE_INT64;
-    return i <= VALUE || i == PAST_WINDOW ? ONNX_TYPES[dtype] : ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT;
-  }
-  ONNXTensorElementDataType GetOutputType(size_t i) const {
-    return i == PRESENT_RECURRENT ? ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT : ONNX_TYPES[dtype];
-  }
 };
 
 }  // namespace

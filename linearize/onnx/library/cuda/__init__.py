@@ -5,7 +5,7 @@ interpreter, also when the library calls it through a driver that stands in for 
 sm_80, sm_90 and sm_100. Built by `linearize build-library --cuda FILE.onnx` for the nodes of that file;
 without it, or for other nodes, the bodies run.
 
-    op.cpp       the operators: types, shapes, which code, the launch on onnxruntime's stream
+    op.cpp       the operators: which code, the launch on onnxruntime's stream
     kinds.py     what a file's nodes ask for, and the index of what was built
     build.py     the compilers
     loader.py    who gets the library

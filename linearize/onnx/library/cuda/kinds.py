@@ -19,6 +19,12 @@ BUILT = Path(__file__).with_name("built")
 """Where the library, its kernels and the index of them lie."""
 
 _KERNELS = Path(cpu.__file__).parent.parent / "triton"
+SOURCES = (
+    Path(__file__).with_name("op.cpp"),
+    Path(__file__).parent.with_name("operator.h"),
+    *(_KERNELS / f"{name}.py" for name in ("rolling", "normalize", "launch")),
+)
+"""What the library and its kernels are compiled from."""
 _TYPES = {
     onnx.TensorProto.FLOAT: "float",
     onnx.TensorProto.FLOAT16: "float16",
@@ -132,9 +138,8 @@ def write_index(built: Sequence[Built]) -> None:
 
 @cache
 def sources() -> str:
-    """A digest of what the library and its kernels are compiled from."""
+    """A digest of SOURCES."""
     digest = hashlib.sha256()
-    kernels = (_KERNELS / f"{name}.py" for name in ("rolling", "normalize", "launch"))
-    for path in (Path(__file__).with_name("op.cpp"), *kernels):
+    for path in SOURCES:
         digest.update(path.read_bytes())
     return digest.hexdigest()[:16]

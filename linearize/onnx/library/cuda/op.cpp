@@ -1,9 +1,7 @@
 // The causal families of `schema.py` for onnxruntime's CUDA provider: one launch of a Triton kernel per node
 // (`kernels/triton/rolling.py`), compiled ahead of time and read from the folder of this library. Needs no CUDA
 // toolkit: the driver is found when the first node runs.
-#define ORT_API_MANUAL_INIT
-#include <onnxruntime_cxx_api.h>
-#undef ORT_API_MANUAL_INIT
+#include "../operator.h"
 
 #include <dlfcn.h>
 
@@ -13,15 +11,12 @@
 #include <map>
 #include <mutex>
 
-#define EXPORTED extern "C" __attribute__((visibility("default")))
 #ifndef PROVIDER
 #define PROVIDER "CUDAExecutionProvider"
 #endif
 
+namespace linearize {
 namespace {
-
-enum Input { QUERY, KEY, VALUE, MASK, PAST_RECURRENT, PAST_WINDOW, PAST_LENGTH, ALPHA, LOCAL, CONV, INPUTS };
-enum Output { OUT, PRESENT_RECURRENT, PRESENT_WINDOW, OUTPUTS };
 
 struct Type {
   const char* name;
@@ -37,10 +32,6 @@ constexpr const char* FAMILIES[] = {"AugmentedLinearAttention", "PlainLinearAtte
 std::atomic<int64_t> calls{0};
 
 [[noreturn]] void fail(const std::string& why) { ORT_CXX_API_THROW("ai.linearize on CUDA: " + why, ORT_FAIL); }
-
-void require(bool fits, const char* what) {
-  if (!fits) ORT_CXX_API_THROW(std::string("ai.linearize: the shapes do not fit: ") + what, ORT_INVALID_ARGUMENT);
-}
 
 // The few calls of CUDA's driver that a launch takes (cuda.h: CUresult is an int, handles are pointers).
 struct Driver {
@@ -175,32 +166,19 @@ struct Kernel {
   void Compute(OrtKernelContext* handle) const {
     Ort::KernelContext context(handle);
     const void* in[INPUTS];
-    std::vector<int64_t> shape[INPUTS];
+    Shape shape[INPUTS];
     for (size_t i = 0; i < INPUTS; i++) {
       const Ort::ConstValue value = context.GetInput(i);
       in[i] = value.GetTensorRawData();
       shape[i] = value.GetTensorTypeAndShapeInfo().GetShape();
     }
-    const auto &q = shape[QUERY], &k = shape[KEY], &v = shape[VALUE], &window = shape[PAST_WINDOW];
-    require(q.size() == 4 && k.size() == 4 && v.size() == 4 && window.size() == 4, "four dimensions");
-    const int64_t batch = q[0], heads = q[1], kv_heads = k[1], length = q[2], dim = q[3], value_dim = v[3];
-    require(kv_heads > 0 && heads % kv_heads == 0, "the heads of query and key");
-    require(k == std::vector<int64_t>{batch, kv_heads, length, dim}, "query and key");
-    require(v == std::vector<int64_t>{batch, kv_heads, length, value_dim}, "value");
-    require(shape[MASK] == std::vector<int64_t>{batch, length}, "mask");
-    require(shape[PAST_RECURRENT] == std::vector<int64_t>{batch, kv_heads, dim, value_dim}, "past_recurrent");
-    require(shape[PAST_LENGTH] == std::vector<int64_t>{batch}, "past_length");
-    require(shape[ALPHA] == std::vector<int64_t>{heads} && shape[LOCAL] == shape[ALPHA], "alpha, local_scale");
-    require(shape[CONV].size() == 2 && shape[CONV][0] == heads && shape[CONV][1] > 0, "conv_weight");
-    const int64_t taps = shape[CONV][1], rows = window[2];
-    require(window == std::vector<int64_t>{batch, kv_heads, rows, dim + value_dim}, "past_window");
-    require(rows >= group - 1 && rows >= taps - 1 && rows > 0, "the rows of past_window");
+    const auto [batch, heads, kv_heads, length, dim, value_dim, taps, rows] = sizes_of(shape, group);
     require((length + rows) * (dim + value_dim) < (int64_t{1} << 31), "a head of 2^31 numbers or more");
 
     void* out[OUTPUTS] = {
-        context.GetOutput(OUT, std::vector<int64_t>{batch, heads, length, value_dim}).GetTensorMutableRawData(),
+        context.GetOutput(OUT, Shape{batch, heads, length, value_dim}).GetTensorMutableRawData(),
         context.GetOutput(PRESENT_RECURRENT, shape[PAST_RECURRENT]).GetTensorMutableRawData(),
-        context.GetOutput(PRESENT_WINDOW, window).GetTensorMutableRawData(),
+        context.GetOutput(PRESENT_WINDOW, shape[PAST_WINDOW]).GetTensorMutableRawData(),
     };
     if (batch == 0) return;
     if (out[PRESENT_WINDOW] == in[PAST_WINDOW] || out[PRESENT_RECURRENT] == in[PAST_RECURRENT])
@@ -233,28 +211,19 @@ struct Kernel {
   }
 };
 
-struct Op : Ort::CustomOpBase<Op, Kernel> {
-  const char* family;
-  Type type;
+struct Op : CausalOp<Op, Kernel> {
+  const char* type_name;
 
-  Op(const char* family, Type type) : family(family), type(type) {}
+  Op(const char* family, Type type) : CausalOp(family, type.onnx), type_name(type.name) {}
 
-  void* CreateKernel(const OrtApi&, const OrtKernelInfo* info) const { return new Kernel(info, family, type.name); }
-  const char* GetName() const { return family; }
+  void* CreateKernel(const OrtApi&, const OrtKernelInfo* info) const { return new Kernel(info, family, type_name); }
   const char* GetExecutionProviderType() const { return PROVIDER; }
-  size_t GetInputTypeCount() const { return INPUTS; }
-  size_t GetOutputTypeCount() const { return OUTPUTS; }
-  ONNXTensorElementDataType GetInputType(size_t i) const {
-    if (i == MASK) return ONNX_TENSOR_ELEMENT_DATA_TYPE_BOOL;
-    if (i == PAST_LENGTH) return ONNX_TENSOR_ELEMENT_DATA_TYPE_INT64;
-    return i <= VALUE || i == PAST_WINDOW ? type.onnx : ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT;
-  }
-  ONNXTensorElementDataType GetOutputType(size_t i) const {
-    return i == PRESENT_RECURRENT ? ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT : type.onnx;
-  }
 };
 
 }  // namespace
+}  // namespace linearize
+
+using namespace linearize;
 
 // How often an operator of this library ran in this process.
 EXPORTED int64_t linearize_onnx_calls() { return calls.load(); }
