@@ -76,10 +76,17 @@ def merge(model: nn.Module) -> nn.Module:
     base = whole.get_base_model()
     # Either the base was converted, then wrapped, or the wrapper was converted as a whole.
     state = vars(model).get("_linearize") or state_of(base)
+    kind = whole.active_peft_config.peft_type.value
+    if not hasattr(model, "merge_and_unload"):
+        raise InvalidModelError(
+            f"this adapter cannot be merged: {kind} adds no weights to those of the model"
+        )
     with Undo(model):
         try:
             merged = whole.merge_and_unload(safe_merge=True)
-        except (AttributeError, ValueError, TypeError, NotImplementedError) as error:
+        # How PEFT refuses: NaN and quantised weights are a ValueError; a bias without a place in the base is
+        # a RuntimeError, and so is its NotImplementedError.
+        except (ValueError, RuntimeError) as error:
             raise InvalidModelError(f"this adapter cannot be merged: {error}") from error
         if "_linearize" not in vars(merged):
             plan = _inside(model, base, state)

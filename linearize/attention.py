@@ -105,7 +105,7 @@ class AttentionModule(nn.Module):
         to [B, H, T, S]. program: the score steps of `passes.site.Step` as (kind, value, term tensor). sinks:
         one logit per head, [H]. Other mechanisms ignore them: what those carry of them (causality, padding)
         reaches them as spec and key_mask, and a site that needs more was refused by the planner or is
-        approximated on the user's word.
+        approximated on the user's word. Every subclass gives it.
         """
         raise NotImplementedError
 
@@ -129,7 +129,10 @@ class AttentionModule(nn.Module):
         return False
 
     def summarize(self, key: Tensor, value: Tensor, key_mask: Tensor | None) -> Summary:
-        """What all queries share of key [B, Hkv, S, D], value [B, Hkv, S, Dv]; key_mask: bool [B, S]."""
+        """What all queries share of key [B, Hkv, S, D], value [B, Hkv, S, Dv]; key_mask: bool [B, S].
+
+        Subclasses that say `has_summary` give it.
+        """
         raise NotImplementedError
 
     def recall(
@@ -137,7 +140,7 @@ class AttentionModule(nn.Module):
     ) -> Tensor:
         """`forward` with the `summary` of the same key and value, of which at most a few groups are read.
 
-        No gradients reach key and value through the summary.
+        No gradients reach key and value through the summary. Subclasses that say `has_summary` give it.
         """
         raise NotImplementedError
 

@@ -42,7 +42,7 @@ def self_layer(cache: Any, index: int | None) -> Any | None:
     """The self-attention layer `index` of `cache`; None when it does not exist yet or cannot be told."""
     if cache is None or index is None:
         return None
-    return _layer(getattr(cache, "self_attention_cache", cache), index)
+    return _layer(_of_decoder(cache), index)
 
 
 def own_layer(cache: Any, index: int | None, module: AttentionModule | None) -> Any | None:
@@ -59,6 +59,19 @@ def _layer(cache: Any, index: int) -> Any | None:
     return layers[index] if layers is not None and index < len(layers) else None
 
 
+def _of_decoder(cache: Any) -> Any:
+    """The part of an encoder-decoder cache that self-attention fills; any other cache is that part itself."""
+    return getattr(cache, "self_attention_cache", cache)
+
+
+def made_layer(cache: Any, index: int) -> Any | None:
+    """Layer `index` of `cache`, made now if the cache makes its layers one by one; None if there is none."""
+    if cache.layer_class_to_replicate is not None:
+        while len(cache.layers) <= index:
+            cache.layers.append(cache.layer_class_to_replicate())
+    return _layer(cache, index)
+
+
 def state_layer(
     cache: Any, index: int | None, module: AttentionModule | None, max_length: int | None = None
 ) -> StateLayer | None:
@@ -72,7 +85,7 @@ def state_layer(
     from .state_layer import StateLayer, adopt
 
     if not torch.is_grad_enabled():
-        return adopt(cache, index, module, max_length)
+        return adopt(_of_decoder(cache), index, module, max_length)
     layer = self_layer(cache, index)
     if isinstance(layer, StateLayer):
         if layer.is_initialized and int(layer.get_seq_length()) > 0:
@@ -102,7 +115,7 @@ def cross_layer(cache: Any, index: int | None, module: AttentionModule | None) -
 
 def give_up_state(cache: Any, index: int) -> None:
     """Put back the layer whose place an empty state took."""
-    layers = getattr(cache, "self_attention_cache", cache).layers
+    layers = _of_decoder(cache).layers
     layers[index] = layers[index].instead_of
 
 
@@ -118,12 +131,13 @@ def keep_everything(cache: Any, index: int | None) -> None:
     A site whose window was dropped reads every key; a dynamic cache made for the original would lose them.
     """
     layer = self_layer(cache, index)
-    if not getattr(layer, "is_sliding", False) or getattr(layer, "is_compileable", False):
+    if layer is None or not getattr(layer, "is_sliding", False) or layer.is_compileable:
+        return
+    if int(layer.get_seq_length()) > 0:
         return
     from transformers.cache_utils import DynamicLayer
 
-    if int(layer.get_seq_length()) == 0:  # type: ignore[union-attr]
-        getattr(cache, "self_attention_cache", cache).layers[index] = DynamicLayer()
+    _of_decoder(cache).layers[index] = DynamicLayer()
 
 
 def start_of_queries(layer: Any | None, whole: bool = False) -> int | Tensor | None:

@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer, StaticLayer
 
 from .attention import AttentionModule
+from .cache import made_layer
 from .summary import Summary
 
 
@@ -26,7 +27,7 @@ class CrossLayer(CacheLayerMixin):
 
     def summary(self, module: AttentionModule, key_mask: Tensor | None) -> Summary:
         """What `module` keeps of these keys and values; key_mask: bool `[B, S]`, None when all are real."""
-        known = self._summary if self._summarized is self.keys else None
+        known = self._known()
         if known is None or not known.is_for(key_mask):
             assert self.keys is not None and self.values is not None
             self._summary = known = module.summarize(self.keys, self.values, key_mask)
@@ -69,6 +70,7 @@ class CrossLayer(CacheLayerMixin):
         self._keep(known, lambda x: x.to(self.device, non_blocking=True))
 
     def _known(self) -> Summary | None:
+        """The summary, unless it is of other keys than the present ones."""
         return self._summary if self._summarized is self.keys else None
 
     def _keep(self, summary: Summary | None, function: Callable[[Tensor], Tensor]) -> None:
@@ -93,12 +95,7 @@ _KINDS: dict[type, type[CrossLayer]] = {DynamicLayer: DynamicCrossLayer, StaticL
 def adopt(cache: Cache, index: int) -> CrossLayer | None:
     """Layer `index` of a cross-attention cache, made one that keeps a summary; None for other kinds of layer,
     such as quantized ones."""
-    if cache.layer_class_to_replicate is not None:
-        while len(cache.layers) <= index:
-            cache.layers.append(cache.layer_class_to_replicate())
-    if index >= len(cache.layers):
-        return None
-    layer = cache.layers[index]
+    layer = made_layer(cache, index)
     if isinstance(layer, CrossLayer):
         return layer
     kind = _KINDS.get(type(layer))

@@ -30,8 +30,13 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedModel
 
+    # What `SavesPlan` extends at run time is the model class that `saving_class` puts after it.
+    from transformers import PreTrainedModel as _Model
+
     from .config import LinearizeConfig
     from .plan import Plan
+else:
+    _Model = object
 
 METHOD = "linearize"
 VERSION = 1
@@ -79,7 +84,7 @@ def relocate(plan: Plan, model: PreTrainedModel) -> Plan:
     )
 
 
-class SavesPlan:
+class SavesPlan(_Model):
     """Mixin of a converted transformers model: its checkpoints name the load hook, its caches hold states."""
 
     config: Any
@@ -105,19 +110,19 @@ class SavesPlan:
             streamer = kwargs.get("streamer")
             bound = {} if streamer is None else {"streamer": streamer}
             kwargs["custom_generate"] = functools.partial(speculative, **bound)
-        return super().generate(*args, **kwargs)  # type: ignore[misc]
+        return super().generate(*args, **kwargs)
 
     def _prepare_cache_for_generation(
         self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
     ) -> None:
         """As transformers does, then the states take their places: `generate` asks the cache what it can do
         before the first layer runs."""
-        super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)  # type: ignore[misc]
+        super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
         cache = model_kwargs.get("past_key_values")
         if cache is None:
             return
         for path, sites in self._linearize.plan.owners.items():
-            owner: Any = self.get_submodule(path)  # type: ignore[attr-defined]
+            owner: Any = self.get_submodule(path)
             if isinstance(owner, GraftOwner):
                 state_of(owner, cache)
             else:
@@ -135,7 +140,7 @@ class SavesPlan:
             )
         self.config.quantization_config = LinearizeHookConfig()
         try:
-            return super().save_pretrained(*args, **kwargs)  # type: ignore[misc]
+            return super().save_pretrained(*args, **kwargs)
         finally:
             del self.config.quantization_config
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from .attention import AttentionModule
+from .cache import made_layer
 from .errors import InputError
 from .ops import Lineage
 from .state import States
@@ -171,8 +172,8 @@ class StateLayer(CacheLayerMixin):
         else:
             self.cumulative_length = int(length)
 
-    def get_seq_length(self) -> int:
-        return self.cumulative_length if self.is_initialized else 0  # type: ignore[return-value]
+    def get_seq_length(self) -> int | Tensor:
+        return self.cumulative_length if self.is_initialized else 0
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         if self.is_compileable:
@@ -193,8 +194,14 @@ class StateLayer(CacheLayerMixin):
             self._commit()
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Take back the last `-tokens_to_remove` tokens, exactly. Raises InputError when that is too many."""
-        count = abs(tokens_to_remove)
+        """Take back the last `-tokens_to_remove` tokens, exactly.
+
+        Raises InputError, changing nothing, when that is too many, and for a positive number, which was once
+        the length to keep.
+        """
+        if tokens_to_remove > 0:
+            raise InputError(f"crop({tokens_to_remove}) is not supported: give the tokens to take back as -n")
+        count = -tokens_to_remove
         if self.states is None:
             return
         if not self.record_past:
@@ -274,19 +281,15 @@ def adopt(
 ) -> StateLayer | None:
     """The state layer of `module` in `cache`, put there now if the layer is empty; None where it is not.
 
-    A layer with keys and values in it stays, and its tokens are attended as before. max_length: of a static
-    cache, whose layers do not tell when each of them keeps a window only. Raises InputError when the state is
-    another module's.
+    cache: the decoder's own part of an encoder-decoder cache, or any other cache. A layer with keys and
+    values in it stays, and its tokens are attended as before. max_length: of a static cache, whose layers do
+    not tell when each of them keeps a window only. Raises InputError when the state is another module's.
     """
     if not module.has_state:
         return None
-    cache = getattr(cache, "self_attention_cache", cache)
-    if cache.layer_class_to_replicate is not None:
-        while len(cache.layers) <= index:
-            cache.layers.append(cache.layer_class_to_replicate())
-    if index >= len(cache.layers):
+    layer = made_layer(cache, index)
+    if layer is None:
         return None
-    layer = cache.layers[index]
     if isinstance(layer, StateLayer):
         layer.claim(module)
         return layer
@@ -300,5 +303,5 @@ def adopt(
         longest = max(whole, default=max_length)
         if longest is None:
             return None
-    cache.layers[index] = StateLayer(module, layer, longest)
-    return cache.layers[index]
+    cache.layers[index] = made = StateLayer(module, layer, longest)
+    return made

@@ -235,7 +235,8 @@ def _trace(
         live, store = gm.graph.placeholder("linearize_owner"), gm.graph.placeholder("linearize_cache")
     for slot, site in enumerate(sites):
         _replace_site(gm, site, slot, live)
-    spec = gm.graph._codegen.pytree_info.out_spec  # type: ignore[attr-defined]
+    codegen: Any = gm.graph._codegen
+    spec = codegen.pytree_info.out_spec
     placeholders = [node for node in gm.graph.find_nodes(op="placeholder") if "val" in node.meta]
     sizes = tuple(shape_of(node) or () for node in placeholders[: len(placeholders) - of_cache])
     masks = _mask_inputs(gm.graph)

@@ -75,9 +75,7 @@ def test_training_with_the_config_moves_projections_and_new_parameters_only() ->
 def test_an_adapted_model_keeps_a_constant_state_and_the_base_under_it_its_own() -> None:
     base = converted("llama")
     ids = tokens(1, 11)
-    settings = dict(
-        max_new_tokens=12, do_sample=False, return_dict_in_generate=True, eos_token_id=None
-    )
+    settings = dict(max_new_tokens=12, do_sample=False, return_dict_in_generate=True, eos_token_id=None)
     plain = base.generate(ids, **settings).sequences
     adapted: Any = trained(peft.get_peft_model(base, lz.lora_config(base)))
     out = adapted.generate(input_ids=ids, **settings)
@@ -183,8 +181,14 @@ def test_what_cannot_be_merged_is_refused_and_stays_as_it_was() -> None:
     prompt = peft.get_peft_model(
         converted("llama"), peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
     )
-    with pytest.raises(InvalidModelError, match="cannot be merged"):
+    with pytest.raises(InvalidModelError, match="cannot be merged: PROMPT_TUNING adds no weights"):
         lz.merge(prompt)
+    base = converted("llama")
+    biased = peft.get_peft_model(base, lz.lora_config(base, lora_bias=True))
+    wanted, before = logits(biased), snapshot(biased)
+    with pytest.raises(InvalidModelError, match="cannot be merged: .*lora_bias"):
+        lz.merge(biased)
+    assert snapshot(biased) == before and torch.equal(logits(biased), wanted)
 
 
 def test_a_merge_that_fails_midway_changes_nothing() -> None:

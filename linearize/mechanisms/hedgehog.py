@@ -64,8 +64,10 @@ def oracle_weights(query: Tensor, key: Tensor, query_map: Tensor, key_map: Tenso
     """f(q).g(k) as float64 [B, H, T, S]; maps [H, D, D]."""
     query = torch.einsum("hij,bhtj->bhti", query_map, query)
     key = torch.einsum("hij,bhtj->bhti", key_map, key)
-    halves = [(sign * query).softmax(-1) for sign in (1, -1)], [(sign * key).softmax(-1) for sign in (1, -1)]
-    return sum((f + 1e-6) @ (g + 1e-6).mT for f, g in zip(*halves, strict=True))  # type: ignore[return-value]
+    same, opposite = (
+        ((sign * query).softmax(-1) + 1e-6) @ ((sign * key).softmax(-1) + 1e-6).mT for sign in (1, -1)
+    )
+    return same + opposite
 
 
 def oracle(
