@@ -254,8 +254,6 @@ def _run(model: nn.Module, batch: Any) -> int:
     try:
         model(**without_cache(model, inputs))
     except Exception as error:
-        raise InputError(
-            f"the model does not run on a batch: {type(error).__name__}: {error}"
-        ) from error
+        raise InputError(f"the model does not run on a batch: {type(error).__name__}: {error}") from error
     first = tensors[0]
     return first.shape[0] * (first.shape[1] if first.dim() > 1 else 1)
