@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,14 +13,30 @@ import torch
 from transformers import AutoTokenizer
 
 import linearize as lz
+import linearize.cli
 from linearize.checkpoint import state_of
-from linearize.cli import _options
+from linearize.cli.options import option_values
 from linearize.mechanisms import available
 
 
 def test_version_names_the_packages_that_matter(run) -> None:
     result = run("version")
     assert result.code == 0 and lz.__version__ in result.out and torch.__version__ in result.out
+
+
+def test_help_names_every_command_and_loads_nothing_that_only_a_command_needs(run) -> None:
+    said = run("--help").out
+    for name in linearize.cli.COMMANDS:
+        assert re.search(rf"^│ {name} ", said, re.MULTILINE), name
+    for path in Path(linearize.cli.__file__).parent.glob("*.py"):
+        for node in ast.parse(path.read_text()).body:
+            if isinstance(node, ast.Import):
+                names = {alias.name.split(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and node.level != 1:
+                names = {(node.module or "__version__").split(".")[0]}
+            else:
+                continue
+            assert names <= {*sys.stdlib_module_names, "typer", "rich", "errors", "__version__"}, path
 
 
 def test_inspect_prints_a_row_for_every_site(run, folder: Path) -> None:
@@ -92,7 +110,7 @@ def test_options_of_the_mechanism_and_the_convolution_are_chosen_by_flags(
     [("3", 3), ("-2", -2), ("0.5", 0.5), ("1e-3", 0.001), ("word", "word"), ("", ""), ("a=b", "a=b")],
 )
 def test_numbers_among_the_options_are_numbers(text: str, value: object) -> None:
-    (found,) = _options([f"name={text}"]).values()
+    (found,) = option_values([f"name={text}"]).values()
     assert found == value and type(found) is type(value)
 
 

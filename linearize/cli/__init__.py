@@ -1,0 +1,55 @@
+"""The command line: what stands behind `linearize` and `python -m linearize`.
+
+A command is a function with typer's annotations in one of the modules here, and a line in `COMMANDS`; its
+docstring is its help. `sources` finds models, tokenizers and their files, `options` has the options of
+rewriting, `terminal` prints tables. Modules import torch, transformers and the package's own parts inside
+the functions that need them: `--help` and mistakes in typing then cost no more than they must.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+
+import typer
+from rich.console import Console
+
+from ..errors import LinearizeError
+from . import about, convert, generation, onnx
+
+COMMANDS: dict[str, Callable[..., None]] = {
+    "version": about.version,
+    "demo": about.demo,
+    "inspect": convert.inspect,
+    "convert": convert.convert,
+    "generate": generation.generate,
+    "mechanisms": about.mechanisms,
+    "export": onnx.export,
+    "train-heads": generation.train_heads,
+    "build-library": onnx.build_library,
+}
+"""By the name that a user types, in the order of `linearize --help`."""
+
+app = typer.Typer(
+    help="Find any softmax attention in a model, prove it, and rewrite it to linear attention.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+for _name, _command in COMMANDS.items():
+    app.command(_name)(_command)
+
+
+def main() -> None:
+    """Entry point. An error made by the package is one line on stderr and exit code 1."""
+    from transformers.utils import logging
+
+    # The bars of weights being read are noise in a terminal and worse in a pipe; this is our process.
+    logging.disable_progress_bar()
+    try:
+        app()
+    except LinearizeError as error:
+        # soft_wrap: one line in a pipe too, whatever width is assumed for it.
+        text = f"error: {error}"
+        Console(stderr=True).print(text, style="red", markup=False, highlight=False, soft_wrap=True)
+        sys.exit(1)

@@ -1,0 +1,113 @@
+"""`linearize inspect | convert`: what can be rewritten in a model, and the rewriting."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ..errors import CheckpointError
+from .options import (
+    Approximate,
+    Augmentation,
+    Group,
+    Mechanism,
+    Option,
+    Taps,
+    layer_indices,
+    option_values,
+)
+from .sources import Source, copy_companions, find_source, load_source, load_tokenizer
+from .terminal import console
+
+CALIBRATION_LENGTH = 512
+"""Tokens of a piece of text that `convert --calibrate` runs."""
+
+
+def inspect(
+    model: Source,
+    json: Annotated[bool, typer.Option("--json", help="print JSON instead of a table")] = False,
+    html: Annotated[Path | None, typer.Option(help="also write a page to this file")] = None,
+    mechanism: Mechanism = "augmented",
+    group_size: Group = 64,
+    conv_taps: Taps = 32,
+    option: Option = None,
+    augmentation: Augmentation = None,
+    approximate: Approximate = None,
+) -> None:
+    """List every candidate attention site: where it is, what it means, what becomes of it or why not."""
+    from ..config import LinearizeConfig
+    from ..report import inspect as inspect_model
+
+    config = LinearizeConfig(
+        mechanism=mechanism,
+        group_size=group_size,
+        conv_taps=conv_taps,
+        options=option_values(option or ()),
+        augmentation=augmentation,
+        approximate=tuple(approximate or ()),
+    )
+    report = inspect_model(load_source(find_source(model)), config=config)
+    if html is not None:
+        try:
+            html.write_text(report.to_html(), encoding="utf-8")
+        except OSError as error:
+            raise CheckpointError(f"cannot write {html}: {error}") from error
+    if json:
+        typer.echo(report.to_json())
+    else:
+        console(160).print(report)
+
+
+def convert(
+    source: Source,
+    target: Annotated[Path, typer.Argument(help="the folder to write")],
+    mechanism: Mechanism = "augmented",
+    group_size: Group = 64,
+    conv_taps: Taps = 32,
+    option: Option = None,
+    augmentation: Augmentation = None,
+    layers: Annotated[str, typer.Option(help="only these layer indices, such as 0,1,5; empty is all")] = "",
+    keep_softmax: Annotated[
+        list[str] | None, typer.Option(help="layer index or module path to leave; repeat for several")
+    ] = None,
+    on_refusal: Annotated[str, typer.Option(help="error: all or nothing; keep: what can be")] = "error",
+    approximate: Approximate = None,
+    calibrate: Annotated[
+        list[Path] | None,
+        typer.Option(help="text file, or folder of them, to fit the new parameters on; repeat for several"),
+    ] = None,
+) -> None:
+    """Convert a transformers model and write it, tokenizer and all, to a folder."""
+    from ..api import linearize
+    from ..checkpoint import save, state_of
+    from ..config import LinearizeConfig
+
+    config = LinearizeConfig(
+        mechanism=mechanism,
+        group_size=group_size,
+        conv_taps=conv_taps,
+        options=option_values(option or ()),
+        augmentation=augmentation,
+        layers=layer_indices(layers),
+        keep_softmax=tuple(int(item) if item.isdigit() else item for item in keep_softmax or ()),
+        on_refusal=on_refusal,
+        approximate=tuple(approximate or ()),
+    )
+    folder = find_source(source)
+    if target.resolve() == folder.resolve():
+        raise CheckpointError(f"{target} is the model to convert; write to another folder")
+    model = linearize(load_source(folder), config=config)
+    if calibrate:
+        from ..calibration import TOKENS
+        from ..calibration import calibrate as fit
+        from ..text import text_tokens
+
+        texts = text_tokens(calibrate, load_tokenizer(folder), TOKENS, CALIBRATION_LENGTH, seed=0)
+        pieces = [piece[None] for ids in texts for piece in ids.split(CALIBRATION_LENGTH)]
+        console(160).print(fit(model, pieces))
+    save(model, target)
+    copy_companions(folder, target)
+    count = len(state_of(model).plan.sites)
+    typer.echo(f"{count} attention modules rewritten to {mechanism}, written to {target}")

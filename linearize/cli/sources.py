@@ -1,0 +1,125 @@
+"""Where a command's model comes from: a folder, the Hub or the shipped demo, with its tokenizer and files."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from ..errors import CheckpointError, ConfigError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+Source = Annotated[str, typer.Argument(help="a folder with a transformers model, a Hub name, or `demo`")]
+
+
+def is_demo(name: str) -> bool:
+    """Whether `demo` means the shipped decoder: a folder of that name goes first."""
+    return name == "demo" and not Path(name).is_dir()
+
+
+def find_source(name: str) -> Path:
+    """The folder of a model: an existing one, the shipped demo, or a download from the Hub."""
+    folder = Path(name)
+    if folder.is_dir():
+        return folder
+    if is_demo(name):
+        return Path(__file__).parent.parent / "demo_model"
+    if folder.is_absolute() or name.startswith((".", "~")) or name.count("/") != 1:
+        raise CheckpointError(f"{name}: no such folder")
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.model"]))
+    except Exception as error:
+        raise CheckpointError(
+            f"{name} is no folder here and could not be fetched from the Hub: {error}"
+        ) from error
+
+
+def load_source(folder: Path, dtype: str = "auto") -> PreTrainedModel:
+    """The model of a folder, converted or not, by the class its config names. dtype: "auto" is as stored."""
+    import transformers
+    from safetensors import SafetensorError
+
+    from ..checkpoint import read_json
+
+    if dtype not in DTYPES:
+        raise ConfigError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
+    architectures = read_json(folder / "config.json").get("architectures") or []
+    cls = getattr(transformers, architectures[0], None) if architectures else None
+    try:
+        loader = cls or transformers.AutoModel
+        return loader.from_pretrained(folder, dtype=dtype, local_files_only=True).eval()
+    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
+        raise CheckpointError(f"cannot load the model in {folder}: {error}") from error
+
+
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model's folder. Raises CheckpointError when there is none that can be read."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError, ImportError) as error:
+        raise CheckpointError(f"cannot load the tokenizer in {folder}: {error}") from error
+
+
+def load_decoder(
+    source: str, dtype: str = "auto", device: str = "cpu"
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A decoder and its tokenizer; the demo's is converted here, and writes badly untuned."""
+    from ..api import linearize
+    from ..generation import check_decoder
+
+    folder = find_source(source)
+    # The demo is stored in bfloat16 and meant to run in float32, as `load_demo` has it.
+    model = load_source(folder, "float32" if dtype == "auto" and is_demo(source) else dtype)
+    check_decoder(model, source)
+    tokenizer = load_tokenizer(folder)
+    if is_demo(source):
+        linearize(model)
+        typer.echo(
+            "converted now and not tuned: it computes exactly what it should, and writes badly", err=True
+        )
+    return to_device(model, device), tokenizer
+
+
+def to_device(model: PreTrainedModel, device: str) -> PreTrainedModel:
+    """The model, moved. Raises ConfigError for a device that is not there."""
+    try:
+        return model.to(device)
+    except (RuntimeError, AssertionError) as error:
+        raise ConfigError(f"cannot run on {device!r}: {str(error).splitlines()[0]}") from error
+
+
+def companions(folder: Path) -> list[Path]:
+    """The files that belong to a model besides config and weights: tokenizer, processor, licence."""
+    own = {"config.json", "generation_config.json", "training.json"}
+    weights = {".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".onnx", ".ot"}
+    return [
+        path
+        for path in sorted(folder.iterdir())
+        if path.is_file()
+        and path.name not in own
+        and path.suffix not in weights
+        and not path.name.endswith(".index.json")
+        and not path.name.startswith(".")
+    ]
+
+
+def copy_companions(folder: Path, target: Path) -> None:
+    """Put the files that belong to the model of `folder` beside the model in `target`; none is overwritten.
+
+    Raises CheckpointError when a file cannot be written.
+    """
+    for path in companions(folder):
+        if not (target / path.name).exists():
+            try:
+                shutil.copyfile(path, target / path.name)
+            except OSError as error:
+                raise CheckpointError(f"cannot write {target / path.name}: {error}") from error
