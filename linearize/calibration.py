@@ -18,10 +18,11 @@ from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Table
 from torch import Tensor, nn
 
-from .attention import AttentionModule, SoftmaxAttention
+from .attention import AttentionModule
 from .checkpoint import state_of
 from .errors import InputError, InvalidModelError
 from .mechanisms.composed import widen
+from .observers import real_queries, watching, why_unseen
 from .plan import SitePlan
 from .verification import quiet_run, without_cache
 
@@ -76,55 +77,18 @@ def calibrate(
         reasons = {fit.left_out for fit in fits.values()}
         raise InvalidModelError(f"nothing can be calibrated: {'; '.join(sorted(reasons))}")
     tokens = 0
-    try:
-        for site in sites:
-            if site.name in able:
-                owner = model.get_submodule(site.path)
-                setattr(owner, site.child, observer(able[site.name], site))
-        with quiet_run(model):
-            for batch in batches:
-                tokens += _run(model, batch)
-                if tokens >= max_tokens:
-                    break
-    finally:
-        for site in sites:
-            setattr(model.get_submodule(site.path), site.child, fits[site.name].module)
+    watchers = {site: able[site.name] for site in sites if site.name in able}
+    with watching(model, watchers), quiet_run(model):
+        for batch in batches:
+            tokens += _run(model, batch)
+            if tokens >= max_tokens:
+                break
     solved = {name: fit.solve() for name, fit in able.items()}
     for name, (solution, _) in solved.items():
         able[name].assign(solution)
     reports = {name: SiteFit(name, left_out=fit.left_out) for name, fit in fits.items()}
     reports |= {name: report for name, (_, report) in solved.items()}
     return Calibration(tokens, tuple(reports.values()))
-
-
-def observer(fit: _Fit, site: SitePlan) -> AttentionModule:
-    """What stands in for a site's module while batches run: exact softmax, which lets `fit` see each call."""
-    kind = _SeamObserver if site.rung == "seam" else _PlainObserver
-    made = kind(fit.module.spec)
-    object.__setattr__(made, "fit", fit)  # not a child: it holds the module that is being replaced
-    return made
-
-
-class _SeamObserver(SoftmaxAttention):
-    """The site's own attention, with its whole mask, and its bias in the mask."""
-
-    fit: _Fit
-
-    def forward(self, query: Tensor, key: Tensor, value: Tensor, **call: Any) -> Tensor:
-        out = super().forward(query, key, value, **call)
-        self.fit.see(query, key, value, out, call.get("key_mask"), call.get("query_start"))
-        return out
-
-
-class _PlainObserver(AttentionModule):
-    """As the linear form sees the site: causality and padding, which is all there is at a plain one."""
-
-    fit: _Fit
-
-    def forward(self, query: Tensor, key: Tensor, value: Tensor, **call: Any) -> Tensor:
-        out = SoftmaxAttention(self.spec).eval()(query, key, value, **call)
-        self.fit.see(query, key, value, out, call.get("key_mask"), call.get("query_start"))
-        return out
 
 
 class _Fit:
@@ -149,7 +113,7 @@ class _Fit:
         query_start: int | Tensor | None,
     ) -> None:
         """One call: query [B, H, T, D], key and value as given, target [B, H, T, Dv]."""
-        real = _real_queries(key_mask, query, key, query_start, self.module.spec.cross)
+        real = _spread(real_queries(key_mask, query, key, query_start, self.module.spec.cross))
         tensors = (widen(query), widen(key), widen(value))
         wanted = _rows(widen(target), real)
         # What a weight of one adds to an output without any: this is all that being affine asks for.
@@ -211,11 +175,7 @@ def _why_not(module: AttentionModule, site: SitePlan) -> str:
     """Why a site cannot be fitted; empty when it can."""
     if not any(getattr(module, name, None) is not None for name in module.linear_parameters):
         return "the mechanism has no parameter that its output is linear in (augmentation=True adds taps)"
-    if module.keeps_bias:
-        return "position_bias='local' is not fitted"
-    if site.rung == "graft" and not site.plain:
-        return "its own scores hold more than a scaled product, and are known to its graph alone"
-    return ""
+    return why_unseen(module, site)
 
 
 def _columns(parameter: Tensor) -> Tensor:
@@ -223,19 +183,12 @@ def _columns(parameter: Tensor) -> Tensor:
     return parameter[:, None] if parameter.dim() == 1 else parameter
 
 
-def _real_queries(
-    key_mask: Tensor | None, query: Tensor, key: Tensor, query_start: int | Tensor | None, cross: bool
-) -> Tensor:
-    """Rows of the flattened [B * T] queries to use: real ones, `_ROWS` of a sequence at most."""
-    batch, _, length, _ = query.shape
-    step = -(-length // _ROWS)
-    real = torch.zeros(batch, length, dtype=torch.bool, device=query.device)
-    real[:, ::step] = True
-    if key_mask is not None and not cross:
-        start = key.shape[2] - length if query_start is None else query_start
-        columns = torch.arange(length, device=query.device) + start
-        real &= key_mask[:, columns]
-    return real.flatten().nonzero()[:, 0]
+def _spread(real: Tensor) -> Tensor:
+    """Rows of the flattened [B * T] queries to use: of the `real` ones [B, T], `_ROWS` a sequence at most."""
+    step = -(-real.shape[1] // _ROWS)
+    chosen = torch.zeros_like(real)
+    chosen[:, ::step] = real[:, ::step]
+    return chosen.flatten().nonzero()[:, 0]
 
 
 def _rows(x: Tensor, rows: Tensor) -> Tensor:

@@ -46,6 +46,10 @@ class MissingExtraError(LinearizeError, ImportError):
     """An optional dependency is absent; the message names the extra to install."""
 
 
+class TrainingError(LinearizeError, RuntimeError):
+    """A training run cannot go on: its loss is no number, or a checkpoint cannot be written or read."""
+
+
 class ExportError(LinearizeError, RuntimeError):
     """A model cannot be written as ONNX, or the file cannot be written; nothing is left behind."""
 
