@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     from .config import LinearizeConfig as LinearizeConfig
     from .demo import load_demo as load_demo
     from .errors import LinearizeError as LinearizeError
+    from .evaluation import Evaluation as Evaluation
+    from .evaluation import evaluate as evaluate
     from .onnx import export_onnx as export_onnx
     from .released import load_released as load_released
     from .released_heads import load_released_heads as load_released_heads
@@ -58,6 +60,8 @@ _EXPORTS = {
     "merge": ".adapters",
     "Backend": ".backend",
     "calibrate": ".calibration",
+    "Evaluation": ".evaluation",
+    "evaluate": ".evaluation",
     "LinearizeConfig": ".config",
     "AttentionModule": ".attention",
     "LinearizeError": ".errors",

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+import dataclasses
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -115,6 +116,16 @@ def finish(model: nn.Module, plan: Plan, config: LinearizeConfig) -> None:
 
         save_with_plan(model)
         live.config.linearize = {"version": 1, "plan": plan.to_dict(), "config": config.to_dict()}
+
+
+def carry(model: nn.Module, measured: Sequence[Mapping[str, Any]]) -> None:
+    """Let a converted model carry evaluations, in place of those it has."""
+    live: Any = model
+    live._linearize = dataclasses.replace(live._linearize, measured=tuple(measured))
+    record = getattr(getattr(model, "config", None), "linearize", None)
+    if record is not None:
+        kept = {name: value for name, value in record.items() if name != "measured"}
+        live.config.linearize = {**kept, "measured": list(measured)} if measured else kept
 
 
 def use_own_configs(model: nn.Module) -> None:

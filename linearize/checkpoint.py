@@ -14,9 +14,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_model, save_model
 from torch import nn
 
-from .apply import apply_plan, check_unconverted
+from .apply import apply_plan, carry, check_unconverted
 from .errors import CheckpointError, InvalidModelError
-from .load_hook import VERSION, parse
+from .load_hook import VERSION, measured_in, parse
 from .plan import LinearizeState
 
 if TYPE_CHECKING:
@@ -55,6 +55,7 @@ def save(model: nn.Module, directory: str | os.PathLike[str]) -> Path:
                 "model": type(model).__qualname__,
                 "plan": state.plan.to_dict(),
                 "config": state.config.to_dict(),
+                "measured": list(state.measured),
             }
             (temporary / RECORD).write_text(json.dumps(record, indent=2) + "\n")
             save_model(model, str(temporary / WEIGHTS))
@@ -193,6 +194,7 @@ def _load_module(source: Path, model: nn.Module) -> nn.Module:
     _check_fit(probe, stored, source)
     apply_plan(model, plan, config)
     load_model(model, str(source / WEIGHTS))
+    carry(model, measured_in(record))
     return model
 
 

@@ -65,6 +65,12 @@ def parse(record: Any, where: str) -> tuple[Plan, LinearizeConfig]:
         raise CheckpointError(f"the `linearize` record of {where} cannot be used: {error}") from error
 
 
+def measured_in(record: Mapping[str, Any]) -> tuple[Mapping[str, Any], ...]:
+    """The evaluations in a checkpoint's `linearize` record; none where there is no list of them."""
+    found = record.get("measured")
+    return tuple(item for item in found if isinstance(item, Mapping)) if isinstance(found, list) else ()
+
+
 def relocate(plan: Plan, model: PreTrainedModel) -> Plan:
     """The plan with the paths `model` has: without the prefix of a head it lacks, or with that of one it has.
 
@@ -197,11 +203,13 @@ class LinearizeHook(HfQuantizer):
         return True
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
-        from .apply import apply_plan
+        from .apply import apply_plan, carry
 
         where = f"the checkpoint {getattr(model.config, 'name_or_path', '')!r}"
-        plan, config = parse(getattr(model.config, "linearize", None), where)
+        record = getattr(model.config, "linearize", None)
+        plan, config = parse(record, where)
         apply_plan(model, relocate(plan, model), config)
+        carry(model, measured_in(record))
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         self.remove_quantization_config(model)

@@ -135,10 +135,14 @@ class Plan:
 
 @dataclass(frozen=True)
 class LinearizeState:
-    """What a converted model carries as `model._linearize`."""
+    """What a converted model carries as `model._linearize`.
+
+    measured: evaluations in their JSON form, each with a fingerprint of the weights it is of.
+    """
 
     plan: Plan
     config: LinearizeConfig
+    measured: tuple[Mapping[str, Any], ...] = ()
 
 
 def layer_index(model: nn.Module, path: str) -> int | None:

@@ -1,0 +1,12 @@
+"""How good a model is, and how fast: a decoder's perplexity by context length, agreement with the original,
+tokens per second and bytes of cache; an encoder's similarities against the original's.
+
+`measure` runs the models, `quality` counts, `speed` takes times and weighs caches, `similarity` compares
+embeddings, `result` holds the figures, `plot` draws them. Nothing below imports this package but the model
+card, which reads `result`.
+"""
+
+from .measure import evaluate
+from .result import Evaluation, Figures, Row
+
+__all__ = ["Evaluation", "Figures", "Row", "evaluate"]

@@ -1,0 +1,91 @@
+"""Counting over scored positions: perplexity of two models, their agreement, and the divergence of one."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..errors import InputError
+
+_ROWS = 1024
+"""Positions whose probabilities are worked out at once: a vocabulary is large, and the logits are there
+already."""
+
+
+def scored_positions(count: int, lengths: Sequence[int]) -> Tensor:
+    """Bool `[count]`: tokens with something before them in the windows of every one of `lengths`."""
+    positions = torch.arange(count)
+    keep = torch.ones(count, dtype=torch.bool)
+    for length in lengths:
+        keep &= positions % length != 0
+    return keep
+
+
+@dataclass
+class Tally:
+    """Running sums over scored positions. loss, other_loss: negative log-likelihoods in nats, of the model
+    and of the reference; kl: of KL(reference || model)."""
+
+    tokens: int = 0
+    loss: float = 0.0
+    other_loss: float = 0.0
+    agreed: int = 0
+    kl: float = 0.0
+
+    def add(self, logits: Tensor, other: Tensor | None, targets: Tensor, where: str) -> None:
+        """Count positions: logits `[N, vocabulary]` of the model and of the reference, targets int64 `[N]`.
+
+        where: names the batch in errors. Raises InputError for logits that are NaN, another vocabulary than
+        the reference's, and targets outside of it.
+        """
+        for who, given in (("model", logits), ("reference", other)):
+            if given is None or not len(given):
+                continue
+            if bool(given.isnan().any()):
+                raise InputError(f"the {who}'s logits are NaN in {where}: its weights or inputs are broken")
+            if int(targets.max()) >= given.shape[-1] or int(targets.min()) < 0:
+                raise InputError(
+                    f"{where} has the token {int(targets.max())} and the {who} gives {given.shape[-1]} "
+                    "logits: the tokens are another model's"
+                )
+        if other is not None and other.shape[-1] != logits.shape[-1]:
+            raise InputError(
+                f"the reference has {other.shape[-1]} logits and the model {logits.shape[-1]}: another "
+                "vocabulary cannot be compared with"
+            )
+        for start in range(0, len(targets), _ROWS):
+            rows = slice(start, start + _ROWS)
+            self._add(logits[rows], None if other is None else other[rows], targets[rows])
+        if not math.isfinite(self.loss + self.other_loss):
+            raise InputError(f"a token of {where} has probability 0, so there is no perplexity")
+
+    def _add(self, logits: Tensor, other: Tensor | None, targets: Tensor) -> None:
+        chosen = targets[:, None].to(logits.device)
+        log_p = _log_probabilities(logits)
+        self.tokens += len(targets)
+        self.loss -= float(log_p.gather(1, chosen).double().sum())
+        if other is None:
+            return
+        wanted = _log_probabilities(other.to(logits.device))
+        self.other_loss -= float(wanted.gather(1, chosen).double().sum())
+        self.agreed += int((logits.argmax(-1) == other.to(logits.device).argmax(-1)).sum())
+        # Tokens that the reference excludes add nothing, although their logarithm is infinite.
+        terms = torch.where(wanted > -math.inf, wanted.exp() * (wanted - log_p), 0)
+        self.kl += float(terms.double().sum())
+
+    @property
+    def perplexity(self) -> float:
+        return math.exp(self.loss / self.tokens)
+
+    @property
+    def other_perplexity(self) -> float:
+        return math.exp(self.other_loss / self.tokens)
+
+
+def _log_probabilities(logits: Tensor) -> Tensor:
+    wide = logits if logits.dtype == torch.float64 else logits.float()
+    return wide.log_softmax(-1)
