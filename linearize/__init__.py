@@ -46,6 +46,11 @@ if TYPE_CHECKING:
     from .speculative import Typical as Typical
     from .speculative import fit_tree as fit_tree
     from .speculative import train_heads as train_heads
+    from .training import RECIPES as RECIPES
+    from .training import Recipe as Recipe
+    from .training import distill as distill
+    from .training import transfer as transfer
+    from .training import tune as tune
 
 _EXPORTS = {
     "linearize": ".api",
@@ -75,6 +80,11 @@ _EXPORTS = {
     "Typical": ".speculative",
     "fit_tree": ".speculative",
     "train_heads": ".speculative",
+    "RECIPES": ".training",
+    "Recipe": ".training",
+    "distill": ".training",
+    "transfer": ".training",
+    "tune": ".training",
 }
 
 __all__ = ["__version__", *_EXPORTS]

@@ -1,0 +1,129 @@
+"""`distill`: a recipe from beginning to end."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console, ConsoleOptions, RenderResult
+from torch import nn
+
+from ..api import linearize
+from ..calibration import Calibration, calibrate
+from ..errors import ConfigError, LinearizeError
+from ..plan import LinearizeState
+from .data import Collate, Rows, rows_of
+from .recipes import Recipe, recipe_of
+from .trainer import Stage, table_of
+from .transfer import transfer
+from .tune import tune
+
+
+@dataclass(frozen=True)
+class Distillation:
+    """What `distill` did. model: the one that was given, changed in place."""
+
+    model: nn.Module
+    stages: tuple[Stage, ...]
+    calibration: Calibration | None = None
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        yield table_of(list(self.stages))
+
+
+def distill(
+    model: nn.Module,
+    data: Any,
+    *,
+    recipe: str | Recipe = "quick",
+    tokenizer: Any = None,
+    teacher: nn.Module | None = None,
+    config: Any = None,
+    tokens: int | None = None,
+    context: int | None = None,
+    output_dir: str | Path | None = None,
+    resume: bool = False,
+    progress: bool = False,
+    transfer_settings: Mapping[str, Any] | None = None,
+    tune_settings: Mapping[str, Any] | None = None,
+    **run: Any,
+) -> Distillation:
+    """Convert `model` unless it is, then calibrate, transfer and tune it as `recipe` says, in place.
+
+    recipe: a name of `RECIPES` or a `Recipe`. data, tokenizer: see `rows_of`. teacher: the softmax original,
+    where the recipe learns from its answers; a copy is kept when `model` is converted here. config: for the
+    conversion, instead of the recipe's. tokens: most tokens of the data to use, instead of the recipe's
+    number. context: tokens per row. output_dir, resume: checkpoints of the stages, in folders of their own
+    below; going on, stages that were done are read and not repeated. run: fields of `Run` for both stages;
+    transfer_settings, tune_settings: arguments of one of them.
+
+    Raises what the stages raise, with the stage in the message; the model is as that stage found it.
+    """
+    recipe = recipe_of(recipe)
+    shared = {
+        **run,
+        **({} if context is None else {"context": context}),
+        "resume": resume,
+        "progress": progress,
+    }
+    transferring = recipe.transfer and {**recipe.transfer, **shared, **(transfer_settings or {})}
+    tuning = recipe.tune and {**recipe.tune, **shared, **(tune_settings or {})}
+    converted = isinstance(vars(model).get("_linearize"), LinearizeState)
+    teaches = (tuning or {}).get("distill_weight", 0) > 0
+    learns_alone = teaches and teacher is None
+    if learns_alone and converted:
+        raise ConfigError(
+            "this recipe learns from the softmax original, which a converted model is no more: give teacher="
+        )
+    length = next((s["context"] for s in (transferring, tuning) if s and "context" in s), 512)
+    with _stage("data"):
+        rows = rows_of(model, data, tokenizer, length).first(recipe.tokens if tokens is None else tokens)
+    if learns_alone:
+        teacher = copy.deepcopy(model).eval()
+    if not converted:
+        with _stage("convert"):
+            linearize(model, config=recipe.config if config is None else config)
+    calibration = None
+    stages = []
+    if recipe.calibrate and not converted:
+        with _stage("calibrate"):
+            calibration = calibrate(model, _batches(model, rows), max_tokens=recipe.calibrate)
+    if transferring:
+        with _stage("transfer"):
+            stages.append(transfer(model, rows, **transferring, **_folder(output_dir, "transfer")))
+    if tuning:
+        with _stage("tune"):
+            stages.append(tune(model, rows, teacher=teacher, **tuning, **_folder(output_dir, "tune")))
+    return Distillation(model, tuple(stages), calibration)
+
+
+@contextlib.contextmanager
+def _stage(name: str) -> Iterator[None]:
+    """Errors say which stage they are from."""
+    try:
+        yield
+    except LinearizeError as error:
+        error.args = (f"{name}: {error}", *error.args[1:])
+        raise
+    except Exception as error:
+        error.add_note(f"in the stage {name!r} of distill")
+        raise
+
+
+def _folder(output_dir: str | Path | None, name: str) -> dict[str, Any]:
+    return {} if output_dir is None else {"output_dir": Path(output_dir) / name}
+
+
+def _batches(model: nn.Module, rows: Rows) -> Iterator[dict[str, Any]]:
+    """A few rows at a time, without labels where the model needs none to run."""
+    collate = Collate.of(model)
+    pair = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
+    for i in range(0, len(rows), 2):
+        batch = collate(rows.rows[i : i + 2])
+        if not pair:
+            batch.pop("labels", None)
+        yield batch

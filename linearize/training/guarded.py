@@ -1,0 +1,93 @@
+"""transformers' Trainer, with losses that must be numbers and checkpoints that are whole or not there."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from transformers import Trainer
+
+from ..errors import TrainingError
+from .checkpoints import newest_checkpoint
+
+
+class GuardedTrainer(Trainer):
+    """Lowers `objective`; parameters that `is_new` learn at `new_learning_rate`."""
+
+    # Our losses are means over a batch: the Trainer averages them over the batches of a step.
+    loss_is_scaled_for_ga = False
+
+    def __init__(
+        self,
+        model: nn.Module,
+        args: Any,
+        *,
+        objective: Callable[[nn.Module, Mapping[str, Any]], Tensor],
+        is_new: Callable[[str], bool],
+        new_learning_rate: float,
+        **settings: Any,
+    ) -> None:
+        super().__init__(model, args, **settings)
+        self.objective, self.is_new, self.new_learning_rate = objective, is_new, new_learning_rate
+
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, **_: Any
+    ) -> Any:
+        loss = self.objective(model, inputs)
+        if not bool(torch.isfinite(loss)):
+            raise TrainingError(
+                f"the loss is {loss.item()} at step {self.state.global_step + 1}{_kept(self.args)}: try a "
+                "lower learning_rate, a longer warmup, float32 instead of bf16, or look at the data there"
+            )
+        return (loss, None) if return_outputs else loss
+
+    def prediction_step(self, model: nn.Module, inputs: dict[str, Any], *_: Any, **__: Any) -> Any:
+        """The loss alone, of inputs with labels or without."""
+        inputs = self._prepare_inputs(inputs)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            return self.compute_loss(model, inputs).detach(), None, None
+
+    def create_optimizer(self, model: nn.Module | None = None) -> Any:
+        """New parameters in groups of their own, at their own rate."""
+        optimizer = super().create_optimizer(model)
+        named = (self.model if model is None else model).named_parameters()
+        new = {id(parameter) for name, parameter in named if self.is_new(name)}
+        for group in list(optimizer.param_groups):
+            own = [parameter for parameter in group["params"] if id(parameter) in new]
+            if own:
+                group["params"] = [p for p in group["params"] if id(p) not in new]
+                settings = {name: value for name, value in group.items() if name != "params"}
+                optimizer.add_param_group({**settings, "params": own, "lr": self.new_learning_rate})
+        optimizer.param_groups[:] = [group for group in optimizer.param_groups if group["params"]]
+        return optimizer
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """All of it or nothing, and only weights that are numbers."""
+        folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
+        for name, parameter in self.model.named_parameters():
+            if parameter.requires_grad and not bool(torch.isfinite(parameter).all()):
+                raise TrainingError(
+                    f"{name} is no longer finite at step {self.state.global_step}{_kept(self.args)}: try a "
+                    "lower learning_rate, a longer warmup, or float32 instead of bf16"
+                )
+        try:
+            super()._save_checkpoint(model, trial)
+        # RuntimeError is what torch.save makes of a full disk.
+        except (OSError, SafetensorError, RuntimeError) as error:
+            if self.args.should_save:
+                shutil.rmtree(folder, ignore_errors=True)
+            raise TrainingError(
+                f"the checkpoint of step {self.state.global_step} cannot be written to {folder.parent}: "
+                f"{error}{_kept(self.args)}; make room and go on with resume=True"
+            ) from error
+
+
+def _kept(arguments: Any) -> str:
+    """What is left of the run, for a message."""
+    newest = newest_checkpoint(Path(arguments.output_dir)) if arguments.save_strategy != "no" else None
+    return "" if newest is None else f" (the checkpoint {newest} is kept)"

@@ -1,0 +1,164 @@
+"""What tuning lowers: the language-model loss, the distance to a teacher, or both."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..errors import ConfigError, InputError
+from ..verification import without_cache
+from .data import IGNORED
+
+
+@dataclass(frozen=True)
+class Objective:
+    """`lm_weight` times the language-model loss plus `distill_weight` times the distance to `teacher`.
+
+    For models with logits the first is the cross-entropy of the labels and the second
+    `T^2 KL(teacher || model)` at temperature T, both in float32 and averaged over the positions that count.
+    shifts: position t is scored on token t + 1, and labels default to the input ids (causal decoders);
+    otherwise labels are in place, as encoder-decoders and masked models have them. Positions that count have
+    a label other than -100; where no labels are given, all that are no padding.
+
+    Models without logits (encoders) learn the teacher's hidden states alone: the squared distance over the
+    teacher's own square, padding left out, plus one minus the cosine of the mean over a sequence, which is
+    what sentence embeddings are made of.
+    """
+
+    shifts: bool
+    lm_weight: float = 1.0
+    distill_weight: float = 0.0
+    temperature: float = 1.0
+    teacher: nn.Module | None = None
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+    """Given to the model with every batch, such as `use_cache=False`."""
+
+    def __post_init__(self) -> None:
+        if self.lm_weight < 0 or self.distill_weight < 0 or self.lm_weight + self.distill_weight == 0:
+            raise ConfigError(
+                f"lm_weight and distill_weight are 0 or more, and one of them is more: got {self.lm_weight} "
+                f"and {self.distill_weight}"
+            )
+        if not self.temperature > 0:
+            raise ConfigError(f"temperature is above 0, got {self.temperature}")
+        if self.distill_weight and self.teacher is None:
+            raise ConfigError("distill_weight asks for a teacher: give teacher=, the softmax original")
+
+    def __call__(self, model: nn.Module, inputs: Mapping[str, Any]) -> Tensor:
+        """The loss, a scalar, of one batch of the model's keyword arguments."""
+        labels, given = self._labels(inputs)
+        output = model(**given, **self.arguments)
+        logits = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", None)
+        taught = self._taught(given)
+        if logits is None:
+            if taught is None:
+                raise ConfigError(
+                    f"{type(model).__name__} has no logits, so it learns from a teacher alone: give teacher= "
+                    "and distill_weight="
+                )
+            return self.distill_weight * hidden_distance(output, taught, inputs.get("attention_mask"))
+        if labels is None:
+            if taught is None:
+                raise ConfigError("the data has no labels, so there must be a teacher and distill_weight=")
+            counts = _real(inputs, logits)
+        else:
+            if self.shifts and labels.dim() > 1:
+                logits, labels = logits[:, :-1], labels[:, 1:]
+            counts = labels != IGNORED
+        chosen = logits[counts].float()
+        # The sum, so that a batch in which nothing counts gives zero and not a number that is none.
+        number = counts.sum().clamp_min(1)
+        loss = chosen.sum() * 0
+        if self.lm_weight and labels is not None:
+            loss = loss + self.lm_weight * F.cross_entropy(chosen, labels[counts], reduction="sum") / number
+        if taught is not None:
+            wanted = taught.logits
+            if wanted.shape[-1] != logits.shape[-1]:
+                raise InputError(
+                    f"the teacher has {wanted.shape[-1]} logits and the model {logits.shape[-1]}: they must "
+                    "have one vocabulary"
+                )
+            if wanted.shape[:-1] != logits.shape[:-1]:
+                wanted = wanted[:, :-1]
+            t = self.temperature
+            distance = F.kl_div(
+                F.log_softmax(chosen / t, -1),
+                F.log_softmax(wanted[counts].float() / t, -1),
+                reduction="sum",
+                log_target=True,
+            )
+            loss = loss + self.distill_weight * t**2 * distance / number
+        return loss
+
+    def _taught(self, given: Mapping[str, Any]) -> Any:
+        """The teacher's output, where it counts; it follows the batches to their device."""
+        teacher = self.teacher
+        if teacher is None or not self.distill_weight:
+            return None
+        device = next(value.device for value in given.values() if isinstance(value, Tensor))
+        if next(teacher.parameters()).device != device:
+            teacher.to(device)
+        with torch.no_grad():
+            return teacher(**without_cache(teacher, given))
+
+    def _labels(self, inputs: Mapping[str, Any]) -> tuple[Tensor | None, dict[str, Any]]:
+        """Labels to score, and what the model is called with."""
+        given = dict(inputs)
+        if not self.shifts:
+            # An encoder-decoder makes its decoder's inputs of them.
+            labels = given.get("labels")
+            return labels, given
+        labels = given.pop("labels", None)
+        if labels is None and "input_ids" in given:
+            labels = given["input_ids"]
+            mask = given.get("attention_mask")
+            if mask is not None and mask.dim() == 2:
+                labels = labels.masked_fill(mask == 0, IGNORED)
+        return labels, given
+
+
+def hidden_distance(output: Any, taught: Any, mask: Tensor | None) -> Tensor:
+    """Distance of hidden states [B, T, size] and of their means; mask: [B, T], 1 for real tokens."""
+    state, wanted = _hidden(output), _hidden(taught)
+    if state.shape != wanted.shape:
+        raise InputError(f"the teacher's states are {list(wanted.shape)} and the model's {list(state.shape)}")
+    if mask is not None and mask.dim() == 2 and mask.shape == state.shape[:2]:
+        real = mask.bool()
+    else:
+        real = torch.ones(state.shape[:-1], dtype=torch.bool, device=state.device)
+    real = real.reshape(*real.shape, *[1] * (state.dim() - real.dim()))
+    state, wanted = (torch.where(real, x.float(), 0.0) for x in (state, wanted))
+    tiny = torch.finfo(torch.float32).tiny
+    loss = (state - wanted).square().sum() / wanted.square().sum().clamp_min(tiny)
+    if state.dim() == 3:
+        loss = loss + (1 - F.cosine_similarity(state.sum(1), wanted.sum(1), dim=-1)).mean()
+    return loss
+
+
+def _hidden(output: Any) -> Tensor:
+    if isinstance(output, Tensor):
+        return output
+    state = getattr(output, "last_hidden_state", None)
+    if state is not None:
+        return state
+    values = (
+        output.values() if isinstance(output, Mapping) else output if isinstance(output, tuple | list) else ()
+    )
+    for value in values:
+        if isinstance(value, Tensor) and value.is_floating_point():
+            return value
+    raise InputError(f"{type(output).__name__} has neither logits nor hidden states to learn from")
+
+
+def _real(inputs: Mapping[str, Any], logits: Tensor) -> Tensor:
+    """bool: positions of `logits` that are no padding, as far as a mask of that shape tells."""
+    masks = [inputs[name] for name in ("decoder_attention_mask", "attention_mask") if name in inputs]
+    for mask in masks:
+        if mask.shape == logits.shape[:-1]:
+            return mask.bool()
+    return torch.ones(logits.shape[:-1], dtype=torch.bool, device=logits.device)

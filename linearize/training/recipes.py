@@ -1,0 +1,88 @@
+"""Recipes: how to convert a model and make it good again, as data.
+
+Each is a starting point: `dataclasses.replace(RECIPES["quick"], ...)`, or the arguments of `distill`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from ..errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What `distill` does with a model.
+
+    config: fields of `LinearizeConfig`, for a model that is not converted yet. calibrate: tokens that
+    `lz.calibrate` reads, 0 to leave it out. transfer, tune: keyword arguments of `lz.transfer` and `lz.tune`;
+    None leaves the stage out. tokens: of the data that are used, None for all. about: where it comes from.
+    """
+
+    config: Mapping[str, Any] = field(default_factory=dict)
+    calibrate: int = 0
+    transfer: Mapping[str, Any] | None = None
+    tune: Mapping[str, Any] | None = None
+    tokens: int | None = None
+    about: str = ""
+
+    @property
+    def needs_teacher(self) -> bool:
+        """The original is to answer along with the model."""
+        return bool((self.tune or {}).get("distill_weight"))
+
+
+RECIPES: Mapping[str, Recipe] = {
+    "quick": Recipe(
+        config={"mechanism": "augmented"},
+        calibrate=16_384,
+        tune=dict(
+            method="full",
+            lm_weight=0.5,
+            distill_weight=0.5,
+            learning_rate=5e-4,
+            new_learning_rate=5e-3,
+            batch_size=4,
+            warmup=0.05,
+        ),
+        tokens=450_000,
+        about="ours, for small models: all weights on 450k tokens, from text and from the original's answers",
+    ),
+    "paper": Recipe(
+        config={"mechanism": "augmented", "group_size": 64, "conv_taps": 32},
+        tune=dict(
+            method="lora",
+            lora={"r": 8, "lora_alpha": 16},
+            context=4096,
+            max_steps=1000,
+            batch_size=1,
+            gradient_accumulation=64,
+            learning_rate=2e-5,
+            schedule="constant_with_warmup",
+            warmup=0.02,
+        ),
+        about="You et al. (arXiv 2406.07368), LLaMA-2: LoRA r=8 on q, k, v, o, 1000 steps of 64 x 4096 "
+        "tokens, 2e-5 constant after 20 steps of warm-up, language-model loss, no calibration",
+    ),
+    "lolcats-like": Recipe(
+        config={"mechanism": "softmax_window", "options": {"window": 64}},
+        transfer=dict(learning_rate=1e-2, epochs=2.0, batch_size=4),
+        tune=dict(
+            method="lora", lora={"r": 8, "lora_alpha": 16}, learning_rate=1e-4, epochs=2.0, batch_size=4
+        ),
+        about="Zhang et al. (LoLCATs, arXiv 2410.10254): a softmax window of 64 before a linear tail, "
+        "attention transfer at 1e-2, then LoRA r=8 on q, k, v, o at 1e-4, two epochs each",
+    ),
+}
+"""By the name that `distill(recipe=...)` and `linearize distill --recipe` take."""
+
+
+def recipe_of(recipe: str | Recipe) -> Recipe:
+    """A recipe by name, or itself. Raises ConfigError for a name that there is not."""
+    if isinstance(recipe, Recipe):
+        return recipe
+    if recipe not in RECIPES:
+        raise ConfigError(f"recipe is one of {', '.join(RECIPES)}, or a Recipe, got {recipe!r}")
+    return RECIPES[recipe]

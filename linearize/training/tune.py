@@ -1,0 +1,129 @@
+"""Tuning a converted model: LoRA or all weights, on text, on a teacher's answers, or both."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..adapters import lora_config, require_peft
+from ..adapters import merge as merge_adapter
+from ..checkpoint import state_of
+from ..errors import ConfigError, InvalidModelError
+from ..plan import LinearizeState
+from ..verification import without_cache
+from .data import Collate, rows_of
+from .kept import Kept, put
+from .objective import Objective
+from .trainer import Run, Stage, train
+
+METHODS = ("lora", "full")
+
+
+def tune(
+    model: nn.Module,
+    data: Any,
+    *,
+    tokenizer: Any = None,
+    teacher: nn.Module | None = None,
+    method: str = "lora",
+    lm_weight: float = 1.0,
+    distill_weight: float = 0.0,
+    temperature: float = 1.0,
+    lora: Mapping[str, Any] | None = None,
+    merge: bool = True,
+    context: int = 512,
+    **run: Any,
+) -> Stage:
+    """Train a converted `model` on `data`, in place.
+
+    data, tokenizer, context: see `rows_of`. method: "lora" trains adapters on the projections around the
+    rewritten attention, and the new parameters, then merges them; lora: fields for `lora_config`; merge=False
+    leaves the adapter on: `model` of what is returned is then a `PeftModel`, and `lz.merge` merges it. "full"
+    trains every parameter that requires gradients. lm_weight, distill_weight, temperature, teacher: what is
+    learned, see `Objective`; the teacher, such as a copy of the softmax original, is run without gradients.
+    run: the fields of `Run`.
+
+    Returns how it went. Raises InvalidModelError for a model that is not converted, InputError for the data,
+    ConfigError for settings, TrainingError when the loss is no number or a checkpoint cannot be written (the
+    earlier ones are kept: `resume=True` goes on from them), MissingExtraError without peft or accelerate; the
+    model is then as it was.
+    """
+    if method not in METHODS:
+        raise ConfigError(f"method is one of {', '.join(METHODS)}, got {method!r}")
+    if lora and method != "lora":
+        raise ConfigError("lora= has settings of method='lora'")
+    settings = Run.of(run)
+    state = state_of(model)
+    rows = rows_of(model, data, tokenizer, context)
+    objective = Objective(
+        shifts=_shifts(model, state),
+        lm_weight=lm_weight,
+        distill_weight=distill_weight,
+        temperature=temperature,
+        teacher=teacher,
+        arguments=without_cache(model, {}),
+    )
+    children = {site.child for site in state.plan.sites}
+    trained = dict(model.named_parameters()) if method == "full" else {}
+    kept = Kept(model, trained)
+    values: dict[str, Tensor] = {}
+    try:
+        module = model
+        if method == "lora":
+            module = require_peft().get_peft_model(model, lora_config(model, **(lora or {})))
+        elif not any(p.requires_grad for p in model.parameters()):
+            raise InvalidModelError("no parameter requires gradients: nothing can be tuned")
+
+        def finish(trainer: Any) -> None:
+            whole = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
+            if method == "full" or merge:
+                whole = merge_adapter(whole) if method == "lora" else whole
+                values.update({name: p.detach() for name, p in whole.named_parameters()})
+
+        with _at_rest(teacher):
+            stage = train(
+                "tune",
+                module,
+                objective,
+                lambda name: not children.isdisjoint(name.split(".")),
+                rows,
+                Collate.of(model),
+                settings,
+                finish,
+            )
+    except BaseException:
+        kept.undo()
+        raise
+    if not values:
+        return dataclasses.replace(stage, model=module)
+    kept.rollback()
+    put(model, values)
+    return dataclasses.replace(stage, model=model)
+
+
+def _shifts(model: nn.Module, state: LinearizeState) -> bool:
+    """Whether logits at t are for the token at t + 1: so it is in decoders, the halves of pairs apart."""
+    pair = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
+    return not pair and any(site.spec.causal for site in state.plan.sites)
+
+
+@contextlib.contextmanager
+def _at_rest(teacher: nn.Module | None) -> Iterator[None]:
+    """The teacher in evaluation mode, and afterwards in the mode and on the device where it was."""
+    if teacher is None:
+        yield
+        return
+    flags = [(module, module.training) for module in teacher.modules()]
+    device = next((p.device for p in teacher.parameters()), None)
+    try:
+        teacher.eval()
+        yield
+    finally:
+        for module, flag in flags:
+            module.training = flag
+        if device is not None:
+            teacher.to(device)
