@@ -1,8 +1,8 @@
 """From converted to good: attention transfer, tuning, and recipes that join them.
 
 `data` makes rows of whatever was given, `objective` is what training lowers, `trainer` runs one stage on
-transformers' Trainer (`guarded`), and `transfer`, `tune` and `distill` are the calls. More processes or machines
-are accelerate's matter, and so of the launch command.
+transformers' Trainer (`guarded`), and `transfer`, `tune` and `distill` are the calls. More processes or
+machines are accelerate's matter, and so one of the launch command.
 """
 
 from .distill import Distillation, distill

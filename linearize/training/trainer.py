@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from ..errors import ConfigError, MissingExtraError, TrainingError
 from .checkpoints import newest_checkpoint
 from .data import Collate, Rows
+from .kept import Kept, trained_values
 
 _EVALUATIONS = 32
 """Rows at most that the loss is measured on, unless `held_out` asks for a larger share."""
@@ -131,13 +132,11 @@ def train(
     rows: Rows,
     collate: Collate,
     run: Run,
-    finish: Callable[[Any], None] = lambda trainer: None,
 ) -> Stage:
     """Train the parameters of `module` that require gradients, in place.
 
     loss: of `module`, possibly wrapped, and a batch. is_new: by a parameter's name, whether it learns at
-    `new_learning_rate`. finish: called with the trainer while the model is still as training left it.
-    Raises TrainingError, as `tune` says.
+    `new_learning_rate`. Raises TrainingError, as `tune` says; the module is then as it was.
     """
     trainer_class, arguments_class = _trainer_classes()
     training, held_out = rows.split(run.held_out)
@@ -154,23 +153,29 @@ def train(
         arguments = _arguments(arguments_class, run, folder)
         if run.output_dir is not None:
             _check_folder(folder, run.resume)
-        trainer = trainer_class(
-            module,
-            arguments,
-            train_dataset=training,
-            eval_dataset=held_out,
-            data_collator=collate,
-            objective=loss,
-            is_new=is_new,
-            new_learning_rate=run.new_learning_rate or run.learning_rate,
-        )
-        if not run.progress:
-            _silence(trainer)
-        began = time.perf_counter()
-        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-        after = trainer.evaluate()["eval_loss"]
-        seconds = time.perf_counter() - began
-        finish(trainer)
+        kept = Kept(module)
+        try:
+            trainer = trainer_class(
+                module,
+                arguments,
+                train_dataset=training,
+                eval_dataset=held_out,
+                data_collator=collate,
+                objective=loss,
+                is_new=is_new,
+                new_learning_rate=run.new_learning_rate or run.learning_rate,
+            )
+            if not run.progress:
+                _silence(trainer)
+            began = time.perf_counter()
+            trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+            after = trainer.evaluate()["eval_loss"]
+            seconds = time.perf_counter() - began
+            values = trained_values(trainer)
+        except BaseException:
+            kept.undo()
+            raise
+        kept.take(values)
     losses = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
     epochs = trainer.state.epoch or 0.0
     return Stage(name, round(training.tokens * epochs), trainer.state.global_step, seconds, losses[0], after)

@@ -18,7 +18,7 @@ from ..errors import InputError, InvalidModelError
 from ..observers import real_queries, watching, why_unseen
 from ..verification import without_cache
 from .data import Collate, rows_of
-from .kept import Kept
+from .kept import Flags
 from .trainer import Run, Stage, train
 
 DEFAULTS: dict[str, Any] = dict(learning_rate=1e-2, batch_size=4)
@@ -46,28 +46,25 @@ def transfer(model: nn.Module, data: Any, *, tokenizer: Any = None, context: int
     if not watchers:
         raise InvalidModelError(f"nothing can be transferred: {'; '.join(sorted(set(reasons.values())))}")
     rows = rows_of(model, data, tokenizer, context)
-    names = {f"{site.name}.{name}": p for site in watchers for name, p in _of(model, site.name)}
-    kept = Kept(model, names)
+    trained = [p for watcher in watchers.values() for p in watcher.module.parameters()]
+    flags = Flags(model)
     try:
         for parameter in model.parameters():
             parameter.requires_grad_(False)
-        for parameter in names.values():
+        for parameter in trained:
             parameter.requires_grad_(True)
         with watching(model, watchers):
-            module = _Transfer(model, list(watchers.values()))
             stage = train(
                 "transfer",
-                module,
-                lambda wrapped, inputs: wrapped(**inputs)["loss"],
+                _Transfer(model, list(watchers.values())),
+                lambda module, inputs: module(**inputs)["loss"],
                 lambda name: True,
                 rows,
                 Collate.of(model),
                 settings,
             )
-    except BaseException:
-        kept.undo()
-        raise
-    kept.rollback()
+    finally:
+        flags.restore()
     return dataclasses.replace(stage, model=model)
 
 
@@ -139,10 +136,6 @@ class _Transfer(nn.Module):
         return self.sites.load_state_dict(
             {name.removeprefix("sites."): value for name, value in state_dict.items()}
         )
-
-
-def _of(model: nn.Module, name: str) -> list[tuple[str, nn.Parameter]]:
-    return list(model.get_submodule(name).named_parameters())
 
 
 def _why_not(module: Any, site: Any) -> str:

@@ -7,16 +7,17 @@ import dataclasses
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from ..adapters import lora_config, require_peft
 from ..adapters import merge as merge_adapter
+from ..apply import Transaction
 from ..checkpoint import state_of
 from ..errors import ConfigError, InvalidModelError
 from ..plan import LinearizeState
 from ..verification import without_cache
 from .data import Collate, rows_of
-from .kept import Kept, put
+from .kept import Flags, put
 from .objective import Objective
 from .trainer import Run, Stage, train
 
@@ -68,22 +69,13 @@ def tune(
         arguments=without_cache(model, {}),
     )
     children = {site.child for site in state.plan.sites}
-    trained = dict(model.named_parameters()) if method == "full" else {}
-    kept = Kept(model, trained)
-    values: dict[str, Tensor] = {}
+    before, flags = Transaction(model), Flags(model)
     try:
         module = model
         if method == "lora":
             module = require_peft().get_peft_model(model, lora_config(model, **(lora or {})))
-        elif not any(p.requires_grad for p in model.parameters()):
+        elif not any(parameter.requires_grad for parameter in model.parameters()):
             raise InvalidModelError("no parameter requires gradients: nothing can be tuned")
-
-        def finish(trainer: Any) -> None:
-            whole = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
-            if method == "full" or merge:
-                whole = merge_adapter(whole) if method == "lora" else whole
-                values.update({name: p.detach() for name, p in whole.named_parameters()})
-
         with _at_rest(teacher):
             stage = train(
                 "tune",
@@ -93,15 +85,18 @@ def tune(
                 rows,
                 Collate.of(model),
                 settings,
-                finish,
             )
+        if method == "full" or not merge:
+            return dataclasses.replace(stage, model=module)
+        merged = {name: p.detach() for name, p in merge_adapter(module).named_parameters()}
     except BaseException:
-        kept.undo()
+        before.rollback()
+        flags.restore()
         raise
-    if not values:
-        return dataclasses.replace(stage, model=module)
-    kept.rollback()
-    put(model, values)
+    # PEFT put trained copies in the place of some modules: their values go into the model's own.
+    before.rollback()
+    flags.restore()
+    put(model, merged)
     return dataclasses.replace(stage, model=model)
 
 
