@@ -13,7 +13,7 @@ from linearize.config import LinearizeConfig
 from linearize.errors import InputError
 
 STATELESS = {"softmax"}
-OPTIONS = {"softmax_window": {"window": 7}}  # the default covers every test here
+OPTIONS = {name: {"window": 7} for name in ("softmax_window", "power_window")}  # the default covers all here
 NAMED = [
     (name, augmentation)
     for name, mechanism in mechanisms.available().items()
@@ -69,7 +69,9 @@ def test_state_form_equals_parallel_form(name, augmentation, kv_layout):
     torch.testing.assert_close(module.extend(*piece, state), whole[:, :, 46:], atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("name", ("augmented", "performer", "softmax_window", "yoso", "castling"))
+@pytest.mark.parametrize(
+    "name", ("augmented", "performer", "softmax_window", "power_window", "yoso", "castling")
+)
 @torch.no_grad()
 def test_padded_tokens_change_nothing_and_give_nothing(name):
     module = build(name, True)
@@ -98,20 +100,22 @@ def test_a_rewind_that_one_part_refuses_changes_no_part():
 
 
 def test_what_has_no_constant_state_says_so():
-    for name, causal in (("softmax", True), ("softmax_window", False), ("augmented", False)):
-        spec = SiteSpec(4, 2, head_dim=8, value_dim=6, causal=causal)
+    for name in ("softmax", "softmax_window", "power_window", "augmented"):
+        spec = SiteSpec(4, 2, head_dim=8, value_dim=6, causal=name == "softmax")
         module = build_attention(spec, LinearizeConfig(mechanism=name))
         assert module.new_state(2, dtype=torch.float32, device=torch.device("cpu")) is None
 
 
-# --- softmax_window
+# --- softmax_window and power_window
+
+EITHER = pytest.mark.parametrize("name", ("softmax_window", "power_window"))
 
 
-def windowed(window: int, augmentation: bool = False) -> AttentionModule:
+def windowed(window: int, augmentation: bool = False, name: str = "softmax_window") -> AttentionModule:
     """float64, so that what differs is not rounding."""
     torch.manual_seed(0)
     config = LinearizeConfig(
-        mechanism="softmax_window",
+        mechanism=name,
         group_size=4,
         conv_taps=3,
         augmentation=augmentation,
@@ -135,10 +139,11 @@ def same(actual: torch.Tensor, expected: torch.Tensor) -> None:
     torch.testing.assert_close(actual, expected, atol=1e-12, rtol=1e-10)
 
 
+@EITHER
 @pytest.mark.parametrize("max_rewind", (0, 1, 6))
 @pytest.mark.parametrize("window", (1, 2, 9, 10, 11, 64))
-def test_a_prompt_shorter_than_the_window_exactly_it_and_longer(window, max_rewind):
-    module = windowed(window)
+def test_a_prompt_shorter_than_the_window_exactly_it_and_longer(window, max_rewind, name):
+    module = windowed(window, name=name)
     query, key, value = exact_tokens(40)
     whole = module(query, key, value)
     for prompt in (1, 9, 10, 11, 30):
@@ -151,10 +156,11 @@ def test_a_prompt_shorter_than_the_window_exactly_it_and_longer(window, max_rewi
         same(module.extend(*(x[:, :, 35:] for x in (query, key, value)), state), whole[:, :, 35:])
 
 
+@EITHER
 @pytest.mark.parametrize("window", (1, 3, 8))
 @pytest.mark.parametrize("seed", range(3))
-def test_any_order_of_pieces_rewinds_trees_and_commits_on_uneven_rows(seed, window):
-    module = windowed(window, augmentation=True)
+def test_any_order_of_pieces_rewinds_trees_and_commits_on_uneven_rows(seed, window, name):
+    module = windowed(window, True, name)
     generator = torch.Generator().manual_seed(seed)
 
     def draw(high: int, *shape: int) -> torch.Tensor:
@@ -222,11 +228,12 @@ def test_any_order_of_pieces_rewinds_trees_and_commits_on_uneven_rows(seed, wind
     assert (furthest > 3 * window).all()
 
 
+@EITHER
 @pytest.mark.parametrize("window", (1, 3, 8))
 @pytest.mark.parametrize("rows", (1, 2))
-def test_sequences_of_one_length_take_steps_trees_commits_and_rewinds_in_any_order(window, rows):
+def test_sequences_of_one_length_take_steps_trees_commits_and_rewinds_in_any_order(window, rows, name):
     """Without rows to spare in the window; trees deeper than it, on an empty state too."""
-    module = windowed(window)
+    module = windowed(window, name=name)
     torch.manual_seed(window)
     tokens = [
         torch.randn(rows, heads, 90, size, dtype=torch.float64) for heads, size in ((4, 8), (2, 8), (2, 6))
@@ -316,8 +323,9 @@ def test_the_state_of_softmax_window_keeps_its_size_and_place():
     same(module.extend(*step, copy), module.extend(*step, state))
 
 
-def test_the_state_of_softmax_window_compiles_whole():
-    module = windowed(4, augmentation=True)
+@EITHER
+def test_the_state_of_a_window_compiles_whole(name):
+    module = windowed(4, True, name)
     query, key, value = exact_tokens(12)
     whole = module(query, key, value)
     state = new_state(module)
@@ -331,9 +339,10 @@ def test_the_state_of_softmax_window_compiles_whole():
     assert state.length.tolist() == [12, 12]
 
 
+@EITHER
 @pytest.mark.parametrize("far", (-300.0, 300.0))
-def test_the_window_joins_without_overflow(far):
-    module = windowed(3)
+def test_the_window_joins_without_overflow(far, name):
+    module = windowed(3, name=name)
     module.far_weight.fill_(far)
     query, key, value = exact_tokens(20)
     query = query * 1000
@@ -348,8 +357,9 @@ def test_the_window_joins_without_overflow(far):
     same(out, whole)
 
 
-def test_softmax_window_in_half_precision_is_its_parallel_form():
-    module = windowed(4).bfloat16()
+@EITHER
+def test_a_window_in_half_precision_is_its_parallel_form(name):
+    module = windowed(4, name=name).bfloat16()
     query, key, value = (x.bfloat16() for x in tokens(30))
     whole = module(query, key, value)
     state = module.new_state(2, dtype=torch.bfloat16, device=query.device, max_rewind=2)

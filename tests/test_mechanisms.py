@@ -27,6 +27,7 @@ from linearize.mechanisms import (
     hedgehog,
     linformer,
     performer,
+    power_window,
     relu,
     rfa,
     softmax_window,
@@ -126,6 +127,22 @@ CASES: dict[str, tuple[str, dict[str, Any], Oracle]] = {
             p["key_map"],
             p["far_weight"],
             window=WINDOW,
+            scale=0.4,
+            causal=causal,
+        ),
+    ),
+    "power_window": (
+        "power_window",
+        {"window": WINDOW, "power": 4},
+        lambda q, k, v, p, causal, cross: power_window.oracle(
+            q,
+            k,
+            v,
+            p["query_map"],
+            p["key_map"],
+            p["far_weight"],
+            window=WINDOW,
+            power=4,
             scale=0.4,
             causal=causal,
         ),
@@ -406,14 +423,16 @@ def test_scores_far_beyond_exp_keep_the_window_exact() -> None:
     close(out.transpose(1, 2)[peaked.mT], sharp.transpose(1, 2)[peaked.mT], 1e-3)
 
 
+@pytest.mark.parametrize("kind", ("softmax", "power"))
 @pytest.mark.parametrize("form", ("causal", "bidirectional"))
-def test_the_window_operator_can_be_differentiated_twice(form: str) -> None:
+def test_the_window_operators_can_be_differentiated_twice(form: str, kind: str) -> None:
     query, key, value = (x.double().requires_grad_() for x in inputs(form, 9, batch=1))
     mask = torch.ones(1, 9, dtype=torch.bool)
     mask[0, 2] = False
 
     def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        out = window.softmax_window(q.unflatten(1, (2, 2)), k, v, mask, None, 3, form == "causal")
+        args = q.unflatten(1, (2, 2)), k, v, mask, None, 3, form == "causal"
+        out = window.softmax_window(*args) if kind == "softmax" else window.power_window(*args, 4)
         return out * mask[:, None, None, :, None]
 
     once, again = (
@@ -443,7 +462,8 @@ def test_a_window_never_makes_a_square_of_the_length(form: str) -> None:
     query = query.unflatten(1, (2, 2))
     mask = torch.rand(1, 4096) > 0.1
     with Largest() as seen:  # the operator is opaque to it, what is inside is not
-        window.forward(query, key, value, mask, None, None, WINDOW, form == "causal")
+        causal, weigh = form == "causal", window.softmax_weights
+        window.forward(query, key, value, mask, None, None, WINDOW, causal, weigh)
     assert 0 < seen.elements <= 4 * 4096 * 3 * WINDOW
 
 
@@ -510,7 +530,7 @@ def test_attention_dropout_is_not_applied(case: str, form: str) -> None:
 
 def test_what_the_mathematics_does_not_allow_is_refused() -> None:
     assert mechanisms.get("linformer").refusal(SPEC) is not None
-    for name in ("castling", "softmax_window"):
+    for name in ("castling", "softmax_window", "power_window"):
         assert mechanisms.get(name).refusal(SPECS["cross"]) is not None
     with pytest.raises(ConfigError, match="takes no convolution"):
         LinearizeConfig(mechanism="softmax", augmentation=True)
@@ -519,7 +539,7 @@ def test_what_the_mathematics_does_not_allow_is_refused() -> None:
 # --- compiled and exported
 
 
-@pytest.mark.parametrize("case", ("performer", "softmax_window", "yoso"))
+@pytest.mark.parametrize("case", ("performer", "softmax_window", "power_window", "yoso"))
 def test_compiles_and_exports_with_dynamic_sizes(case: str) -> None:
     module = build(case, SPEC)
 

@@ -18,7 +18,7 @@ from .base import Mechanism, Option
 
 __all__ = ["Mechanism", "Option", "available", "get"]
 
-_SHARED = frozenset({"base", "composed", "window"})
+_SHARED = frozenset({"base", "composed", "window", "windowed"})
 """Files here that are no mechanism but what mechanisms are made of."""
 
 

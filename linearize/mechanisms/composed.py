@@ -3,8 +3,8 @@
 A mechanism is described by `terms`, which maps one call's query, key and value to the arguments of core
 calls, and by `combine`, which joins the results. Both look at each token alone. So the same description gives
 every form: the parallel one here, and one decoding step, where each term keeps its own constant state (the
-sum of k^T v over finished groups, the rows of the open group and of the convolution). The two mechanisms that
-are more than core calls, `linformer` and `softmax_window`, say what they are in `mix` instead, and after a
+sum of k^T v over finished groups, the rows of the open group and of the convolution). The mechanisms that are
+more than core calls, `linformer` and those of `windowed.py`, say what they are in `mix` instead, and after a
 state in `mix_after`.
 
 What all of them share:

@@ -1,12 +1,16 @@
-"""`torch.ops.linearize.softmax_window`: softmax over nearby tokens in blocks, with the log of its sum.
+"""`torch.ops.linearize.softmax_window` and `power_window`: attention to nearby tokens in blocks.
 
-One opaque node in any graph, as the core operator is and for the same reason: seen through, the number of
-blocks would be compared with 1, and a trace on a short input would be valid for short inputs only. The
-backward recomputes the forward, so that training keeps the arguments and nothing of size [T, window].
+Both are one loop over blocks, `forward`, with another function from scores to weights. Beside the outputs
+they give the size of the weights, with which a caller joins what is farther away.
+
+Each is one opaque node in any graph, as the core operator is and for the same reason: seen through, the
+number of blocks would be compared with 1, and a trace on a short input would be valid for short inputs only.
+The backward recomputes the forward, so that training keeps the arguments and nothing of size [T, window].
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -17,6 +21,11 @@ _ARGUMENTS = (
     "Tensor query, Tensor key, Tensor value, Tensor? key_mask, SymInt? query_start, "
     "Tensor? query_start_tensor, int window, bool causal"
 )
+EPSILON = 1e-6
+"""What a power weighs more than its score says, so that no query is without weights."""
+
+Weigh = Callable[..., tuple[Tensor, Tensor]]
+"""(scores [..., S], hidden, *settings) -> weights [..., S], their size [..., 1]. hidden: bool, or None."""
 
 
 def softmax_window(
@@ -35,14 +44,66 @@ def softmax_window(
     query_start: key column of the first query if causal (None: queries are the last columns).
     -> [B, Hkv, R, T, Dv + 1], the logarithm in the last column; zeros for padded queries.
     """
-    tensor = isinstance(query_start, Tensor)
-    at = (None, query_start) if tensor else (query_start, None)
-    return _softmax_window(query, key, value, key_mask, *at, window, causal)
+    return _softmax_window(query, key, value, key_mask, *_start(query_start), window, causal)
 
 
-@torch.library.custom_op("linearize::softmax_window", mutates_args=(), schema=f"({_ARGUMENTS}) -> Tensor")
-def _softmax_window(query: Tensor, key: Tensor, value: Tensor, *options: Any) -> Tensor:
-    return forward(query, key, value, *options).contiguous()
+def power_window(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_mask: Tensor | None,
+    query_start: int | Tensor | None,
+    window: int,
+    causal: bool,
+    power: int,
+) -> Tensor:
+    """`softmax_window` with the weights of `power_weights`, and their size in the last column."""
+    return _power_window(query, key, value, key_mask, *_start(query_start), window, causal, power)
+
+
+def softmax_weights(scores: Tensor, hidden: Tensor | None) -> tuple[Tensor, Tensor]:
+    """softmax(scores), and log sum exp(scores)."""
+    if hidden is not None:
+        # Not -inf: a row without any key must have finite numbers as well.
+        scores = scores.masked_fill(hidden, torch.finfo(scores.dtype).min)
+    return scores.softmax(-1), scores.logsumexp(-1, keepdim=True)
+
+
+def power_weights(scores: Tensor, hidden: Tensor | None, power: int) -> tuple[Tensor, Tensor]:
+    """w / sum w for w = relu(1 + scores / power)^power + EPSILON, and (sum w)^(1 / power).
+
+    power: a power of two. All is relative to the row's largest base, if that is above 1, so that neither a
+    large score nor its power overflows; a row of hidden keys weighs nothing, and its size is 1.
+    """
+    base = (1 + scores / power).relu()
+    if hidden is not None:
+        base = base.masked_fill(hidden, 0)
+    largest = base.detach().amax(-1, keepdim=True).clamp(min=1)
+    weights = to_power(base / largest, power) + EPSILON * to_power(1 / largest, power)
+    if hidden is not None:
+        weights = weights.masked_fill(hidden, 0)
+    total = weights.sum(-1, keepdim=True)
+    total = torch.where(total > 0, total, torch.ones_like(total))
+    return weights / total, largest * _root(total, power)
+
+
+def to_power(x: Tensor, power: int) -> Tensor:
+    """x^power for a power of two, by squaring."""
+    for _ in range(power.bit_length() - 1):
+        x = x * x
+    return x
+
+
+def _root(x: Tensor, power: int) -> Tensor:
+    """x^(1 / power) for a power of two."""
+    for _ in range(power.bit_length() - 1):
+        x = x.sqrt()
+    return x
+
+
+def _start(query_start: int | Tensor | None) -> tuple[int | None, Tensor | None]:
+    """As an int and as a tensor, one of them None."""
+    return (None, query_start) if isinstance(query_start, Tensor) else (query_start, None)
 
 
 def forward(
@@ -54,8 +115,9 @@ def forward(
     query_start_tensor: Tensor | None,
     window: int,
     causal: bool,
+    weigh: Weigh,
 ) -> Tensor:
-    """The operator seen through: arguments as in `softmax_window`, the start as an int or as a tensor.
+    """The operators seen through: arguments as in `softmax_window`, the start as an int or as a tensor.
 
     Everything is counted in ranks, real tokens before a token: queries of a call have consecutive ranks.
     Block n holds `block` of them; all its keys are the ranks from `before` ahead of it to `after` past it.
@@ -96,11 +158,9 @@ def forward(
 
     rows = F.pad(query, (0, 0, 0, blocks * block - length)).unflatten(3, (-1, block)).transpose(2, 3)
     scores = (rows.flatten(3, 4) @ near_keys).unflatten(3, (-1, block))  # [B, Hkv, N, R, block, span]
-    # Not -inf: a row without any key must have finite numbers as well.
-    scores = scores.masked_fill(~seen, torch.finfo(scores.dtype).min)
-    log_sum = scores.logsumexp(-1, keepdim=True)
-    out = (scores.softmax(-1).flatten(3, 4) @ near_values.mT).unflatten(3, (-1, block))
-    joined = torch.cat([out, log_sum], dim=-1).transpose(2, 3).flatten(3, 4)[:, :, :, :length]
+    weights, size = weigh(scores, ~seen)
+    out = (weights.flatten(3, 4) @ near_values.mT).unflatten(3, (-1, block))
+    joined = torch.cat([out, size], dim=-1).transpose(2, 3).flatten(3, 4)[:, :, :, :length]
     return joined if back is None else _take(joined, back) * real[:, None, None, :, None]
 
 
@@ -112,46 +172,58 @@ def _take(x: Tensor, index: Tensor) -> Tensor:
     return x.gather(-2, index.expand(*x.shape[:-2], index.shape[-2], x.shape[-1]))
 
 
-@_softmax_window.register_fake
-def _fake(query: Tensor, key: Tensor, value: Tensor, *options: Any) -> Tensor:
-    return query.new_empty((*query.shape[:4], value.shape[3] + 1))
+def _operator(name: str, weigh: Weigh, settings: str = "") -> Any:
+    """Register `linearize::{name}` and its derivative. settings: what `weigh` takes besides, as a schema."""
+    arguments = _ARGUMENTS + settings
+
+    def run(*inputs: Any) -> Tensor:
+        shared, own = inputs[:8], inputs[8:]
+        return forward(*shared, lambda scores, hidden: weigh(scores, hidden, *own))
+
+    @torch.library.custom_op(f"linearize::{name}", mutates_args=(), schema=f"({arguments}) -> Tensor")
+    def operator(*inputs: Any) -> Tensor:
+        return run(*inputs).contiguous()
+
+    @operator.register_fake
+    def _fake(query: Tensor, key: Tensor, value: Tensor, *options: Any) -> Tensor:
+        return query.new_empty((*query.shape[:4], value.shape[3] + 1))
+
+    # Not a `custom_op`: those run with autograd switched off for good, and this one differentiates inside.
+    derivative = f"linearize::{name}_backward"
+    torch.library.define(derivative, f"(Tensor grad, {arguments}) -> (Tensor, Tensor, Tensor)")
+
+    @torch.library.impl(derivative, "CompositeExplicitAutograd")
+    def _backward_impl(grad: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
+        leaves = [x.detach().requires_grad_() for x in inputs[:3]]
+        with torch.enable_grad():
+            out = run(*leaves, *inputs[3:])
+        return tuple(x.contiguous() for x in torch.autograd.grad(out, leaves, grad))
+
+    @torch.library.register_fake(derivative)
+    def _backward_fake(grad: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
+        return tuple(x.new_empty(x.shape) for x in inputs[:3])
+
+    def save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.is_tensor = [isinstance(item, Tensor) for item in inputs]
+        ctx.others = [None if isinstance(item, Tensor) else item for item in inputs]
+        ctx.save_for_backward(*(item for item in inputs if isinstance(item, Tensor)))
+
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        saved = iter(ctx.saved_tensors)
+        inputs = [
+            next(saved) if there else other for there, other in zip(ctx.is_tensor, ctx.others, strict=True)
+        ]
+        needed, rest = ctx.needs_input_grad[:3], (None,) * (len(inputs) - 3)
+        if torch.is_grad_enabled():  # the caller will differentiate the gradients again
+            wanted = [x for x, need in zip(inputs[:3], needed, strict=True) if need]
+            found = iter(torch.autograd.grad(run(*inputs), wanted, grad, create_graph=True))
+            return (*(next(found) if need else None for need in needed), *rest)
+        grads = getattr(torch.ops.linearize, f"{name}_backward")(grad, *inputs)
+        return (*(x if need else None for x, need in zip(grads, needed, strict=True)), *rest)
+
+    operator.register_autograd(backward, setup_context=save)
+    return operator
 
 
-# Not a `custom_op`: those run with autograd switched off for good, and this one differentiates inside.
-torch.library.define(
-    "linearize::softmax_window_backward", f"(Tensor grad, {_ARGUMENTS}) -> (Tensor, Tensor, Tensor)"
-)
-
-
-@torch.library.impl("linearize::softmax_window_backward", "CompositeExplicitAutograd")
-def _backward_impl(grad: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
-    leaves = [x.detach().requires_grad_() for x in inputs[:3]]
-    with torch.enable_grad():
-        out = forward(*leaves, *inputs[3:])
-    return tuple(x.contiguous() for x in torch.autograd.grad(out, leaves, grad))
-
-
-@torch.library.register_fake("linearize::softmax_window_backward")
-def _backward_fake(grad: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
-    return tuple(x.new_empty(x.shape) for x in inputs[:3])
-
-
-def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.is_tensor = [isinstance(item, Tensor) for item in inputs]
-    ctx.others = [None if isinstance(item, Tensor) else item for item in inputs]
-    ctx.save_for_backward(*(item for item in inputs if isinstance(item, Tensor)))
-
-
-def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    saved = iter(ctx.saved_tensors)
-    inputs = [next(saved) if there else other for there, other in zip(ctx.is_tensor, ctx.others, strict=True)]
-    needed, rest = ctx.needs_input_grad[:3], (None,) * (len(inputs) - 3)
-    if torch.is_grad_enabled():  # the caller will differentiate the gradients again
-        wanted = [x for x, need in zip(inputs[:3], needed, strict=True) if need]
-        found = iter(torch.autograd.grad(forward(*inputs), wanted, grad, create_graph=True))
-        return (*(next(found) if need else None for need in needed), *rest)
-    grads = torch.ops.linearize.softmax_window_backward(grad, *inputs)
-    return (*(x if need else None for x, need in zip(grads, needed, strict=True)), *rest)
-
-
-_softmax_window.register_autograd(_backward, setup_context=_save)
+_softmax_window = _operator("softmax_window", softmax_weights)
+_power_window = _operator("power_window", power_weights, ", int power")

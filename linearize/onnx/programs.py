@@ -354,4 +354,8 @@ class _Nodes(TorchFunctionMode):
                 "the mechanism softmax_window has an ONNX form with a state only, as in a decoder; leave "
                 "other layers as softmax (`keep_softmax=`) or choose another mechanism"
             )
+        if func is torch.ops.linearize.power_window.default:
+            raise ExportError(
+                "the mechanism power_window has no ONNX form; softmax_window has one in decoders"
+            )
         return func(*args, **(kwargs or {}))
