@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from ..errors import InputError
+from ..errors import ConfigError, InputError
 from ..text import sequences
 
 IGNORED = -100
@@ -63,8 +64,9 @@ def rows_of(model: nn.Module, data: Any, tokenizer: Any = None, context: int = 5
     data: int64 `[n]` or `[B, n]`, several such, or texts with their `tokenizer`: all are joined, each text
     followed by the tokenizer's end token if it has one, and cut into blocks of `context` tokens, so that
     documents within a block see each other. A last block that is not full is dropped, unless it is the only
-    one. Or dicts of the model's keyword arguments, batches `[B, ...]` or single examples whose token ids are
-    `[T]`: these are taken apart into examples and stay as they are. Rows made earlier pass through.
+    one. Encoders read each text or sequence by itself, with the tokenizer's special tokens, and cut off at
+    `context`. Or dicts of the model's keyword arguments, batches `[B, ...]` or single examples whose token
+    ids are `[T]`: these are taken apart into examples and stay as they are. Rows made earlier pass through.
 
     Raises InputError for data that is empty, has less than two tokens, is of another kind, or has ids that
     the model's vocabulary does not.
@@ -78,11 +80,18 @@ def rows_of(model: nn.Module, data: Any, tokenizer: Any = None, context: int = 5
             raise InputError("the data holds no example: give some")
     elif any(isinstance(item, Mapping) for item in items):
         raise InputError("the data mixes dicts with token ids or texts: give one kind")
+    elif context < 2:
+        raise ConfigError(f"context is a number of tokens, 2 or more, got {context}")
+    elif is_pair(model):
+        raise InputError(
+            "an encoder-decoder learns from pairs: give dicts with input_ids, attention_mask and labels"
+        )
+    elif is_encoder(model):
+        pieces = [piece[:context] for piece in sequences(items, _whole(tokenizer, context)) if len(piece)]
+        rows = [{"input_ids": piece, "attention_mask": torch.ones_like(piece)} for piece in pieces]
+        if not rows:
+            raise InputError("the data holds no token: give some text")
     else:
-        if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
-            raise InputError(
-                "an encoder-decoder learns from pairs: give dicts with input_ids, attention_mask and labels"
-            )
         rows = [{"input_ids": block} for block in _blocks(items, tokenizer, context)]
     _check_ids(model, rows)
     return Rows(rows)
@@ -158,8 +167,6 @@ def _examples(item: Mapping[str, Any]) -> list[dict[str, Tensor]]:
 
 
 def _blocks(items: Sequence[Any], tokenizer: Any, context: int) -> list[Tensor]:
-    if context < 2:
-        raise InputError(f"context is a number of tokens, 2 or more, got {context}")
     end = getattr(tokenizer, "eos_token_id", None)
     pieces: list[Tensor] = []
     for item in items:
@@ -195,6 +202,21 @@ def _check_ids(model: nn.Module, rows: Sequence[Mapping[str, Tensor]]) -> None:
                     f"{name} have the id {high if high >= size else low}, but the model's vocabulary has "
                     f"{size}: the data is from another tokenizer"
                 )
+
+
+def is_pair(model: nn.Module) -> bool:
+    """Whether the model is an encoder with a decoder."""
+    return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
+
+
+def is_encoder(model: Any) -> bool:
+    """Whether the model is one of transformers that writes no text."""
+    return hasattr(model, "can_generate") and not model.can_generate()
+
+
+def _whole(tokenizer: Any, context: int) -> Any:
+    """The tokenizer, which ends a text that is too long as it ends others."""
+    return tokenizer and partial(tokenizer, truncation=True, max_length=context)
 
 
 def vocabulary(model: nn.Module) -> int | None:

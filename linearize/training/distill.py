@@ -16,7 +16,7 @@ from ..api import linearize
 from ..calibration import Calibration, calibrate
 from ..errors import ConfigError, LinearizeError
 from ..plan import LinearizeState
-from .data import Collate, Rows, rows_of
+from .data import Collate, Rows, is_encoder, is_pair, rows_of
 from .recipes import Recipe, recipe_of
 from .trainer import Stage, table_of
 from .transfer import transfer
@@ -55,34 +55,31 @@ def distill(
     """Convert `model` unless it is, then calibrate, transfer and tune it as `recipe` says, in place.
 
     recipe: a name of `RECIPES` or a `Recipe`. data, tokenizer: see `rows_of`. teacher: the softmax original,
-    where the recipe learns from its answers; a copy is kept when `model` is converted here. config: for the
-    conversion, instead of the recipe's. tokens: most tokens of the data to use, instead of the recipe's
-    number. context: tokens per row. output_dir, resume: checkpoints of the stages, in folders of their own
+    where the recipe learns from its answers, as an encoder without labels always does; a copy is kept when
+    `model` is converted here, and only then is it calibrated. config: for the conversion, instead of the
+    recipe's. tokens: most tokens of the data to use, instead of the recipe's number. context: tokens per row
+    and calibrated sequence. output_dir, resume: checkpoints of the stages, in folders of their own
     below; going on, stages that were done are read and not repeated. run: fields of `Run` for both stages;
     transfer_settings, tune_settings: arguments of one of them.
 
     Raises what the stages raise, with the stage in the message; the model is as that stage found it.
     """
     recipe = recipe_of(recipe)
-    shared = {
-        **run,
-        **({} if context is None else {"context": context}),
-        "resume": resume,
-        "progress": progress,
-    }
+    length = recipe.context(model) if context is None else context
+    shared = {**run, "context": length, "resume": resume, "progress": progress}
     transferring = recipe.transfer and {**recipe.transfer, **shared, **(transfer_settings or {})}
     tuning = recipe.tune and {**recipe.tune, **shared, **(tune_settings or {})}
     converted = isinstance(vars(model).get("_linearize"), LinearizeState)
-    teaches = (tuning or {}).get("distill_weight", 0) > 0
-    learns_alone = teaches and teacher is None
-    if learns_alone and converted:
-        raise ConfigError(
-            "this recipe learns from the softmax original, which a converted model is no more: give teacher="
-        )
-    length = next((s["context"] for s in (transferring, tuning) if s and "context" in s), 512)
     with _stage("data"):
         rows = rows_of(model, data, tokenizer, length).first(recipe.tokens if tokens is None else tokens)
-    if learns_alone:
+    if tuning and is_encoder(model) and "labels" not in rows[0]:
+        # There is nothing else to learn from.
+        tuning = {**tuning, "distill_weight": tuning.get("distill_weight") or 1.0}
+    if tuning and tuning.get("distill_weight") and teacher is None:
+        if converted:
+            raise ConfigError(
+                "this learns from the softmax original, which a converted model is no more: give teacher="
+            )
         teacher = copy.deepcopy(model).eval()
     if not converted:
         with _stage("convert"):
@@ -121,9 +118,8 @@ def _folder(output_dir: str | Path | None, name: str) -> dict[str, Any]:
 def _batches(model: nn.Module, rows: Rows) -> Iterator[dict[str, Any]]:
     """A few rows at a time, without labels where the model needs none to run."""
     collate = Collate.of(model)
-    pair = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
     for i in range(0, len(rows), 2):
         batch = collate(rows.rows[i : i + 2])
-        if not pair:
+        if not is_pair(model):
             batch.pop("labels", None)
         yield batch

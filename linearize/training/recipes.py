@@ -9,6 +9,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from torch import nn
+
 from ..errors import ConfigError
 
 
@@ -28,10 +30,11 @@ class Recipe:
     tokens: int | None = None
     about: str = ""
 
-    @property
-    def needs_teacher(self) -> bool:
-        """The original is to answer along with the model."""
-        return bool((self.tune or {}).get("distill_weight"))
+    def context(self, model: nn.Module) -> int:
+        """Tokens per row: as the recipe has it, or as many as `model` has positions for."""
+        wanted = next((s["context"] for s in (self.transfer, self.tune) if s and "context" in s), 512)
+        places = getattr(getattr(model, "config", None), "max_position_embeddings", None)
+        return min(wanted, places) if isinstance(places, int) and places > 0 else wanted
 
 
 RECIPES: Mapping[str, Recipe] = {

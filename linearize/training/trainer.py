@@ -181,6 +181,13 @@ def train(
     return Stage(name, round(training.tokens * epochs), trainer.state.global_step, seconds, losses[0], after)
 
 
+def is_main_process() -> bool:
+    """Whether this is the one process, of those that a launcher started, that writes and prints."""
+    from accelerate import PartialState
+
+    return bool(PartialState().is_main_process)
+
+
 def _check_folder(folder: Path, resume: bool) -> None:
     if not resume and newest_checkpoint(folder) is not None:
         raise ConfigError(

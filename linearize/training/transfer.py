@@ -17,7 +17,7 @@ from ..checkpoint import state_of
 from ..errors import InputError, InvalidModelError
 from ..observers import real_queries, watching, why_unseen
 from ..verification import without_cache
-from .data import Collate, rows_of
+from .data import Collate, is_pair, rows_of
 from .kept import Flags
 from .trainer import Run, Stage, train
 
@@ -102,7 +102,7 @@ class _Transfer(nn.Module):
         self.model = model
         self.sites = nn.ModuleList(student.module for student in students)
         self._students = students
-        self._pair = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
+        self._pair = is_pair(model)
         # By whose names accelerate shards a model.
         self._no_split_modules = getattr(model, "_no_split_modules", None)
         self._keys_to_ignore_on_save = None

@@ -16,7 +16,7 @@ from ..checkpoint import state_of
 from ..errors import ConfigError, InvalidModelError
 from ..plan import LinearizeState
 from ..verification import without_cache
-from .data import Collate, rows_of
+from .data import Collate, is_pair, rows_of
 from .kept import Flags, put
 from .objective import Objective
 from .trainer import Run, Stage, train
@@ -102,8 +102,7 @@ def tune(
 
 def _shifts(model: nn.Module, state: LinearizeState) -> bool:
     """Whether logits at t are for the token at t + 1: so it is in decoders, the halves of pairs apart."""
-    pair = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
-    return not pair and any(site.spec.causal for site in state.plan.sites)
+    return not is_pair(model) and any(site.spec.causal for site in state.plan.sites)
 
 
 @contextlib.contextmanager
