@@ -27,15 +27,18 @@ WEIGHTS = "model.safetensors"
 
 
 def save(model: nn.Module, directory: str | os.PathLike[str]) -> Path:
-    """Write a converted model: weights (safetensors), plan and config. Returns the directory.
+    """Write a converted model: weights (safetensors), plan and config, and a card. Returns the directory.
 
     A transformers model is written as `save_pretrained` does and can be read by `from_pretrained` too; any
-    other module as `model.safetensors` and `linearize.json`. Other files in the directory stay. Files appear
-    whole: everything is written beside the directory first and moved in at the end.
+    other module as `model.safetensors` and `linearize.json`. Other files in the directory stay, a README.md
+    that is not our card too. Files appear whole: everything is written beside the directory first and moved
+    in at the end.
     Raises InvalidModelError for a model that is not converted, CheckpointError when the directory cannot be
     written.
     """
     from transformers import PreTrainedModel
+
+    from .card import NAME, is_ours, write_card
 
     state = state_of(model)
     target = Path(directory)
@@ -59,6 +62,9 @@ def save(model: nn.Module, directory: str | os.PathLike[str]) -> Path:
             }
             (temporary / RECORD).write_text(json.dumps(record, indent=2) + "\n")
             save_model(model, str(temporary / WEIGHTS))
+            write_card(model, temporary)
+        if not is_ours(target / NAME):
+            (temporary / NAME).unlink()
         _move_in(temporary, target)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"cannot save to {target}: {error}") from error

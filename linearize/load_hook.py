@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import os
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from transformers.quantizers import HfQuantizer
@@ -137,8 +139,11 @@ class SavesPlan(_Model):
         if generation_config.is_assistant:
             cache.activate_past_recording()
 
-    def save_pretrained(self, *args: Any, **kwargs: Any) -> Any:
-        """As `PreTrainedModel.save_pretrained`. Raises CheckpointError when the model is also quantized."""
+    def save_pretrained(
+        self, save_directory: str | os.PathLike[str], is_main_process: bool = True, *args: Any, **kwargs: Any
+    ) -> Any:
+        """As `PreTrainedModel.save_pretrained`, and a model card, unless a README.md of someone else's is
+        there. Raises CheckpointError when the model is also quantized, or the card cannot be written."""
         if getattr(self.config, "quantization_config", None) is not None:
             raise CheckpointError(
                 "a converted model that is also quantized cannot be saved: a checkpoint has one place for a "
@@ -146,9 +151,14 @@ class SavesPlan(_Model):
             )
         self.config.quantization_config = LinearizeHookConfig()
         try:
-            return super().save_pretrained(*args, **kwargs)
+            super().save_pretrained(save_directory, is_main_process, *args, **kwargs)
         finally:
             del self.config.quantization_config
+        # transformers only logs where the directory is a file.
+        if self.should_save_on_this_rank(is_main_process) and Path(save_directory).is_dir():
+            from .card import write_card
+
+            write_card(self, Path(save_directory))
 
 
 def save_with_plan(model: nn.Module) -> None:

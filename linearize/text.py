@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -47,18 +48,33 @@ def text_tokens(paths: Sequence[Path], tokenizer: Any, limit: int, context: int,
     for file, optional in files:
         if limit <= 0:
             break
-        try:
-            text = file.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            if optional:
-                continue
-            raise InputError(f"cannot read the text in {file}: {error}") from error
+        text = _read(file, optional)
         if text:
             ids = sequences(text, tokenizer)[0]
             start = draw.randint(0, max(0, len(ids) - share))
             found.append(ids[start : start + share])
             limit -= len(found[-1])
     return found
+
+
+def text_lines(paths: Sequence[Path], limit: int) -> list[str]:
+    """The lines of text files, and of those in folders, that are not blank: the first `limit`.
+
+    Raises and passes over files as `text_tokens` does.
+    """
+    files = ((file, path.is_dir()) for path in paths for file in _files(path))
+    lines = (line.strip() for file, optional in files for line in _read(file, optional).splitlines())
+    return list(itertools.islice(filter(None, lines), limit))
+
+
+def _read(file: Path, optional: bool) -> str:
+    """The text of a file; nothing where an `optional` one is no text."""
+    try:
+        return file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        if optional:
+            return ""
+        raise InputError(f"cannot read the text in {file}: {error}") from error
 
 
 def _files(path: Path) -> list[Path]:

@@ -10,18 +10,22 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from typing import Any
 
 import typer
 from rich.console import Console
 
 from ..errors import LinearizeError
-from . import about, convert, generation, onnx
+from . import about, convert, evaluation, generation, onnx, training
 
 COMMANDS: dict[str, Callable[..., None]] = {
     "version": about.version,
     "demo": about.demo,
     "inspect": convert.inspect,
     "convert": convert.convert,
+    "distill": training.distill,
+    "eval": evaluation.evaluate,
+    "lm-eval": evaluation.lm_eval,
     "generate": generation.generate,
     "mechanisms": about.mechanisms,
     "export": onnx.export,
@@ -29,6 +33,10 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "build-library": onnx.build_library,
 }
 """By the name that a user types, in the order of `linearize --help`."""
+_PASSED_ON = dict(
+    context_settings=dict(allow_extra_args=True, ignore_unknown_options=True), add_help_option=False
+)
+_SETTINGS: dict[str, dict[str, Any]] = {"lm-eval": _PASSED_ON}
 
 app = typer.Typer(
     help="Find any softmax attention in a model, prove it, and rewrite it to linear attention.",
@@ -37,7 +45,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 for _name, _command in COMMANDS.items():
-    app.command(_name)(_command)
+    app.command(_name, **_SETTINGS.get(_name, {}))(_command)
 
 
 def main() -> None:

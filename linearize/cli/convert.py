@@ -15,7 +15,7 @@ from .options import (
     Mechanism,
     Option,
     Taps,
-    layer_indices,
+    numbers,
     option_values,
 )
 from .sources import Source, copy_companions, find_source, load_source, load_tokenizer
@@ -90,7 +90,7 @@ def convert(
         conv_taps=conv_taps,
         options=option_values(option or ()),
         augmentation=augmentation,
-        layers=layer_indices(layers),
+        layers=numbers(layers, "layers"),
         keep_softmax=tuple(int(item) if item.isdigit() else item for item in keep_softmax or ()),
         on_refusal=on_refusal,
         approximate=tuple(approximate or ()),

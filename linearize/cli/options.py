@@ -51,9 +51,9 @@ def _value(text: str) -> int | float | str:
     return text
 
 
-def layer_indices(text: str) -> tuple[int, ...] | None:
-    """Numbers separated by commas; None, which is all layers, for nothing."""
+def numbers(text: str, what: str) -> tuple[int, ...] | None:
+    """Whole numbers separated by commas; None for nothing. what: names them in the error."""
     try:
         return tuple(int(part) for part in text.split(",")) if text.strip() else None
     except ValueError as error:
-        raise ConfigError(f"layers must be numbers separated by commas, got {text!r}") from error
+        raise ConfigError(f"{what} must be numbers separated by commas, got {text!r}") from error
