@@ -26,9 +26,13 @@ def sequences(data: Any, tokenizer: Any) -> list[Tensor]:
             if tokenizer is None:
                 raise InputError("texts need their tokenizer: give tokenizer=")
             item = tokenizer(item, verbose=False)["input_ids"]
-        tensor = torch.as_tensor(item)
+        wrong = InputError("data is token ids, int64 [n] or [B, n], several of these, or texts")
+        try:
+            tensor = torch.as_tensor(item)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise wrong from error
         if tensor.dim() != 1 or (tensor.is_floating_point() and len(tensor)):
-            raise InputError("data is token ids, int64 [n] or [B, n], several of these, or texts")
+            raise wrong
         found.append(tensor.long().cpu())
     return found
 

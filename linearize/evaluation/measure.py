@@ -83,7 +83,8 @@ def evaluate(
     kind = kind_of(model)
     if reference is not None and kind_of(reference) != kind:
         raise InvalidModelError(
-            f"the reference is a {kind_of(reference)} ({type(reference).__name__}) and the model a {kind}"
+            f"the model is of the kind {kind}, and the reference ({type(reference).__name__}) of the kind "
+            f"{kind_of(reference)}"
         )
     for setting, value in (("max_tokens", max_tokens), ("batch_tokens", batch_tokens)):
         if value < 1:
@@ -161,6 +162,8 @@ def _sequences(data: Any, tokenizer: Any) -> Iterator[Tensor]:
     if isinstance(data, (Tensor, str)):
         yield from sequences(data, tokenizer)
         return
+    if not isinstance(data, Iterable):
+        raise InputError(f"data is token ids, texts or dicts, got {type(data).__name__}")
     for item in data:
         if not isinstance(item, Mapping):
             # A batch [B, n] among several, or one sequence or text.
@@ -228,8 +231,6 @@ def _decoder_row(
     for ids, scored, where in _windows(stream, keep, length, max(1, batch_tokens // length)):
         outs = [logits[:, :-1][scored] for logits in map(_logits, pair.run({"input_ids": ids}, where))]
         tally.add(outs[0], outs[1] if len(outs) > 1 else None, ids[:, 1:][scored], where)
-    if not tally.tokens:
-        raise ConfigError("these lengths leave no token to score: give lengths that divide each other")
     figures = _perplexities(pair, tally)
     if decode_tokens:
         ids = stream[:length][None]
@@ -351,8 +352,10 @@ def _encoder_rows(
         return [_embeddings_row(pair, itertools.chain([first], start), None, max_tokens, speed)]
     if isinstance(data, Tensor) and data.dim() == 1:
         raise InputError("an encoder compares several texts: give token ids [B, n], or several [n]")
+    if first is None:
+        raise InputError("the data is empty: give some texts")
     texts = list(_sequences(data if isinstance(data, Tensor) else itertools.chain([first], start), tokenizer))
-    if first is None or not texts or not all(map(len, texts)):
+    if not texts or not all(map(len, texts)):
         raise InputError("the data is empty, or holds an empty text: give some texts")
     _check_vocabulary(pair, torch.cat(texts))
     limits = [_positions(model) for model in pair.all] + [getattr(tokenizer, "model_max_length", 1 << 62)]

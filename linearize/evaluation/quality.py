@@ -73,9 +73,7 @@ class Tally:
         wanted = _log_probabilities(other.to(logits.device))
         self.other_loss -= float(wanted.gather(1, chosen).double().sum())
         self.agreed += int((logits.argmax(-1) == other.to(logits.device).argmax(-1)).sum())
-        # Tokens that the reference excludes add nothing, although their logarithm is infinite.
-        terms = torch.where(wanted > -math.inf, wanted.exp() * (wanted - log_p), 0)
-        self.kl += float(terms.double().sum())
+        self.kl += _divergence(wanted, log_p)
 
     @property
     def perplexity(self) -> float:
@@ -84,6 +82,19 @@ class Tally:
     @property
     def other_perplexity(self) -> float:
         return math.exp(self.other_loss / self.tokens)
+
+
+def total_kl(original: Tensor, logits: Tensor) -> float:
+    """Sum of KL(original || other) in nats over positions, of logits `[N, vocabulary]`."""
+    pairs = zip(original.split(_ROWS), logits.split(_ROWS), strict=True)
+    return sum(_divergence(_log_probabilities(a), _log_probabilities(b.to(a.device))) for a, b in pairs)
+
+
+def _divergence(wanted: Tensor, log_p: Tensor) -> float:
+    """Sum of KL(wanted || log_p), log-probabilities both."""
+    # Tokens that the reference excludes add nothing, although their logarithm is infinite.
+    terms = torch.where(wanted > -math.inf, wanted.exp() * (wanted - log_p), 0)
+    return float(terms.double().sum())
 
 
 def _log_probabilities(logits: Tensor) -> Tensor:
