@@ -3,22 +3,38 @@
 from __future__ import annotations
 
 import json
+import zipfile
 from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
 
 
 def newest_checkpoint(folder: Path) -> Path | None:
     """The newest complete checkpoint in `folder`; None where there is none.
 
-    The Trainer writes `trainer_state.json` last, so a folder in which it can be read is whole.
+    The Trainer writes `trainer_state.json` last; but what was written before it may still have been lost when
+    a machine went down, so every file must have its end too.
     """
     for path in reversed(_checkpoints(folder)):
         try:
             state = json.loads((path / "trainer_state.json").read_text())
+            whole = all(_has_its_end(file) for file in path.iterdir())
         except (OSError, ValueError):
             continue
-        if isinstance(state, dict) and "global_step" in state:
+        if whole and isinstance(state, dict) and "global_step" in state:
             return path
     return None
+
+
+def _has_its_end(file: Path) -> bool:
+    """Whether a file of tensors is as long as it says; True for other files. Reads no tensor."""
+    if file.suffix == ".safetensors":
+        try:
+            with safe_open(file, framework="pt"):
+                return True
+        except SafetensorError:
+            return False
+    return file.suffix not in (".bin", ".pt", ".pth") or zipfile.is_zipfile(file)
 
 
 def _checkpoints(folder: Path) -> list[Path]:

@@ -228,6 +228,9 @@ def _arguments(arguments_class: Any, run: Run, folder: Path) -> Any:
         report_to=run.report_to,
         remove_unused_columns=False,
         dataloader_pin_memory=torch.cuda.is_available(),
+        # Said, because processes that a launcher started on a machine without an accelerator do not find each
+        # other otherwise: each would train alone.
+        use_cpu=not torch.accelerator.is_available(),
         seed=run.seed,
     )
     try:
