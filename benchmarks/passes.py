@@ -31,7 +31,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from linearize.attention import build_attention
 from linearize.config import LinearizeConfig
-from linearize.plan import site_spec
+from linearize.planning import site_spec
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from .apply import Transaction, finish
 from .checkpoint import state_of
 from .errors import InvalidModelError, MissingExtraError
-from .plan import LinearizeState, Plan
+from .planning import LinearizeState, Plan
 
 if TYPE_CHECKING:
     from collections.abc import Iterable

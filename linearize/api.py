@@ -25,7 +25,7 @@ from .inputs import example_inputs
 from .passes import find_attention
 from .passes.capture import capture
 from .passes.site import MatchReport, Reason
-from .plan import Plan, plan_sites
+from .planning import Plan, plan_sites
 from .seam import dispatches
 from .verification import (
     Recording,
@@ -77,7 +77,7 @@ def linearize(
     return model
 
 
-def plan(
+def planned(
     model: nn.Module,
     inputs: Any = None,
     config: LinearizeConfig | Mapping[str, Any] | None = None,

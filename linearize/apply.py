@@ -13,7 +13,7 @@ from .attention import AttentionModule, build_attention
 from .config import LinearizeConfig
 from .errors import InvalidModelError
 from .graft import apply_graft, use_no_nested_tensors
-from .plan import LinearizeState, Plan, SitePlan
+from .planning import LinearizeState, Plan, SitePlan
 from .seam import NAME, apply_seam
 from .subclass import Rewritten
 
@@ -25,26 +25,34 @@ class Transaction:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self._modules = [(module, type(module), _shallow(module)) for module in model.modules()]
+        self._modules = [Picture(module) for module in model.modules()]
         configs = {id(c): c for m in model.modules() if (c := getattr(m, "config", None)) is not None}
         self._configs = [(c, dict(vars(c))) for c in configs.values() if hasattr(c, "__dict__")]
 
     def rollback(self) -> None:
         """Restore classes, attributes, children, parameters and configs as they were."""
-        for module, cls, state in self._modules:
-            module.__class__ = cls
-            module.__dict__.clear()
-            module.__dict__.update(state)
+        for picture in self._modules:
+            picture.restore()
         for config, state in self._configs:
             vars(config).clear()
             vars(config).update(state)
 
 
-def _shallow(module: nn.Module) -> dict[str, Any]:
-    return {
-        name: copy.copy(value) if isinstance(value, dict) else value
-        for name, value in module.__dict__.items()
-    }
+class Picture:
+    """A shallow picture of one module: its class, attributes, and which children and parameters it has."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self._module, self._class = module, type(module)
+        self._attributes = {
+            name: copy.copy(value) if isinstance(value, dict) else value
+            for name, value in module.__dict__.items()
+        }
+
+    def restore(self) -> None:
+        """Make the module what it was. From then on its children and parameters are the picture's too."""
+        self._module.__class__ = self._class
+        self._module.__dict__.clear()
+        self._module.__dict__.update(self._attributes)
 
 
 def apply_plan(model: nn.Module, plan: Plan, config: LinearizeConfig) -> nn.Module:

@@ -39,7 +39,7 @@ from .passes import find_attention, lower_attention, raise_attention
 from .passes.capture import CaptureError, to_dialect
 from .passes.dynamo import fake, fake_mode, retrace
 from .passes.site import MatchReport, Reason, Site
-from .plan import child_name, kept, problem_of, site_spec
+from .planning import child_name, kept, problem_of, site_spec
 from .report import REFUSED, Report, Row, describe, rows
 
 log = logging.getLogger(__name__)

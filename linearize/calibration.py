@@ -23,7 +23,7 @@ from .checkpoint import state_of
 from .errors import InputError, InvalidModelError
 from .mechanisms.composed import widen
 from .observers import real_queries, watching, why_unseen
-from .plan import SitePlan
+from .planning import SitePlan
 from .verification import quiet_run, without_cache
 
 TOKENS = 50_000
@@ -198,15 +198,26 @@ def _rows(x: Tensor, rows: Tensor) -> Tensor:
 
 def _run(model: nn.Module, batch: Any) -> int:
     """One forward pass; returns the number of tokens."""
-    inputs = batch if isinstance(batch, Mapping) else {"input_ids": batch}
+    inputs = model_inputs(batch)
+    try:
+        model(**without_cache(model, inputs))
+    except Exception as error:
+        raise InputError(f"the model does not run on a batch: {type(error).__name__}: {error}") from error
+    return tokens_in(inputs)
+
+
+def model_inputs(batch: Any) -> dict[str, Any]:
+    """A batch as keyword arguments. Raises InputError when it is none, or empty."""
+    inputs = dict(batch) if isinstance(batch, Mapping) else {"input_ids": batch}
     tensors = [x for x in inputs.values() if isinstance(x, Tensor)]
     if not tensors or any(x.numel() == 0 for x in tensors):
         raise InputError(
             "a batch must be token ids [B, T] or a dict of the model's keyword arguments, and not empty"
         )
-    try:
-        model(**without_cache(model, inputs))
-    except Exception as error:
-        raise InputError(f"the model does not run on a batch: {type(error).__name__}: {error}") from error
-    first = tensors[0]
+    return inputs
+
+
+def tokens_in(inputs: Mapping[str, Any]) -> int:
+    """Tokens of the first tensor among a model's inputs."""
+    first = next(x for x in inputs.values() if isinstance(x, Tensor))
     return first.shape[0] * (first.shape[1] if first.dim() > 1 else 1)

@@ -17,7 +17,7 @@ from .passes.site import Reason
 
 if TYPE_CHECKING:
     from .evaluation import Evaluation
-    from .plan import LinearizeState
+    from .planning import LinearizeState
 
 NAME = "README.md"
 MARK = "<!-- linearize writes this file anew with every save; remove this line to keep your own text -->"

@@ -17,7 +17,7 @@ from torch import nn
 from .apply import apply_plan, carry, check_unconverted
 from .errors import CheckpointError, InvalidModelError
 from .load_hook import VERSION, measured_in, parse
-from .plan import LinearizeState
+from .planning import LinearizeState
 
 if TYPE_CHECKING:
     import torch

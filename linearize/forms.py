@@ -15,7 +15,7 @@ from torch import Tensor
 from . import cache as caches
 from .attention import AttentionModule
 from .errors import VerificationError
-from .plan import child_name
+from .planning import child_name
 from .subclass import original_class
 from .variant import GraftError, Variant, trace
 

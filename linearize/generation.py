@@ -20,7 +20,7 @@ from .state_layer import StateLayer
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from .plan import LinearizeState
+    from .planning import LinearizeState
 
 DRAFTERS = ("medusa", "draft", "lookup")
 LONG = 65_536

@@ -16,7 +16,7 @@ from torch import nn
 from . import cache as caches
 from .errors import VerificationError
 from .forms import Call, Variants
-from .plan import SitePlan
+from .planning import SitePlan
 from .seam import sole_child
 from .subclass import Rewritten, become
 

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel as _Model
 
     from .config import LinearizeConfig
-    from .plan import Plan
+    from .planning import Plan
 else:
     _Model = object
 
@@ -51,7 +51,7 @@ def parse(record: Any, where: str) -> tuple[Plan, LinearizeConfig]:
     """
     from .config import LinearizeConfig
     from .errors import ConfigError
-    from .plan import Plan
+    from .planning import Plan
 
     if not isinstance(record, Mapping):
         raise CheckpointError(f"{where} is not a converted checkpoint: it has no `linearize` record")

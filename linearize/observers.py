@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .attention import AttentionModule, SoftmaxAttention
-from .plan import SitePlan
+from .planning import SitePlan
 
 
 class Watcher(Protocol):

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from .config import LinearizeConfig
-    from .plan import LinearizeState
+    from .planning import LinearizeState
 
 
 REWRITE, KEEP, REFUSED, CONVERTED = "rewrite", "keep", "refused", "converted"
@@ -202,7 +202,7 @@ def inspect(
     """
     from . import api
     from .inputs import example_inputs
-    from .plan import LinearizeState, kept, layer_index, problem_of
+    from .planning import LinearizeState, kept, layer_index, problem_of
     from .verification import quiet_run
 
     name = type(model).__name__

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .masks import visible
 from .passes import canonical
-from .plan import child_name
+from .planning import child_name
 from .seam import attend, exact_call
 
 

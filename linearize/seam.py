@@ -20,7 +20,7 @@ from . import cache as caches
 from .attention import AttentionModule, SoftmaxAttention
 from .errors import InvalidModelError
 from .masks import check_structure, compact_mask, key_mask_of, new_tokens, position_mask
-from .plan import SitePlan, child_name
+from .planning import SitePlan, child_name
 from .subclass import Rewritten, become
 
 NAME = "linearize"

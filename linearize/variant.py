@@ -29,7 +29,7 @@ from .passes.axes import shape_of
 from .passes.capture import CaptureError, capture
 from .passes.raise_ import canonical_operands, emitter_for, replace_output
 from .passes.site import KVKind, Reason, Site
-from .plan import child_name
+from .planning import child_name
 from .reroll import reroll, resolve
 from .running import attend_site, item, update_cache
 

@@ -16,7 +16,7 @@ from linearize.attention import AttentionModule, SiteSpec, build_attention
 from linearize.calibration import Calibration, _Fit, calibrate
 from linearize.config import LinearizeConfig
 from linearize.errors import InputError, InvalidModelError
-from linearize.plan import SitePlan
+from linearize.planning import SitePlan
 from linearize.walkthrough import encode, held_out_text, perplexity, training_text, windows
 
 

@@ -32,7 +32,7 @@ from linearize.apply import apply_plan
 from linearize.attention import SiteSpec
 from linearize.config import LinearizeConfig
 from linearize.errors import CheckpointError, InvalidModelError
-from linearize.plan import Plan, SitePlan
+from linearize.planning import Plan, SitePlan
 
 CONFIG = LinearizeConfig(group_size=4, conv_taps=3)
 

@@ -27,7 +27,7 @@ from transformers import DynamicCache, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaAttention
 
 from linearize.api import linearize
-from linearize.api import plan as make_plan
+from linearize.api import planned as make_plan
 from linearize.apply import apply_plan
 from linearize.config import LinearizeConfig
 from linearize.errors import (
@@ -38,7 +38,7 @@ from linearize.errors import (
     RefusedError,
     VerificationError,
 )
-from linearize.plan import LinearizeState, Plan
+from linearize.planning import LinearizeState, Plan
 
 CONVERTED = ["llama", "bert", "bart", "t5", "plain", "gptj"]
 

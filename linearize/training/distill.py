@@ -15,7 +15,7 @@ from torch import nn
 from ..api import linearize
 from ..calibration import Calibration, calibrate
 from ..errors import ConfigError, LinearizeError
-from ..plan import LinearizeState
+from ..planning import LinearizeState
 from .data import Collate, Rows, is_encoder, is_pair, rows_of
 from .recipes import Recipe, recipe_of
 from .trainer import Stage, table_of

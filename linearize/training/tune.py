@@ -14,7 +14,7 @@ from ..adapters import merge as merge_adapter
 from ..apply import Transaction
 from ..checkpoint import state_of
 from ..errors import ConfigError, InvalidModelError
-from ..plan import LinearizeState
+from ..planning import LinearizeState
 from ..verification import without_cache
 from .data import Collate, is_pair, rows_of
 from .kept import Flags, put
