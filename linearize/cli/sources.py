@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -110,6 +111,13 @@ def companions(folder: Path) -> list[Path]:
         and not path.name.endswith(".index.json")
         and not path.name.startswith(".")
     ]
+
+
+def check_target(target: Path) -> None:
+    """Raises CheckpointError when a folder cannot be written there: for commands that work long before."""
+    nearest = next(path for path in (target, *target.absolute().parents) if path.exists())
+    if not (nearest.is_dir() and os.access(nearest, os.W_OK)):
+        raise CheckpointError(f"cannot write to {target}: {nearest} is no folder that can be written to")
 
 
 def copy_companions(folder: Path, target: Path) -> None:

@@ -10,7 +10,7 @@ import typer
 
 from ..errors import CheckpointError
 from .options import Approximate, Augmentation, Option, option_values
-from .sources import Source, copy_companions, find_source, is_demo, load_source, load_tokenizer
+from .sources import Source, check_target, copy_companions, find_source, is_demo, load_source, load_tokenizer
 from .terminal import console
 
 
@@ -75,6 +75,7 @@ def distill(
     folder = find_source(source)
     if out.resolve() == folder.resolve():
         raise CheckpointError(f"{out} is the model to start from; write to another folder")
+    check_target(out)
     chosen = recipe_of(recipe)
     # The demo is stored in bfloat16 and meant to run in float32, as `load_demo` has it.
     model = load_source(folder, "float32" if dtype == "auto" and is_demo(source) else dtype)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +67,14 @@ class GuardedTrainer(Trainer):
         optimizer.param_groups[:] = [group for group in optimizer.param_groups if group["params"]]
         return optimizer
 
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, *args: Any, **settings: Any) -> None:
+        with _reading(resume_from_checkpoint):
+            super()._load_from_checkpoint(resume_from_checkpoint, *args, **settings)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        with _reading(checkpoint):
+            super()._load_optimizer_and_scheduler(checkpoint)
+
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """All of it or nothing, and only weights that are numbers."""
         folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
@@ -85,6 +94,19 @@ class GuardedTrainer(Trainer):
                 f"the checkpoint of step {self.state.global_step} cannot be written to {folder.parent}: "
                 f"{error}{_kept(self.args)}; make room and go on with resume=True"
             ) from error
+
+
+@contextlib.contextmanager
+def _reading(checkpoint: str | None) -> Iterator[None]:
+    """Whatever a checkpoint does not fit makes one error."""
+    try:
+        yield
+    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise TrainingError(
+            f"the checkpoint {checkpoint} is of another run, or cannot be read: {reason}; give the model and "
+            "settings that it is of, or name another folder"
+        ) from error
 
 
 def _kept(arguments: Any) -> str:
