@@ -156,6 +156,12 @@ def test_both_models_are_left_as_they_were() -> None:
     assert torch.equal(torch.get_rng_state(), state)
 
 
+def test_dropout_is_off_in_both_models_while_they_are_measured() -> None:
+    data = [labelled(2, 11)]
+    quiet = lz.evaluate(bart(), data, reference=bart(), speed=False).rows
+    assert lz.evaluate(bart().train(), data, reference=bart().train(), speed=False).rows == quiet
+
+
 def broken(model: nn.Module) -> nn.Module:
     with torch.no_grad():
         model.get_input_embeddings().weight[int(STREAM[50])] = math.nan  # type: ignore[operator]

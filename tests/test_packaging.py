@@ -223,7 +223,8 @@ def test_an_installed_wheel_works_away_from_the_checkout(wheel: Path, tmp_path: 
 
 BLOCKED = """
 import sys
-ABSENT = {"triton", "onnx", "onnxruntime", "onnxscript", "peft", "accelerate", "sentence_transformers"}
+ABSENT = {"triton", "onnx", "onnxruntime", "onnxscript", "peft", "accelerate", "sentence_transformers",
+          "matplotlib", "lm_eval"}
 class Without:
     def __init__(self, finder):
         self.finder = finder
