@@ -1,0 +1,87 @@
+"""Perplexity, time and memory against length, as an image."""
+
+from __future__ import annotations
+
+import io
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..errors import InputError, MissingExtraError
+from ..files import write_whole
+from .result import Figures, Row
+
+if TYPE_CHECKING:
+    from .result import Evaluation
+
+FORMATS = ("png", "svg", "pdf")
+Value = Callable[[Figures, int], float | None]
+
+
+def _forward(figures: Figures, length: int) -> float | None:
+    rate = figures.forward_tokens_per_second
+    return None if rate is None else 1000 * length / rate
+
+
+def _decode(figures: Figures, length: int) -> float | None:
+    rate = figures.decode_tokens_per_second
+    return None if rate is None else 1000 / rate
+
+
+def _memory(figures: Figures, length: int) -> float | None:
+    return None if figures.cache_bytes is None else figures.cache_bytes / 1e6
+
+
+PANELS: tuple[tuple[str, Value], ...] = (
+    ("perplexity", lambda figures, length: figures.perplexity),
+    ("forward pass, ms", _forward),
+    ("decoded token, ms", _decode),
+    ("cache, MB", _memory),
+)
+
+
+def plot(evaluation: Evaluation, path: str | os.PathLike[str]) -> None:
+    """See `Evaluation.plot`."""
+    suffix = Path(path).suffix.lower().removeprefix(".")
+    if suffix not in FORMATS:
+        raise InputError(f"a plot is written as {', '.join(FORMATS)}, got {os.fspath(path)!r}")
+    sides: list[tuple[str, Callable[[Row], Figures | None]]] = [(evaluation.model, lambda row: row.model)]
+    if evaluation.reference is not None:
+        sides.insert(0, (f"{evaluation.reference}, original", lambda row: row.reference))
+    curves = [
+        (label, [(name, curve(evaluation.rows, side, value)) for name, side in sides])
+        for label, value in PANELS
+    ]
+    curves = [(label, lines) for label, lines in curves if any(len(points) > 1 for _, points in lines)]
+    if not curves:
+        raise InputError("there is nothing to draw against length: evaluate a decoder at two lengths or more")
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise MissingExtraError("plots need matplotlib: pip install 'linearize[eval]'") from error
+    figure = Figure(figsize=(4 * len(curves), 3.6), layout="constrained")
+    for axes, (label, lines) in zip(figure.subplots(1, len(curves), squeeze=False)[0], curves, strict=True):
+        for name, points in lines:
+            axes.plot(*zip(*points, strict=True), marker="o", label=name)
+        lengths = sorted({length for _, points in lines for length, _ in points})
+        axes.set(xlabel="length in tokens", ylabel=label, xscale="log", ylim=(0, None))
+        axes.set_xticks(lengths, [f"{length:,}" for length in lengths])
+        axes.minorticks_off()
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside upper center", ncols=2)
+    drawn = io.BytesIO()
+    figure.savefig(drawn, format=suffix, dpi=120)
+    write_whole(path, drawn.getvalue())
+
+
+def curve(
+    rows: Sequence[Row], side: Callable[[Row], Figures | None], value: Value
+) -> list[tuple[int, float]]:
+    """Points (length, value) of one model, where there are both."""
+    found = []
+    for row in rows:
+        figures = side(row)
+        number = None if figures is None or row.length is None else value(figures, row.length)
+        if row.length is not None and number is not None:
+            found.append((row.length, number))
+    return found
