@@ -43,16 +43,20 @@ class Picture:
 
     def __init__(self, module: nn.Module) -> None:
         self._module, self._class = module, type(module)
-        self._attributes = {
-            name: copy.copy(value) if isinstance(value, dict) else value
-            for name, value in module.__dict__.items()
+        self._attributes = dict(module.__dict__)
+        self._contents = {
+            name: dict(value) for name, value in self._attributes.items() if isinstance(value, dict)
         }
 
     def restore(self) -> None:
-        """Make the module what it was. From then on its children and parameters are the picture's too."""
+        """Make the module what it was."""
         self._module.__class__ = self._class
         self._module.__dict__.clear()
         self._module.__dict__.update(self._attributes)
+        for name, content in self._contents.items():
+            # In place: the handle of a hook knows the very dict that it is to be removed from.
+            self._attributes[name].clear()
+            self._attributes[name].update(content)
 
 
 def apply_plan(model: nn.Module, plan: Plan, config: LinearizeConfig) -> nn.Module:

@@ -45,9 +45,7 @@ def test_it_lowers_the_distance_and_changes_new_parameters_alone() -> None:
 def test_the_loss_is_what_calibration_measures(name: str) -> None:
     """Calibration reports |linear - softmax| / |softmax| of the same sites, found in another way."""
     rows = {"input_ids": ids(4)}
-    stage = lz.transfer(
-        converted(name), rows, max_steps=1, learning_rate=1e-12, held_out=0.0, batch_size=4
-    )
+    stage = lz.transfer(converted(name), rows, max_steps=1, learning_rate=1e-12, held_out=0.0, batch_size=4)
     sites = lz.calibrate(converted(name), [rows]).sites
     assert stage.before == pytest.approx(sum(site.before**2 for site in sites), rel=1e-4)
     assert stage.after == pytest.approx(stage.before, rel=1e-4)

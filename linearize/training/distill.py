@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console, ConsoleOptions, RenderResult
 from torch import nn
 
@@ -82,7 +83,8 @@ def distill(
             )
         teacher = copy.deepcopy(model).eval()
     if not converted:
-        with _stage("convert"):
+        with _stage("convert"), torch.random.fork_rng():
+            torch.manual_seed(run.get("seed", 0))  # what is drawn is drawn alike by all processes
             linearize(model, config=recipe.config if config is None else config)
     calibration = None
     stages = []

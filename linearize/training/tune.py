@@ -7,6 +7,7 @@ import dataclasses
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import torch
 from torch import nn
 
 from ..adapters import lora_config, require_peft
@@ -73,7 +74,9 @@ def tune(
     try:
         module = model
         if method == "lora":
-            module = require_peft().get_peft_model(model, lora_config(model, **(lora or {})))
+            with torch.random.fork_rng():
+                torch.manual_seed(settings.seed)  # every process of a launcher draws the same adapter
+                module = require_peft().get_peft_model(model, lora_config(model, **(lora or {})))
         elif not any(parameter.requires_grad for parameter in model.parameters()):
             raise InvalidModelError("no parameter requires gradients: nothing can be tuned")
         with _at_rest(teacher):
