@@ -5,10 +5,10 @@ transformers' Trainer (`guarded`), and `transfer`, `tune` and `distill` are the 
 machines are accelerate's matter, and so one of the launch command.
 """
 
-from .distill import Distillation, distill
+from .attention_transfer import transfer
+from .distillation import Distillation, distill
 from .recipes import RECIPES, Recipe
 from .trainer import Stage
-from .transfer import transfer
-from .tune import tune
+from .tuning import tune
 
 __all__ = ["RECIPES", "Distillation", "Recipe", "Stage", "distill", "transfer", "tune"]

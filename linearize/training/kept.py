@@ -47,7 +47,10 @@ def trained_values(trainer: Any) -> dict[str, Tensor]:
         return {name: p.data for name, p in trainer.model.named_parameters()}
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
-    return dict(get_model_state_dict(trainer.model, options=StateDictOptions(full_state_dict=True)))
+    found: dict[str, Any] = get_model_state_dict(
+        trainer.model, options=StateDictOptions(full_state_dict=True)
+    )
+    return found
 
 
 class Flags:

@@ -17,11 +17,11 @@ from ..api import linearize
 from ..calibration import Calibration, calibrate
 from ..errors import ConfigError, LinearizeError
 from ..planning import LinearizeState
+from .attention_transfer import transfer
 from .data import Collate, Rows, is_encoder, is_pair, rows_of
 from .recipes import Recipe, recipe_of
 from .trainer import Stage, table_of
-from .transfer import transfer
-from .tune import tune
+from .tuning import tune
 
 
 @dataclass(frozen=True)
