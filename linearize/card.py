@@ -141,4 +141,4 @@ def _evaluation(evaluation: Evaluation) -> Iterator[str]:
 
 
 def _line(cells: list[str]) -> str:
-    return f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |"
+    return f"| {' | '.join(cells)} |"

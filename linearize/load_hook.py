@@ -216,7 +216,7 @@ class LinearizeHook(HfQuantizer):
         from .apply import apply_plan, carry
 
         where = f"the checkpoint {getattr(model.config, 'name_or_path', '')!r}"
-        record = getattr(model.config, "linearize", None)
+        record: Any = getattr(model.config, "linearize", None)
         plan, config = parse(record, where)
         apply_plan(model, relocate(plan, model), config)
         carry(model, measured_in(record))

@@ -66,7 +66,7 @@ def test_what_was_measured_goes_with_the_checkpoint(model: Any, tmp_path: Path) 
 
 
 def test_every_line_of_the_table_has_as_many_cells(model: Any) -> None:
-    evaluation = lz.evaluate(model, DATA, reference=llama(), lengths=(8, 32), decode_tokens=2, name="a|b")
+    evaluation = lz.evaluate(model, DATA, reference=llama(), lengths=(8, 32), decode_tokens=2)
     evaluation.attach(model)
     lines = [line for line in card(model).splitlines() if line.startswith("|")]
     assert len(lines) == 2 + 4 and len({line.count("|") for line in lines}) == 1

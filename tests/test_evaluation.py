@@ -156,6 +156,22 @@ def test_both_models_are_left_as_they_were() -> None:
     assert torch.equal(torch.get_rng_state(), state)
 
 
+def test_an_adapted_model_is_measured_with_its_adapter() -> None:
+    peft = pytest.importorskip("peft")
+    model = converted("llama")
+    wanted = quick(model).rows
+    adapted = peft.get_peft_model(model, lz.lora_config(model))
+    assert all(same(a, b) for a, b in zip(quick(adapted).rows, wanted, strict=True))
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if "lora_B" in name:
+                parameter.fill_(0.1)
+    evaluation = quick(adapted)
+    assert not same(evaluation.rows[0], wanted[0])
+    with pytest.raises(InvalidModelError, match="merge"):
+        evaluation.attach(adapted)
+
+
 def test_dropout_is_off_in_both_models_while_they_are_measured() -> None:
     data = [labelled(2, 11)]
     quiet = lz.evaluate(bart(), data, reference=bart(), speed=False).rows

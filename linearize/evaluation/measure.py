@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -93,6 +94,8 @@ def evaluate(
         raise ConfigError(f"decode_tokens is at least 1, got {decode_tokens}; speed=False leaves speed out")
     if lengths is not None and (not lengths or min(lengths) < 2):
         raise ConfigError(f"lengths are 2 or more tokens, got {list(lengths)}")
+    if not isinstance(data, (Tensor, Iterable)):
+        raise InputError(f"data is token ids, texts or dicts, got {type(data).__name__}")
     wanted = None if lengths is None else sorted(set(lengths))
     with quiet_run(model), quiet_run(model if reference is None else reference):
         if kind == "decoder":
@@ -121,7 +124,7 @@ def evaluate(
 
 def kind_of(model: nn.Module) -> str:
     """What there is to measure about a model. Raises InvalidModelError for what is no transformers model."""
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     if not isinstance(model, nn.Module) or not hasattr(config, "is_encoder_decoder"):
         raise InvalidModelError(
             f"evaluate works on transformers models, got {type(model).__name__}: its config says what it is"
@@ -162,8 +165,6 @@ def _sequences(data: Any, tokenizer: Any) -> Iterator[Tensor]:
     if isinstance(data, (Tensor, str)):
         yield from sequences(data, tokenizer)
         return
-    if not isinstance(data, Iterable):
-        raise InputError(f"data is token ids, texts or dicts, got {type(data).__name__}")
     for item in data:
         if not isinstance(item, Mapping):
             # A batch [B, n] among several, or one sequence or text.
@@ -320,10 +321,7 @@ def _dicts(data: Any) -> Iterable[Mapping[str, Any]]:
 
 def _with_forward(figures: list[Figures], pair: Pair, batch: Mapping[str, Any], tokens: int) -> list[Figures]:
     """With the rate of passes over one batch."""
-    calls: list[Callable[[], object]] = [
-        lambda model=model: _run(model, batch, "the first batch")
-        for model in pair.all  # type: ignore[misc]
-    ]
+    calls = [partial(_run, model, batch, "the first batch") for model in pair.all]
     seconds = interleaved(calls, device_of(pair.model))
     return [
         replace(figure, forward_tokens_per_second=tokens / second)
@@ -344,7 +342,7 @@ def _encoder_rows(
     speed: bool,
 ) -> list[Row]:
     items = [data] if isinstance(data, (Mapping, str)) else data
-    start = iter(items)
+    start: Iterator[Any] = iter(items)
     first = next(start, None)
     if isinstance(first, Mapping):
         if wanted is not None:
@@ -405,7 +403,7 @@ def _embeddings_row(
     figures = [Figures(), Figures()]
     if speed:
         figures = _with_forward(figures, pair, *first)
-    return Row(length, tokens, *figures, cosine=cosine, spearman=correlation)
+    return Row(length, tokens, figures[0], figures[1], cosine=cosine, spearman=correlation)
 
 
 # ------------------------------------------------------------------------------------------- running
