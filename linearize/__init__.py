@@ -37,6 +37,8 @@ if TYPE_CHECKING:
     from .released_heads import load_released_heads as load_released_heads
     from .report import Report as Report
     from .report import inspect as inspect
+    from .sensitivity import Sensitivity as Sensitivity
+    from .sensitivity import plan as plan
     from .speculative import DraftModel as DraftModel
     from .speculative import Medusa as Medusa
     from .speculative import MedusaHeads as MedusaHeads
@@ -67,6 +69,8 @@ _EXPORTS = {
     "calibrate": ".calibration",
     "Evaluation": ".evaluation",
     "evaluate": ".evaluation",
+    "Sensitivity": ".sensitivity",
+    "plan": ".sensitivity",
     "LinearizeConfig": ".config",
     "AttentionModule": ".attention",
     "LinearizeError": ".errors",

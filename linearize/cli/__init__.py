@@ -16,12 +16,13 @@ import typer
 from rich.console import Console
 
 from ..errors import LinearizeError
-from . import about, convert, evaluation, generation, onnx, training
+from . import about, convert, evaluation, generation, hybrid, onnx, training
 
 COMMANDS: dict[str, Callable[..., None]] = {
     "version": about.version,
     "demo": about.demo,
     "inspect": convert.inspect,
+    "plan": hybrid.plan,
     "convert": convert.convert,
     "distill": training.distill,
     "eval": evaluation.evaluate,
