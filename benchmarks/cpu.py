@@ -99,8 +99,10 @@ class Timed:
 # ------------------------------------------------------------------------------------------- measuring
 
 
-def compare(sides: dict[str, Call], seconds: float, least: int = 1) -> dict[str, Timed]:
-    """Each side's median, turn by turn. What takes longer than a second is called once only.
+def compare(
+    sides: dict[str, Call], seconds: float, least: int = 1, *, slow: float = 1.0, rounds: int = 3
+) -> dict[str, Timed]:
+    """Each side's median, `rounds` turns or more. What takes longer than `slow` seconds is called once only.
 
     Calls of less than 5 ms are timed many at once, `least` or more: reading a clock must not count, and what
     happens only now and then must.
@@ -111,13 +113,13 @@ def compare(sides: dict[str, Call], seconds: float, least: int = 1) -> dict[str,
         if first[name][1] < 3:  # it may have loaded or compiled something
             first[name] = _sample(call, 1)
     samples = {name: [pair] for name, pair in first.items()}
-    repeated = {name: wall for name, (_, wall) in first.items() if wall < 1}
+    repeated = {name: wall for name, (_, wall) in first.items() if wall < slow}
     times = {
         name: 1 if wall > 0.005 else min(256, max(least, math.ceil(0.005 / wall)))
         for name, wall in repeated.items()
     }
     round_trip = sum(count * first[name][1] for name, count in times.items())
-    for _ in range(max(3, min(15, int(seconds / (round_trip + 1e-6))))):
+    for _ in range(max(rounds, min(15, int(seconds / (round_trip + 1e-6))))):
         for name, count in times.items():
             samples[name].append(_sample(sides[name], count))
     out = {}
@@ -369,23 +371,23 @@ def child(form: str, length: int, train: bool) -> None:
         qkv = [rows(HEADS, length, 64, torch.float32).requires_grad_(train) for _ in range(3)]
         grad = rows(HEADS, length, 64, torch.float32) if train else None
         # Fill what the process gave back since its peak, so that the peak moves with the first new byte.
-        ballast = bytearray(max(0, _peak() - psutil.Process().memory_info().rss))
-        before, cpu = _peak(), time.process_time()
+        ballast = bytearray(max(0, peak() - psutil.Process().memory_info().rss))
+        before, cpu = peak(), time.process_time()
         with torch.set_grad_enabled(train):
             out = ops.augmented_attention(*qkv, form=form, **options)
         if train:
             torch.autograd.grad(out, qkv, grad)
         spent = 1000 * (time.process_time() - cpu)
         del ballast
-        return _peak() - before, spent
+        return peak() - before, spent
 
     run(2 * GROUP)  # code and work space that any length needs
     gc.collect()
-    peak, cpu = run(length)
-    print(json.dumps(dict(peak=peak, cpu_ms=cpu, process_peak=_peak())))
+    more, cpu = run(length)
+    print(json.dumps(dict(peak=more, cpu_ms=cpu, process_peak=peak())))
 
 
-def _peak() -> int:
+def peak() -> int:
     """Bytes of this process at its peak so far."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 

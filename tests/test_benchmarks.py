@@ -21,6 +21,7 @@ import gpu  # noqa: E402
 import gpu_sections  # noqa: E402
 import measured  # noqa: E402
 import ort  # noqa: E402
+import training  # noqa: E402
 from linearize.kernels import oracle  # noqa: E402
 from measured import Row  # noqa: E402
 
@@ -353,3 +354,40 @@ def test_the_onnxruntime_benchmark_measures_both_exports(tmp_path: Path) -> None
         assert row.ratio or row.note, row
     timed = {(row.section, row.ours) for row in rows if row.ratio}
     assert {("prefill", "body"), ("decode", "body"), ("flat", "body")} <= timed
+
+
+# ------------------------------------------------------------------------------------------- training.py
+
+
+def test_the_training_benchmark_measures_time_and_memory_of_a_step(tmp_path: Path) -> None:
+    path = tmp_path / "training.json"
+    training.main(["--json", str(path)], training.Sizes(models=("demo",), lengths=(1024,), seconds=0.01))
+    rows = [measured.row_of(record) for record in json.loads(path.read_text())["rows"]]
+    assert [(row.section, row.theirs) for row in rows] == [
+        (section, side) for section in ("step", "memory") for side in ("softmax SDPA", "softmax eager")
+    ]
+    assert all(row.ratio for row in rows[:2]) and rows[0].ours_ms == rows[1].ours_ms
+    held = rows[2].details["bytes"]
+    # Gradients and AdamW's two moments, in float32, and 8 heads' scores of 4 layers on the eager side.
+    parameters = 4 * sum(p.numel() for p in generation.softmax_model("demo").parameters())
+    assert 3 * parameters < held["linear"] < 3 * parameters + 400e6
+    assert held["softmax eager"] - held["softmax SDPA"] > 4 * 8 * 1024**2 * 4
+
+
+def test_a_step_is_a_step_of_training() -> None:
+    one = training.Step("demo", "linear")
+    before = {name: p.detach().clone() for name, p in one.model.named_parameters()}
+    assert 0 < one(128) < 20
+    still = [name for name, p in one.model.named_parameters() if torch.equal(p, before[name])]
+    assert not still
+    assert training.Step("demo", "softmax eager").model.config._attn_implementation == "eager"
+    assert not training._attentions(training.Step("demo", "softmax SDPA").model)
+
+
+def test_scores_that_do_not_fit_are_not_tried(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(training, "_SHARE", 1e-9)
+    assert "do not fit" in training.refusal("demo", "softmax eager", 1024)
+    assert training.refusal("demo", "softmax SDPA", 1024) == ""
+    monkeypatch.setattr(training, "in_a_process", lambda name, side, length: 1000)
+    (sdpa, eager) = training.memory(training.Sizes(models=("demo",), lengths=(128,)))
+    assert sdpa.details["bytes"].keys() == {"linear", "softmax SDPA"} and "do not fit" in eager.note
