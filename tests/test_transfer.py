@@ -95,8 +95,10 @@ def test_a_run_goes_on_where_it_was_cut_off(tmp_path: Path) -> None:
     stored = (tmp_path / "checkpoint-3" / "model.safetensors").stat().st_size
     assert stored < 4 * sum(p.numel() for p in whole.parameters()) / 2, "only what is trained is stored"
     shutil.rmtree(tmp_path / "checkpoint-6")
+    batches: list[bool] = []
+    resumed.register_forward_hook(lambda *_: batches.append(torch.is_grad_enabled()))
     stage = lz.transfer(resumed, ids(), **settings, resume=True)
-    assert stage.steps == 6
+    assert stage.steps == 6 and len(batches) == 3 + 2, "three steps, and the loss before and after"
     for name, value in whole.state_dict().items():
         assert torch.equal(resumed.state_dict()[name], value), name
 

@@ -36,6 +36,14 @@ def same(a: nn.Module, b: nn.Module) -> bool:
     return list(one) == list(other) and all(torch.equal(one[name], other[name]) for name in one)
 
 
+def counted(model: nn.Module) -> list[bool]:
+    """Grows by one with every batch that the model is trained on."""
+    found: list[bool] = []
+    head = model.get_submodule("lm_head")
+    head.register_forward_hook(lambda module, *_: found.append(True) if module.training else None)
+    return found
+
+
 def flags(model: nn.Module) -> list[bool]:
     return [parameter.requires_grad for parameter in model.parameters()]
 
@@ -156,11 +164,13 @@ def test_a_run_goes_on_from_its_newest_whole_checkpoint(method: str, tmp_path: P
     assert {path.name for path in tmp_path.iterdir()} == {"checkpoint-4", "checkpoint-6"}
     (tmp_path / "checkpoint-6" / "trainer_state.json").unlink()  # killed while it was written
     assert newest_checkpoint(tmp_path) == tmp_path / "checkpoint-4"
+    steps = counted(resumed)
     stage = lz.tune(resumed, IDS, **settings, resume=True)
-    assert same(resumed, whole)
+    assert len(steps) == 2 and same(resumed, whole)
     assert (stage.steps, stage.before, stage.after) == (6, first.before, first.after)
+    steps = counted(again)
     lz.tune(again, IDS, **settings, resume=True)  # nothing left to do
-    assert same(again, whole)
+    assert not steps and same(again, whole)
     with pytest.raises(ConfigError, match="resume=True, or name another folder"):
         lz.tune(again, IDS, **settings)
     assert same(again, whole)
