@@ -2,8 +2,7 @@
 tokens per second and bytes of cache; an encoder's similarities against the original's.
 
 `measure` runs the models, `quality` counts, `speed` takes times and weighs caches, `similarity` compares
-embeddings, `result` holds the figures, `plot` draws them. Nothing below imports this package but the model
-card, which reads `result`.
+embeddings, `result` holds the figures, `plot` draws them, `record` keeps them with a converted model.
 """
 
 from .measure import evaluate
