@@ -177,8 +177,9 @@ def _operator(name: str, weigh: Weigh, settings: str = "") -> Any:
     arguments = _ARGUMENTS + settings
 
     def run(*inputs: Any) -> Tensor:
-        shared, own = inputs[:8], inputs[8:]
-        return forward(*shared, lambda scores, hidden: weigh(scores, hidden, *own))
+        own = inputs[8:]
+        arguments: list[Any] = [*inputs[:8], lambda scores, hidden: weigh(scores, hidden, *own)]
+        return forward(*arguments)
 
     @torch.library.custom_op(f"linearize::{name}", mutates_args=(), schema=f"({arguments}) -> Tensor")
     def operator(*inputs: Any) -> Tensor:
