@@ -88,6 +88,17 @@ def test_encoders_pairs_and_grafts(name: str, data: Any, sites: int) -> None:
         assert any(not torch.equal(p, before[n][k]) for k, p in module.named_parameters()), n
 
 
+def test_the_softmax_that_is_matched_drops_nothing() -> None:
+    dropping, plain = converted("bart"), converted("bart")
+    for module in plain.modules():
+        if isinstance(getattr(module, "dropout", None), float):
+            module.dropout = 0.0
+    for model in (dropping, plain):
+        lz.transfer(model, PAIRS, max_steps=2, held_out=0.0, warmup=0.0)
+    for name, value in plain.state_dict().items():
+        assert torch.equal(dropping.state_dict()[name], value), name
+
+
 def test_a_run_goes_on_where_it_was_cut_off(tmp_path: Path) -> None:
     settings: dict[str, Any] = dict(context=20, max_steps=6, save_steps=3, output_dir=tmp_path)
     whole, resumed = converted("llama"), converted("llama")
