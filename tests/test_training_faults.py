@@ -45,10 +45,13 @@ def test_a_killed_run_goes_on_to_the_weights_of_one_that_was_not(tmp_path: Path)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     assert checkpoints(tmp_path / "transfer") == {"checkpoint-6", "checkpoint-8"}
     assert checkpoints(tmp_path / "tune") == {"checkpoint-2", "checkpoint-4"}
-    resumed = training_worker.work("distill", save_steps=2, output_dir=str(tmp_path), resume=True)
+    # Half of tuning is left, 16 rows; a run that starts again reads 64.
+    left = training_worker.interrupted(ids(), 33, lambda: pytest.fail("it started again"))
+    run = settings(save_steps=2, output_dir=tmp_path, resume=True)
+    resumed = lz.distill(original(), left, recipe=training_worker.RECIPE, **run)
     whole = training_worker.work("distill")
-    assert same(resumed["weights"], whole["weights"])
-    assert (resumed["steps"], resumed["after"]) == (8, whole["after"])
+    assert same(dict(resumed.model.named_parameters()), whole["weights"])
+    assert (resumed.stages[-1].steps, resumed.stages[-1].after) == (8, whole["after"])
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "optimizer.pt"])
@@ -84,7 +87,7 @@ def test_without_room_for_a_checkpoint_the_earlier_one_and_the_model_stay(most: 
         resource.setrlimit(resource.RLIMIT_FSIZE, (most, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
 
     with restored_limit(), pytest.raises(TrainingError, match="step 4 cannot be written.*resume=True"):
-        lz.tune(model, training_worker.Interrupted(ids(), 13, fill), **run)
+        lz.tune(model, training_worker.interrupted(ids(), 13, fill), **run)
     assert checkpoints(tmp_path) == {"checkpoint-2"} and newest_checkpoint(tmp_path) is not None
     assert same(weights(model), before)
     sizes = {path.name: path.stat().st_size for path in (tmp_path / "checkpoint-2").iterdir()}

@@ -8,12 +8,13 @@ main one the model, saved, in OUT/NAME.
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import shutil
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -60,25 +61,33 @@ def ids(count: int = 33) -> Tensor:
 
 
 class Interrupted(Rows):
-    """Rows whose reading for training is interrupted by a call, once, after so many."""
+    """Rows whose reading for training is interrupted by a call, once, after so many in all."""
 
-    def __init__(self, rows: Tensor, reads: int, call: Callable[[], object]) -> None:
-        super().__init__([{"input_ids": row} for row in rows])
-        self.left, self.call = reads, call
+    def __init__(self, rows: Sequence[dict[str, Tensor]], tick: Callable[[], None]) -> None:
+        super().__init__(rows)
+        self.tick = tick
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
-        self.left -= 1
-        if self.left == 0:
-            self.call()
+        self.tick()
         return super().__getitem__(index)
 
     def first(self, tokens: int | None) -> Rows:
-        return self
+        return Interrupted(super().first(tokens).rows, self.tick)
 
     def split(self, share: float) -> tuple[Rows, Rows]:
         training, held_out = super().split(share)
-        self.rows = training.rows
-        return self, held_out
+        return Interrupted(training.rows, self.tick), held_out
+
+
+def interrupted(rows: Tensor, reads: int, call: Callable[[], object]) -> Interrupted:
+    """The call comes with the reading of this number."""
+    count = itertools.count(1)
+
+    def tick() -> None:
+        if next(count) == reads:
+            call()
+
+    return Interrupted([{"input_ids": row} for row in rows], tick)
 
 
 def die() -> None:
@@ -106,7 +115,7 @@ def work(kind: str, *, dies_at: int | None = None, without: str | None = None, *
         if count > 1:
             torch.distributed.barrier()
     model: Any = converted()
-    data = ids() if dies_at is None or rank != count - 1 else Interrupted(ids(), dies_at, die)
+    data = ids() if dies_at is None or rank != count - 1 else interrupted(ids(), dies_at, die)
     if kind == "distill":
         model = original()
         stage = lz.distill(model, data, recipe=RECIPE, **settings(**more)).stages[-1]

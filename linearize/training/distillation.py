@@ -68,15 +68,16 @@ def distill(
     recipe = recipe_of(recipe)
     length = recipe.context(model) if context is None else context
     shared = {**run, "context": length, "resume": resume, "progress": progress}
-    transferring = recipe.transfer and {**recipe.transfer, **shared, **(transfer_settings or {})}
-    tuning = recipe.tune and {**recipe.tune, **shared, **(tune_settings or {})}
+    # A stage without settings of its own is a stage too.
+    transferring = _settings(recipe.transfer, shared, transfer_settings)
+    tuning = _settings(recipe.tune, shared, tune_settings)
     converted = isinstance(vars(model).get("_linearize"), LinearizeState)
     with _stage("data"):
         rows = rows_of(model, data, tokenizer, length).first(recipe.tokens if tokens is None else tokens)
-    if tuning and is_encoder(model) and "labels" not in rows[0]:
+    if tuning is not None and is_encoder(model) and "labels" not in rows[0]:
         # There is nothing else to learn from.
         tuning = {**tuning, "distill_weight": tuning.get("distill_weight") or 1.0}
-    if tuning and tuning.get("distill_weight") and teacher is None:
+    if tuning is not None and tuning.get("distill_weight") and teacher is None:
         if converted:
             raise ConfigError(
                 "this learns from the softmax original, which a converted model is no more: give teacher="
@@ -91,13 +92,23 @@ def distill(
     if recipe.calibrate and not converted:
         with _stage("calibrate"):
             calibration = calibrate(model, _batches(model, rows), max_tokens=recipe.calibrate)
-    if transferring:
+    if transferring is not None:
         with _stage("transfer"):
             stages.append(transfer(model, rows, **transferring, **_folder(output_dir, "transfer")))
-    if tuning:
+    if tuning is not None:
         with _stage("tune"):
             stages.append(tune(model, rows, teacher=teacher, **tuning, **_folder(output_dir, "tune")))
     return Distillation(model, tuple(stages), calibration)
+
+
+def _settings(stage: Mapping[str, Any] | None, *more: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    """Those of a recipe's stage, overridden by `more`; None where the recipe leaves the stage out."""
+    if stage is None:
+        return None
+    settings = dict(stage)
+    for part in more:
+        settings.update(part or {})
+    return settings
 
 
 @contextlib.contextmanager
