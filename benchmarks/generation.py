@@ -450,6 +450,9 @@ def products(model: Any, count: int) -> Call:
 # ------------------------------------------------------------------------------------------- speculation
 
 
+TUNING: dict[str, Any] = dict(method="full", learning_rate=5e-4, new_learning_rate=1e-2, batch_size=4)
+
+
 def speculation(sizes: Sizes) -> Iterator[Row]:
     """Every model decodes the same prompts plainly and with drafters, heads trained on that model."""
     base, tokenizer = lz.load_demo()
@@ -459,7 +462,7 @@ def speculation(sizes: Sizes) -> Iterator[Row]:
     models = {"softmax": base}
     for mechanism, steps in sizes.mechanisms:
         linear = lz.linearize(copy.deepcopy(base), mechanism=mechanism)
-        walkthrough.adapt(linear, walkthrough.windows(text), steps)
+        lz.tune(linear, walkthrough.windows(text), max_steps=steps, **TUNING)
         models[f"{mechanism}, {steps} steps of tuning" if steps else mechanism] = linear
     for name, model in models.items():
         perplexity = walkthrough.perplexity(model, walkthrough.windows(held_out)[: 2 * sizes.prompts])

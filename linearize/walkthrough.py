@@ -17,20 +17,27 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from rich.console import Console
+from rich.table import Table
+from rich.text import Text
 from torch import Tensor, nn
 
 from .api import linearize
+from .calibration import calibrate
 from .checkpoint import load, save
-from .demo import load_demo
+from .demo import linear_record, load_demo
+from .errors import MissingExtraError
+from .evaluation import evaluate
 from .report import inspect
 
 WINDOW = 512
 """Tokens per window: the length the model was trained at."""
-TUNING_STEPS = 30
+CALIBRATION_WINDOWS = 24
+LENGTHS = (256, 1024, 2048, 4096)
+PROMPT = "import os\nimport sys\n\n\ndef main("
 
 
-def run(console: Console) -> None:
-    """Tell the story on `console`. Every number printed is measured in this run."""
+def run(console: Console, plot: Path) -> None:
+    """Tell the story on `console` and draw its curves into `plot`. Every number is measured in this run."""
     began = time.perf_counter()
     model, tokenizer = load_demo()
     name, text = held_out_text()
@@ -52,41 +59,47 @@ def run(console: Console) -> None:
         f"head, the output would differ.\nlargest difference of any logit: [bold]{difference:.1e}[/bold]\n"
     )
 
-    console.rule("3. convert", align="left")
+    console.rule("3. convert, calibrate, tune", align="left")
     linear, seconds = timed(lambda: linearize(copy.deepcopy(model)))
-    console.print(f"linearize(model) took {seconds:.1f} s, finding, proving and rewriting included.\n")
-    before, after = perplexity(model, ids), perplexity(linear, ids)
-    tune, tune_seconds = timed(lambda: adapt(linear, windows(encode(tokenizer, training_text()))))
-    tuned = perplexity(linear, ids)
+    console.print(f"linearize(model) took {seconds:.1f} s, finding, proving and rewriting included.")
+    calibrated = copy.deepcopy(linear)
+    text_to_fit = windows(encode(tokenizer, training_text()))[:CALIBRATION_WINDOWS]
+    report, seconds = timed(lambda: calibrate(calibrated, text_to_fit.split(2)))
+    console.print(f"calibrate(model, batches) took {seconds:.1f} s for {report.tokens} tokens, no gradient.")
+    tuned, _ = load_demo(linear=True)
+    record = linear_record()
     console.print(
-        f"perplexity on the text above:  softmax {before:.1f}   converted {after:.1f}   "
-        f"after {tune} steps of tuning ({tune_seconds:.0f} s) {tuned:.1f}\n"
-        "A conversion changes what the weights were trained for, so it hurts until the model is tuned.\n"
+        f"Tuned is the linear model that ships: distilled from the original on {record['tokens']:,} tokens, "
+        f"{record['tokens'] / record['tokens_of_original']:.0%} of what the original was trained on.\n"
     )
-    for length in (512, 2048):
-        batch = ids.flatten()[:length][None]
-        costs = [best(partial(logits, which, batch)) for which in (model, linear)]
-        console.print(
-            f"forward pass, {batch.shape[1]} tokens: softmax {costs[0]:.0f} ms, linear {costs[1]:.0f} ms"
+    models = {"softmax": model, "converted": linear, "calibrated": calibrated, "tuned": tuned}
+    table = Table("", "perplexity on the text above", "its own text", title_justify="left")
+    for label, which in models.items():
+        written = sample(which, tokenizer, PROMPT)
+        table.add_row(
+            label, f"{perplexity(which, ids):.1f}", Text(written.removeprefix(PROMPT)), end_section=True
         )
+    console.print(table)
+    console.print(f"Each continues {PROMPT!r} greedily.\n")
 
-    console.print()
-
-    console.rule("4. generate", align="left")
-    prompt = "import os\nimport sys\n\n\ndef main("
-    for label, which in (("softmax", model), ("linear, tuned", linear)):
-        console.print(f"[bold]{label}[/bold]")
-        console.print(sample(which, tokenizer, prompt), markup=False, highlight=False)
-        console.print()
+    console.rule("4. speed and memory against length", align="left")
+    found = evaluate(
+        tuned, ids.flatten(), reference=model, lengths=LENGTHS, decode_tokens=16, name=f"{name}, held out"
+    )
+    console.print(found)
+    try:
+        found.plot(plot)
+        console.print(f"The curves are in {plot}.\n")
+    except MissingExtraError as error:
+        console.print(f"No picture of the curves: {error}\n")
 
     console.rule("5. the compiler", align="left")
-    fresh = linearize(copy.deepcopy(model))
     # Inductor writes C++; without a compiler for it the rewritten graph still runs, as it is.
     inner = "inductor" if shutil.which("g++") else "aot_eager"
     compiled = torch.compile(model, backend="linearize", options={"inner": inner})
     result, seconds = timed(partial(logits, compiled, ids[:2]))
-    difference = (result - logits(fresh, ids[:2])).abs().max().item()
-    costs = [best(partial(logits, which, ids[:2])) for which in (fresh, compiled)]
+    difference = (result - logits(linear, ids[:2])).abs().max().item()
+    costs = [best(partial(logits, which, ids[:2])) for which in (linear, compiled)]
     console.print(
         f'torch.compile(model, backend="linearize") on the softmax model: {seconds:.0f} s, then by {inner}.\n'
         f"largest difference from linearize(model): {difference:.1e}\n"
@@ -95,10 +108,10 @@ def run(console: Console) -> None:
 
     console.rule("6. save and load", align="left")
     with tempfile.TemporaryDirectory() as folder:
-        path = save(linear, Path(folder) / "model")
+        path = save(tuned, Path(folder) / "model")
         size = sum(file.stat().st_size for file in path.iterdir())
         again = load(path)
-        equal = torch.equal(logits(again, ids[:2]), logits(linear, ids[:2]))
+        equal = torch.equal(logits(again, ids[:2]), logits(tuned, ids[:2]))
     console.print(f"The tuned model: {size / 1e6:.1f} MB, the same logits bit for bit after loading: {equal}")
     console.print(f"\nDone in {time.perf_counter() - began:.0f} s on {torch.get_num_threads()} threads.")
 
@@ -147,25 +160,6 @@ def loss(model: nn.Module, ids: Tensor) -> Tensor:
 def perplexity(model: nn.Module, ids: Tensor) -> float:
     """exp of the mean loss per predicted token over the windows, each on its own."""
     return math.exp(sum(loss(model, row[None]).item() for row in ids) / len(ids))
-
-
-def adapt(model: nn.Module, ids: Tensor, steps: int = TUNING_STEPS) -> int:
-    """A short, plain tuning of all parameters on windows of training text; returns the number of steps."""
-    torch.manual_seed(0)
-    new = [p for name, p in model.named_parameters() if "linear_attention" in name]
-    old = [p for name, p in model.named_parameters() if "linear_attention" not in name]
-    # The new parameters start at zero and have far to go; the old ones know most of what they need.
-    optimizer = torch.optim.AdamW(
-        [{"params": new, "lr": 1e-2}, {"params": old, "lr": 5e-4}], weight_decay=0.0
-    )
-    model.train()
-    for _ in range(steps):
-        loss(model, ids[torch.randint(len(ids), (4,))]).backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-    model.eval()
-    return steps
 
 
 def sample(model: Any, tokenizer: Any, prompt: str) -> str:

@@ -172,17 +172,18 @@ def test_a_mistake_is_one_line_exit_code_1_and_nothing_written(
     assert not places["out"].exists() and sorted(path.name for path in folder.iterdir()) == before
 
 
-def test_the_demo_tells_a_true_story(run) -> None:
-    result = run("demo", "--threads", 1)
+def test_the_demo_tells_a_true_story(run, tmp_path: Path) -> None:
+    result = run("demo", "--threads", 1, "--plot", tmp_path / "curves.png")
     assert result.code == 0, result.err
     assert "4 candidates, 4 rewrite" in result.out
     identity = float(re.search(r"largest difference of any logit:\s+(\S+)", result.out)[1])
     assert identity < 1e-4
-    softmax, raw, tuned = (
-        float(re.search(pattern, result.out)[1])
-        for pattern in (r"softmax (\d+\.\d)", r"converted (\d+\.\d)", r"of tuning \(\d+ s\) (\d+\.\d)")
+    softmax, raw, calibrated, tuned = (
+        float(re.search(rf"│ {name} +│ +(\d+\.\d)", result.out)[1])
+        for name in ("softmax", "converted", "calibrated", "tuned")
     )
-    assert softmax < tuned < raw
+    assert softmax < tuned < calibrated < raw
+    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
     compiled = float(re.search(r"largest difference from linearize\(model\):\s+(\S+)", result.out)[1])
     assert compiled < 1e-3
     assert "bit for bit after loading: True" in result.out

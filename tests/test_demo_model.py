@@ -12,7 +12,9 @@ import torch
 import torch.nn.functional as F
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
-from linearize import demo
+from linearize import demo, linearize
+from linearize.checkpoint import state_of
+from linearize.evaluation.record import measured
 
 Loaded = tuple[LlamaForCausalLM, PreTrainedTokenizerFast]
 FOLDER = Path(demo.__file__).parent / "demo_model"
@@ -43,8 +45,9 @@ def test_each_call_returns_its_own_copy(loaded: Loaded) -> None:
     assert other.model.embed_tokens.weight.data_ptr() != loaded[0].model.embed_tokens.weight.data_ptr()
 
 
-def test_the_folder_is_at_most_8_megabytes() -> None:
-    assert sum(path.stat().st_size for path in FOLDER.iterdir()) <= 8_000_000
+@pytest.mark.parametrize("folder", [FOLDER, FOLDER / "linear"])
+def test_each_model_is_at_most_8_megabytes(folder: Path) -> None:
+    assert sum(path.stat().st_size for path in folder.iterdir() if path.is_file()) <= 8_000_000
 
 
 def test_the_training_run_is_recorded_and_was_finished(loaded: Loaded, record: dict[str, Any]) -> None:
@@ -60,6 +63,28 @@ def test_perplexity_on_held_out_source_is_the_recorded_one(loaded: Loaded, recor
     ids = tokenizer(tokenizer.bos_token + record["snippet"]["text"], return_tensors="pt").input_ids
     nll = F.cross_entropy(model(input_ids=ids).logits[0, :-1], ids[0, 1:])
     assert math.exp(nll) == pytest.approx(record["snippet"]["perplexity"], rel=1e-3)
+
+
+@torch.no_grad()
+def test_the_linear_decoder_is_the_distilled_one(loaded: Loaded, record: dict[str, Any]) -> None:
+    model, tokenizer = demo.load_demo(linear=True)
+    assert state_of(model).config.mechanism == "augmented"
+    assert {p.dtype for p in model.parameters()} == {torch.float32} and not model.training
+    ids = tokenizer(tokenizer.bos_token + record["snippet"]["text"], return_tensors="pt").input_ids
+    losses = [
+        float(F.cross_entropy(which(input_ids=ids).logits[0, :-1], ids[0, 1:]))
+        for which in (loaded[0], model, linearize(demo.load_demo()[0]))
+    ]
+    assert losses[0] < losses[1] < losses[0] + 0.5 < losses[2]
+    how = demo.linear_record()
+    assert how["tokens_of_original"] == record["tokens_seen"] and how["tokens"] <= 0.1 * record["tokens_seen"]
+
+
+def test_its_card_has_what_was_measured() -> None:
+    card = (FOLDER / "linear" / "README.md").read_text(encoding="utf-8")
+    model, _ = demo.load_demo(linear=True)
+    (found,) = measured(model.bfloat16())
+    assert f"{found.at(512).model.perplexity:.2f}" in card and "standard library" in card
 
 
 def test_any_text_survives_the_tokenizer(loaded: Loaded) -> None:
@@ -78,5 +103,6 @@ def test_greedy_text_is_deterministic(loaded: Loaded) -> None:
 
 def test_a_missing_file_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(demo, "_FOLDER", tmp_path)
-    with pytest.raises(FileNotFoundError, match="model.safetensors"):
-        demo.load_demo()
+    for linear in (False, True):
+        with pytest.raises(FileNotFoundError, match="model.safetensors"):
+            demo.load_demo(linear)

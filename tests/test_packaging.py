@@ -173,8 +173,8 @@ def test_the_wheel_holds_one_top_level_package_with_its_data(wheel: Path) -> Non
             want.add("/".join(parts if top == "linearize" else ("linearize", *parts)))
     assert code == want
     assert "linearize/py.typed" in names
-    data = {path.name for path in (ROOT / "linearize" / "demo_model").iterdir()}
-    assert {f"linearize/demo_model/{name}" for name in data} <= set(names)
+    data = {path for path in (ROOT / "linearize" / "demo_model").rglob("*") if path.is_file()}
+    assert {path.relative_to(ROOT).as_posix() for path in data} <= set(names)
 
 
 @pytest.mark.skipif(not cpu.available(), reason=cpu.unavailable_reason() or "")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -43,6 +44,9 @@ def mechanisms() -> None:
 
 def demo(
     threads: Annotated[int, typer.Option(help="torch threads; 0 keeps torch's choice")] = 0,
+    plot: Annotated[Path, typer.Option(help="image of perplexity, time and memory against length")] = Path(
+        "linearize-demo.png"
+    ),
 ) -> None:
     """The whole story on the small decoder that ships with the package. Offline, under three minutes."""
     import torch
@@ -51,4 +55,4 @@ def demo(
 
     if threads:
         torch.set_num_threads(threads)
-    run(console(120))
+    run(console(120), plot)
