@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -44,12 +45,15 @@ class Picture:
     def __init__(self, module: nn.Module) -> None:
         self._module, self._class = module, type(module)
         self._attributes = dict(module.__dict__)
+        # A graft's graphs are a dict of another type: they hold whatever the module has become since.
         self._contents = {
-            name: dict(value) for name, value in self._attributes.items() if isinstance(value, dict)
+            name: dict(value)
+            for name, value in self._attributes.items()
+            if type(value) in (dict, OrderedDict)
         }
 
     def restore(self) -> None:
-        """Make the module what it was."""
+        """Make the module what it was; as often as wanted."""
         self._module.__class__ = self._class
         self._module.__dict__.clear()
         self._module.__dict__.update(self._attributes)

@@ -273,7 +273,6 @@ def _switchable(
             calibrated = False
         children = {site: model.get_submodule(site.name).eval() for site in plan.sites}
         before.rollback()
-        before = Transaction(model)
         with quiet_run(model):
             softmax = {path: Picture(model.get_submodule(path)) for path in plan.owners}
             # One-row masks are for models without any softmax.

@@ -163,7 +163,16 @@ def test_a_budget_is_a_number_of_layers_or_a_share_rounded_down() -> None:
 
 def test_a_search_by_ranking_gives_back_in_the_order_of_what_layers_cost_alone() -> None:
     model, ids = decoder(), batches(1)
-    found = lz.plan(model, ids, budget=2, group_size=8, search="ranking")
+    passes = []
+    handle = model.get_submodule("lm_head").register_forward_hook(lambda *_: passes.append(1))
+    calls = []
+    for search in ("greedy", "ranking"):
+        found = lz.plan(model, ids, budget=2, group_size=8, search=search)
+        calls.append(len(passes))
+        passes.clear()
+    handle.remove()
+    # Both: the original, each layer alone, none. Then the original and 4, the original and 3; or 1 each time.
+    assert calls[0] - calls[1] == 5
     costs = sorted(found.layers, key=lambda layer: -layer.alone)
     assert [set(choice.kept) for choice in found.choices] == [{x.path for x in costs[:n]} for n in range(3)]
     linear = lz.linearize(copy.deepcopy(model), config=found.config, calibrate=ids)
