@@ -52,8 +52,6 @@ CALIBRATION: Sequence[tuple[str, Settings]] = (
     ("power_window", {"augmentation": True, "options": {"window": 128}}),
     ("softmax_window", {"augmentation": True}),
     ("softmax_window", {"augmentation": True, "options": {"window": 128}}),
-    ("power_window", {"augmentation": True}),
-    ("power_window", {"augmentation": True, "options": {"window": 128}}),
 )
 CALIBRATION_TOKENS = 12_288
 
@@ -191,15 +189,15 @@ def encoder() -> Iterator[Row]:
         [torch.tensor(ids[:128]) for ids in tokenizer(texts, verbose=False)["input_ids"]]
         for texts in docstrings()
     )
-    data = [{"input_ids": ids, "attention_mask": torch.ones_like(ids)} for ids in train[:3200]]
-    judged = held_out[:300]
+    data = [{"input_ids": ids, "attention_mask": torch.ones_like(ids)} for ids in train[:960]]
+    judged = held_out[:200]
     for case, settings in PAPER.items():
         linear = lz.linearize(copy.deepcopy(original), **settings)
         row: Row = dict(case=f"MiniLM: {case}")
         row["converted"] = similarity(linear, original, judged)
-        lz.calibrate(linear, [{name: x[None] for name, x in one.items()} for one in data[:200]])
+        lz.calibrate(linear, [{name: x[None] for name, x in one.items()} for one in data[:64]])
         row["calibrated"] = similarity(linear, original, judged)
-        settings = {**TUNING, "learning_rate": 1e-4, "batch_size": 16}
+        settings = {**TUNING, "learning_rate": 2e-4, "new_learning_rate": 1e-3, "batch_size": 16}
         stage = lz.tune(linear, data, teacher=original, lm_weight=0.0, distill_weight=1.0, **settings)
         row["tuned"] = similarity(linear, original, judged)
         yield {**row, "tokens": stage.tokens, "seconds": stage.seconds}
