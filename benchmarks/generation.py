@@ -462,7 +462,8 @@ def speculation(sizes: Sizes) -> Iterator[Row]:
     models = {"softmax": base}
     for mechanism, steps in sizes.mechanisms:
         linear = lz.linearize(copy.deepcopy(base), mechanism=mechanism)
-        lz.tune(linear, walkthrough.windows(text), max_steps=steps, **TUNING)
+        if steps:
+            lz.tune(linear, walkthrough.windows(text), max_steps=steps, **TUNING)
         models[f"{mechanism}, {steps} steps of tuning" if steps else mechanism] = linear
     for name, model in models.items():
         perplexity = walkthrough.perplexity(model, walkthrough.windows(held_out)[: 2 * sizes.prompts])

@@ -359,6 +359,7 @@ def test_the_onnxruntime_benchmark_measures_both_exports(tmp_path: Path) -> None
 # ------------------------------------------------------------------------------------------- training.py
 
 
+@pytest.mark.slow
 def test_the_training_benchmark_measures_time_and_memory_of_a_step(tmp_path: Path) -> None:
     path = tmp_path / "training.json"
     training.main(["--json", str(path)], training.Sizes(models=("demo",), lengths=(1024,), seconds=0.01))

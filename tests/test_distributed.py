@@ -62,7 +62,7 @@ def alone() -> dict[str, dict[str, Any]]:
     return {kind: training_worker.work(kind) for kind in KINDS}
 
 
-@pytest.fixture(scope="module", params=["ddp", "fsdp"])
+@pytest.fixture(scope="module", params=["ddp", pytest.param("fsdp", marks=pytest.mark.slow)])
 def together(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
     """Half the batch in each of two processes, and a run that goes on from half of the first."""
     out = tmp_path_factory.mktemp(request.param)
