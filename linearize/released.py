@@ -223,7 +223,8 @@ def _new_parameters(new: Mapping[tuple[str, str], Tensor], model: nn.Module, alp
             f"{owners[0]}.local_factor stands without a grouped part, where the reference does not read it: "
             "leave the key out"
         )
-    heads = int(model.config.num_attention_heads)  # type: ignore[union-attr, arg-type]
+    settings: Any = model.config
+    heads = int(settings.num_attention_heads)
     convolution = {
         path: _causal_taps(new[path, "dwconv.weight"], new.get((path, "conv_mask")), path, heads)
         for path in present["dwconv.weight"]

@@ -34,6 +34,7 @@ class Rewritten:
     def run(
         owner: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
+        """The owner's output. Every mixin gives it."""
         raise NotImplementedError
 
 

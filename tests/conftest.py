@@ -61,3 +61,21 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     LlamaForCausalLM(config).save_pretrained(path)
     lz.load_demo()[1].save_pretrained(path)
     return path
+
+
+@pytest.fixture(scope="module")
+def converted(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny llama, converted, on disk with its tokenizer; weights so large that scores and text vary."""
+    from transformers import LlamaForCausalLM
+
+    import linearize as lz
+
+    model = lz.linearize(LlamaForCausalLM.from_pretrained(folder), group_size=8, conv_taps=4)
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "norm" not in name:
+                parameter.normal_(std=0.3)
+    path = lz.save(model, tmp_path_factory.mktemp("linear") / "model")
+    lz.load_demo()[1].save_pretrained(path)
+    return path

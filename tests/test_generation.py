@@ -27,20 +27,6 @@ LONG = 65_536
 
 
 @pytest.fixture(scope="module")
-def converted(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tiny llama, converted, on disk; weights large enough that its text does not repeat itself."""
-    model = lz.linearize(LlamaForCausalLM.from_pretrained(folder), group_size=8, conv_taps=4)
-    torch.manual_seed(1)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "norm" not in name:
-                parameter.normal_(std=0.3)
-    path = lz.save(model, tmp_path_factory.mktemp("linear") / "model")
-    lz.load_demo()[1].save_pretrained(path)
-    return path
-
-
-@pytest.fixture(scope="module")
 def others(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """A smaller decoder without a tokenizer, heads trained for it, and an encoder."""
     root = tmp_path_factory.mktemp("others")

@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from transformers import LlamaForCausalLM
 
 import linearize as lz
 
@@ -62,20 +61,6 @@ def tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
             json.dumps({**task, "output_type": kind, **fields, **MORE[kind]})
         )
     return folder
-
-
-@pytest.fixture(scope="module")
-def converted(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tiny llama, converted, on disk with its tokenizer; weights large enough that scores differ."""
-    model = lz.linearize(LlamaForCausalLM.from_pretrained(folder), group_size=8, conv_taps=4)
-    torch.manual_seed(1)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "norm" not in name:
-                parameter.normal_(std=0.3)
-    path = lz.save(model, tmp_path_factory.mktemp("linear") / "model")
-    lz.load_demo()[1].save_pretrained(path)
-    return path
 
 
 def harness(model: Any, tokenizer: Any, tasks: Path, batch_size: int) -> dict[str, list[Any]]:

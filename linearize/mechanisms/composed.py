@@ -82,7 +82,10 @@ class ComposedAttention(AttentionModule):
                 self.conv_weight.zero_()
 
     def terms(self, query: Tensor, key: Tensor, value: Tensor) -> list[Term]:
-        """query [B, H, T, D], key [B, Hkv, S, D], value [B, Hkv, S, Dv], any floating dtypes."""
+        """The core calls of one forward pass; every subclass gives them.
+
+        query [B, H, T, D], key [B, Hkv, S, D], value [B, Hkv, S, Dv], any floating dtypes.
+        """
         raise NotImplementedError
 
     def combine(self, outputs: Sequence[Tensor]) -> Tensor:

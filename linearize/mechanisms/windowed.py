@@ -41,7 +41,8 @@ if TYPE_CHECKING:
 
 
 class WindowedAttention(ComposedAttention):
-    """Subclasses give the five methods after `reset_parameters`, and extend that by `far_weight`."""
+    """Subclasses give `near`, `weigh`, `features` and `far_share`, and extend `reset_parameters` by
+    `far_weight`."""
 
     def __init__(self, spec: SiteSpec, config: LinearizeConfig) -> None:
         super().__init__(spec, config)
