@@ -25,6 +25,11 @@ class AttentionModule(nn.Module):
     Child modules of a converted model are instances of this; `spec` says which site they stand for.
     """
 
+    is_exact = False
+    """Whether this is the site's own softmax attention: every mask, bias and sink is honoured, nothing is
+    approximated, and the whole keys and values are needed.
+    """
+
     keeps_bias = False
     """`forward` takes the site's relative position bias too, as `bias` [1, H, T, S]."""
 
@@ -110,6 +115,8 @@ class SoftmaxAttention(AttentionModule):
     key_mask always is. A row that boolean masks leave empty gives zero; a row under a finite additive mask
     (transformers' `finfo.min`) gives the average that those values imply.
     """
+
+    is_exact = True
 
     def forward(
         self,
