@@ -15,9 +15,8 @@ does. Untuned it is a poor start: it was made for the exponent of a softmax.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -92,7 +91,6 @@ class AugmentedAttention(ComposedAttention):
         key_mask: Tensor | None = None,
         query_start: int | Tensor | None = None,
         mask: Tensor | None = None,
-        program: Sequence[tuple[str, Any, Tensor | None]] | None = None,
         sinks: Tensor | None = None,
         bias: Tensor | None = None,
     ) -> Tensor:

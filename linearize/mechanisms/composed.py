@@ -105,7 +105,6 @@ class ComposedAttention(AttentionModule):
         key_mask: Tensor | None = None,
         query_start: int | Tensor | None = None,
         mask: Tensor | None = None,
-        program: Sequence[tuple[str, Any, Tensor | None]] | None = None,
         sinks: Tensor | None = None,
     ) -> Tensor:
         start = query_start if self.spec.causal or self.spec.cross else None

@@ -2,21 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from ..errors import InputError
 from ..ops.state import States
 from .spec import SiteSpec
 from .summary import Summary
-
-if TYPE_CHECKING:
-    pass
 
 
 class AttentionModule(nn.Module):
@@ -49,7 +42,6 @@ class AttentionModule(nn.Module):
         key_mask: Tensor | None = None,
         query_start: int | Tensor | None = None,
         mask: Tensor | None = None,
-        program: Sequence[tuple[str, Any, Tensor | None]] | None = None,
         sinks: Tensor | None = None,
     ) -> Tensor:
         """query [B, H, T, D], key [B, Hkv, S, D], value [B, Hkv, S, Dv], not repeated -> [B, H, T, Dv].
@@ -57,11 +49,10 @@ class AttentionModule(nn.Module):
         key_mask: bool [B, S], True for real tokens. query_start: causal sites, the key column of the first
         query (default: queries are the last columns); cross-attention, the position of the first query.
 
-        mask, program and sinks are for softmax only. mask: bool (True keeps) or float (added), broadcastable
-        to [B, H, T, S]. program: the score steps of `passes.site.Step` as (kind, value, term tensor). sinks:
-        one logit per head, [H]. Other mechanisms ignore them: what those carry of them (causality, padding)
-        reaches them as spec and key_mask, and a site that needs more was refused by the planner or is
-        approximated on the user's word. Every subclass gives it.
+        mask and sinks are for softmax only. mask: bool (True keeps) or float (added), broadcastable to
+        [B, H, T, S]. sinks: one logit per head, [H]. Other mechanisms ignore them: what those carry of them
+        (causality, padding) reaches them as spec and key_mask, and a site that needs more was refused by the
+        planner or is approximated on the user's word. Every subclass gives it.
         """
         raise NotImplementedError
 
@@ -127,7 +118,6 @@ class SoftmaxAttention(AttentionModule):
         key_mask: Tensor | None = None,
         query_start: int | Tensor | None = None,
         mask: Tensor | None = None,
-        program: Sequence[tuple[str, Any, Tensor | None]] | None = None,
         sinks: Tensor | None = None,
     ) -> Tensor:
         spec = self.spec
@@ -136,7 +126,7 @@ class SoftmaxAttention(AttentionModule):
         if repeats > 1 and spec.kv_layout == "tiled":
             key, value = key.repeat(1, repeats, 1, 1), value.repeat(1, repeats, 1, 1)
         keep = None if key_mask is None else key_mask[:, None, None, :]
-        if program is None and mask is None:
+        if mask is None:
             if (
                 self._is_plain_causal(query, key, keep, query_start)
                 and spec.softcap is None
@@ -146,9 +136,9 @@ class SoftmaxAttention(AttentionModule):
                     query, key, value, None, dropout, True, scale=spec.scale, enable_gqa=repeats > 1
                 )
             keep = _both(keep, self._positional(query, key, query_start))
-        elif mask is not None and mask.dtype == torch.bool:
+        elif mask.dtype == torch.bool:
             keep, mask = _both(keep, mask), None
-        fused = program is None and sinks is None and spec.softcap is None
+        fused = sinks is None and spec.softcap is None
         if fused and (mask is None or (keep is None and mask.dtype == query.dtype)):
             return F.scaled_dot_product_attention(
                 query,
@@ -162,16 +152,12 @@ class SoftmaxAttention(AttentionModule):
 
         if repeats > 1 and spec.kv_layout == "interleaved":
             key, value = key.repeat_interleave(repeats, 1), value.repeat_interleave(repeats, 1)
-        scores = query @ key.mT
-        if program is None:
-            scores = scores * (spec.head_dim**-0.5 if spec.scale is None else spec.scale)
-            if spec.softcap is not None:
-                scores = spec.softcap * torch.tanh(scores / spec.softcap)
-            if mask is not None:
-                scores = scores + mask
-            weights = _softmax(scores, keep, sinks, sinks_first=False)
-        else:
-            weights = _run(program, scores, keep)
+        scores = query @ key.mT * (spec.head_dim**-0.5 if spec.scale is None else spec.scale)
+        if spec.softcap is not None:
+            scores = spec.softcap * torch.tanh(scores / spec.softcap)
+        if mask is not None:
+            scores = scores + mask
+        weights = _softmax(scores, keep, sinks)
         weights = F.dropout(weights.to(query.dtype), dropout, self.training)
         return (weights.to(value.dtype) @ value).to(value.dtype)
 
@@ -210,7 +196,7 @@ def _both(a: Tensor | None, b: Tensor | None) -> Tensor | None:
     return b if a is None else a if b is None else a & b
 
 
-def _softmax(scores: Tensor, keep: Tensor | None, sinks: Tensor | None, sinks_first: bool) -> Tensor:
+def _softmax(scores: Tensor, keep: Tensor | None, sinks: Tensor | None) -> Tensor:
     """float32 (or wider) weights [B, H, T, S]; sinks [H] join the denominator only."""
     scores = scores if scores.dtype == torch.float64 else scores.float()
     if keep is not None:
@@ -218,34 +204,7 @@ def _softmax(scores: Tensor, keep: Tensor | None, sinks: Tensor | None, sinks_fi
         scores = scores.masked_fill(~keep, torch.finfo(scores.dtype).min)
     if sinks is not None:
         column = sinks.reshape(1, -1, 1, 1).to(scores.dtype).expand(scores.shape[0], -1, scores.shape[2], 1)
-        joined = torch.cat([column, scores] if sinks_first else [scores, column], dim=-1).softmax(-1)
-        weights = joined[..., 1:] if sinks_first else joined[..., :-1]
+        weights = torch.cat([scores, column], dim=-1).softmax(-1)[..., :-1]
     else:
         weights = scores.softmax(-1)
     return weights if keep is None else weights.masked_fill(~keep, 0.0)
-
-
-def _run(program: Sequence[tuple[str, Any, Tensor | None]], scores: Tensor, keep: Tensor | None) -> Tensor:
-    """Apply score steps in order, then softmax. Kinds and their values: `passes.site.Step`."""
-    sinks, sinks_first = None, False
-    for kind, value, term in program:
-        if kind == "scale":
-            scores = scores * (value if term is None else term)
-        elif kind == "cap":
-            scores = value * torch.tanh(scores / value)
-        elif kind == "cast":
-            scores = scores.to(getattr(torch, str(value).removeprefix("torch.")))
-        elif kind == "causal":
-            square = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device)
-            scores = scores.masked_fill(~square.tril(), -torch.inf)
-        elif kind == "add" and term is not None:
-            scores = scores + term
-        elif kind == "fill" and term is not None:
-            scores = scores.masked_fill(term, value)
-        elif kind == "keep" and term is not None:
-            scores = scores.masked_fill(~term, -torch.inf)
-        elif kind == "sink" and term is not None:
-            sinks, sinks_first = term, value == "first"
-        else:
-            raise InputError(f"score step {kind!r} (value {value!r}) is unknown or lacks its tensor")
-    return _softmax(scores, keep, sinks, sinks_first)
