@@ -45,7 +45,7 @@ def watching(model: nn.Module, watchers: Mapping[SitePlan, Watcher]) -> Iterator
 
 def observer(watcher: Watcher, site: SitePlan) -> AttentionModule:
     """What stands in for a site's module: exact softmax, which lets `watcher` see each call."""
-    kind = _SeamObserver if site.rung == "seam" else _PlainObserver
+    kind = _InterfaceObserver if site.route == "interface" else _PlainObserver
     made = kind(watcher.module.spec)
     object.__setattr__(made, "watcher", watcher)  # not a child: it holds the module that is being replaced
     return made.train(watcher.module.training)
@@ -55,7 +55,7 @@ def why_unseen(module: Any, site: SitePlan) -> str:
     """Why what an observer shows is not all that the site's softmax depends on; empty when it is."""
     if module.keeps_bias:
         return "position_bias='local' is not fitted"
-    if site.rung == "graft" and not site.plain:
+    if site.route == "graph" and not site.plain:
         return "its own scores hold more than a scaled product, and are known to its graph alone"
     return ""
 
@@ -71,7 +71,7 @@ def real_queries(
     return key_mask[:, torch.arange(length, device=query.device) + start]
 
 
-class _SeamObserver(SoftmaxAttention):
+class _InterfaceObserver(SoftmaxAttention):
     """The site's own attention, with its whole mask, and its bias in the mask."""
 
     watcher: Watcher

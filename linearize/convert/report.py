@@ -216,7 +216,7 @@ def _converted_rows(state: LinearizeState) -> tuple[Row, ...]:
             scale=site.spec.scale,
             verdict=CONVERTED,
             reason="",
-            message=f"applied by {site.rung}",
+            message=f"applied by {site.route}",
             becomes=describe(state.config),
         )
         for site in state.plan.sites

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -119,9 +121,11 @@ class SoftmaxAttention(AttentionModule):
         query_start: int | Tensor | None = None,
         mask: Tensor | None = None,
         sinks: Tensor | None = None,
+        dropout: float | None = None,
     ) -> Tensor:
+        """As every attention module; dropout: in training, in place of the one that the spec says."""
         spec = self.spec
-        dropout = spec.dropout if self.training else 0.0
+        dropout = (spec.dropout if dropout is None else dropout) if self.training else 0.0
         repeats = spec.num_heads // spec.num_key_value_heads
         if repeats > 1 and spec.kv_layout == "tiled":
             key, value = key.repeat(1, repeats, 1, 1), value.repeat(1, repeats, 1, 1)
@@ -190,6 +194,29 @@ class SoftmaxAttention(AttentionModule):
         if spec.window is None:
             return lag >= 0
         return (lag >= 0) & (lag < spec.window) if spec.causal else lag.abs() <= spec.window
+
+
+class PlainSoftmaxAttention(SoftmaxAttention):
+    """Softmax of what a linear form is shown: the key mask and where the queries start, and nothing else.
+
+    It stands in the place of plain sites while a conversion is proved: where it equals the original, these
+    two say all that the original's masks say.
+    """
+
+    is_exact = False
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *,
+        key_mask: Tensor | None = None,
+        query_start: int | Tensor | None = None,
+        **ignored: Any,
+    ) -> Tensor:
+        """As every attention module."""
+        return super().forward(query, key, value, key_mask=key_mask, query_start=query_start)
 
 
 def _both(a: Tensor | None, b: Tensor | None) -> Tensor | None:

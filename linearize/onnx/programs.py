@@ -82,7 +82,7 @@ def plain(model: nn.Module, inputs: Any) -> Program:
     examples = example_inputs(model, inputs)
     example = {name: value for name, value in examples[0].items() if isinstance(value, Tensor)}
     fixed = {name: value for name, value in without_cache(model, examples[0]).items() if name not in example}
-    # Graphs that grafted owners make at their first call are not made inside a trace.
+    # Graphs that owners make at their first call are not made inside a trace.
     call_model(model, without_cache(model, examples[0]))
     names: list[str] = []
     shell = _Plain(model, list(example), fixed, names)

@@ -36,7 +36,7 @@ class Picture:
     def __init__(self, module: nn.Module) -> None:
         self._module, self._class = module, type(module)
         self._attributes = dict(module.__dict__)
-        # A graft's graphs are a dict of another type: they hold whatever the module has become since.
+        # A dict of another type (traced graphs) holds whatever the module has become since.
         self._contents = {
             name: dict(value)
             for name, value in self._attributes.items()
