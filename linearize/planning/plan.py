@@ -43,7 +43,7 @@ class SitePlan:
 
     path: dotted path of the owner ("" is the model itself). slot: which of the owner's sites within one call.
     route: "interface" or "graph", "" while undecided. spec: shapes and meaning. layer_index: index of the
-    layer, for `layers=` and for caches; None when the path holds no number. mask: the mask's label at discovery.
+    layer, for `layers=` and for caches; None when the path holds no number. mask: its label at discovery.
     calls: how often one forward pass of the model calls this child. source: where the attention was written.
     terms: what its scores hold beyond the spec, in the words of `Mechanism.refusal`.
     """
