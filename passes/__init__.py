@@ -8,7 +8,7 @@ from __future__ import annotations
 from .capture import CaptureError, capture
 from .pipeline import find_attention, lower_attention, raise_attention
 from .site import MatchReport, Refusal, Site
-from .steps import SCORE_STEPS, Effect, Row
+from .steps import SCORE_STEPS, Effect, StepRule
 
 __all__ = [
     "SCORE_STEPS",
@@ -16,7 +16,7 @@ __all__ = [
     "Effect",
     "MatchReport",
     "Refusal",
-    "Row",
+    "StepRule",
     "Site",
     "capture",
     "find_attention",

@@ -17,31 +17,32 @@ from .graphs import clone, prune
 from .inplace import functionalise
 from .lower import lower_site
 from .mask import MaskReader
-from .match import Walk, find_lookalikes, walk
+from .match import find_lookalikes, walk
 from .raise_ import raise_site
 from .site import MatchReport, Reason, Refusal, Site
-from .steps import SCORE_STEPS, Row
+from .steps import SCORE_STEPS, StepRule
 from .verify import find_owner, number_sites, verify
+from .walk import Rules, Walk
 
 
 def find_attention(
     graph_module: GraphModule,
     example_inputs: Sequence[Any] | None = None,
     *,
-    score_steps: Sequence[Row] = SCORE_STEPS,
+    score_steps: Sequence[StepRule] = SCORE_STEPS,
 ) -> MatchReport:
     """Every attention candidate of a graph from any front door, proved or refused; the graph is not changed.
 
     example_inputs: the positional inputs, needed for a graph that is not ATen yet
     (`torch.fx.symbolic_trace`).
-    score_steps: the table of spellings; add rows of your own with `(*SCORE_STEPS, Row(...))`.
+    score_steps: the table of spellings; add rules of your own with `(*SCORE_STEPS, StepRule(...))`.
     Raises CaptureError if the graph cannot be brought to pre-dispatch ATen.
     """
     return _analyse(graph_module, example_inputs, score_steps)
 
 
 def _analyse(
-    graph_module: GraphModule, example_inputs: Sequence[Any] | None, score_steps: Sequence[Row]
+    graph_module: GraphModule, example_inputs: Sequence[Any] | None, score_steps: Sequence[StepRule]
 ) -> MatchReport:
     """The report over a graph in the dialect with private writes and understood flex nodes spelled out.
 
@@ -83,8 +84,8 @@ def _refusal(refused: Refused, anchor: Node, culprit: Node | None = None) -> Ref
     )
 
 
-def _match(graph_module: GraphModule, score_steps: Sequence[Row]) -> MatchReport:
-    masks = MaskReader(graph_module.graph)
+def _match(graph_module: GraphModule, score_steps: Sequence[StepRule]) -> MatchReport:
+    masks, rules = MaskReader(graph_module.graph), Rules.of(score_steps)
     sites: list[Site] = []
     refusals: list[Refusal] = []
 
@@ -99,8 +100,8 @@ def _match(graph_module: GraphModule, score_steps: Sequence[Row]) -> MatchReport
         if node.target is FUSED:
             attempt(node, partial(read_fused, node))
         elif node in anchors:
-            attempt(node, partial(walk, anchors[node], score_steps))
-    for node in find_lookalikes(graph_module.graph, score_steps):
+            attempt(node, partial(walk, anchors[node], rules))
+    for node in find_lookalikes(graph_module.graph, rules):
         message = "the scores go through a sigmoid, not a softmax"
         refusals.append(_refusal(Refused(Reason.NOT_ATTENTION, node, message, "softmax"), node))
     return MatchReport(graph_module, number_sites(sites), tuple(refusals))
@@ -110,7 +111,7 @@ def raise_attention(
     graph_module: GraphModule,
     example_inputs: Sequence[Any] | None = None,
     *,
-    score_steps: Sequence[Row] = SCORE_STEPS,
+    score_steps: Sequence[StepRule] = SCORE_STEPS,
 ) -> GraphModule:
     """A graph in which every proved site is one exact `linearize::attention` call; refused sites are
     untouched.
@@ -130,7 +131,7 @@ def lower_attention(
     factory: Callable[[Site], nn.Module | None],
     example_inputs: Sequence[Any] | None = None,
     *,
-    score_steps: Sequence[Row] = SCORE_STEPS,
+    score_steps: Sequence[StepRule] = SCORE_STEPS,
 ) -> GraphModule:
     """A graph in which each proved site calls `factory(site)`; where that is None the site stays as it is.
 
