@@ -103,12 +103,15 @@ def has_effect(node: Node) -> bool:
     return bool(written_arguments(node)) or "assert" in name or "sym_constrain" in name
 
 
-def prune(graph: Graph) -> None:
-    """Erase operators whose results nobody uses (a trace keeps averaged weights that the caller threw
-    away).
+def prune(graph: Graph) -> int:
+    """Erase operators whose results nobody uses; returns how many nodes went.
+
+    A trace keeps, for example, averaged weights that the caller threw away.
     """
+    before = len(graph.nodes)
     plain = [n for n in graph.nodes if isinstance(n.target, OpOverload) or n.target is operator.getitem]
     remove_dead(graph, [n for n in plain if not n.users and not has_effect(n)])
+    return before - len(graph.nodes)
 
 
 def _only_serves(user: Node, node: Node) -> bool:
