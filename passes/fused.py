@@ -11,9 +11,9 @@ from torch.fx import Node
 
 from .anchors import Refused
 from .axes import Atom, Axis, Layout, leaves, pair, provenance, quotient, resolve, shape_of
-from .match import Traced, Walk
 from .site import Reason
 from .steps import Effect
+from .walk import PlacedEffect, Walk
 
 aten = torch.ops.aten
 FUSED = aten.scaled_dot_product_attention.default
@@ -63,7 +63,7 @@ def read_fused(node: Node) -> Walk:
         "causal": bool(given["is_causal"]),
         "dropout": float(given["dropout_p"]),
     }
-    trace = [Traced(Effect("sdpa", options, mask), (*layout, leaves(q[-2]), leaves(k[-2])))]
+    effects = [PlacedEffect(Effect("sdpa", options, mask), (*layout, leaves(q[-2]), leaves(k[-2])))]
     return Walk(
         anchor=node,
         query=query,
@@ -83,7 +83,7 @@ def read_fused(node: Node) -> Walk:
         key_feature=k[-1],
         value_feature=v[-1],
         output_layout=(*layout, leaves(q[-2]), leaves(v[-1])),
-        trace=trace,
+        effects=effects,
         body=[],
         spelling=["scaled_dot_product_attention"],
         contractions=(node,),

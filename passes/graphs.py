@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from typing import Any
 
 from torch._ops import OpOverload
 from torch.fx import Graph, GraphModule, Node
@@ -23,6 +24,26 @@ def clone(graph_module: GraphModule) -> GraphModule:
     twin = GraphModule(graph_module, graph)
     twin.meta.update(graph_module.meta)
     return twin
+
+
+def ancestors(nodes: Iterable[Node], inputs_of: Callable[[Node], Iterable[Node]] | None = None) -> set[Node]:
+    """The nodes and everything that they are computed from.
+
+    inputs_of: the inputs that count of a node; all of them by default.
+    """
+    found: set[Node] = set()
+    waiting = list(nodes)
+    while waiting:
+        node = waiting.pop()
+        if node not in found:
+            found.add(node)
+            waiting += node.all_input_nodes if inputs_of is None else inputs_of(node)
+    return found
+
+
+def attribute(node: Node) -> Any:
+    """The object that a `get_attr` node of an owned graph reads."""
+    return operator.attrgetter(str(node.target))(node.graph.owning_module)
 
 
 def written_arguments(node: Node) -> list[Node]:
@@ -82,12 +103,15 @@ def has_effect(node: Node) -> bool:
     return bool(written_arguments(node)) or "assert" in name or "sym_constrain" in name
 
 
-def prune(graph: Graph) -> None:
-    """Erase operators whose results nobody uses (a trace keeps averaged weights that the caller threw
-    away).
+def prune(graph: Graph) -> int:
+    """Erase operators whose results nobody uses; returns how many nodes went.
+
+    A trace keeps, for example, averaged weights that the caller threw away.
     """
+    before = len(graph.nodes)
     plain = [n for n in graph.nodes if isinstance(n.target, OpOverload) or n.target is operator.getitem]
     remove_dead(graph, [n for n in plain if not n.users and not has_effect(n)])
+    return before - len(graph.nodes)
 
 
 def _only_serves(user: Node, node: Node) -> bool:

@@ -11,9 +11,9 @@ from torch.fx import Node
 
 from .anchors import Refused
 from .axes import Atom, Axis, Layout, leaves, pair, resolve
-from .match import Walk, term_layout
-from .relayout import plan_relayout
+from .relayout import find_relayout
 from .site import KVKind, KVMap, Operand, Reason, Relayout
+from .walk import Walk, term_layout
 
 Partner = dict[Atom, Atom | None]
 """Canonical piece -> the piece of one operand that holds the same data, None where the operand has none."""
@@ -120,7 +120,7 @@ class Heads:
     def restore(self) -> Relayout:
         """From `[B, H, T, Dv]` to the layout of the output."""
         layout = (self.batch, self.heads, self.sequence, leaves(self.walk.value_feature))
-        relayout = plan_relayout(layout, resolve(self.walk.output_layout))
+        relayout = find_relayout(layout, resolve(self.walk.output_layout))
         if relayout is None:
             raise Refused(
                 Reason.AXES, self.walk.output, "the output of the attention repeats or drops an axis", "axes"
@@ -130,7 +130,7 @@ class Heads:
     def term(self, term: Node, layout: Layout) -> Operand:
         """A score term brought to axes that broadcast to `[B, H, T, S]`; `layout` is that of the scores."""
         target = (self.batch, self.heads, self.sequence, leaves(self.walk.key_axis))
-        relayout = plan_relayout(term_layout(self.walk.anchor, term, layout), target)
+        relayout = find_relayout(term_layout(self.walk.anchor, term, layout), target)
         if relayout is None:
             raise Refused(
                 Reason.AXES, self.walk.anchor, f"the axes of {term} do not belong to the scores", "axes"
@@ -214,7 +214,7 @@ def _operand(
         held = resolve(layout)
         if any(leaf in dropped for axis in held for leaf in axis):
             continue
-        relayout = plan_relayout(held, target, full_axes=(0, 1))
+        relayout = find_relayout(held, target, full_axes=(0, 1))
         if relayout is None:
             continue
         if all(len(axis) <= 1 for axis in held):

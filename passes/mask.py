@@ -18,8 +18,8 @@ from torch import Tensor
 from torch.fx import Graph, Node
 
 from .axes import overloads
-from .cone import Sizes, cone, evaluate, leaves
 from .contraction import read_contraction
+from .evaluate import Sizes, evaluate, value_ancestors, value_leaves
 from .relayout import move_tensor
 from .site import Mask, Operand, Pattern, Step
 
@@ -89,7 +89,7 @@ class MaskReader:
     def is_gate(self, term: Operand) -> bool:
         """A factor of the scores that is zero or one and depends on sizes alone: half of a mask such as
         `scores * m - 1e4 * (1 - m)`."""
-        if any(leaf.op == "placeholder" and _known(leaf) is None for leaf in leaves(term.node)):
+        if any(leaf.op == "placeholder" and _known(leaf) is None for leaf in value_leaves(term.node)):
             return False
         trials = _trials(self._hints, term.relayout.merged[2], term.relayout.merged[3])
         try:
@@ -147,13 +147,13 @@ def _inputs(steps: Sequence[Step]) -> tuple[list[Node], tuple[str, ...], bool]:
     found: dict[Node, None] = {}
     computed = False
     for term in _terms(steps):
-        ancestors = cone(term)
-        own = [leaf for leaf in leaves(term) if leaf.op == "placeholder" and _known(leaf) is None]
+        ancestors = value_ancestors(term)
+        own = [leaf for leaf in value_leaves(term) if leaf.op == "placeholder" and _known(leaf) is None]
         found.update(dict.fromkeys(own))
         projected = any(n.target is aten.linear.default or read_contraction(n) is not None for n in ancestors)
         computed |= len(ancestors) > MAX_NODES or bool(own and projected)
         computed |= any(leaf.meta["val"].is_floating_point() for leaf in own)
-    names = sorted({str(leaf.target) for term in _terms(steps) for leaf in leaves(term)})
+    names = sorted({str(leaf.target) for term in _terms(steps) for leaf in value_leaves(term)})
     return list(found), tuple(names), computed
 
 
@@ -186,7 +186,7 @@ def _large_integers(steps: Sequence[Step]) -> dict[int, int]:
     """Compared integers that are too large to try, and small stand-ins, in the same order of size."""
     found = set()
     for term in _terms(steps):
-        for node in cone(term):
+        for node in value_ancestors(term):
             if node.target in COMPARES:
                 found |= {abs(a) for a in node.args[1:] if type(a) is int and SMALL <= abs(a) < 2**31}
     return {large: 5 + 3 * i for i, large in enumerate(sorted(found))}

@@ -1,4 +1,4 @@
-"""Planning and emitting the data movement between a traced layout and the canonical one."""
+"""Finding and emitting the data movement between a traced layout and the canonical one."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from torch import Tensor
 from torch.fx import Graph, Node
 
 from .axes import Atom, Axis, Layout, expr, product, quotient, resolve, shape_of
-from .cone import Sizes
+from .evaluate import Sizes
 from .site import Relayout
 
 aten = torch.ops.aten
 ONE = sympy.Integer(1)
 
 
-def plan_relayout(layout: Layout, target: Sequence[Axis], full_axes: Iterable[int] = ()) -> Relayout | None:
+def find_relayout(layout: Layout, target: Sequence[Axis], full_axes: Iterable[int] = ()) -> Relayout | None:
     """How to bring a tensor laid out as `layout` to the axes `target`.
 
     A target atom the tensor does not hold becomes size one, except that a target axis which is partly held,

@@ -14,13 +14,13 @@ from torch.fx import Node
 from .anchors import Refused
 from .axes import overloads, view_source
 from .capture import module_path, source_line
-from .cone import cone
+from .evaluate import value_ancestors
 from .fused import FUSED, arguments
 from .graphs import aliased, written_arguments
 from .heads import Heads
 from .mask import MaskReader
-from .match import Traced, Walk, reads_shape_only, short_name
 from .site import Operand, Reason, Site, Step
+from .walk import PlacedEffect, Walk, reads_shape_only, short_name
 
 aten = torch.ops.aten
 
@@ -98,7 +98,7 @@ def check_terms(walk: Walk, program: Sequence[Step]) -> None:
     for step in program:
         if step.term is None:
             continue
-        for node in cone(step.term.node):
+        for node in value_ancestors(step.term.node):
             if node in body:
                 raise Refused(
                     Reason.SCORE_STEP,
@@ -168,9 +168,9 @@ def _chain(node: Node, source: Node) -> list[Node]:
 
 def _program(walk: Walk, heads: Heads, masks: MaskReader) -> tuple[Step, ...]:
     steps = []
-    for traced in walk.trace:
-        effect = traced.effect
-        term = None if effect.term is None else _term(walk, heads, traced, effect.term)
+    for placed in walk.effects:
+        effect = placed.effect
+        term = None if effect.term is None else _term(heads, placed, effect.term)
         per_key = term is not None and effect.kind in ("scale", "div") and term.relayout.merged[3] != 1
         if term is not None and per_key and not masks.is_gate(term):
             raise Refused(
@@ -183,11 +183,9 @@ def _program(walk: Walk, heads: Heads, masks: MaskReader) -> tuple[Step, ...]:
     return tuple(steps)
 
 
-def _term(walk: Walk, heads: Heads, traced: Traced, term: Node) -> Operand:
-    if traced.effect.kind == "sink":
-        layout = (*traced.layout[:-1], ())
-        return heads.term(term, layout)
-    return heads.term(term, traced.layout)
+def _term(heads: Heads, placed: PlacedEffect, term: Node) -> Operand:
+    column = placed.effect.kind == "sink"
+    return heads.term(term, (*placed.layout[:-1], ()) if column else placed.layout)
 
 
 def read_scale(program: Sequence[Step], walk: Walk) -> tuple[float | None, float | None]:
