@@ -21,7 +21,7 @@ from ..planning.config import LinearizeConfig
 from ..planning.plan import Plan, plan_sites
 from ..rewrite.apply import apply_owners, attach, check_unconverted, finish, use_compact_masks
 from ..rewrite.interface import dispatches
-from ..rewrite.snapshot import Transaction
+from ..rewrite.snapshot import Snapshot
 from .inputs import example_inputs
 from .proof import Recording, record, verify, verify_cache, verify_generation
 
@@ -47,8 +47,7 @@ def linearize(
     settings = resolve_config(config, overrides)
     check_model(model)
     examples = example_inputs(model, inputs)
-    transaction = Transaction(model)
-    try:
+    with Snapshot(model):
         with quiet_run(model):
             for example in examples:
                 run_model(model, example)
@@ -58,9 +57,6 @@ def linearize(
         finish(model, plan, settings)
         if calibrate is not None:
             calibration.calibrate(model, calibrate)
-    except BaseException:
-        transaction.rollback()
-        raise
     return model
 
 
@@ -149,7 +145,7 @@ def prove(
     by the graft.
     """
     exact = config.exact()
-    before = Transaction(model)
+    before = Snapshot(model)
     rungs = {p: "seam" if dispatches(model.get_submodule(p)) else "graft" for p in plan.owners}
     while True:
         candidate = with_rungs(plan, rungs)
@@ -160,7 +156,7 @@ def prove(
             raise RefusedError(windows, report)
         if not missed:
             break
-        before.rollback()
+        before.restore()
         stuck = [path for path in missed if rungs[path] == "graft"]
         if stuck:
             raise VerificationError(f"{stuck[0]}: {missed[stuck[0]]}; nothing was changed")

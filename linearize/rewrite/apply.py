@@ -17,7 +17,7 @@ from ..planning.state import LinearizeState
 from .graph.owner import apply_graft, use_no_nested_tensors
 from .interface import NAME, apply_seam
 from .owner import Rewritten
-from .snapshot import Transaction
+from .snapshot import Snapshot
 
 
 def apply_plan(model: nn.Module, plan: Plan, config: LinearizeConfig) -> nn.Module:
@@ -28,13 +28,9 @@ def apply_plan(model: nn.Module, plan: Plan, config: LinearizeConfig) -> nn.Modu
     the model is then unchanged.
     """
     check_unconverted(model)
-    transaction = Transaction(model)
-    try:
+    with Snapshot(model):
         apply_owners(model, plan, config)
         finish(model, plan, config)
-    except BaseException:
-        transaction.rollback()
-        raise
     return model
 
 
@@ -49,7 +45,7 @@ def check_unconverted(model: nn.Module) -> None:
 
 
 def apply_owners(model: nn.Module, plan: Plan, config: LinearizeConfig) -> None:
-    """Attach the children and rewrite every owner. Not transactional: for use inside a Transaction."""
+    """Attach the children and rewrite every owner. Does not undo itself: for use inside a Snapshot."""
     use_own_configs(model)
     for path, sites in plan.owners.items():
         try:

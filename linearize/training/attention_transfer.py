@@ -17,7 +17,7 @@ from ..calibration.observers import real_queries, watching, why_unseen
 from ..common.running import without_cache
 from ..errors import InputError, InvalidModelError
 from ..planning.state import state_of
-from ..rewrite.snapshot import Flags
+from ..rewrite.snapshot import Snapshot
 from .data import Collate, is_pair, rows_of
 from .trainer import Run, Stage, train
 
@@ -47,7 +47,7 @@ def transfer(model: nn.Module, data: Any, *, tokenizer: Any = None, context: int
         raise InvalidModelError(f"nothing can be transferred: {'; '.join(sorted(set(reasons.values())))}")
     rows = rows_of(model, data, tokenizer, context)
     trained = [p for watcher in watchers.values() for p in watcher.module.parameters()]
-    flags = Flags(model)
+    before = Snapshot(model)
     try:
         for parameter in model.parameters():
             parameter.requires_grad_(False)
@@ -64,7 +64,7 @@ def transfer(model: nn.Module, data: Any, *, tokenizer: Any = None, context: int
                 settings,
             )
     finally:
-        flags.restore()
+        before.restore()
     return dataclasses.replace(stage, model=model)
 
 

@@ -29,7 +29,7 @@ from ..planning.config import LinearizeConfig
 from ..planning.plan import Plan
 from ..planning.state import state_of
 from ..rewrite.apply import apply_owners
-from ..rewrite.snapshot import Picture, Transaction
+from ..rewrite.snapshot import Snapshot
 
 MEASURED_TOKENS = 8192
 """Tokens that divergences are measured on, unless asked for more."""
@@ -237,7 +237,7 @@ def _give_back(
 class _Layers:
     """The attention owners of a model, each switched between softmax and its linear form."""
 
-    def __init__(self, plan: Plan, softmax: Mapping[str, Picture], linear: Mapping[str, Picture]) -> None:
+    def __init__(self, plan: Plan, softmax: Mapping[str, Snapshot], linear: Mapping[str, Snapshot]) -> None:
         self.plan, self._softmax, self._linear = plan, softmax, linear
         self.paths = tuple(plan.owners)
         self._kept: frozenset[str] = frozenset()
@@ -263,7 +263,7 @@ def _switchable(
 
     Afterwards it is as it was.
     """
-    before = Transaction(model)
+    before = Snapshot(model)
     try:
         linearize(model, inputs, config)
         plan = state_of(model).plan
@@ -273,17 +273,17 @@ def _switchable(
         except InvalidModelError:  # the mechanism has nothing to fit
             calibrated = False
         children = {site: model.get_submodule(site.name).eval() for site in plan.sites}
-        before.rollback()
+        before.restore()
         with quiet_run(model):
-            softmax = {path: Picture(model.get_submodule(path)) for path in plan.owners}
+            softmax = {path: Snapshot(model.get_submodule(path), inside=False) for path in plan.owners}
             # One-row masks are for models without any softmax.
             apply_owners(model, dataclasses.replace(plan, compact_masks=False), config)
             for site, child in children.items():
                 model.get_submodule(site.path).add_module(site.child, child)
-            linear = {path: Picture(model.get_submodule(path)) for path in plan.owners}
+            linear = {path: Snapshot(model.get_submodule(path), inside=False) for path in plan.owners}
             yield _Layers(plan, softmax, linear), calibrated
     finally:
-        before.rollback()
+        before.restore()
 
 
 class _Meter:

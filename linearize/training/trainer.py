@@ -19,7 +19,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from ..errors import ConfigError, MissingExtraError, TrainingError
-from ..rewrite.snapshot import Kept, trained_values
+from ..rewrite.snapshot import Snapshot
 from .checkpoints import newest_checkpoint
 from .data import Collate, Rows
 
@@ -153,8 +153,8 @@ def train(
         arguments = _arguments(arguments_class, run, folder)
         if run.output_dir is not None:
             _check_folder(folder, run.resume)
-        kept = Kept(module)
-        try:
+        trained = [name for name, parameter in module.named_parameters() if parameter.requires_grad]
+        with Snapshot(module, keep="values") as before:
             trainer = trainer_class(
                 module,
                 arguments,
@@ -171,14 +171,23 @@ def train(
             trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
             after = trainer.evaluate()["eval_loss"]
             seconds = time.perf_counter() - began
-            values = trained_values(trainer)
-        except BaseException:
-            kept.undo()
-            raise
-        kept.take(values)
+            values = _parameters(trainer)
+        before.restore({name: values[name] for name in trained})
     losses = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
     epochs = trainer.state.epoch or 0.0
     return Stage(name, round(training.tokens * epochs), trainer.state.global_step, seconds, losses[0], after)
+
+
+def _parameters(trainer: Any) -> dict[str, Tensor]:
+    """By name, the parameters of a Trainer's model: whole ones on every process, even if they are sharded."""
+    if not trainer.is_fsdp_enabled:
+        return {name: p.data for name, p in trainer.model.named_parameters()}
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+
+    found: dict[str, Any] = get_model_state_dict(
+        trainer.model, options=StateDictOptions(full_state_dict=True)
+    )
+    return found
 
 
 def is_main_process() -> bool:

@@ -15,7 +15,7 @@ from ..errors import ConfigError, InvalidModelError
 from ..planning.state import LinearizeState, state_of
 from ..rewrite.lora import lora_config, require_peft
 from ..rewrite.lora import merge as merge_adapter
-from ..rewrite.snapshot import Flags, Transaction, put
+from ..rewrite.snapshot import Snapshot
 from .data import Collate, is_pair, rows_of
 from .objective import Objective
 from .trainer import Run, Stage, train
@@ -68,8 +68,7 @@ def tune(
         arguments=without_cache(model, {}),
     )
     children = {site.child for site in state.plan.sites}
-    before, flags = Transaction(model), Flags(model)
-    try:
+    with Snapshot(model) as before:
         module = model
         if method == "lora":
             with torch.random.fork_rng():
@@ -90,14 +89,8 @@ def tune(
         if method == "full" or not merge:
             return dataclasses.replace(stage, model=module)
         merged = {name: p.detach() for name, p in merge_adapter(module).named_parameters()}
-    except BaseException:
-        before.rollback()
-        flags.restore()
-        raise
-    # PEFT put trained copies in the place of some modules: their values go into the model's own.
-    before.rollback()
-    flags.restore()
-    put(model, merged)
+    # PEFT put trained copies in the place of some modules: the model's own get their values.
+    before.restore(merged)
     return dataclasses.replace(stage, model=model)
 
 
