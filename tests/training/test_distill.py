@@ -86,7 +86,7 @@ def test_a_recipe_of_ones_own() -> None:
     report = lz.distill(model, IDS, recipe=recipe, **SMALL, config=CONFIG)
     assert [stage.name for stage in report.stages] == ["transfer"] and report.calibration is None
     with pytest.raises(
-        ConfigError, match="recipe is one of quick, paper, lolcats-like, or a Recipe, got 'q'"
+        ConfigError, match="recipe must be one of quick, paper, lolcats-like, or a Recipe, got 'q'"
     ):
         recipe_of("q")
 
@@ -121,7 +121,7 @@ def test_an_encoder_decoder_learns_pairs() -> None:
 def test_a_converted_model_needs_its_original_where_the_recipe_does() -> None:
     model = converted("llama")
     before = snapshot(model)
-    with pytest.raises(ConfigError, match="converted model is no more: give teacher="):
+    with pytest.raises(ConfigError, match="converted model is no longer: give teacher="):
         lz.distill(model, IDS, **SMALL)
     assert snapshot(model) == before
     report = lz.distill(model, IDS, **SMALL, teacher=llama(), epochs=4)
@@ -237,14 +237,14 @@ def test_the_command_says_what_is_wrong_in_one_line(
 
 
 def test_files_are_read_as_the_models_kind_asks(tmp_path: Path) -> None:
-    from linearize.training.data import rows_of
+    from linearize.training.data import training_data
     from linearize.training.files import read_files
 
     tokenizer = lz.load_demo()[1]
     lines = tmp_path / "lines.txt"
     lines.write_text("def one():\n\n    return 1\n")
     wide = dict(vocab_size=4096)
-    found = rows_of(
+    found = training_data(
         bert(), read_files(bert(), tokenizer, [lines], None, 32, 0), lambda t, **_: {"input_ids": [5]}
     )
     assert len(found) == 2, "an encoder takes every line that is not blank"
