@@ -225,9 +225,9 @@ def test_the_command_says_what_is_wrong_in_one_line(
 ) -> None:
     for options, words in (
         (("--data", tmp_path / "none"), "cannot read the text"),
-        (("--data", text, "--recipe", "best"), "recipe is one of"),
-        (("--data", text, "--method", "all"), "method is one of"),
-        (("--data", text, "--resume"), "resume goes on from a checkpoint"),
+        (("--data", text, "--recipe", "best"), "recipe must be one of"),
+        (("--data", text, "--method", "all"), "method must be one of"),
+        (("--data", text, "--resume"), "resume continues from a checkpoint"),
     ):
         result = run("distill", folder, "--out", tmp_path / "out", "--context", 64, *options)
         assert result.code == 1 and words in result.err and result.err.count("error:") == 1
