@@ -14,7 +14,7 @@ from .sources import find_source, is_demo, load_decoder, load_source, to_device
 from .terminal import console
 
 if TYPE_CHECKING:
-    from ..generation.run import Run
+    from ..generation.run import GenerationStats
 
 
 def generate(
@@ -151,7 +151,7 @@ def _prompt(prompt: str | None, file: Path | None) -> str:
         raise InputError(f"cannot read the prompt in {file}: {error}") from error
 
 
-def _tell(run: Run) -> None:
+def _tell(run: GenerationStats) -> None:
     """What a generation took, on stderr: stdout holds nothing but the text."""
     from ..generation.run import LONG
 

@@ -56,7 +56,7 @@ def plan(
     """Measure what each layer costs when it is linear, and say which are best left softmax."""
     from ..common.files import write_whole
     from ..planning.config import LinearizeConfig
-    from ..training.data import Collate, rows_of
+    from ..training.data import Collate, training_data
     from ..training.files import read_files
     from ..training.hybrid import plan as find
 
@@ -75,7 +75,7 @@ def plan(
     model = load_source(folder, "float32" if is_demo(source) else "auto")
     tokenizer = load_tokenizer(folder)
     texts = read_files(model, tokenizer, data, tokens, CONTEXT, seed)
-    rows = rows_of(model, texts, tokenizer, CONTEXT).first(tokens).rows
+    rows = training_data(model, texts, tokenizer, CONTEXT).first(tokens).rows
     collate = Collate.of(model)
     batches = [collate(rows[start : start + BATCH]) for start in range(0, len(rows), BATCH)]
     found = find(

@@ -21,7 +21,7 @@ from ..passes.site import MatchReport
 from ..planning.config import LinearizeConfig
 from ..planning.plan import Plan, plan_sites
 from ..rewrite.apply import check_unconverted, finish
-from ..rewrite.snapshot import Transaction
+from ..rewrite.snapshot import Snapshot
 from .inputs import example_inputs
 from .pipeline import apply_exact, apply_mechanism, prove_exact, prove_mechanism
 from .proof import record
@@ -48,8 +48,7 @@ def linearize(
     settings = resolve_config(config, overrides)
     check_model(model)
     examples = example_inputs(model, inputs)
-    transaction = Transaction(model)
-    try:
+    with Snapshot(model):
         with quiet_run(model):
             for example in examples:
                 run_model(model, example)
@@ -63,9 +62,6 @@ def linearize(
         finish(model, plan, settings)
         if calibrate is not None:
             calibration.calibrate(model, calibrate)
-    except BaseException:
-        transaction.rollback()
-        raise
     return model
 
 

@@ -22,7 +22,7 @@ from ..planning.config import LinearizeConfig
 from ..planning.plan import Plan
 from ..rewrite.apply import apply_owners, attach, use_compact_masks
 from ..rewrite.interface import dispatches
-from ..rewrite.snapshot import Transaction
+from ..rewrite.snapshot import Snapshot
 from .proof import Recording, verify, verify_cache, verify_generation
 
 Seen = dict[str, list[tuple[int, int | None]]]
@@ -41,7 +41,7 @@ def apply_exact(
     Raises VerificationError when an owner goes by neither route, RefusedError when a window that did not show
     on the example inputs cannot be carried.
     """
-    before = Transaction(model)
+    before = Snapshot(model)
     routes = {p: "interface" if dispatches(model.get_submodule(p)) else "graph" for p in plan.owners}
     while True:
         routed = with_routes(plan, routes)
@@ -53,7 +53,7 @@ def apply_exact(
         check_hidden_windows(routed, seen, config, report)
         if not missed:
             break
-        before.rollback()
+        before.restore()
         stuck = [path for path in missed if routes[path] == "graph"]
         if stuck:
             raise VerificationError(f"{stuck[0]}: {missed[stuck[0]]}; nothing was changed")

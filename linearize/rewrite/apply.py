@@ -18,7 +18,7 @@ from .graph.calls import Graphs
 from .graph.owner import apply_graph, use_no_nested_tensors
 from .interface import NAME, apply_interface
 from .owner import OwnerRecord, Rewritten, layers_beside, takes_keywords
-from .snapshot import Transaction
+from .snapshot import Snapshot
 
 
 def apply_plan(model: nn.Module, plan: Plan, config: LinearizeConfig) -> nn.Module:
@@ -29,13 +29,9 @@ def apply_plan(model: nn.Module, plan: Plan, config: LinearizeConfig) -> nn.Modu
     the model is then unchanged.
     """
     check_unconverted(model)
-    transaction = Transaction(model)
-    try:
+    with Snapshot(model):
         apply_owners(model, plan, config)
         finish(model, plan, config)
-    except BaseException:
-        transaction.rollback()
-        raise
     return model
 
 
@@ -50,7 +46,7 @@ def check_unconverted(model: nn.Module) -> None:
 
 
 def apply_owners(model: nn.Module, plan: Plan, config: LinearizeConfig) -> None:
-    """Attach the children and rewrite every owner. Not transactional: for use inside a Transaction."""
+    """Attach the children and rewrite every owner. Does not undo itself: for use inside a Snapshot."""
     use_own_configs(model)
     beside = layers_beside(plan.owners)
     for path, sites in plan.owners.items():
