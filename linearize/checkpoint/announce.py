@@ -21,7 +21,10 @@ QUANTIZERS = "transformers.quantizers.auto"
 
 
 def announce() -> None:
-    """Register the load hook whenever transformers' quantizers are imported, and now if they are. Idempotent."""
+    """Register the load hook whenever transformers' quantizers are imported, and now if they are.
+
+    Idempotent.
+    """
     if not any(isinstance(finder, _Finder) for finder in sys.meta_path):
         sys.meta_path.insert(0, _Finder())
     if QUANTIZERS in sys.modules:

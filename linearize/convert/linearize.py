@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -25,14 +25,16 @@ from ..rewrite.snapshot import Transaction
 from .inputs import example_inputs
 from .proof import Recording, record, verify, verify_cache, verify_generation
 
+Model = TypeVar("Model", bound=nn.Module)
+
 
 def linearize(
-    model: nn.Module,
+    model: Model,
     inputs: Any = None,
     config: LinearizeConfig | Mapping[str, Any] | None = None,
     calibrate: Iterable[Any] | None = None,
     **overrides: Any,
-) -> nn.Module:
+) -> Model:
     """Rewrite the softmax attention of `model` to linear attention, in place, and return it.
 
     inputs: example inputs: a dict of keyword arguments, a tuple of positional ones, one tensor, or a list of

@@ -1,4 +1,4 @@
-"""Announcing the load hook: `import linearize` loads nothing, and `from_pretrained` finds the hook all the same."""
+"""The announced load hook: `import linearize` loads nothing, and `from_pretrained` finds the hook anyway."""
 
 from __future__ import annotations
 

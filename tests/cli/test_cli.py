@@ -35,8 +35,8 @@ import sys
 from linearize.cli import COMMANDS, app
 for name in ([], *([name] for name in COMMANDS if name != "lm-eval")):
     app([*name, "--help"], standalone_mode=False)
-heavy = {name.partition(".")[0] for name in sys.modules} & {"torch", "transformers", "numpy", "huggingface_hub"}
-assert not heavy, heavy
+loaded = {name.partition(".")[0] for name in sys.modules}
+assert not loaded & {"torch", "transformers", "numpy", "huggingface_hub"}, loaded
 """
 
 
