@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -26,14 +26,16 @@ from .inputs import example_inputs
 from .pipeline import apply_exact, apply_mechanism, prove_exact, prove_mechanism
 from .proof import record
 
+Model = TypeVar("Model", bound=nn.Module)
+
 
 def linearize(
-    model: nn.Module,
+    model: Model,
     inputs: Any = None,
     config: LinearizeConfig | Mapping[str, Any] | None = None,
     calibrate: Iterable[Any] | None = None,
     **overrides: Any,
-) -> nn.Module:
+) -> Model:
     """Rewrite the softmax attention of `model` to linear attention, in place, and return it.
 
     inputs: example inputs: a dict of keyword arguments, a tuple of positional ones, one tensor, or a list of
