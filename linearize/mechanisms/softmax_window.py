@@ -19,9 +19,9 @@ import math
 import torch
 from torch import Tensor
 
+from ..kernels.window_chunk import softmax_weights, softmax_window
 from .base import Mechanism, whole
 from .hedgehog import oracle_weights, positive
-from .window_op import softmax_weights, softmax_window
 from .windowed import WindowedAttention
 
 
@@ -41,7 +41,7 @@ class SoftmaxWindowAttention(WindowedAttention):
     ) -> Tensor:
         return softmax_window(query, key, value, key_mask, query_start, self.window, self.spec.causal)
 
-    def weigh(self, scores: Tensor, hidden: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def weigh(self, scores: Tensor, hidden: Tensor | None) -> tuple[Tensor, Tensor]:
         return softmax_weights(scores, hidden)
 
     def features(self, x: Tensor, weight: Tensor) -> Tensor:

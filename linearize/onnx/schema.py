@@ -2,7 +2,7 @@
 
 A file holds each operator it uses twice: as nodes, one for each core call of a site, and once as a function
 of standard operators under the same name (`body.py`), made for the sizes of the nodes in that file. A runtime
-without a kernel for the operator inlines the function. Formulas of the families: `kernels/oracle.py`; a
+without a kernel for the operator inlines the function. Formulas of the families: `kernels/naive.py`; a
 family is one choice of `act`:
 
 | family                       | act(s)                                  | mechanisms                      |
