@@ -212,11 +212,12 @@ def commit(
     """
     new, rows = key.shape[2], state.key_window.shape[2]
     end = state.length + count
-    groups = (end - rows + group_size - 1).div(group_size, rounding_mode="floor")
-    folded = torch.maximum(state.folded, groups * group_size)
-    # On a GPU asking whether anything leaves would cost a synchronisation; a compiled graph cannot ask.
-    cannot_ask = not key.is_cpu or torch.compiler.is_compiling()
-    if cannot_ask or bool((folded > state.folded).any()):
+    leaving = end - rows
+    if group_size > 1:
+        leaving = (leaving + group_size - 1).div(group_size, rounding_mode="floor") * group_size
+    folded = torch.maximum(state.folded, leaving)
+    # Single tokens leave at nearly every call. On a GPU asking whether any does would cost a synchronisation.
+    if group_size == 1 or not key.is_cpu or bool((folded > state.folded).any()):
         _fold(key, value, folded, state, new + group_size - 1, fold)
 
     # As many tokens as lie in different rows: the last ones, of which those before `length` are there.
