@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -30,30 +30,13 @@ from ..kernels.tensors import widen as widen
 from ..ops import attention as ops
 from ..ops.state import AttentionState, States
 from .module import AttentionModule
+from .onnx_form import Nodes
 from .spec import SiteSpec
 from .summary import Summary, block_of, summed
+from .term import Term as Term
 
 if TYPE_CHECKING:
     from .base import Settings
-
-
-@dataclass(frozen=True)
-class Term:
-    """Arguments of one call of `ops.augmented_attention`; None leaves that part out.
-
-    query [B, H, T, D], key [B, Hkv, S, D], value [B, Hkv, S, Dv], one dtype; alpha, local_scale: a number or
-    a tensor [1] or [H]; conv_weight [H, taps]; local_bias [H, lags].
-    """
-
-    query: Tensor
-    key: Tensor
-    value: Tensor
-    alpha: Tensor | float | None = None
-    local_scale: Tensor | float | None = None
-    conv_weight: Tensor | None = None
-    local_bias: Tensor | None = None
-    activation: str = "linear"
-    normalize: bool = False
 
 
 class ComposedAttention(AttentionModule):
@@ -222,6 +205,19 @@ class ComposedAttention(AttentionModule):
             terms = [*self.terms(query, key, value), *self._apart(query, key, value)]
             for term, part in zip(terms, state.parts, strict=True):
                 ops.augmented_commit(term.key, term.value, part, path, normalize=term.normalize)
+
+    def emit_onnx(self, nodes: Nodes, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        if type(self).mix_after is not ComposedAttention.mix_after:
+            return super().emit_onnx(nodes, query, key, value)  # more than the core calls of `terms`
+        terms = self.terms(query, key, value)
+        out = self.combine([nodes.core(term, self.group_size, self.spec.kv_layout) for term in terms])
+        return self.emit_apart(nodes, out, query, key, value)
+
+    def emit_apart(self, nodes: Nodes, out: Tensor, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """out [B, H, T, Dv] and, where it is a term of its own, the convolution, in ONNX."""
+        for term in self._apart(query, key, value):
+            out = out + nodes.core(term, self.group_size, self.spec.kv_layout)
+        return out
 
     @property
     def has_summary(self) -> bool:
