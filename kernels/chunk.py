@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from .activations import ACTIVATIONS
+from .tensors import at_lag
 
 _ANCHOR = 16
 """Groups between two saved states in the backward."""
@@ -201,10 +202,10 @@ class _Walk:
             lag = place[:, None] - torch.arange(-self.reach, group_size, device=self.device)
             band = torch.zeros(1, device=self.device)
             if conv_weight is not None:
-                band = _at_lag(conv_weight, lag)
+                band = at_lag(conv_weight, lag)
             if local_bias is not None:
                 own = torch.arange(-self.reach, group_size, device=self.device) >= 0
-                band = band + _at_lag(local_bias, lag) * own
+                band = band + at_lag(local_bias, lag) * own
             self.band = self._table(band)
             self._work = self.band.clone()
         self.has_weights = self.factor is not None or self.band is not None
@@ -300,14 +301,8 @@ def _through_norm(grad: Tensor, unit: Tensor, norm: Tensor | None) -> Tensor:
     return torch.addcmul(grad, unit, (grad * unit).sum(-1, keepdim=True), value=-1).div_(norm)
 
 
-def _at_lag(weight: Tensor, lag: Tensor) -> Tensor:
-    """weight [H, n] at lags of any shape: [H, ...], zero outside 0..n-1."""
-    inside = (lag >= 0) & (lag < weight.shape[1])
-    return weight[:, lag.clamp(0, weight.shape[1] - 1)] * inside
-
-
 def _by_lag(band: Tensor, reach: int, like: Tensor) -> Tensor:
-    """Adjoint of `_at_lag`: sums of band [H, G, reach + G] along its diagonals, in the shape of `like`."""
+    """Adjoint of `at_lag`: sums of band [H, G, reach + G] along its diagonals, in the shape of `like`."""
     place = torch.arange(band.shape[1], device=band.device)[:, None]
     column = place + reach - torch.arange(like.shape[1], device=band.device)
     picked = band.gather(2, column.clamp_min(0).expand(band.shape[0], -1, -1))

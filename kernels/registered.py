@@ -7,7 +7,6 @@ for short inputs only. Training keeps the arguments alone, nothing of size [T, G
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +17,7 @@ from . import chunk as walk
 from . import dispatch
 from . import parallel as reference
 from .padding import Ranks
+from .tensors import full_precision
 
 _SCHEMA = (
     "Tensor query, Tensor key, Tensor value, Tensor? alpha, Tensor? local_scale, Tensor? conv_weight, "
@@ -264,10 +264,3 @@ def _to_front(ranks: Ranks | None, *tensors: Tensor) -> Any:
     if ranks is not None:
         return tuple(ranks.to_front(x) for x in tensors)
     return tuple(x if x.stride(-1) == 1 else x.contiguous() for x in tensors)
-
-
-def full_precision(device: torch.device) -> AbstractContextManager[Any]:
-    """Keep autocast from rounding the state; entered only when needed, so that plain graphs stay plain."""
-    if torch.is_autocast_enabled(device.type):
-        return torch.autocast(device.type, enabled=False)
-    return nullcontext()

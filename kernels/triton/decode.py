@@ -1,5 +1,5 @@
 # mypy: allow-untyped-defs
-"""One token after a state of constant size (its layout and rules: `kernels/state.py`), as two launches.
+"""One token after a state of constant size (its layout and rules: `kernels/recurrent.py`), as two launches.
 
 `step_kernel` computes the outputs, and folds the oldest group into `recurrent` where the window is full:
 

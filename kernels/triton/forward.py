@@ -1,5 +1,5 @@
 # mypy: allow-untyped-defs
-"""Causal augmented linear attention, forward (the formula: `kernels/oracle.py`).
+"""Causal augmented linear attention, forward (the formula: `kernels/naive.py`).
 
 A program owns one query head and BV columns of the value, walks the tokens in tiles of whole groups and keeps
 the state S = sum of k^T v over the tiles behind it, [D, BV] float32, in registers:

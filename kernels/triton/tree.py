@@ -1,5 +1,5 @@
 # mypy: allow-untyped-defs
-"""Draft nodes after a state of constant size (its layout and rules: `kernels/state.py`), in one launch.
+"""Draft nodes after a state of constant size (its layout and rules: `kernels/recurrent.py`), in one launch.
 
 For the nodes u of a program, weights against three kinds of rows, each one product:
 

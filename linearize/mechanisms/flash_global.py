@@ -20,8 +20,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from ..kernels.tensors import ones, widen
 from .base import EVERYWHERE, Mechanism
-from .composed import Term, ones, widen
+from .composed import Term
 from .flash_local import FlashAttention
 from .spec import SiteSpec
 

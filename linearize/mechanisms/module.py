@@ -9,7 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
+from ..errors import ExportError
 from ..ops.state import States
+from .onnx_form import Nodes
 from .spec import SiteSpec
 from .summary import Summary
 
@@ -71,6 +73,25 @@ class AttentionModule(nn.Module):
         dtype, device: of the query, key and value that will come. max_rewind: tokens that can be taken back.
         """
         return None
+
+    def emit_onnx(self, nodes: Nodes, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """`extend` written as nodes of an ONNX graph, which bring the state along.
+
+        Args:
+            nodes: Writes the nodes, in the order of the calls.
+            query: [B, H, T, D].
+            key: [B, Hkv, T, D].
+            value: [B, Hkv, T, Dv].
+
+        Returns:
+            [B, H, T, Dv].
+
+        Raises:
+            ExportError: This attention has no ONNX form with a state.
+        """
+        raise ExportError(
+            f"{type(self).__name__} has no ONNX form with a state; choose another mechanism for this model"
+        )
 
     @property
     def has_summary(self) -> bool:

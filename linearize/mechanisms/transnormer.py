@@ -20,8 +20,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..kernels.tensors import widen
 from .base import EVERYWHERE, Mechanism
-from .composed import ComposedAttention, Term, widen
+from .composed import ComposedAttention, Term
 from .spec import SiteSpec
 
 if TYPE_CHECKING:

@@ -24,8 +24,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from ..kernels.tensors import ones, unit_of_any_size, widen
 from .base import EVERYWHERE, Mechanism
-from .composed import ComposedAttention, Term, ones, unit, widen
+from .composed import ComposedAttention, Term
 from .spec import SiteSpec
 
 if TYPE_CHECKING:
@@ -53,7 +54,7 @@ class YosoAttention(ComposedAttention):
         return terms
 
     def combine(self, outputs: Sequence[Tensor]) -> Tensor:
-        return unit(super().combine(outputs))
+        return unit_of_any_size(super().combine(outputs))
 
 
 def oracle(query: Tensor, key: Tensor, value: Tensor, *, group_size: int, causal: bool) -> Tensor:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError
-from ..kernels import recurrent_ops, registered  # noqa: F401 (registers the operators)
+from ..kernels import registered, registered_recurrent  # noqa: F401 (registers the operators)
 from ..kernels.dispatch import Choice
 from .arguments import (
     attention_arguments,
@@ -45,7 +45,7 @@ def augmented_attention(
     normalize: bool = True,
     form: str | None = None,
 ) -> Tensor:
-    """Augmented linear attention (formula: `kernels/oracle.py`), differentiable in every tensor argument.
+    """Augmented linear attention (formula: `kernels/naive.py`), differentiable in every tensor argument.
 
     query: `[B, H, T, D]`, any strides. key: `[B, Hkv, S, D]`, value: `[B, Hkv, S, Dv]`, not repeated; H is a
         multiple of Hkv. Floating point; sums are kept in float32 (float64 for float64 input).

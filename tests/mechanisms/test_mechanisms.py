@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from linearize.kernels import naive as core_oracle
+from linearize.kernels import window_chunk as window
 from live_models import VOCAB, bart, bert, llama, recompute, tokens
 from torch import Tensor, nn
 from torch.export import Dim, export
@@ -31,9 +32,6 @@ from linearize.mechanisms import (
     softmax_window,
     transnormer,
     yoso,
-)
-from linearize.mechanisms import (
-    window_op as window,
 )
 from linearize.mechanisms.module import AttentionModule, SoftmaxAttention
 from linearize.mechanisms.spec import SiteSpec

@@ -6,13 +6,13 @@ from typing import Any
 
 import pytest
 import torch
+from linearize.kernels import window_chunk as window
 from live_models import bert, llama, tokens
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import linearize as lz
 from linearize.errors import ConfigError, ExportError
-from linearize.mechanisms import window_op as window
 from linearize.mechanisms.module import AttentionModule, SoftmaxAttention
 from linearize.mechanisms.power_window import oracle
 from linearize.mechanisms.spec import SiteSpec
