@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from torch._dynamo.backends.registry import lookup_backend
 from torch.fx import GraphModule
 
-from ..convert.report import REFUSED, Report, Row, describe, rows
+from ..convert.report import REFUSED, Candidate, Report, candidates, describe
 from ..errors import ConfigError, RefusedError
 from ..mechanisms.module import AttentionModule
 from ..mechanisms.spec import SiteSpec
@@ -40,7 +40,7 @@ from ..passes.dynamo import fake, fake_mode, retrace
 from ..passes.site import MatchReport, Reason, Site
 from ..planning.build import build_attention
 from ..planning.config import LinearizeConfig
-from ..planning.plan import child_name, kept, problem_of, site_spec
+from ..planning.plan import child_name, problem_of, site_spec, stays_softmax
 from .decode import is_cached_decode
 from .owners import Entry, Place, anchors_of, graph_values
 
@@ -84,7 +84,7 @@ class Backend:
         self.notes: list[str] = []
         self._entries: list[Entry] = []
         self._hints: dict[tuple[str, int, int], Entry] = {}
-        self._rows: dict[tuple[str, int, str], Row] = {}
+        self._rows: dict[tuple[str, int, str], Candidate] = {}
         self._holder = nn.Module()
         self._pending: dict[str, Tensor] = {}
 
@@ -180,7 +180,7 @@ class Backend:
             key = (site.path, site.ordinal)
             slot = slots[site.path, site.call]
             slots[site.path, site.call] += 1
-            if kept(self.config, site.path, _layer_index(site.path)):
+            if stays_softmax(self.config, site.path, _layer_index(site.path)):
                 continue
             problem = problem_of(site, self.config)
             if problem is None:
@@ -191,7 +191,7 @@ class Backend:
                 problem = found
             refused[key] = problem
         becomes = dict.fromkeys(places, describe(self.config))
-        for row in rows(match, refused, becomes):
+        for row in candidates(match, refused, becomes):
             name = (row.path, row.ordinal, row.source)
             if row.verdict == REFUSED and row.reason != Reason.NOT_ATTENTION.value and name not in self._rows:
                 log.warning("left as softmax: %s (%s): %s", row.path or "the model", row.source, row.message)

@@ -179,7 +179,7 @@ def site_spec(site: Site) -> SiteSpec:
     )
 
 
-def kept(config: LinearizeConfig, path: str, index: int | None) -> bool:
+def stays_softmax(config: LinearizeConfig, path: str, index: int | None) -> bool:
     """The user asked to leave the layer at `path` as softmax."""
     if config.layers is not None and index not in config.layers:
         return True
@@ -210,14 +210,16 @@ def plan_sites(model: nn.Module, report: MatchReport, config: LinearizeConfig) -
     for refusal in report.refusals:
         skip = Skipped(refusal.path, refusal.ordinal, refusal.reason.value, refusal.message)
         skipped.append(skip)
-        if refusal.reason not in _HARMLESS and not kept(config, refusal.path, _index(model, refusal)):
+        if refusal.reason not in _HARMLESS and not stays_softmax(
+            config, refusal.path, _index(model, refusal)
+        ):
             blocked.append(skip)
     for site in report.sites:
         path = names[id(model.get_submodule(site.path))]
         index = layer_index(model, path)
         slot = slots[site.path, site.call]
         slots[site.path, site.call] += 1
-        if kept(config, path, index):
+        if stays_softmax(config, path, index):
             skipped.append(
                 Skipped(path, site.ordinal, "kept", "left as softmax by `layers` or `keep_softmax`")
             )

@@ -11,7 +11,7 @@ Otherwise its `update` becomes a hole in the graph, filled at call time with all
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,6 +27,7 @@ from ...errors import VerificationError
 from ...passes import canonical, find_attention
 from ...passes.axes import shape_of
 from ...passes.capture import CaptureError, capture
+from ...passes.graphs import ancestors
 from ...passes.raise_ import canonical_operands, emitter_for, replace_output
 from ...passes.site import KVKind, Reason, Site
 from ...planning.plan import child_name
@@ -283,22 +284,10 @@ def _drop_weights(gm: GraphModule, anchors: Sequence[Node]) -> None:
     output = gm.graph.output_node()
     values = _flat_outputs(gm.graph)
     for position, value in enumerate(values[1:], start=1):
-        if isinstance(value, Node) and _ancestors([value]) & set(anchors):
+        if isinstance(value, Node) and ancestors([value]) & set(anchors):
             values[position] = None
     output.args = (tuple(values),)
     gm.graph.eliminate_dead_code(is_impure_node=lambda node: node.op in ("placeholder", "output"))
-
-
-def _ancestors(nodes: Sequence[Node], read: Mapping[Node, Sequence[Node]] | None = None) -> set[Node]:
-    """The nodes and everything they depend on; read: of these nodes, only the given arguments count."""
-    seen: set[Node] = set()
-    stack = list(nodes)
-    while stack:
-        node = stack.pop()
-        if node not in seen:
-            seen.add(node)
-            stack += node.all_input_nodes if read is None or node not in read else read[node]
-    return seen
 
 
 def _replace_site(gm: GraphModule, site: Site, slot: int, call: Node) -> None:
@@ -323,8 +312,11 @@ def _mask_inputs(graph: Graph) -> tuple[int, ...]:
     inputs = [node for node in graph.find_nodes(op="placeholder") if "val" in node.meta]
     sites = graph.find_nodes(op="call_function", target=attend_site)
     sizes = dict.fromkeys(graph.find_nodes(op="call_function", target=torch.ops.aten.sym_size.int), ())
-    terms = _ancestors([term for site in sites for term in site.args[5]], sizes)
-    rest = _ancestors([graph.output_node()], sizes | {site: site.args[2:5] for site in sites})
+    reads = sizes | {site: site.args[2:5] for site in sites}
+    terms = ancestors(
+        [term for site in sites for term in site.args[5]], lambda node: sizes.get(node, node.all_input_nodes)
+    )
+    rest = ancestors([graph.output_node()], lambda node: reads.get(node, node.all_input_nodes))
     return tuple(i for i, node in enumerate(inputs) if node in terms and node not in rest)
 
 
@@ -388,7 +380,7 @@ def _rebuilt(gm: GraphModule, call: Node) -> GraphModule:
         made[node].meta = {}
 
     # What the result depends on; the cache is written by what attention reads.
-    live_nodes = _ancestors([gm.graph.output_node()])
+    live_nodes = ancestors([gm.graph.output_node()])
     for node in gm.graph.nodes:
         if node.op == "placeholder":
             emit(node)
