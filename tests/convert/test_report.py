@@ -118,7 +118,8 @@ def test_text_shows_every_row_and_names_dynamic_sizes_by_axis(report: Report) ->
 
 
 def test_markup_in_a_module_name_is_shown_not_interpreted(match: MatchReport) -> None:
-    hostile = Report("[red]Toy[/red]", "augmented", candidates(match, {}, {("layers.0.attn", 0): "[bold]x[/bold]"}))
+    found = candidates(match, {}, {("layers.0.attn", 0): "[bold]x[/bold]"})
+    hostile = Report("[red]Toy[/red]", "augmented", found)
     text = hostile.to_text()
     assert "[bold]x[/bold]" in text and "[red]Toy[/red]" in text
 
