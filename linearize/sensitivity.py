@@ -58,8 +58,8 @@ class Choice:
 class Sensitivity:
     """What `plan` found.
 
-    measure: "kl", mean KL(original || converted) in nats per position, where the model has logits;
-    "distance", |converted - original| / |original| of its first output, where it has none.
+    measure: "kl", mean `KL(original || converted)` in nats per position, where the model has logits;
+    "distance", `|converted - original| / |original|` of its first output, where it has none.
     tokens: positions measured. calibrated: whether the linear layers were fitted first.
     layers: every layer that can be rewritten, in execution order. choices: the best found for each number of
     kept layers, from none on; the last one is the answer. config: what to give to `linearize`.
