@@ -1,10 +1,11 @@
-"""README.md and docs/: the examples run, links lead somewhere, and what is generated is as the code is now."""
+"""README.md and docs/: the examples run, links lead somewhere, what is generated is as the code is now."""
 
 from __future__ import annotations
 
 import importlib.util
 import re
 import stat
+import textwrap
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ PAGES += sorted((ROOT / "docs").glob("*.md"))
 SLOW: frozenset[str] = frozenset()
 """Pages whose examples take more than about half a minute."""
 
-FENCE = re.compile(r"^```python([^\n]*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
+FENCE = re.compile(r"^( *)```python([^\n]*)\n(.*?)^\1```", re.MULTILINE | re.DOTALL)
 NOT_RUN = "no-run"
 """After ```python: an example that needs what a test does not have, such as a GPU or a download."""
 
@@ -29,10 +30,11 @@ def examples(page: Path) -> list[tuple[int, str]]:
     """Line number and code of every example that runs. Raises ValueError for a word that means nothing."""
     text, found = page.read_text(), []
     for match in FENCE.finditer(text):
-        if match[1].strip() not in ("", NOT_RUN):
-            raise ValueError(f"{page.name}: ```python{match[1]}; the one word known is {NOT_RUN}")
-        if not match[1].strip():
-            found.append((text[: match.start(2)].count("\n"), match[2]))
+        word, code = match[2].strip(), textwrap.dedent(match[3])
+        if word not in ("", NOT_RUN):
+            raise ValueError(f"{page.name}: ```python {word}; the one word known is {NOT_RUN}")
+        if not word:
+            found.append((text[: match.start(3)].count("\n"), code))
     return found
 
 
@@ -67,7 +69,7 @@ def test_every_example_runs(page: Path, tmp_path: Path, monkeypatch: pytest.Monk
 
 @pytest.mark.parametrize("page", PAGES, ids=name)
 def test_every_link_leads_somewhere(page: Path) -> None:
-    text = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
+    text = re.sub(r"^( *)```.*?^\1```", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
     for target in re.findall(r"\]\(([^)\s]+)\)", re.sub(r"`[^`\n]*`", "", text)):
         file, _, anchor = target.partition("#")
         if re.match(r"[a-z]+:", target):
@@ -80,7 +82,7 @@ def test_every_link_leads_somewhere(page: Path) -> None:
 
 def anchors(page: Path) -> set[str]:
     """What the headings of a page are called in a link, by the rule of code hosts."""
-    text = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
+    text = re.sub(r"^( *)```.*?^\1```", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
     headings = re.findall(r"^#+ (.+)$", text, re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
