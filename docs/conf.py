@@ -12,8 +12,10 @@ author = "The linearize authors"
 version = release = linearize.__version__
 
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
-templates_path: list[str] = []
-exclude_patterns: list[str] = []
+# The source is the whole repository, so that a link is the same here and on the pages of a code host.
+root_doc = "docs/index"
+include_patterns = ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "docs/**"]
+exclude_patterns = [".*", "build", "linearize", "passes", "kernels", "tests", "benchmarks", "examples"]
 
 # Markdown. Headings can be linked to, as on the pages of a code host.
 myst_heading_anchors = 3

@@ -96,7 +96,7 @@ def test_every_page_is_in_the_contents() -> None:
     assert contents is not None
     listed = [line for line in contents[1].splitlines() if line and not line.startswith(":")]
     pages = {path.stem for suffix in ("md", "rst") for path in (ROOT / "docs").glob(f"*.{suffix}")}
-    assert set(listed) == pages - {"index"}
+    assert set(listed) == (pages - {"index"}) | {"../README", "../CONTRIBUTING", "../CHANGELOG"}
 
 
 def test_every_public_name_is_in_the_reference() -> None:
