@@ -34,8 +34,8 @@ import torch.nn.functional as F
 from measured import Row, row_of, sources_hash, summary, table, write_json
 from torch import Tensor
 
-from linearize import ops
 from linearize.errors import InputError
+from linearize.ops import attention as ops
 
 HEADS, GROUP, TAPS = 8, 64, 32
 FORMS = ("torch", "cpu")
@@ -277,8 +277,9 @@ def mechanism(sizes: Sizes) -> Iterator[Row]:
     """Every mechanism as a module, forward; bidirectional where it cannot be causal."""
     # Here, because the processes that measure memory start faster without it.
     from linearize import mechanisms
-    from linearize.attention import SiteSpec, build_attention
-    from linearize.config import LinearizeConfig
+    from linearize.mechanisms.spec import SiteSpec
+    from linearize.planning.build import build_attention
+    from linearize.planning.config import LinearizeConfig
 
     for length in sizes.mechanisms:
         qkv = [rows(HEADS, length, 64, torch.float32) for _ in range(3)]

@@ -37,11 +37,11 @@ from torch import Tensor, nn
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, StaticCache
 
 import linearize as lz
-from linearize import walkthrough
-from linearize.attention import AttentionModule
-from linearize.checkpoint import state_of
-from linearize.draft import accept, tree_logits
-from linearize.state import States
+from linearize.cache.draft_tree import accept, tree_logits
+from linearize.demo import walkthrough
+from linearize.mechanisms.module import AttentionModule
+from linearize.ops.state import States
+from linearize.planning.state import state_of
 
 DECODE_GOALS = {1024: 1.0, 16384: 4.0, 65536: 15.0}
 TREE_GOAL = {64: 1 / 3}

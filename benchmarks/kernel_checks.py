@@ -15,13 +15,14 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-from linearize.kernels import oracle, triton
-from linearize.kernels import state as plain
+from linearize.kernels import naive as oracle
+from linearize.kernels import recurrent as plain
+from linearize.kernels import triton
 from linearize.kernels.triton.launch import Target
 from torch import Tensor
 
-from linearize.ops import lineage
-from linearize.state import AttentionState
+from linearize.ops.attention import lineage
+from linearize.ops.state import AttentionState
 
 TOLERANCE = {"float32": 1e-5, "bfloat16": 1e-2, "float16": 2e-3}
 """Largest |got - want| / |want|, over a whole tensor."""

@@ -29,9 +29,9 @@ from rich.console import Console
 from rich.table import Table
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from linearize.attention import build_attention
-from linearize.config import LinearizeConfig
-from linearize.planning import site_spec
+from linearize.planning.build import build_attention
+from linearize.planning.config import LinearizeConfig
+from linearize.planning.plan import site_spec
 
 
 @dataclass(frozen=True)

@@ -37,7 +37,7 @@ from torch import Tensor
 from transformers import AutoModel, AutoTokenizer
 
 import linearize as lz
-from linearize.walkthrough import encode, held_out_text, perplexity, training_text, windows
+from linearize.demo.walkthrough import encode, held_out_text, perplexity, training_text, windows
 
 Row = dict[str, Any]
 Settings = dict[str, Any]
@@ -79,7 +79,7 @@ RECOVERY: dict[str, tuple[Settings, Settings]] = {
 """What is distilled by the recipe `quick`, and how its tuning is changed: a form that is close to softmax has
 less far to go."""
 RECOVERY_TOKENS = 450_000
-DEMO = Path(lz.__file__).parent / "demo_model"
+DEMO = Path(lz.__file__).parent / "demo" / "model"
 
 
 def calibration() -> Iterator[Row]:

@@ -33,7 +33,7 @@ from cpu import compare, environment, peak
 from generation import converted, softmax_model
 from measured import Row, summary, table, write_json
 
-from linearize.attention import AttentionModule
+from linearize.mechanisms.module import AttentionModule
 
 PAPER = {4096: 1.5, 8192: 2.9}
 """Times faster, by tokens: 1.60 s to 1.05 s, 5.74 s to 1.95 s (section 5.3, LLaMA-2-7B on A100s)."""

@@ -1,6 +1,6 @@
 """Make the linear decoder that linearize ships: the demo model converted, calibrated and distilled.
 
-    python examples/distill_demo.py --out linearize/demo_model/linear
+    python examples/distill_demo.py --out linearize/demo/model/linear
 
 It reads the files that the demo model was trained on (see `train_demo.py`), in an order drawn by a fixed
 seed, and writes a checkpoint in bfloat16 with its model card, and `distillation.json`, the record of the run.
@@ -17,7 +17,7 @@ import torch
 from train_demo import encode, is_validation, read_sources
 
 import linearize as lz
-from linearize import demo
+from linearize.demo import load as demo
 
 CONTEXT = 512
 TOKENS = 450_000
@@ -59,7 +59,7 @@ def main() -> None:
     )
     found.attach(linear)
     lz.save(linear, options.out)
-    seen = json.loads((Path(demo.__file__).parent / "demo_model" / "training.json").read_text())[
+    seen = json.loads((Path(demo.__file__).parent / "model" / "training.json").read_text())[
         "tokens_seen"
     ]
     record = {

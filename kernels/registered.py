@@ -14,7 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import dispatch, reference, walk
+from . import chunk as walk
+from . import dispatch
+from . import parallel as reference
 from .padding import Ranks
 
 _SCHEMA = (

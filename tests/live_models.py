@@ -11,7 +11,7 @@ import torch.nn.functional as F
 import transformers
 from torch import Tensor, nn
 
-from linearize.api import linearize
+from linearize.convert.linearize import linearize
 
 VOCAB = 96
 

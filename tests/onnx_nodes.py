@@ -12,7 +12,7 @@ import onnx
 import onnx_ir
 import onnxruntime as ort
 import torch
-from linearize.kernels.oracle import augmented_attention
+from linearize.kernels.naive import augmented_attention
 from onnx import TensorProto, helper
 from torch import Tensor
 

@@ -138,7 +138,7 @@ def test_the_commands_that_are_named_exist() -> None:
 
 def test_every_file_that_is_run_or_named_exists() -> None:
     """`./run python FILE`, and files in backticks with a folder of the repository before them."""
-    folders = "benchmarks|examples|tests|docs|passes|kernels"
+    folders = "linearize|benchmarks|examples|tests|docs|passes|kernels"
     for page in PAGES:
         if page.name == "CHANGELOG.md":
             continue

@@ -173,7 +173,7 @@ def test_the_wheel_holds_one_top_level_package_with_its_data(wheel: Path) -> Non
             want.add("/".join(parts if top == "linearize" else ("linearize", *parts)))
     assert code == want
     assert "linearize/py.typed" in names
-    data = {path for path in (ROOT / "linearize" / "demo_model").rglob("*") if path.is_file()}
+    data = {path for path in (ROOT / "linearize" / "demo" / "model").rglob("*") if path.is_file()}
     assert {path.relative_to(ROOT).as_posix() for path in data} <= set(names)
 
 

@@ -22,17 +22,7 @@ from .gradients import (
     taps_grad_kernel,
     value_grad_kernel,
 )
-from .launch import (
-    Launch,
-    Target,
-    describable,
-    described,
-    padded,
-    readable,
-    run,
-    target_of,
-    tile_rows,
-)
+from .launch import Launch, Target, describable, described, padded, readable, run, target_of, tile_rows
 from .normalize import unit_rows, unit_rows_backward
 
 

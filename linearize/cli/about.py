@@ -9,7 +9,7 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
-from .. import __version__
+from ..common.version import __version__
 from .terminal import console
 
 
@@ -51,7 +51,7 @@ def demo(
     """The whole story on the small decoder that ships with the package. Offline, under three minutes."""
     import torch
 
-    from ..walkthrough import run
+    from ..demo.walkthrough import run
 
     if threads:
         torch.set_num_threads(threads)

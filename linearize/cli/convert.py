@@ -8,16 +8,7 @@ from typing import Annotated
 import typer
 
 from ..errors import CheckpointError
-from .options import (
-    Approximate,
-    Augmentation,
-    Group,
-    Mechanism,
-    Option,
-    Taps,
-    numbers,
-    option_values,
-)
+from .options import Approximate, Augmentation, Group, Mechanism, Option, Taps, numbers, option_values
 from .sources import Source, copy_companions, find_source, load_source, load_tokenizer
 from .terminal import console
 
@@ -37,8 +28,8 @@ def inspect(
     approximate: Approximate = None,
 ) -> None:
     """List every candidate attention site: where it is, what it means, what becomes of it or why not."""
-    from ..config import LinearizeConfig
-    from ..report import inspect as inspect_model
+    from ..convert.inspect import inspect as inspect_model
+    from ..planning.config import LinearizeConfig
 
     config = LinearizeConfig(
         mechanism=mechanism,
@@ -80,9 +71,10 @@ def convert(
     ] = None,
 ) -> None:
     """Convert a transformers model and write it, tokenizer and all, to a folder."""
-    from ..api import linearize
-    from ..checkpoint import save, state_of
-    from ..config import LinearizeConfig
+    from ..checkpoint.saving import save
+    from ..convert.linearize import linearize
+    from ..planning.config import LinearizeConfig
+    from ..planning.state import state_of
 
     config = LinearizeConfig(
         mechanism=mechanism,
@@ -100,9 +92,9 @@ def convert(
         raise CheckpointError(f"{target} is the model to convert; write to another folder")
     model = linearize(load_source(folder), config=config)
     if calibrate:
-        from ..calibration import TOKENS
-        from ..calibration import calibrate as fit
-        from ..text import text_tokens
+        from ..calibration.calibrate import TOKENS
+        from ..calibration.calibrate import calibrate as fit
+        from ..common.text import text_tokens
 
         texts = text_tokens(calibrate, load_tokenizer(folder), TOKENS, CALIBRATION_LENGTH, seed=0)
         pieces = [piece[None] for ids in texts for piece in ids.split(CALIBRATION_LENGTH)]

@@ -51,10 +51,10 @@ def evaluate(
     seed: Annotated[int, typer.Option(help="of the choice of text")] = 0,
 ) -> None:
     """Measure a model, beside its original if given: perplexity by length, agreement, speed and memory."""
+    from ..common.files import write_whole
+    from ..common.text import text_lines, text_tokens
     from ..evaluation import evaluate as measure
     from ..evaluation.measure import LENGTHS, kind_of
-    from ..files import write_whole
-    from ..text import text_lines, text_tokens
 
     if card and dtype != "auto":
         raise ConfigError("--card is about the weights as they are stored: leave out --dtype")
@@ -91,7 +91,7 @@ def evaluate(
     if plot is not None:
         evaluation.plot(plot)
     if card:
-        from ..card import update_folder
+        from ..evaluation.card import update_folder
 
         evaluation.attach(model)
         if not update_folder(model, Path(source)):
@@ -117,7 +117,7 @@ def _load(source: str, dtype: str, device: str) -> PreTrainedModel:
 
 
 def _check_card(source: str, model: PreTrainedModel) -> None:
-    from ..checkpoint import state_of
+    from ..planning.state import state_of
 
     if not Path(source).is_dir():
         raise ConfigError(f"--card writes into the model's folder, and {source} is none")

@@ -14,7 +14,7 @@ from .sources import find_source, is_demo, load_decoder, load_source, to_device
 from .terminal import console
 
 if TYPE_CHECKING:
-    from ..generation import Run
+    from ..generation.run import Run
 
 
 def generate(
@@ -39,8 +39,8 @@ def generate(
     device: Annotated[str, typer.Option(help="where it runs, such as cpu or cuda")] = "cpu",
 ) -> None:
     """Continue a text: the text on stdout as it comes, then what it took on stderr."""
-    from ..generation import check_decoder, speculation_of
-    from ..generation import generate as continue_text
+    from ..generation.run import check_decoder, speculation_of
+    from ..generation.run import generate as continue_text
 
     text = _prompt(prompt, file)
     model, tokenizer = load_decoder(source, dtype, device)
@@ -100,10 +100,10 @@ def train_heads(
     seed: Annotated[int, typer.Option(help="of the choice and the order of the data")] = 0,
 ) -> None:
     """Train Medusa heads on a frozen decoder, for `generate --speculative medusa`."""
-    from ..speculative import fit_tree
-    from ..speculative import train_heads as train
-    from ..speculative.medusa import NODES
-    from ..text import text_tokens
+    from ..common.text import text_tokens
+    from ..generation.speculative import fit_tree
+    from ..generation.speculative import train_heads as train
+    from ..generation.speculative.medusa import NODES
 
     target = out
     if target is None:
@@ -153,7 +153,7 @@ def _prompt(prompt: str | None, file: Path | None) -> str:
 
 def _tell(run: Run) -> None:
     """What a generation took, on stderr: stdout holds nothing but the text."""
-    from ..generation import LONG
+    from ..generation.run import LONG
 
     text = f"{run.tokens} tokens: {run.tokens_per_second:.1f} per second, {run.tokens_per_pass:.2f} per pass"
     if run.acceptance is not None:

@@ -15,7 +15,7 @@ from .sources import Source, find_source, is_demo, load_source, load_tokenizer
 from .terminal import console
 
 if TYPE_CHECKING:
-    from ..config import LinearizeConfig
+    from ..planning.config import LinearizeConfig
 
 CONTEXT = 512
 """Tokens of a piece of text."""
@@ -54,11 +54,11 @@ def plan(
     seed: Annotated[int, typer.Option(help="of the choice of text")] = 0,
 ) -> None:
     """Measure what each layer costs when it is linear, and say which are best left softmax."""
-    from ..config import LinearizeConfig
-    from ..files import write_whole
-    from ..sensitivity import plan as find
+    from ..common.files import write_whole
+    from ..planning.config import LinearizeConfig
     from ..training.data import Collate, rows_of
     from ..training.files import read_files
+    from ..training.hybrid import plan as find
 
     config = LinearizeConfig(
         mechanism=mechanism,

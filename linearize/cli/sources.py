@@ -29,7 +29,7 @@ def find_source(name: str) -> Path:
     if folder.is_dir():
         return folder
     if is_demo(name):
-        return Path(__file__).parent.parent / "demo_model"
+        return Path(__file__).parent.parent / "demo" / "model"
     if folder.is_absolute() or name.startswith((".", "~")) or name.count("/") != 1:
         raise CheckpointError(f"{name}: no such folder")
     from huggingface_hub import snapshot_download
@@ -47,7 +47,7 @@ def load_source(folder: Path, dtype: str = "auto") -> PreTrainedModel:
     import transformers
     from safetensors import SafetensorError
 
-    from ..checkpoint import read_json
+    from ..common.files import read_json
 
     if dtype not in DTYPES:
         raise ConfigError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
@@ -74,8 +74,8 @@ def load_decoder(
     source: str, dtype: str = "auto", device: str = "cpu"
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A decoder and its tokenizer; the demo's is converted here, and writes badly untuned."""
-    from ..api import linearize
-    from ..generation import check_decoder
+    from ..convert.linearize import linearize
+    from ..generation.run import check_decoder
 
     folder = find_source(source)
     # The demo is stored in bfloat16 and meant to run in float32, as `load_demo` has it.

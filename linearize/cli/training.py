@@ -66,7 +66,7 @@ def distill(
 
     On several GPUs or machines: `accelerate launch -m linearize distill ...`.
     """
-    from ..checkpoint import save
+    from ..checkpoint.saving import save
     from ..training import distill as train
     from ..training.files import read_files
     from ..training.recipes import recipe_of

@@ -5,7 +5,8 @@ tokens per second and bytes of cache; an encoder's similarities against the orig
 embeddings, `result` holds the figures, `plot` draws them, `record` keeps them with a converted model.
 """
 
+from .figures import Figures, Row
 from .measure import evaluate
-from .result import Evaluation, Figures, Row
+from .result import Evaluation
 
 __all__ = ["Evaluation", "Figures", "Row", "evaluate"]

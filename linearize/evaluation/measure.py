@@ -11,12 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..common.running import quiet_run, shapes, without_cache
+from ..common.text import sequences
 from ..errors import ConfigError, InputError, InvalidModelError
-from ..text import sequences
-from ..verification import quiet_run, shapes, without_cache
+from .figures import Figures, Row
 from .quality import Tally, scored_positions
-from .record import describe, fingerprint
-from .result import Evaluation, Figures, Row
+from .result import Evaluation, describe, fingerprint
 from .similarity import compare, pooled
 from .speed import decode_rates, device_of, forward_rates, interleaved
 

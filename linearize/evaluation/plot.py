@@ -6,14 +6,10 @@ import io
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+from ..common.files import write_whole
 from ..errors import InputError, MissingExtraError
-from ..files import write_whole
-from .result import Figures, Row
-
-if TYPE_CHECKING:
-    from .result import Evaluation
+from .figures import Figures, Row
 
 FORMATS = ("png", "svg", "pdf")
 Value = Callable[[Figures, int], float | None]
@@ -41,18 +37,15 @@ PANELS: tuple[tuple[str, Value], ...] = (
 )
 
 
-def plot(evaluation: Evaluation, path: str | os.PathLike[str]) -> None:
-    """See `Evaluation.plot`."""
+def plot(rows: Sequence[Row], model: str, reference: str | None, path: str | os.PathLike[str]) -> None:
+    """See `Evaluation.plot`; model, reference: the names in the legend."""
     suffix = Path(path).suffix.lower().removeprefix(".")
     if suffix not in FORMATS:
         raise InputError(f"a plot is written as {', '.join(FORMATS)}, got {os.fspath(path)!r}")
-    sides: list[tuple[str, Callable[[Row], Figures | None]]] = [(evaluation.model, lambda row: row.model)]
-    if evaluation.reference is not None:
-        sides.insert(0, (f"{evaluation.reference}, original", lambda row: row.reference))
-    curves = [
-        (label, [(name, curve(evaluation.rows, side, value)) for name, side in sides])
-        for label, value in PANELS
-    ]
+    sides: list[tuple[str, Callable[[Row], Figures | None]]] = [(model, lambda row: row.model)]
+    if reference is not None:
+        sides.insert(0, (f"{reference}, original", lambda row: row.reference))
+    curves = [(label, [(name, curve(rows, side, value)) for name, side in sides]) for label, value in PANELS]
     curves = [(label, lines) for label, lines in curves if any(len(points) > 1 for _, points in lines)]
     if not curves:
         raise InputError("there is nothing to draw against length: evaluate a decoder at two lengths or more")

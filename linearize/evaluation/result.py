@@ -1,60 +1,30 @@
-"""The figures of an evaluation: data, JSON, a table."""
+"""The result of an evaluation: data, JSON, a table; and how a converted model carries it."""
 
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import torch
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Table
 from rich.text import Text
+from torch import Tensor, nn
 
 from ..errors import InputError
+from ..planning.state import carry, state_of
+from .figures import Figures, Row
 
 if TYPE_CHECKING:
     import os
 
-    from torch import nn
-
 VERSION = 1
+_BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 KINDS = ("decoder", "encoder-decoder", "encoder")
-
-
-@dataclass(frozen=True)
-class Figures:
-    """Of one model at one length; None where it does not apply or was not measured.
-
-    perplexity: exp of the mean negative log-likelihood of the scored tokens. forward_tokens_per_second: of
-    one pass over `length` tokens, without a cache, all logits computed. decode_tokens_per_second: greedy, one
-    token at a time, up to `length`. cache_bytes: what the cache of one sequence of `length` tokens holds.
-    """
-
-    perplexity: float | None = None
-    forward_tokens_per_second: float | None = None
-    decode_tokens_per_second: float | None = None
-    cache_bytes: int | None = None
-
-
-@dataclass(frozen=True)
-class Row:
-    """What was measured at one length.
-
-    length: tokens of a window, or that texts are cut to; None where batches came as they are. tokens: how
-    many were scored. agreement: share of these at which both models' likeliest token is the same. kl: mean
-    KL(reference || model) in nats. cosine: mean cosine of both models' embeddings of a text. spearman: rank
-    correlation of the similarities of all pairs of texts, None where all are the same.
-    """
-
-    length: int | None
-    tokens: int
-    model: Figures
-    reference: Figures | None = None
-    agreement: float | None = None
-    kl: float | None = None
-    cosine: float | None = None
-    spearman: float | None = None
 
 
 @dataclass(frozen=True)
@@ -103,7 +73,6 @@ class Evaluation:
         weights. Raises InvalidModelError when it is not converted, InputError when its weights have changed
         since they were measured.
         """
-        from .record import attach
 
         attach(self, model)
 
@@ -140,7 +109,7 @@ class Evaluation:
         """
         from .plot import plot
 
-        plot(self, path)
+        plot(self.rows, self.model, self.reference, path)
 
     def table(self) -> list[list[str]]:
         """Cells of a table, headings first, one line per length and model; no column is empty."""
@@ -204,3 +173,52 @@ def _row(data: Mapping[str, Any]) -> Row:
         **{**fields, "model": Figures(**fields["model"])},
         reference=None if reference is None else Figures(**reference),
     )
+
+
+def describe(model: nn.Module) -> str:
+    """Class and mechanism, such as `LlamaForCausalLM, softmax_window`."""
+    state = getattr(model, "_linearize", None)
+    name = type(model).__name__
+    return f"{name}, softmax" if state is None else f"{name}, {state.config.mechanism}"
+
+
+def fingerprint(model: nn.Module) -> str:
+    """A hash of all weights and their names, in whatever order or on whatever device they are summed."""
+    found = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        if isinstance(tensor, Tensor):
+            found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} ".encode())
+            found.update(_row_sums(tensor).numpy().tobytes())
+    return found.hexdigest()[:16]
+
+
+def _row_sums(tensor: Tensor) -> Tensor:
+    """Sums of each row's bits, read as integers: int64 `[rows]`. Exact, so the order of summing is free."""
+    flat = tensor.detach().contiguous()
+    flat = flat.reshape(flat.shape[0] if flat.dim() > 1 else 1, -1)
+    if flat.dtype == torch.bool:
+        flat = flat.to(torch.int8)
+    return flat.view(_BITS[flat.element_size()]).sum(1, dtype=torch.int64).cpu()
+
+
+def attach(evaluation: Evaluation, model: nn.Module) -> None:
+    """See `Evaluation.attach`."""
+    if evaluation.weights != fingerprint(model):
+        raise InputError("the weights are not those that were measured: evaluate the model again")
+    others = [found for found in measured(model) if found.name != evaluation.name]
+    carry(model, [found.to_dict() for found in (*others, evaluation)])
+
+
+def measured(model: nn.Module) -> list[Evaluation]:
+    """The evaluations that a converted model carries, as far as they are of its present weights and can be
+    read."""
+    records = state_of(model).measured
+    if not records:
+        return []
+    weights = fingerprint(model)
+    found = []
+    for record in records:
+        # One that another release wrote is no reason to lose a checkpoint.
+        with suppress(InputError):
+            found.append(Evaluation.from_dict(record))
+    return [evaluation for evaluation in found if evaluation.weights == weights]

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..verification import without_cache
+from ..common.running import without_cache
 
 ROUNDS = 3
 SECONDS = 0.5

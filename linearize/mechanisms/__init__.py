@@ -13,20 +13,17 @@ from importlib import import_module
 from types import MappingProxyType
 
 from ..errors import ConfigError
-from . import window as _window  # noqa: F401  registers its operator, which graphs saved earlier may call
+from . import window_op as _window  # noqa: F401  registers its operator, which graphs saved earlier may call
 from .base import Mechanism, Option
 
 __all__ = ["Mechanism", "Option", "available", "get"]
-
-_SHARED = frozenset({"base", "composed", "window", "windowed"})
-"""Files here that are no mechanism but what mechanisms are made of."""
 
 
 @cache
 def available() -> Mapping[str, Mechanism]:
     """Every mechanism by name."""
-    files = sorted(info.name for info in pkgutil.iter_modules(__path__) if info.name not in _SHARED)
-    found = [import_module(f".{name}", __name__).MECHANISM for name in files]
+    files = [import_module(f".{info.name}", __name__) for info in pkgutil.iter_modules(__path__)]
+    found = [file.MECHANISM for file in files if hasattr(file, "MECHANISM")]
     return MappingProxyType({mechanism.name: mechanism for mechanism in found})
 
 

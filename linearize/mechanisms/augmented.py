@@ -15,20 +15,19 @@ does. Untuned it is a poor start: it was made for the exponent of a softmax.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-from ..attention import SiteSpec
 from ..errors import InputError
 from .base import EVERYWHERE, Mechanism, choice
 from .composed import ComposedAttention, Term
+from .spec import SiteSpec
 
 if TYPE_CHECKING:
-    from ..config import LinearizeConfig
+    from .base import Settings
 
 POSITION_BIAS = {
     "position_bias": choice(
@@ -50,7 +49,7 @@ class AugmentedAttention(ComposedAttention):
     linear_parameters = ("local_scale", "alpha", "conv_weight")
 
     def __init__(
-        self, spec: SiteSpec, config: LinearizeConfig, *, alpha: float | None, local_scale: float | None
+        self, spec: SiteSpec, config: Settings, *, alpha: float | None, local_scale: float | None
     ) -> None:
         super().__init__(spec, config)
         self._initial = {"alpha": alpha, "local_scale": local_scale}
@@ -92,7 +91,6 @@ class AugmentedAttention(ComposedAttention):
         key_mask: Tensor | None = None,
         query_start: int | Tensor | None = None,
         mask: Tensor | None = None,
-        program: Sequence[tuple[str, Any, Tensor | None]] | None = None,
         sinks: Tensor | None = None,
         bias: Tensor | None = None,
     ) -> Tensor:
@@ -136,7 +134,7 @@ def _columns_at(row: Tensor, index: Tensor) -> Tensor:
     return row.index_select(1, index.clamp(0, row.shape[1] - 1)) * inside
 
 
-def _build(spec: SiteSpec, config: LinearizeConfig) -> AugmentedAttention:
+def _build(spec: SiteSpec, config: Settings) -> AugmentedAttention:
     return AugmentedAttention(spec, config, alpha=0.0, local_scale=config.local_scale)
 
 

@@ -6,14 +6,14 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from ..errors import ConfigError
 from ..passes.site import Reason
 
 if TYPE_CHECKING:
-    from ..attention import AttentionModule, SiteSpec
-    from ..config import LinearizeConfig
+    from .module import AttentionModule
+    from .spec import SiteSpec
 
 _REASONS = {
     "causal": Reason.MASK_UNSUPPORTED,
@@ -32,9 +32,31 @@ _REASONS = {
 finite values added to the scores; "alibi": a bias known to be ALiBi.
 """
 
-_DROPPABLE = frozenset({"softcap", "sinks", "alibi", "bias", "window"})
+DROPPABLE = ("softcap", "sinks", "alibi", "bias", "window")
+"""What `approximate` may name: parts of a softmax attention that a linear one can be asked to leave out."""
 
 EVERYWHERE = frozenset({"causal", "bidirectional", "cross"})
+
+
+class Settings(Protocol):
+    """What a mechanism reads of a `LinearizeConfig`; see there for the meaning of each."""
+
+    @property
+    def group_size(self) -> int: ...
+
+    @property
+    def conv_taps(self) -> int: ...
+
+    @property
+    def local_scale(self) -> float: ...
+
+    @property
+    def augments(self) -> bool: ...
+
+    @property
+    def options(self) -> Mapping[str, Any]: ...
+
+    def option(self, name: str) -> Any: ...
 
 
 @dataclass(frozen=True)
@@ -76,7 +98,7 @@ class Mechanism:
     name: str
     formula: str
     supports: frozenset[str]
-    build: Callable[[SiteSpec, LinearizeConfig], AttentionModule]
+    build: Callable[[SiteSpec, Settings], AttentionModule]
     options: Mapping[str, Option] = field(default_factory=lambda: MappingProxyType({}))
     augmentation: bool | None = False
 
@@ -108,11 +130,11 @@ class Mechanism:
         needs += ["softcap"] if spec.softcap is not None else []
         needs += ["window"] if spec.window is not None else []
         for need in [*needs, *terms]:
-            if need in self.supports or (need in _DROPPABLE and need in approximate):
+            if need in self.supports or (need in DROPPABLE and need in approximate):
                 continue
             advice = (
                 f'; approximate=("{need}",) leaves it out knowingly'
-                if need in _DROPPABLE
+                if need in DROPPABLE
                 else "; keep its softmax"
             )
             return _REASONS[need], f"mechanism {self.name!r} cannot carry {need}{advice}"

@@ -21,16 +21,16 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ..attention import SiteSpec
 from .base import EVERYWHERE, Mechanism
 from .composed import ComposedAttention, Term, unit, widen
+from .spec import SiteSpec
 
 if TYPE_CHECKING:
-    from ..config import LinearizeConfig
+    from .base import Settings
 
 
 class CastlingAttention(ComposedAttention):
-    def __init__(self, spec: SiteSpec, config: LinearizeConfig) -> None:
+    def __init__(self, spec: SiteSpec, config: Settings) -> None:
         super().__init__(spec, config)
         self.reset_parameters()
 

@@ -26,14 +26,15 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from .. import ops
-from ..attention import AttentionModule, SiteSpec
-from ..kernels import reference
-from ..state import AttentionState, States
-from ..summary import Summary, block_of, summed
+from ..kernels import parallel as reference
+from ..ops import attention as ops
+from ..ops.state import AttentionState, States
+from .module import AttentionModule
+from .spec import SiteSpec
+from .summary import Summary, block_of, summed
 
 if TYPE_CHECKING:
-    from ..config import LinearizeConfig
+    from .base import Settings
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,7 @@ class ComposedAttention(AttentionModule):
 
     linear_parameters: tuple[str, ...] = ("conv_weight",)
 
-    def __init__(self, spec: SiteSpec, config: LinearizeConfig) -> None:
+    def __init__(self, spec: SiteSpec, config: Settings) -> None:
         super().__init__(spec)
         self.group_size = config.group_size
         self.conv_weight: nn.Parameter | None = None
@@ -104,7 +105,6 @@ class ComposedAttention(AttentionModule):
         key_mask: Tensor | None = None,
         query_start: int | Tensor | None = None,
         mask: Tensor | None = None,
-        program: Sequence[tuple[str, Any, Tensor | None]] | None = None,
         sinks: Tensor | None = None,
     ) -> Tensor:
         start = query_start if self.spec.causal or self.spec.cross else None

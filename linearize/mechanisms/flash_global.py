@@ -20,17 +20,17 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ..attention import SiteSpec
 from .base import EVERYWHERE, Mechanism
 from .composed import Term, ones, widen
 from .flash_local import FlashAttention
+from .spec import SiteSpec
 
 if TYPE_CHECKING:
-    from ..config import LinearizeConfig
+    from .base import Settings
 
 
 class FlashGlobalAttention(FlashAttention):
-    def __init__(self, spec: SiteSpec, config: LinearizeConfig) -> None:
+    def __init__(self, spec: SiteSpec, config: Settings) -> None:
         super().__init__(spec, config)
         # Without causality a division by the number of keys follows the core, and the convolution that.
         self.conv_joins = spec.causal

@@ -20,12 +20,12 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from ..attention import SiteSpec
 from .base import EVERYWHERE, Mechanism, choice
 from .composed import ComposedAttention, Term
+from .spec import SiteSpec
 
 if TYPE_CHECKING:
-    from ..config import LinearizeConfig
+    from .base import Settings
 
 
 class FlashAttention(ComposedAttention):
@@ -33,7 +33,7 @@ class FlashAttention(ComposedAttention):
 
     conv_joins = True
 
-    def __init__(self, spec: SiteSpec, config: LinearizeConfig) -> None:
+    def __init__(self, spec: SiteSpec, config: Settings) -> None:
         super().__init__(spec, config)
         self.query_gamma = nn.Parameter(torch.empty(spec.num_heads, spec.head_dim))
         self.query_beta = nn.Parameter(torch.empty(spec.num_heads, spec.head_dim))
@@ -55,7 +55,7 @@ class FlashAttention(ComposedAttention):
 
 
 class FlashLocalAttention(FlashAttention):
-    def __init__(self, spec: SiteSpec, config: LinearizeConfig) -> None:
+    def __init__(self, spec: SiteSpec, config: Settings) -> None:
         super().__init__(spec, config)
         self.activation: str = config.option("activation")
         self.reset_parameters()

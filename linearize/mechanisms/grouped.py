@@ -6,13 +6,12 @@ finished groups, and the keys and values of the open group.
 
 from __future__ import annotations
 
-from ..attention import SiteSpec
-from ..config import LinearizeConfig
 from .augmented import AugmentedAttention
-from .base import EVERYWHERE, Mechanism
+from .base import EVERYWHERE, Mechanism, Settings
+from .spec import SiteSpec
 
 
-def _build(spec: SiteSpec, config: LinearizeConfig) -> AugmentedAttention:
+def _build(spec: SiteSpec, config: Settings) -> AugmentedAttention:
     return AugmentedAttention(spec, config, alpha=1.0, local_scale=None)
 
 

@@ -18,12 +18,12 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from ..attention import SiteSpec
 from .base import EVERYWHERE, Mechanism
 from .composed import NormalizedAttention
+from .spec import SiteSpec
 
 if TYPE_CHECKING:
-    from ..config import LinearizeConfig
+    from .base import Settings
 
 _EPSILON = 1e-6
 
@@ -46,7 +46,7 @@ def set_identity(*maps: Tensor) -> None:
 
 
 class HedgehogAttention(NormalizedAttention):
-    def __init__(self, spec: SiteSpec, config: LinearizeConfig) -> None:
+    def __init__(self, spec: SiteSpec, config: Settings) -> None:
         super().__init__(spec, config)
         self.query_map = square(spec.num_heads, spec.head_dim)
         self.key_map = square(spec.num_key_value_heads, spec.head_dim)

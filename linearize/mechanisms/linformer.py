@@ -19,18 +19,18 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from ..attention import SiteSpec
 from ..errors import InputError
-from ..summary import Summary
 from .base import EVERYWHERE, Mechanism, whole
 from .composed import ComposedAttention, full_precision, widen
+from .spec import SiteSpec
+from .summary import Summary
 
 if TYPE_CHECKING:
-    from ..config import LinearizeConfig
+    from .base import Settings
 
 
 class LinformerAttention(ComposedAttention):
-    def __init__(self, spec: SiteSpec, config: LinearizeConfig) -> None:
+    def __init__(self, spec: SiteSpec, config: Settings) -> None:
         super().__init__(spec, config)
         self.seed: int = config.option("seed")
         shape = (config.option("max_length"), config.option("rank"))

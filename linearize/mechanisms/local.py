@@ -5,13 +5,12 @@ Formula, source and oracle: `kernels/oracle.py`. State: the keys and values of t
 
 from __future__ import annotations
 
-from ..attention import SiteSpec
-from ..config import LinearizeConfig
 from .augmented import POSITION_BIAS, AugmentedAttention
-from .base import EVERYWHERE, Mechanism
+from .base import EVERYWHERE, Mechanism, Settings
+from .spec import SiteSpec
 
 
-def _build(spec: SiteSpec, config: LinearizeConfig) -> AugmentedAttention:
+def _build(spec: SiteSpec, config: Settings) -> AugmentedAttention:
     return AugmentedAttention(spec, config, alpha=None, local_scale=config.local_scale)
 
 

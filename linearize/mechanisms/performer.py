@@ -22,12 +22,12 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ..attention import SiteSpec
 from .base import EVERYWHERE, Mechanism, whole
 from .composed import NormalizedAttention, orthogonal_gaussian
+from .spec import SiteSpec
 
 if TYPE_CHECKING:
-    from ..config import LinearizeConfig
+    from .base import Settings
 
 _CAP = 40.0
 """exp(40) times 10^6 tokens, squared in a gradient, is still a float32."""
@@ -37,7 +37,7 @@ _EPSILON = 1e-4
 class PerformerAttention(NormalizedAttention):
     projection: Tensor
 
-    def __init__(self, spec: SiteSpec, config: LinearizeConfig) -> None:
+    def __init__(self, spec: SiteSpec, config: Settings) -> None:
         super().__init__(spec, config)
         self.seed: int = config.option("seed")
         features = config.option("features") or 2 * spec.head_dim

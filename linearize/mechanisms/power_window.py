@@ -22,17 +22,17 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ..attention import SiteSpec
 from .base import Mechanism, Option, whole
-from .window import EPSILON, power_weights, power_window, to_power
+from .spec import SiteSpec
+from .window_op import EPSILON, power_weights, power_window, to_power
 from .windowed import WindowedAttention
 
 if TYPE_CHECKING:
-    from ..config import LinearizeConfig
+    from .base import Settings
 
 
 class PowerWindowAttention(WindowedAttention):
-    def __init__(self, spec: SiteSpec, config: LinearizeConfig) -> None:
+    def __init__(self, spec: SiteSpec, config: Settings) -> None:
         super().__init__(spec, config)
         self.power: int = config.option("power")
 

@@ -21,19 +21,19 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from ..attention import SiteSpec
 from .base import EVERYWHERE, Mechanism, whole
 from .composed import NormalizedAttention, orthogonal_gaussian, unit
+from .spec import SiteSpec
 
 if TYPE_CHECKING:
-    from ..config import LinearizeConfig
+    from .base import Settings
 
 
 class RandomFeatureAttention(NormalizedAttention):
     least = 0.1
     projection: Tensor
 
-    def __init__(self, spec: SiteSpec, config: LinearizeConfig) -> None:
+    def __init__(self, spec: SiteSpec, config: Settings) -> None:
         super().__init__(spec, config)
         self.seed: int = config.option("seed")
         features = config.option("features") or spec.head_dim

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from ..attention import SiteSpec, SoftmaxAttention
-from ..config import LinearizeConfig
-from .base import EVERYWHERE, Mechanism
+from .base import EVERYWHERE, Mechanism, Settings
+from .module import SoftmaxAttention
+from .spec import SiteSpec
 
 
-def _build(spec: SiteSpec, config: LinearizeConfig) -> SoftmaxAttention:
+def _build(spec: SiteSpec, config: Settings) -> SoftmaxAttention:
     return SoftmaxAttention(spec)
 
 

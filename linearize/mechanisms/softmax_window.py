@@ -21,7 +21,7 @@ from torch import Tensor
 
 from .base import Mechanism, whole
 from .hedgehog import oracle_weights, positive
-from .window import softmax_weights, softmax_window
+from .window_op import softmax_weights, softmax_window
 from .windowed import WindowedAttention
 
 

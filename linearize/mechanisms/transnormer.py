@@ -20,18 +20,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..attention import SiteSpec
 from .base import EVERYWHERE, Mechanism
 from .composed import ComposedAttention, Term, widen
+from .spec import SiteSpec
 
 if TYPE_CHECKING:
-    from ..config import LinearizeConfig
+    from .base import Settings
 
 _EPSILON = 1e-6
 
 
 class TransnormerAttention(ComposedAttention):
-    def __init__(self, spec: SiteSpec, config: LinearizeConfig) -> None:
+    def __init__(self, spec: SiteSpec, config: Settings) -> None:
         super().__init__(spec, config)
         self.weight = nn.Parameter(torch.empty(spec.num_heads, spec.value_dim))
         self.reset_parameters()

@@ -27,24 +27,24 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from ..arguments import check_no_gradients, check_state
-from ..attention import SiteSpec
 from ..kernels.padding import Ranks
-from ..kernels.state import State, along
-from ..ops import Lineage, checked_path, lineage
-from ..state import AttentionState, States
+from ..kernels.recurrent import State, along
+from ..ops.arguments import check_no_gradients, check_state
+from ..ops.attention import Lineage, checked_path, lineage
+from ..ops.state import AttentionState, States
 from .composed import ComposedAttention, Term, full_precision, widen, with_one
 from .hedgehog import set_identity, square
+from .spec import SiteSpec
 
 if TYPE_CHECKING:
-    from ..config import LinearizeConfig
+    from .base import Settings
 
 
 class WindowedAttention(ComposedAttention):
     """Subclasses give `near`, `weigh`, `features` and `far_share`, and extend `reset_parameters` by
     `far_weight`."""
 
-    def __init__(self, spec: SiteSpec, config: LinearizeConfig) -> None:
+    def __init__(self, spec: SiteSpec, config: Settings) -> None:
         super().__init__(spec, config)
         self.window: int = config.option("window")
         self.query_map = square(spec.num_heads, spec.head_dim)

@@ -24,19 +24,19 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ..attention import SiteSpec
 from .base import EVERYWHERE, Mechanism
 from .composed import ComposedAttention, Term, ones, unit, widen
+from .spec import SiteSpec
 
 if TYPE_CHECKING:
-    from ..config import LinearizeConfig
+    from .base import Settings
 
 _C0 = 0.5**8
 _C1 = 8 * 0.5**7 * 0.98 / math.pi
 
 
 class YosoAttention(ComposedAttention):
-    def __init__(self, spec: SiteSpec, config: LinearizeConfig) -> None:
+    def __init__(self, spec: SiteSpec, config: Settings) -> None:
         super().__init__(spec, config)
         self.reset_parameters()
 

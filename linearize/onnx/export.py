@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..attention import AttentionModule, SoftmaxAttention
+from ..common.running import quiet_run
 from ..errors import ExportError, InvalidModelError
-from ..verification import quiet_run
+from ..mechanisms.module import AttentionModule, SoftmaxAttention
 from . import file as files
 from . import programs
 from .genai import write_genai

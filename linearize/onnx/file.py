@@ -19,7 +19,7 @@ import onnx_ir as ir
 import torch
 from onnxscript.rewriter import pattern
 
-from .. import __version__
+from ..common.version import __version__
 from ..errors import ExportError
 from . import body
 from .programs import LENGTH, PAST, TOTAL, Program

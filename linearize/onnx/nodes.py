@@ -11,9 +11,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..arguments import from_interleaved, stateful_tables
 from ..errors import ExportError
 from ..mechanisms.composed import Term
+from ..ops.arguments import from_interleaved, stateful_tables
 from .schema import DOMAIN, FAMILIES, OPERATORS, VERSION, WINDOW_SOFTMAX, window_rows
 
 

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicLayer
 
-from ..arguments import to_interleaved
-from ..attention import AttentionModule
+from ..cache.state_layer import StateLayer
 from ..errors import ExportError
 from ..mechanisms.composed import ComposedAttention, Term, full_precision
+from ..mechanisms.module import AttentionModule
 from ..mechanisms.softmax_window import SoftmaxWindowAttention
-from ..state_layer import StateLayer
+from ..ops.arguments import to_interleaved
 from . import nodes
 from .nodes import Call, Past
 

@@ -17,13 +17,13 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 from torch.overrides import TorchFunctionMode
 
-from ..attention import AttentionModule
-from ..cache import is_cache
+from ..cache.lookup import is_cache
+from ..cache.state_layer import StateLayer
+from ..common.running import call as call_model
+from ..common.running import without_cache
+from ..convert.inputs import example_inputs
 from ..errors import ExportError
-from ..inputs import example_inputs
-from ..state_layer import StateLayer
-from ..verification import call as call_model
-from ..verification import without_cache
+from ..mechanisms.module import AttentionModule
 from . import nodes
 from .nodes import Call, Past
 from .past import ExportLayer, KeyValueLayer, empty
@@ -82,7 +82,7 @@ def plain(model: nn.Module, inputs: Any) -> Program:
     examples = example_inputs(model, inputs)
     example = {name: value for name, value in examples[0].items() if isinstance(value, Tensor)}
     fixed = {name: value for name, value in without_cache(model, examples[0]).items() if name not in example}
-    # Graphs that grafted owners make at their first call are not made inside a trace.
+    # Graphs that owners make at their first call are not made inside a trace.
     call_model(model, without_cache(model, examples[0]))
     names: list[str] = []
     shell = _Plain(model, list(example), fixed, names)

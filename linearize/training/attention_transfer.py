@@ -13,12 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..checkpoint import state_of
+from ..calibration.observers import real_queries, watching, why_unseen
+from ..common.running import without_cache
 from ..errors import InputError, InvalidModelError
-from ..observers import real_queries, watching, why_unseen
-from ..verification import without_cache
+from ..planning.state import state_of
+from ..rewrite.snapshot import Flags
 from .data import Collate, is_pair, rows_of
-from .kept import Flags
 from .trainer import Run, Stage, train
 
 DEFAULTS: dict[str, Any] = dict(learning_rate=1e-2, batch_size=4)

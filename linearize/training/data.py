@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
+from ..common.text import sequences
 from ..errors import ConfigError, InputError
-from ..text import sequences
 
 IGNORED = -100
 """The label of a position that is not trained on."""

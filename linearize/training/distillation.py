@@ -13,10 +13,10 @@ import torch
 from rich.console import Console, ConsoleOptions, RenderResult
 from torch import nn
 
-from ..api import linearize
-from ..calibration import Calibration, calibrate
+from ..calibration.calibrate import Calibration, calibrate
+from ..convert.linearize import linearize
 from ..errors import ConfigError, LinearizeError
-from ..planning import LinearizeState
+from ..planning.state import LinearizeState
 from .attention_transfer import transfer
 from .data import Collate, Rows, is_encoder, is_pair, rows_of
 from .recipes import Recipe, recipe_of

@@ -9,8 +9,8 @@ from typing import Any
 
 from torch import nn
 
+from ..common.text import text_lines, text_tokens
 from ..errors import InputError
-from ..text import text_lines, text_tokens
 from .data import is_encoder, is_pair
 
 _ALL = 1 << 62

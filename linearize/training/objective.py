@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..common.running import without_cache
 from ..errors import ConfigError, InputError
-from ..verification import without_cache
 from .data import IGNORED
 
 

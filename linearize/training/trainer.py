@@ -19,9 +19,9 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from ..errors import ConfigError, MissingExtraError, TrainingError
+from ..rewrite.snapshot import Kept, trained_values
 from .checkpoints import newest_checkpoint
 from .data import Collate, Rows
-from .kept import Kept, trained_values
 
 _EVALUATIONS = 32
 """Rows at most that the loss is measured on, unless `held_out` asks for a larger share."""

@@ -10,15 +10,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..adapters import lora_config, require_peft
-from ..adapters import merge as merge_adapter
-from ..apply import Transaction
-from ..checkpoint import state_of
+from ..common.running import without_cache
 from ..errors import ConfigError, InvalidModelError
-from ..planning import LinearizeState
-from ..verification import without_cache
+from ..planning.state import LinearizeState, state_of
+from ..rewrite.lora import lora_config, require_peft
+from ..rewrite.lora import merge as merge_adapter
+from ..rewrite.snapshot import Flags, Transaction, put
 from .data import Collate, is_pair, rows_of
-from .kept import Flags, put
 from .objective import Objective
 from .trainer import Run, Stage, train
 

@@ -11,6 +11,7 @@ A file needs none of this: without the library its nodes run by their bodies. Bu
 """
 
 from .build import build_library
-from .loader import LIBRARY, calls, obstacle, register, unavailable_reason
+from .loader import calls, obstacle, register, unavailable_reason
+from .paths import LIBRARY
 
 __all__ = ["LIBRARY", "build_library", "calls", "obstacle", "register", "unavailable_reason"]

@@ -11,7 +11,7 @@ import tempfile
 from pathlib import Path
 
 from ...errors import LibraryError
-from .loader import KERNELS, LIBRARY, sources
+from .paths import KERNELS, LIBRARY, sources
 
 HEADER = "onnxruntime_cxx_api.h"
 _FOLDER = Path(__file__).parent

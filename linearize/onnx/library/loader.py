@@ -7,29 +7,21 @@ and a missing type or provider is an error instead of a slower session. So the f
 from __future__ import annotations
 
 import ctypes
-import hashlib
 from collections.abc import Iterator, Sequence
 from functools import cache
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import onnx
 import onnxruntime
 
 from ...errors import LibraryError
-from ...kernels import cpu
 from ..schema import DOMAIN, FAMILIES, VERSION
 from .cuda import loader as cuda
 from .cuda.kinds import library as cuda_library
+from .paths import LIBRARY, sources
 
 if TYPE_CHECKING:
     from os import PathLike
-
-LIBRARY = Path(__file__).with_name("_operators.so")
-"""Where `build` puts the library."""
-
-KERNELS = Path(cpu.__file__).parent
-"""The headers of the kernels that it is made of."""
 
 CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
 _OPERATORS = (FAMILIES["relu2"], FAMILIES["linear"])
@@ -116,15 +108,6 @@ def register(
         return False
     options.register_custom_ops_library(str(cuda_library() if CUDA in providers else LIBRARY))
     return True
-
-
-@cache
-def sources() -> str:
-    """A digest of what the library is compiled from."""
-    digest = hashlib.sha256()
-    for path in sorted([*LIBRARY.parent.glob("*.cpp"), *LIBRARY.parent.glob("*.h"), *KERNELS.glob("*.h")]):
-        digest.update(path.read_bytes())
-    return digest.hexdigest()[:16]
 
 
 @cache

@@ -1,0 +1,260 @@
+"""The causal operator with a state of constant size, in plain PyTorch: prefill, step and tree.
+
+State of one layer (G = group_size, W a multiple of G, all rows of the batch independent):
+
+    recurrent    [B, Hkv, D, Dv] float32   sum of k^T v over the first `folded` tokens
+    key_window   [B, Hkv, W, D]            the key of position p, divided by its norm, lies in row p % W
+    value_window [B, Hkv, W, Dv]           the value of position p likewise
+    length       [B] int64                 tokens so far
+    folded       [B] int64                 a multiple of G; length - folded <= W
+
+A group moves from the window to `recurrent` only when its rows are needed: that is what makes `length -= n`
+an exact rewind. A query at position t sees `recurrent` and earlier groups linearly (alpha), its own group
+through the activation, and the last K tokens through the convolution, in whatever pieces the tokens arrived.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import chunk as walk
+from .activations import ACTIVATIONS
+from .padding import Ranks
+
+
+class State(NamedTuple):
+    """The five tensors of the module's docstring; functions here change them in place."""
+
+    recurrent: Tensor
+    key_window: Tensor
+    value_window: Tensor
+    length: Tensor
+    folded: Tensor
+
+
+def step(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    recurrent: Tensor,
+    key_window: Tensor,
+    value_window: Tensor,
+    length: Tensor,
+    folded: Tensor,
+    alpha: Tensor | None,
+    local_scale: Tensor | None,
+    conv_weight: Tensor | None,
+    activation: str,
+    group_size: int,
+    normalize: bool,
+    active: Tensor | None,
+) -> Tensor:
+    """One token: query [B, H, 1, D], key [B, Hkv, 1, D], value [B, Hkv, 1, Dv] -> [B, H, 1, Dv].
+
+    The state is changed in place, except for rows that are not `active` (bool [B]), whose output is zero.
+    """
+    state = State(recurrent, key_window, value_window, length, folded)
+    if active is not None:  # whatever padding holds, NaN included
+        query, key, value = (x.masked_fill(~active[:, None, None, None], 0) for x in (query, key, value))
+    self_only = torch.ones(query.shape[0], 1, 1, dtype=torch.bool, device=query.device)
+    depth = torch.zeros_like(length)[:, None]
+    tables = (alpha, local_scale, conv_weight)
+    out = tree(query, key, value, *state, depth, self_only, *tables, activation, group_size, normalize)
+    append(key, value, state, group_size, normalize, None if active is None else active[:, None])
+    return out if active is None else out * active[:, None, None, None]
+
+
+def tree(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    recurrent: Tensor,
+    key_window: Tensor,
+    value_window: Tensor,
+    length: Tensor,
+    folded: Tensor,
+    depth: Tensor,
+    ancestors: Tensor,
+    alpha: Tensor | None,
+    local_scale: Tensor | None,
+    conv_weight: Tensor | None,
+    activation: str,
+    group_size: int,
+    normalize: bool,
+) -> Tensor:
+    """N draft nodes: query [B, H, N, D], key [B, Hkv, N, D], value [B, Hkv, N, Dv] -> [B, H, N, Dv].
+
+    depth int64 [B, N]: a node sits at position length + depth. ancestors bool [B, N, N]: [u, a] is True when
+    a is u or an ancestor of u. The state is read only. Position decides what is the same group, so a branch
+    may cross a group border anywhere; the convolution reads the ancestors, then what was committed.
+    """
+    kv_heads, window = key.shape[1], key_window.shape[2]
+    dtype = torch.float64 if value.dtype == torch.float64 else torch.float32
+    act = ACTIVATIONS[activation].value
+    q, k = _unit(query.to(dtype), normalize), _unit(key.to(dtype), normalize)
+    q = q.unflatten(1, (kv_heads, -1))  # [B, Hkv, R, N, D]
+    k = torch.cat([key_window.to(dtype), k], 2)
+    v = torch.cat([value_window.to(dtype), value.to(dtype)], 2)
+
+    row = torch.arange(window, device=query.device)
+    last = length[:, None] - 1
+    committed = last - (last - row) % window  # position held by each row of the window
+    node = length[:, None] + depth
+    at = torch.cat([committed, node], 1)[:, None]  # [B, 1, W + N]
+    lag = node[:, :, None] - at
+    seen = torch.cat([((committed >= 0)[:, None]).expand(-1, node.shape[1], -1), ancestors], 2)
+    open_ = seen & (at >= folded[:, None, None])
+    same = node[:, :, None] // group_size == at // group_size
+
+    scores = q @ k.mT.unsqueeze(2)  # [B, Hkv, R, N, W + N]
+    weights = torch.zeros_like(scores)
+    if local_scale is not None:
+        weights = act(scores) * _heads(local_scale, kv_heads, dtype) * _per_query(open_ & same)
+    if alpha is not None:
+        weights = weights + scores * _heads(alpha, kv_heads, dtype) * _per_query(open_ & ~same)
+    if conv_weight is not None:
+        taps = conv_weight.shape[1]
+        table = conv_weight.to(dtype)[:, lag.clamp(0, taps - 1)]  # [H, B, N, W + N]
+        table = table * (seen & (lag < taps))
+        weights = weights + table.transpose(0, 1).unflatten(1, (kv_heads, -1))
+    out = weights @ v.unsqueeze(2)
+    if alpha is not None:
+        out = out + (q * _heads(alpha, kv_heads, dtype)) @ recurrent.to(dtype).unsqueeze(2)
+    return out.flatten(1, 2).to(value.dtype)
+
+
+def append(
+    key: Tensor, value: Tensor, state: State, group_size: int, normalize: bool, real: Tensor | None
+) -> None:
+    """Commit tokens: key [B, Hkv, T, D], value [B, Hkv, T, Dv]; only those that are `real` (bool [B, T])."""
+    ranks = None if real is None else Ranks(real)
+    if ranks is not None:
+        key, value = ranks.to_front(key), ranks.to_front(value)
+    count = torch.full_like(state.length, key.shape[2]) if ranks is None else ranks.count
+    _commit(_unit(key.to(state.recurrent.dtype), normalize), value, count, state, group_size)
+
+
+def along(path: Tensor | None, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Key and value of the tokens on the path, int [B, P] with -1 for none, and which of its entries are
+    tokens; without a path all of them, and None."""
+    if path is None:
+        return key, value, None
+    index = path.clamp_min(0)
+    return _take(key, index), _take(value, index), path >= 0
+
+
+def extend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    state: State,
+    alpha: Tensor | None,
+    local_scale: Tensor | None,
+    conv_weight: Tensor | None,
+    activation: str,
+    group_size: int,
+    normalize: bool,
+    real: Tensor | None,
+) -> Tensor:
+    """Any number of tokens after the state, as `walk.forward` would compute them after all earlier ones.
+
+    real: bool [B, T], True for tokens that count; the others change nothing and their output is zero.
+    """
+    ranks = None if real is None else Ranks(real)
+    if ranks is not None:
+        query, key, value = (ranks.to_front(x) for x in (query, key, value))
+    count = torch.full_like(state.length, key.shape[2]) if ranks is None else ranks.count
+    dtype = state.recurrent.dtype
+    q, k = _unit(query.to(dtype), normalize), _unit(key.to(dtype), normalize)
+
+    # One sequence per row of the batch that starts at a group border: window tokens, then the new ones.
+    window, reach = state.key_window.shape[2], 0 if conv_weight is None else conv_weight.shape[1] - 1
+    index = torch.arange(window + query.shape[2], device=query.device)
+    position = state.folded[:, None] + index
+    keys = _at(position, k, state.key_window.to(dtype), state.length, count)
+    queries = _at(position, q, None, state.length, count)
+    before = state.folded[:, None] + torch.arange(-reach, window + query.shape[2], device=query.device)
+    values = _at(before, value.to(dtype), state.value_window.to(dtype), state.length, count)
+    out = walk.forward(
+        queries,
+        keys,
+        values,
+        alpha,
+        local_scale,
+        conv_weight,
+        activation,
+        group_size,
+        False,
+        state=state.recurrent,
+        before=reach,
+    )
+    first = (state.length - state.folded)[:, None] + torch.arange(query.shape[2], device=query.device)
+    out = out.gather(2, first[:, None, :, None].expand(-1, out.shape[1], -1, out.shape[3])).to(value.dtype)
+    _commit(k, value, count, state, group_size)
+    return out if ranks is None else ranks.to_columns(out)
+
+
+def _commit(key: Tensor, value: Tensor, count: Tensor, state: State, group_size: int) -> None:
+    """Write the first `count` [B] tokens (unit keys) after the state, folding what the window cannot hold."""
+    window, dtype = state.key_window.shape[2], state.recurrent.dtype
+    row = torch.arange(window, device=key.device)
+    end = state.length + count
+    groups = (end - window + group_size - 1).div(group_size, rounding_mode="floor")
+    folded = torch.maximum(state.folded, groups * group_size)
+    # On a GPU asking whether anything is folded would cost a synchronisation.
+    if key.device.type != "cpu" or bool((folded > state.folded).any()):
+        last = state.length[:, None] - 1
+        held = last - (last - row) % window
+        out = (held >= state.folded[:, None]) & (held < folded[:, None])
+        new = state.length[:, None] + torch.arange(key.shape[2], device=key.device) < folded[:, None]
+        for k, v, keep in ((state.key_window, state.value_window, out), (key, value, new)):
+            k = k.to(dtype).masked_fill(~keep[:, None, :, None], 0)
+            state.recurrent.add_(k.mT @ v.to(dtype))
+    last = end[:, None] - 1
+    source = last - (last - row) % window - state.length[:, None]  # new token for each row of the window
+    fresh = (source >= 0)[:, None, :, None]
+    source = source.clamp_min(0)[:, None, :, None]
+    for ring, x in ((state.key_window, key), (state.value_window, value)):
+        x = x.to(ring.dtype).gather(2, source.expand(-1, x.shape[1], -1, x.shape[3]))
+        ring.copy_(torch.where(fresh, x, ring))
+    state.length.copy_(end)
+    state.folded.copy_(folded)
+
+
+def _at(position: Tensor, new: Tensor, ring: Tensor | None, length: Tensor, count: Tensor) -> Tensor:
+    """The rows at `position` [B, n]: from the ring before `length`, then from `new`; zeros elsewhere.
+
+    Positions that the ring no longer holds give other rows of it; only outputs that are dropped read those.
+    """
+    index = (position - length[:, None]).clamp(0, new.shape[2] - 1)
+    out = _take(new, index)
+    first = length[:, None] if ring is None else torch.zeros_like(length)[:, None]
+    if ring is not None:
+        old = (position < length[:, None])[:, None, :, None]
+        out = torch.where(old, _take(ring, position % ring.shape[2]), out)
+    outside = (position < first) | (position >= (length + count)[:, None])
+    return out.masked_fill(outside[:, None, :, None], 0)
+
+
+def _take(x: Tensor, index: Tensor) -> Tensor:
+    return x.gather(2, index[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3]))
+
+
+def _unit(x: Tensor, normalize: bool) -> Tensor:
+    if not normalize:
+        return x
+    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    return x / norm.masked_fill(norm == 0, 1)
+
+
+def _heads(table: Tensor, kv_heads: int, dtype: torch.dtype) -> Tensor:
+    """[H] -> [Hkv, R, 1, 1]"""
+    return table.to(dtype).reshape(kv_heads, -1, 1, 1)
+
+
+def _per_query(keep: Tensor) -> Tensor:
+    """[B, N, W + N] -> [B, 1, 1, N, W + N]"""
+    return keep[:, None, None]

@@ -1,0 +1,223 @@
+"""Calibration: the weights in which a linear attention is linear, fitted to the softmax it replaced.
+
+Each head's output is an affine function of its local factor, alpha and convolution taps, so the best fit to
+the original attention's outputs is a small ridge regression. One pass over a few batches collects its normal
+equations, in which every layer sees what it saw in the original model; no gradients.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from rich.console import Console, ConsoleOptions, RenderResult
+from rich.table import Table
+from torch import Tensor, nn
+
+from ..common.running import quiet_run, without_cache
+from ..errors import InputError, InvalidModelError
+from ..mechanisms.composed import widen
+from ..mechanisms.module import AttentionModule
+from ..planning.plan import SitePlan
+from ..planning.state import state_of
+from .observers import real_queries, watching, why_unseen
+
+TOKENS = 50_000
+"""Tokens that are read at most, unless asked for more: far fewer give the same fit."""
+_ROWS = 512
+"""Queries of one sequence that are used at most, evenly spread: neighbours say much the same."""
+
+
+@dataclass(frozen=True)
+class SiteFit:
+    """One site: |fitted - original| / |original| over the batches, before and after; why, if left out."""
+
+    name: str
+    before: float = math.nan
+    after: float = math.nan
+    left_out: str = ""
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What `calibrate` did. tokens: how many were used."""
+
+    tokens: int
+    sites: tuple[SiteFit, ...]
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        table = Table("site", "error before", "after")
+        for site in self.sites:
+            numbers = ("", site.left_out) if site.left_out else (f"{site.before:.3f}", f"{site.after:.3f}")
+            table.add_row(site.name, *numbers)
+        yield table
+        yield f"{self.tokens} tokens; errors are relative to the softmax attention's own output"
+
+
+def calibrate(
+    model: nn.Module, batches: Iterable[Any], *, max_tokens: int = TOKENS, ridge: float = 1e-4
+) -> Calibration:
+    """Fit the new parameters of a freshly converted `model` to its original attention, in place.
+
+    batches: dicts of keyword arguments of the model, or token ids int64 [B, T]; read until `max_tokens`
+    tokens were seen. ridge: pull towards the present values, relative to each parameter's own evidence.
+
+    Meant for before any tuning: what is fitted to is softmax attention with the model's present weights.
+    Raises InvalidModelError for a model that is not converted or has nothing to fit, InputError for batches
+    that do not run or hold too little; the model is then as it was.
+    """
+    sites = state_of(model).plan.sites
+    fits = {site.name: _Fit(model.get_submodule(site.name), site, ridge) for site in sites}
+    able = {name: fit for name, fit in fits.items() if not fit.left_out}
+    if not able:
+        reasons = {fit.left_out for fit in fits.values()}
+        raise InvalidModelError(f"nothing can be calibrated: {'; '.join(sorted(reasons))}")
+    tokens = 0
+    watchers = {site: able[site.name] for site in sites if site.name in able}
+    with watching(model, watchers), quiet_run(model):
+        for batch in batches:
+            tokens += _run(model, batch)
+            if tokens >= max_tokens:
+                break
+    solved = {name: fit.solve() for name, fit in able.items()}
+    for name, (solution, _) in solved.items():
+        able[name].assign(solution)
+    reports = {name: SiteFit(name, left_out=fit.left_out) for name, fit in fits.items()}
+    reports |= {name: report for name, (_, report) in solved.items()}
+    return Calibration(tokens, tuple(reports.values()))
+
+
+class _Fit:
+    """Normal equations of one site: per head, the columns' products with each other and with the target."""
+
+    def __init__(self, module: Any, site: SitePlan, ridge: float) -> None:
+        self.module, self.name, self.ridge = module, site.name, ridge
+        self.left_out = _why_not(module, site)
+        self._names = [n for n in module.linear_parameters if getattr(module, n, None) is not None]
+        self._probe: Any = copy.deepcopy(module).float().eval()
+        for name in self._names:
+            getattr(self._probe, name).data.zero_()
+        self._gram: Tensor | None = None
+
+    def see(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        target: Tensor,
+        key_mask: Tensor | None,
+        query_start: int | Tensor | None,
+    ) -> None:
+        """One call: query [B, H, T, D], key and value as given, target [B, H, T, Dv]."""
+        real = _spread(real_queries(key_mask, query, key, query_start, self.module.spec.cross))
+        tensors = (widen(query), widen(key), widen(value))
+        wanted = _rows(widen(target), real)
+        # What a weight of one adds to an output without any: this is all that being affine asks for.
+        offset = _rows(self._probe(*tensors, key_mask=key_mask, query_start=query_start), real)
+        columns = []
+        for name in self._names:
+            parameter = _columns(getattr(self._probe, name).data)
+            for column in parameter.unbind(1):
+                column.fill_(1)
+                if name == "conv_weight":  # apart from the rest, which need not run for every tap
+                    out = self._probe.convolution(*tensors, key_mask, query_start)
+                    columns.append(_rows(out, real))
+                else:
+                    out = self._probe(*tensors, key_mask=key_mask, query_start=query_start)
+                    columns.append(_rows(out, real) - offset)
+                column.zero_()
+        # The target is one more column: its products are all that the regression needs of it.
+        joined = torch.stack([*columns, wanted - offset], -1).double()  # [H, N, P + 1]
+        gram = joined.mT @ joined
+        size = wanted.double().square().sum(1)
+        if self._gram is None:
+            self._gram, self._size = torch.zeros_like(gram), torch.zeros_like(size)
+        self._gram += gram
+        self._size += size
+
+    @torch.no_grad()
+    def solve(self) -> tuple[Tensor, SiteFit]:
+        """Parameters [H, P] and the errors. Raises InputError when the batches say too little."""
+        gram = self._gram
+        if gram is None:
+            raise InputError(f"{self.name}: the batches never called this attention; give complete inputs")
+        if not bool(torch.isfinite(gram).all()):
+            raise InputError(f"{self.name}: the batches gave values that are not finite")
+        products, right = gram[:, :-1, :-1], gram[:, :-1, -1]
+        before = torch.cat([_columns(getattr(self.module, name)) for name in self._names], 1).to(gram)
+        # A column without any evidence keeps its value.
+        own = products.diagonal(dim1=1, dim2=2)
+        damped = products + torch.diag_embed(torch.where(own > 0, own * self.ridge, torch.ones_like(own)))
+        step = torch.linalg.solve(damped, right - (products @ before[..., None])[..., 0])
+        after = before + step
+
+        def error(solution: Tensor) -> float:
+            left = (solution[:, None] @ products @ solution[..., None])[:, 0, 0]
+            rest = left - 2 * (solution * right).sum(1) + gram[:, -1, -1]
+            return math.sqrt(max(float(rest.sum()), 0.0) / max(float(self._size.sum()), 1e-300))
+
+        return after, SiteFit(self.name, error(before), error(after))
+
+    def assign(self, solution: Tensor) -> None:
+        """Put parameters [H, P] into the module."""
+        parameters = [getattr(self.module, name) for name in self._names]
+        widths = [_columns(p).shape[1] for p in parameters]
+        with torch.no_grad():
+            for parameter, part in zip(parameters, solution.split(widths, 1), strict=True):
+                parameter.copy_(part.reshape(parameter.shape))
+
+
+def _why_not(module: AttentionModule, site: SitePlan) -> str:
+    """Why a site cannot be fitted; empty when it can."""
+    if not any(getattr(module, name, None) is not None for name in module.linear_parameters):
+        return "the mechanism has no parameter that its output is linear in (augmentation=True adds taps)"
+    return why_unseen(module, site)
+
+
+def _columns(parameter: Tensor) -> Tensor:
+    """[H] or [H, n] -> [H, n], a view."""
+    return parameter[:, None] if parameter.dim() == 1 else parameter
+
+
+def _spread(real: Tensor) -> Tensor:
+    """Rows of the flattened [B * T] queries to use: of the `real` ones [B, T], `_ROWS` a sequence at most."""
+    step = -(-real.shape[1] // _ROWS)
+    chosen = torch.zeros_like(real)
+    chosen[:, ::step] = real[:, ::step]
+    return chosen.flatten().nonzero()[:, 0]
+
+
+def _rows(x: Tensor, rows: Tensor) -> Tensor:
+    """[B, H, T, Dv] -> [H, N * Dv], the chosen rows."""
+    return x.transpose(0, 1).flatten(1, 2).index_select(1, rows).flatten(1)
+
+
+def _run(model: nn.Module, batch: Any) -> int:
+    """One forward pass; returns the number of tokens."""
+    inputs = model_inputs(batch)
+    try:
+        model(**without_cache(model, inputs))
+    except Exception as error:
+        raise InputError(f"the model does not run on a batch: {type(error).__name__}: {error}") from error
+    return tokens_in(inputs)
+
+
+def model_inputs(batch: Any) -> dict[str, Any]:
+    """A batch as keyword arguments. Raises InputError when it is none, or empty."""
+    inputs = dict(batch) if isinstance(batch, Mapping) else {"input_ids": batch}
+    tensors = [x for x in inputs.values() if isinstance(x, Tensor)]
+    if not tensors or any(x.numel() == 0 for x in tensors):
+        raise InputError(
+            "a batch must be token ids [B, T] or a dict of the model's keyword arguments, and not empty"
+        )
+    return inputs
+
+
+def tokens_in(inputs: Mapping[str, Any]) -> int:
+    """Tokens of the first tensor among a model's inputs."""
+    first = next(x for x in inputs.values() if isinstance(x, Tensor))
+    return first.shape[0] * (first.shape[1] if first.dim() > 1 else 1)

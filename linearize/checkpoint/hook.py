@@ -1,0 +1,80 @@
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING, Any
+
+from transformers.quantizers.auto import (
+    AUTO_QUANTIZER_MAPPING,
+    register_quantization_config,
+    register_quantizer,
+)
+from transformers.quantizers.base import HfQuantizer
+
+from ..errors import CheckpointError
+from ..planning.record import METHOD, LinearizeHookConfig, measured_in, parse
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    # What `SavesPlan` extends at run time is the model class that `saving_class` puts after it.
+    from transformers import PreTrainedModel as _Model
+
+    from ..planning.plan import Plan
+else:
+    _Model = object
+
+
+def relocate(plan: Plan, model: PreTrainedModel) -> Plan:
+    """The plan with the paths `model` has: without the prefix of a head it lacks, or with that of one it has.
+
+    Raises CheckpointError when neither form of a path exists.
+    """
+    prefix = f"{model.base_model_prefix}."
+    names = {name for name, _ in model.named_modules()}
+
+    def path_in_model(path: str) -> str:
+        for candidate in (path, path.removeprefix(prefix), prefix + path):
+            if candidate in names:
+                return candidate
+        raise CheckpointError(f"the plan names {path!r}, which {type(model).__name__} does not have")
+
+    return dataclasses.replace(
+        plan, sites=tuple(dataclasses.replace(site, path=path_in_model(site.path)) for site in plan.sites)
+    )
+
+
+class LinearizeHook(HfQuantizer):
+    """Replays the plan on the empty model before its weights are loaded."""
+
+    def is_serializable(self) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        return True
+
+    def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
+        from ..planning.state import carry
+        from ..rewrite.apply import apply_plan
+
+        where = f"the checkpoint {getattr(model.config, 'name_or_path', '')!r}"
+        record: Any = getattr(model.config, "linearize", None)
+        plan, config = parse(record, where)
+        apply_plan(model, relocate(plan, model), config)
+        carry(model, measured_in(record))
+
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
+        self.remove_quantization_config(model)
+        del model.is_quantized  # an ordinary model has no such attribute
+        for module in model.modules():
+            config: Any = getattr(module, "config", None)
+            if hasattr(config, "_is_quantized"):
+                del config._is_quantized
+        return model
+
+
+def register() -> None:
+    """Make the hook known to transformers. Idempotent."""
+    if METHOD not in AUTO_QUANTIZER_MAPPING:
+        register_quantization_config(METHOD)(LinearizeHookConfig)
+        register_quantizer(METHOD)(LinearizeHook)

@@ -1,0 +1,233 @@
+"""Saving and loading converted models: safetensors and JSON, bit for bit, without searching a graph again."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_model, save_model
+from torch import nn
+
+from ..common.files import read_json
+from ..errors import CheckpointError, InvalidModelError
+from ..planning.record import VERSION, measured_in, parse
+from ..planning.state import carry, state_of
+from ..rewrite.apply import apply_plan, check_unconverted
+
+if TYPE_CHECKING:
+    import torch
+
+RECORD = "linearize.json"
+WEIGHTS = "model.safetensors"
+
+
+def save(model: nn.Module, directory: str | os.PathLike[str]) -> Path:
+    """Write a converted model: weights (safetensors), plan and config, and a card. Returns the directory.
+
+    A transformers model is written as `save_pretrained` does and can be read by `from_pretrained` too; any
+    other module as `model.safetensors` and `linearize.json`. Other files in the directory stay, a README.md
+    that is not our card too. Files appear whole: everything is written beside the directory first and moved
+    in at the end.
+    Raises InvalidModelError for a model that is not converted, CheckpointError when the directory cannot be
+    written.
+    """
+    from transformers import PreTrainedModel
+
+    from ..evaluation.card import NAME, is_ours, write_card
+
+    state = state_of(model)
+    target = Path(directory)
+    if target.exists() and not target.is_dir():
+        raise CheckpointError(f"cannot save to {target}: it is a file, not a directory")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    except OSError as error:
+        raise CheckpointError(f"cannot save to {target}: {error}") from error
+    try:
+        if isinstance(model, PreTrainedModel):
+            model.save_pretrained(temporary)
+        else:
+            record = {
+                "version": VERSION,
+                "model": type(model).__qualname__,
+                "plan": state.plan.to_dict(),
+                "config": state.config.to_dict(),
+                "measured": list(state.measured),
+            }
+            (temporary / RECORD).write_text(json.dumps(record, indent=2) + "\n")
+            save_model(model, str(temporary / WEIGHTS))
+            write_card(model, temporary)
+        if not is_ours(target / NAME):
+            (temporary / NAME).unlink()
+        _move_in(temporary, target)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"cannot save to {target}: {error}") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return target
+
+
+def load(
+    directory: str | os.PathLike[str],
+    model: nn.Module | None = None,
+    *,
+    dtype: torch.dtype | None = None,
+) -> nn.Module:
+    """Read a converted model back, as it was saved; the plan is replayed, no graph is searched.
+
+    A transformers checkpoint needs nothing else; `dtype` converts it while loading (default: as stored). For
+    any other module, give `model`: a fresh, unconverted one of the same architecture and dtype, which is
+    converted in place and returned; it is unchanged when an error is raised.
+    Raises CheckpointError for a directory that is not a complete, readable, converted checkpoint.
+    """
+    source = Path(directory)
+    if not source.is_dir():
+        raise CheckpointError(f"cannot load {source}: no such directory")
+    if (source / RECORD).is_file():
+        if model is None:
+            raise CheckpointError(
+                f"{source} holds a plain module: give a fresh one to fill, load(directory, model=...)"
+            )
+        if dtype is not None:
+            raise CheckpointError(
+                "`dtype` is for transformers checkpoints; convert the module with `.to(dtype)`"
+            )
+        return _load_module(source, model)
+    if model is not None:
+        raise CheckpointError(f"{source} has no {RECORD}: `model` is only for checkpoints of plain modules")
+    return _load_transformers(source, dtype)
+
+
+def _move_in(temporary: Path, target: Path) -> None:
+    """Move every file of `temporary` into `target`; remove weights of an earlier save that would be read."""
+    if not target.exists():
+        # mkdtemp makes a private directory; the checkpoint gets the permissions any new directory has.
+        umask = os.umask(0)
+        os.umask(umask)
+        temporary.chmod(0o777 & ~umask)
+        os.replace(temporary, target)
+        return
+    new = {path.name for path in temporary.iterdir()}
+    stale = [path for path in target.glob("model*.safetensors*") if path.name not in new]
+    # The file that says "converted checkpoint" goes last: until then a reader sees the previous one.
+    for path in sorted(temporary.iterdir(), key=lambda p: p.name in {RECORD, "config.json"}):
+        os.replace(path, target / path.name)
+    for path in (*stale, *([target / RECORD] if RECORD not in new else [])):
+        path.unlink(missing_ok=True)
+
+
+def _header(path: Path) -> dict[str, tuple[tuple[int, ...], str]]:
+    """Shape and dtype of every tensor of a safetensors file. Raises CheckpointError when it is damaged."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (no __iter__)
+            return {name: (tuple(part.get_shape()), part.get_dtype()) for name, part in slices.items()}
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{path.parent} is incomplete: {path.name} is missing") from error
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{path} cannot be read, it is cut short or damaged: {error}") from error
+
+
+def _load_transformers(source: Path, dtype: torch.dtype | None) -> nn.Module:
+    import transformers
+
+    config = read_json(source / "config.json")
+    if not isinstance(config, dict):
+        raise CheckpointError(f"{source / 'config.json'} is not a model configuration")
+    parse(config.get("linearize"), str(source))
+    names = config.get("architectures") or []
+    cls = getattr(transformers, names[0], None) if names else None
+    if cls is None:
+        raise CheckpointError(
+            f"{source} holds a model of class {names[0] if names else 'unknown'}, which transformers lacks; "
+            "load it with that class's own from_pretrained"
+        )
+    try:
+        model, info = cls.from_pretrained(
+            source, dtype="auto" if dtype is None else dtype, local_files_only=True, output_loading_info=True
+        )
+    except (OSError, ValueError, RuntimeError, KeyError, InvalidModelError, SafetensorError) as error:
+        raise CheckpointError(f"cannot load {source}: {error}") from error
+    wrong = {kind: sorted(map(str, keys)) for kind, keys in info.items() if keys}
+    if wrong:
+        raise CheckpointError(f"{source} does not fit the model its config describes: {wrong}")
+    return model
+
+
+def _load_module(source: Path, model: nn.Module) -> nn.Module:
+    record = read_json(source / RECORD)
+    plan, config = parse(record, str(source))
+    stored = _header(source / WEIGHTS)
+    check_unconverted(model)
+    # Everything that can fail is tried on a copy without storage first, so that `model` is never half done.
+    probe = _meta_copy(model)
+    try:
+        apply_plan(probe, plan, config)
+    except InvalidModelError as error:
+        raise CheckpointError(f"{source} was saved from another architecture: {error}") from error
+    _check_fit(probe, stored, source)
+    apply_plan(model, plan, config)
+    load_model(model, str(source / WEIGHTS))
+    carry(model, measured_in(record))
+    return model
+
+
+def _meta_copy(model: nn.Module) -> nn.Module:
+    """A deep copy of the modules whose tensors have shapes and dtypes but no storage."""
+    memo: dict[int, Any] = {}
+    for tensor in [*model.parameters(), *model.buffers()]:
+        empty = tensor.detach().to("meta")
+        memo[id(tensor)] = (
+            nn.Parameter(empty, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty
+        )
+    return copy.deepcopy(model, memo)
+
+
+def _check_fit(probe: nn.Module, stored: dict[str, tuple[tuple[int, ...], str]], source: Path) -> None:
+    """Raise CheckpointError unless the file has exactly the tensors of `probe`, shapes and dtypes included.
+
+    Tensors that share storage are stored once, under any of their names.
+    """
+    state = probe.state_dict()
+    groups: dict[int, list[str]] = {}
+    for name, tensor in probe.state_dict(keep_vars=True).items():
+        groups.setdefault(id(tensor), []).append(name)
+    problems = [f"{name} is not in the model" for name in stored if name not in state]
+    for names in groups.values():
+        known = [name for name in names if name in stored]
+        if not known:
+            problems.append(f"{names[0]} is missing from the file")
+            continue
+        name = known[0]
+        shape, dtype = stored[name]
+        tensor = state[name]
+        have = _SAFETENSORS_NAME.get(str(tensor.dtype).removeprefix("torch."), str(tensor.dtype))
+        if tuple(tensor.shape) != shape or have != dtype:
+            problems.append(
+                f"{name} is {have} {tuple(tensor.shape)} in the model and {dtype} {shape} in the file"
+            )
+    if problems:
+        more = f" and {len(problems) - 4} more" if len(problems) > 4 else ""
+        raise CheckpointError(f"{source} does not fit the given model: {'; '.join(problems[:4])}{more}")
+
+
+_SAFETENSORS_NAME = {
+    "float64": "F64",
+    "float32": "F32",
+    "float16": "F16",
+    "bfloat16": "BF16",
+    "int64": "I64",
+    "int32": "I32",
+    "int16": "I16",
+    "int8": "I8",
+    "uint8": "U8",
+    "bool": "BOOL",
+    "complex64": "C64",
+}

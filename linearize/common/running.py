@@ -1,0 +1,75 @@
+from __future__ import annotations
+
+import contextlib
+import inspect
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import InputError, LinearizeError
+
+
+@contextlib.contextmanager
+def quiet_run(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode, no gradients, random state and training flags restored afterwards."""
+    training = [(module, module.training) for module in model.modules()]
+    devices = sorted({p.device for p in model.parameters() if p.device.type == "cuda"}, key=str)
+    try:
+        with torch.random.fork_rng(devices=devices), torch.no_grad():
+            model.eval()
+            yield
+    finally:
+        for module, flag in training:
+            module.training = flag
+
+
+def without_cache(model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """`inputs` with `use_cache=False` where the model takes it."""
+    parameters = inspect.signature(model.forward).parameters
+    takes = "use_cache" in parameters
+    if all(p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in parameters.values()):
+        # A wrapper (PEFT) that passes on whatever it is given.
+        takes = hasattr(getattr(model, "config", None), "use_cache")
+    return {**inputs, "use_cache": False} if takes else dict(inputs)
+
+
+def run_model(model: nn.Module, inputs: Mapping[str, Any]) -> tuple[Tensor, ...]:
+    """Floating outputs of one forward pass. Raises InputError when the model does not run on the inputs."""
+    try:
+        torch.manual_seed(
+            0
+        )  # inside `quiet_run`, which restores it: some models draw masks even in evaluation
+        return floats(call(model, without_cache(model, inputs)))
+    except LinearizeError:
+        raise
+    except Exception as error:
+        raise InputError(
+            f"{type(model).__name__} does not run on the example inputs ({shapes(inputs)}): "
+            f"{type(error).__name__}: {error}"
+        ) from error
+
+
+def call(model: nn.Module, inputs: Mapping[str, Any]) -> Any:
+    """Call with keyword inputs; positional ones are under integer-like names `0`, `1`, ..."""
+    positional = [inputs[name] for name in sorted((n for n in inputs if n.isdigit()), key=int)]
+    return model(*positional, **{name: value for name, value in inputs.items() if not name.isdigit()})
+
+
+def shapes(inputs: Mapping[str, Any]) -> str:
+    return ", ".join(
+        f"{name}: {tuple(value.shape) if isinstance(value, Tensor) else value!r}"
+        for name, value in inputs.items()
+    )
+
+
+def floats(output: Any) -> tuple[Tensor, ...]:
+    """The floating tensors of a model's output, in order; caches are left out."""
+    if isinstance(output, Tensor):
+        return (output.detach(),) if output.is_floating_point() else ()
+    if isinstance(output, Mapping):
+        return tuple(t for key, value in output.items() if "past" not in str(key) for t in floats(value))
+    if isinstance(output, (tuple, list)):
+        return tuple(t for value in output for t in floats(value))
+    return ()

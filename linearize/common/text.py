@@ -1,0 +1,85 @@
+"""Token ids of texts and of text files."""
+
+from __future__ import annotations
+
+import itertools
+import random
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import InputError
+
+
+def sequences(data: Any, tokenizer: Any) -> list[Tensor]:
+    """Sequences int64 `[n]` of ids or texts. Raises InputError for anything else."""
+    if isinstance(data, Tensor):
+        items: Iterable[Any] = data if data.dim() == 2 else [data]
+    else:
+        items = [data] if isinstance(data, str) else data
+    found = []
+    for item in items:
+        if isinstance(item, str):
+            if tokenizer is None:
+                raise InputError("texts need their tokenizer: give tokenizer=")
+            item = tokenizer(item, verbose=False)["input_ids"]
+        wrong = InputError("data is token ids, int64 [n] or [B, n], several of these, or texts")
+        try:
+            tensor = torch.as_tensor(item)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise wrong from error
+        if tensor.dim() != 1 or (tensor.is_floating_point() and len(tensor)):
+            raise wrong
+        found.append(tensor.long().cpu())
+    return found
+
+
+def text_tokens(paths: Sequence[Path], tokenizer: Any, limit: int, context: int, seed: int) -> list[Tensor]:
+    """Token ids of text files, and of those in folders: about `limit` tokens, from as many files as can give
+    `context` each, so that there is some of all kinds.
+
+    Files come in an order drawn by `seed`, and of each a part of it. A folder's files that are no text are
+    passed over. Raises InputError for a path that cannot be read.
+    """
+    draw = random.Random(seed)
+    files = [(file, path.is_dir()) for path in paths for file in _files(path)]
+    draw.shuffle(files)
+    share = max(context, limit // max(1, len(files)))
+    found: list[Tensor] = []
+    for file, optional in files:
+        if limit <= 0:
+            break
+        text = _read(file, optional)
+        if text:
+            ids = sequences(text, tokenizer)[0]
+            start = draw.randint(0, max(0, len(ids) - share))
+            found.append(ids[start : start + share])
+            limit -= len(found[-1])
+    return found
+
+
+def text_lines(paths: Sequence[Path], limit: int) -> list[str]:
+    """The lines of text files, and of those in folders, that are not blank: the first `limit`.
+
+    Raises and passes over files as `text_tokens` does.
+    """
+    files = ((file, path.is_dir()) for path in paths for file in _files(path))
+    lines = (line.strip() for file, optional in files for line in _read(file, optional).splitlines())
+    return list(itertools.islice(filter(None, lines), limit))
+
+
+def _read(file: Path, optional: bool) -> str:
+    """The text of a file; nothing where an `optional` one is no text."""
+    try:
+        return file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        if optional:
+            return ""
+        raise InputError(f"cannot read the text in {file}: {error}") from error
+
+
+def _files(path: Path) -> list[Path]:
+    return sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]

@@ -1,0 +1,137 @@
+"""`linearize(model)`: find, plan, apply exactly, prove, put the mechanism in, prove again.
+
+Or leave the model as it was. The steps are functions of `pipeline.py`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..calibration import calibrate as calibration
+from ..common.running import quiet_run, run_model, without_cache
+from ..errors import ConfigError, InputError, InvalidModelError
+from ..passes import find_attention
+from ..passes.capture import capture
+from ..passes.site import MatchReport
+from ..planning.config import LinearizeConfig
+from ..planning.plan import Plan, plan_sites
+from ..rewrite.apply import check_unconverted, finish
+from ..rewrite.snapshot import Transaction
+from .inputs import example_inputs
+from .pipeline import apply_exact, apply_mechanism, prove_exact, prove_mechanism
+from .proof import record
+
+
+def linearize(
+    model: nn.Module,
+    inputs: Any = None,
+    config: LinearizeConfig | Mapping[str, Any] | None = None,
+    calibrate: Iterable[Any] | None = None,
+    **overrides: Any,
+) -> nn.Module:
+    """Rewrite the softmax attention of `model` to linear attention, in place, and return it.
+
+    inputs: example inputs: a dict of keyword arguments, a tuple of positional ones, one tensor, or a list of
+    such dicts (the first one is captured, all of them are verified). Made from the config of transformers
+    models when omitted.
+    config: a `LinearizeConfig`, or its fields as a dict or as keyword arguments.
+    calibrate: batches for `lz.calibrate`, which then follows at once.
+
+    Raises InvalidModelError, InputError, ConfigError, NoAttentionError, RefusedError or VerificationError.
+    Whatever it raises, the model is as it was before.
+    """
+    settings = resolve_config(config, overrides)
+    check_model(model)
+    examples = example_inputs(model, inputs)
+    transaction = Transaction(model)
+    try:
+        with quiet_run(model):
+            for example in examples:
+                run_model(model, example)
+            report = search(model, examples)
+            plan = plan_sites(model, report, settings)
+            recording = record(model, list(plan.owners), examples)
+            plan = apply_exact(model, plan, recording, settings, report)
+            prove_exact(model, plan, recording)
+            apply_mechanism(model, plan, settings)
+            prove_mechanism(model, plan, recording, settings)
+        finish(model, plan, settings)
+        if calibrate is not None:
+            calibration.calibrate(model, calibrate)
+    except BaseException:
+        transaction.rollback()
+        raise
+    return model
+
+
+def planned(
+    model: nn.Module,
+    inputs: Any = None,
+    config: LinearizeConfig | Mapping[str, Any] | None = None,
+    **overrides: Any,
+) -> Plan:
+    """What `linearize` would rewrite, without touching the model or proving it. Same arguments and errors."""
+    settings = resolve_config(config, overrides)
+    check_model(model)
+    examples = example_inputs(model, inputs)
+    with quiet_run(model):
+        run_model(model, examples[0])
+        report = search(model, examples)
+        return plan_sites(model, report, settings)
+
+
+def resolve_config(
+    config: LinearizeConfig | Mapping[str, Any] | None, overrides: Mapping[str, Any]
+) -> LinearizeConfig:
+    """One `LinearizeConfig` from an object, a dict, keyword overrides, or nothing. Raises ConfigError."""
+    if config is None:
+        base = LinearizeConfig()
+    elif isinstance(config, LinearizeConfig):
+        base = config
+    elif isinstance(config, Mapping):
+        base = LinearizeConfig.from_dict(dict(config))
+    else:
+        raise ConfigError(
+            f"config must be a LinearizeConfig or a dict of its fields, got {type(config).__name__}"
+        )
+    known = {field.name for field in dataclasses.fields(LinearizeConfig)}
+    unknown = sorted(set(overrides) - known)
+    if unknown:
+        raise ConfigError(
+            f"unknown setting(s) {', '.join(unknown)}; the settings are {', '.join(sorted(known))}"
+        )
+    return dataclasses.replace(base, **overrides) if overrides else base
+
+
+def check_model(model: Any) -> None:
+    """Raise InvalidModelError unless `model` is a live, unconverted `nn.Module` with values."""
+    if not isinstance(model, nn.Module):
+        raise InvalidModelError(f"linearize() works on an nn.Module, got {type(model).__name__}")
+    if isinstance(model, torch.jit.ScriptModule):
+        raise InvalidModelError(
+            "linearize() cannot work on a TorchScript module; give the original nn.Module"
+        )
+    if isinstance(model, torch._dynamo.OptimizedModule):
+        raise InvalidModelError("the model is compiled; linearize the original, then compile the result")
+    check_unconverted(model)
+    if any(parameter.is_meta for parameter in model.parameters()):
+        raise InvalidModelError("the model is on the meta device and holds no values; load its weights first")
+
+
+def search(model: nn.Module, examples: Sequence[Mapping[str, Any]]) -> MatchReport:
+    """Capture the model on the last example (the padded one, where there is one) and find its attention."""
+    example = without_cache(model, examples[-1])
+    positional = tuple(example[name] for name in sorted((n for n in example if n.isdigit()), key=int))
+    keywords = {name: value for name, value in example.items() if not name.isdigit()}
+    try:
+        graph = capture(model, positional, keywords)
+    except Exception as error:
+        raise InputError(
+            f"{type(model).__name__} could not be captured by torch.export: {type(error).__name__}: {error}"
+        ) from error
+    return find_attention(graph)

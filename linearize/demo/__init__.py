@@ -1,0 +1,1 @@
+"""The shipped decoder and the walk-through that shows it."""

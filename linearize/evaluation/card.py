@@ -1,0 +1,144 @@
+"""The model card: what was converted, how to load it, what was measured of it. Written with checkpoints."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from torch import nn
+
+from .. import mechanisms
+from ..common.files import read_json, write_whole
+from ..passes.site import Reason
+from ..planning.state import state_of
+from .result import measured
+
+if TYPE_CHECKING:
+    from ..planning.state import LinearizeState
+    from . import Evaluation
+
+NAME = "README.md"
+MARK = "<!-- linearize writes this file anew with every save; remove this line to keep your own text -->"
+_LOAD = """```python
+import linearize as lz
+
+model = lz.load("this/folder")
+```"""
+_LOAD_TRANSFORMERS = (
+    "The class's own `from_pretrained` works too, once `linearize` is imported: that is what makes "
+    "transformers rewrite the model before it reads the weights."
+)
+_LOAD_MODULE = """```python
+import linearize as lz
+
+model = lz.load("this/folder", model=fresh)  # a new, unconverted module of the same architecture
+```"""
+
+
+def write_card(model: nn.Module, folder: Path) -> bool:
+    """Write the card of a converted model into `folder`; False where a README.md that is not ours stands.
+
+    Raises CheckpointError when it cannot be written.
+    """
+    path = folder / NAME
+    if not is_ours(path):
+        return False
+    write_whole(path, card(model))
+    return True
+
+
+def update_folder(model: nn.Module, folder: Path) -> bool:
+    """Put the evaluations that `model` carries into the checkpoint it was loaded from, and into its card.
+
+    Only for transformers checkpoints. Returns as `write_card`, and raises as that does.
+    """
+    path = folder / "config.json"
+    config = read_json(path)
+    config["linearize"]["measured"] = list(state_of(model).measured)
+    write_whole(path, json.dumps(config, indent=2, sort_keys=True) + "\n")
+    return write_card(model, folder)
+
+
+def is_ours(path: Path) -> bool:
+    """Whether a card may be written to `path`: there is none, or one that we wrote and nobody took over."""
+    if not path.exists():
+        return True
+    try:
+        return MARK in path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError):
+        return False
+
+
+def card(model: nn.Module) -> str:
+    """The card's text, Markdown. Raises InvalidModelError for a model that is not converted."""
+    from transformers import PreTrainedModel
+
+    state = state_of(model)
+    whole = isinstance(model, PreTrainedModel)
+    name = type(model).__name__
+    lines = [
+        "---",
+        *(["library_name: transformers"] if whole else []),
+        "tags:",
+        "- linearize",
+        "- linear-attention",
+        "---",
+        MARK,
+        "",
+        f"# {name} with {state.config.mechanism} attention",
+        "",
+        *_conversion(name, state),
+        "",
+        "## Loading",
+        "",
+        *([_LOAD, "", _LOAD_TRANSFORMERS] if whole else [_LOAD_MODULE]),
+        "",
+        "## Measured",
+        "",
+    ]
+    found = measured(model)
+    if not found:
+        lines += ["Not measured. `linearize eval FOLDER --reference ORIGINAL --data FILES --card` does it."]
+    for evaluation in found:
+        lines += [*_evaluation(evaluation), ""]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def _conversion(name: str, state: LinearizeState) -> Iterator[str]:
+    from ..common.version import __version__
+
+    config, plan = state.config, state.plan
+    mechanism = mechanisms.get(config.mechanism)
+    yield (
+        f"The softmax attention of a `{name}` was rewritten at {len(plan.sites)} "
+        f"{'place' if len(plan.sites) == 1 else 'places'} by linearize {__version__}."
+    )
+    yield ""
+    yield f"- mechanism: `{config.mechanism}`: {mechanism.formula}"
+    for option, known in mechanism.options.items():
+        yield f"- {option}: {config.option(option)} ({known.meaning})"
+    yield f"- group size: {config.group_size}"
+    taps = f"{config.conv_taps} taps" if config.augments else "none"
+    yield f"- convolution over values: {taps}"
+    if config.approximate:
+        yield f"- left out knowingly: {', '.join(config.approximate)}"
+    kept = [skip for skip in plan.skipped if skip.reason != Reason.NOT_ATTENTION.value]
+    yield f"- kept as softmax: {', '.join(f'`{skip.path}`' for skip in kept) or 'nothing'}"
+
+
+def _evaluation(evaluation: Evaluation) -> Iterator[str]:
+    if evaluation.name:
+        yield f"On {evaluation.name}:"
+        yield ""
+    headings, *rows = evaluation.table()
+    yield _line(headings)
+    yield _line(["---:"] * len(headings))
+    yield from map(_line, rows)
+    yield ""
+    yield f"{evaluation.scored} Measured in {evaluation.setting}."
+
+
+def _line(cells: list[str]) -> str:
+    return f"| {' | '.join(cells)} |"

@@ -1,0 +1,167 @@
+"""Medusa heads: small networks on a frozen decoder that guess several tokens ahead at once."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ...errors import CheckpointError, ConfigError, InputError
+from .drafter import output_layer
+
+_WEIGHTS, _CONFIG, _VERSION = "medusa_heads.safetensors", "medusa_heads.json", 1
+
+
+class MedusaHeads(nn.Module):
+    """Guesses at the tokens that follow the next one (Cai et al., arXiv 2401.10774), from one hidden state.
+
+    With h the hidden state that the model's output layer chose the token x from, head k guesses the k-th
+    token after x by `output_layer(h + silu(W_k [h; e(x)] + b_k))`. `e(x)`, the model's embedding of x, is
+    known by the time heads are asked; Medusa's see h alone (`sees_token=False`). W and b are zero at first:
+    untrained heads repeat the model's own logits.
+
+    model: the decoder they belong to. Its layers are used, never changed, and are no part of this module: its
+    parameters are the heads' alone. own_layers: an output layer for each head, at first a copy of the model's
+    (Medusa-1), instead of the model's own, which costs no memory. rates: `rates[k][r]`, how often the guess
+    of rank r was right, once measured (`acceptance`).
+    """
+
+    weight: nn.Parameter
+    bias: nn.Parameter
+    output: nn.Parameter | None
+
+    def __init__(
+        self, model: Any, num_heads: int = 4, sees_token: bool = True, own_layers: bool = False
+    ) -> None:
+        super().__init__()
+        if num_heads < 1:
+            raise ConfigError(f"there is at least one head, got num_heads={num_heads}")
+        layer = output_layer(model)
+        vocabulary, hidden = layer.weight.shape
+        self.num_heads, self.sees_token, self.own_layers = num_heads, sees_token, own_layers
+        self.fingerprint = {"hidden_size": hidden, "vocabulary": vocabulary}
+        self.rates: list[list[float]] | None = None
+        # In a tuple: the model is not a child of its heads.
+        self._base = (layer, model.get_input_embeddings())
+        place = dict(dtype=layer.weight.dtype, device=layer.weight.device)
+        self.weight = nn.Parameter(torch.zeros(num_heads, hidden, hidden * (2 if sees_token else 1), **place))
+        self.bias = nn.Parameter(torch.zeros(num_heads, 1, hidden, **place))
+        copies = layer.weight.detach().clone().expand(num_heads, -1, -1).clone() if own_layers else None
+        self.output = None if copies is None else nn.Parameter(copies)
+
+    def forward(self, hidden: Tensor, tokens: Tensor) -> Tensor:
+        """Logits `[heads, N, vocabulary]`; hidden `[N, hidden_size]`, tokens int64 `[N]` chosen from it."""
+        layer, embedding = self._base
+        hidden = hidden.to(self.weight.dtype)
+        seen = hidden
+        if self.sees_token:
+            seen = torch.cat([hidden, _frozen(embedding, tokens).to(hidden.dtype)], -1)
+        states = hidden + F.silu(
+            torch.baddbmm(self.bias, seen.expand(self.num_heads, -1, -1), self.weight.mT)
+        )
+        if self.output is not None:
+            return states @ self.output.mT
+        return _frozen(layer, states.to(layer.weight.dtype))
+
+    def check(self, model: Any) -> None:
+        """Raise InputError when the heads were made for a model of other sizes."""
+        vocabulary, hidden = output_layer(model).weight.shape
+        found = {"hidden_size": hidden, "vocabulary": vocabulary}
+        if found != self.fingerprint:
+            raise InputError(
+                f"these heads were trained on a model with {_sizes(self.fingerprint)}, and this one has "
+                f"{_sizes(found)}; train heads for it with train_heads"
+            )
+
+    def save(self, folder: str | Path) -> None:
+        """Write the heads to a folder, such as the model's own: `medusa_heads.safetensors` and `.json`.
+
+        Whole or not at all: each file takes its place when both are written. Raises CheckpointError when the
+        folder cannot be written.
+        """
+        from safetensors.torch import save_file
+
+        folder = Path(folder)
+        about = {
+            "version": _VERSION,
+            "num_heads": self.num_heads,
+            "sees_token": self.sees_token,
+            "own_layers": self.own_layers,
+            "model": self.fingerprint,
+            "rates": self.rates,
+        }
+        tensors = {name: tensor.detach().contiguous().cpu() for name, tensor in self.state_dict().items()}
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=folder, prefix=".heads-") as scratch:
+                save_file(tensors, Path(scratch) / _WEIGHTS)
+                (Path(scratch) / _CONFIG).write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
+                for name in (_WEIGHTS, _CONFIG):
+                    os.replace(Path(scratch) / name, folder / name)
+        except OSError as error:
+            raise CheckpointError(f"cannot write heads to {folder}: {error}") from error
+
+    @classmethod
+    def load(cls, folder: str | Path, model: Any) -> MedusaHeads:
+        """Heads from a folder that `save` wrote, for the model they were trained on.
+
+        Raises CheckpointError when the folder has none or they cannot be read, InputError for another model.
+        """
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+
+        folder = Path(folder)
+        try:
+            about = json.loads((folder / _CONFIG).read_text(encoding="utf-8"))
+            tensors = load_file(folder / _WEIGHTS)
+            if about["version"] > _VERSION:
+                raise CheckpointError(
+                    f"the heads in {folder} were written by a newer linearize: install that"
+                )
+            heads = cls(model, about["num_heads"], about["sees_token"], about["own_layers"])
+            heads.fingerprint, heads.rates = about["model"], about["rates"]
+            heads.check(model)
+            heads.load_state_dict(tensors)
+        except FileNotFoundError as error:
+            raise CheckpointError(
+                f"no heads in {folder} ({_CONFIG} and {_WEIGHTS}); `linearize train-heads` makes them"
+            ) from error
+        except (ValueError, KeyError, TypeError, RuntimeError, OSError, SafetensorError) as error:
+            if isinstance(error, (CheckpointError, InputError)):
+                raise
+            raise CheckpointError(f"the heads in {folder} cannot be used: {error}") from error
+        return heads.eval()
+
+    def acceptance(self, model: Any, tokens: Any, ranks: int = 10) -> list[list[float]]:
+        """How often guesses are right: `rates[k][r]` for head k and rank r, on text the heads were not
+        trained on, among the places where the heads before it had the right token in their first `ranks`.
+
+        tokens: int64 `[n]` or `[B, n]`, or several such. Right is what the model itself would choose
+        (greedily), and only places count where the text so far is what it would have chosen. The result is
+        kept as `rates`. Raises InputError for fewer tokens than the heads look ahead.
+        """
+        from .rates import measure
+
+        self.rates = measure(self, model, tokens, ranks)
+        return self.rates
+
+    def extra_repr(self) -> str:
+        return f"heads={self.num_heads}, {_sizes(self.fingerprint)}"
+
+
+def _frozen(layer: nn.Module, inputs: Tensor) -> Tensor:
+    """What the model's own layer says, without gradients for its parameters."""
+    if not torch.is_grad_enabled():
+        return layer(inputs)
+    parameters = {name: parameter.detach() for name, parameter in layer.named_parameters()}
+    return torch.func.functional_call(layer, parameters, (inputs,))
+
+
+def _sizes(fingerprint: dict[str, int]) -> str:
+    return f"hidden size {fingerprint.get('hidden_size')} and {fingerprint.get('vocabulary')} tokens"

@@ -1,0 +1,57 @@
+"""How often draft heads guess right, and what both measuring and training read of the model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...common.text import sequences
+from ...errors import InputError
+from .hidden import tapped
+
+
+def measure(heads: Any, model: Any, tokens: Any, ranks: int) -> list[list[float]]:
+    """See `MedusaHeads.acceptance`; heads: the `MedusaHeads`."""
+    heads.check(model)
+    count = heads.num_heads
+    hits = torch.zeros(count, ranks, dtype=torch.int64)
+    tried = torch.zeros(count, dtype=torch.int64)
+    for piece in pieces_of(sequences(tokens, None), 512, count):
+        hidden, choice = read(model, piece[None])
+        places = len(piece) - 1 - count
+        piece = piece.to(choice.device)
+        with torch.no_grad():
+            logits = heads(hidden[0, :places], piece[1 : places + 1])
+        # Only where decoding would have come: the text so far is what the model chose.
+        alive = piece[1 : places + 1] == choice[0, :places]
+        for head in range(count):
+            target = choice[0, head + 1 : head + 1 + places]
+            rank = (logits[head] > logits[head].gather(1, target[:, None])).sum(1)
+            rank = rank[alive].cpu()
+            tried[head] += len(rank)
+            hits[head] += torch.bincount(rank.clamp_max(ranks), minlength=ranks + 1)[:ranks]
+            found = torch.zeros_like(alive)
+            found[alive] = (rank < ranks).to(found.device)
+            alive = found & (piece[head + 2 : head + 2 + places] == target)
+    return (hits / tried.clamp_min(1)[:, None]).tolist()
+
+
+@torch.no_grad()
+def read(model: Any, tokens: Tensor) -> tuple[Tensor, Tensor]:
+    """Hidden states `[B, T, hidden_size]` that the output layer saw on tokens `[B, T]`, and greedy choices
+    `[B, T]` after each."""
+    tokens = tokens.to(next(iter(model.parameters())).device)
+    with tapped(model) as tap:
+        logits = model(input_ids=tokens, use_cache=False).logits
+    return tap.hidden, logits.argmax(-1)
+
+
+def pieces_of(found: Sequence[Tensor], context: int, num_heads: int) -> list[Tensor]:
+    """Pieces of at most `context` tokens; too short ones, in which no head has a target, are left out."""
+    pieces = [piece for tensor in found for piece in tensor.split(context) if len(piece) > num_heads + 1]
+    if not pieces:
+        raise InputError(f"the data has no {num_heads + 2} tokens in a row: give more text")
+    return pieces

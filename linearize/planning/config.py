@@ -1,0 +1,172 @@
+"""What a user chooses about a conversion. Stored in the checkpoint; never read from the environment."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from difflib import get_close_matches
+from typing import Any
+
+from .. import mechanisms
+from ..errors import ConfigError
+from ..mechanisms.base import DROPPABLE
+
+VERSION = 2
+"""Version 1 had no `augmentation` and no `options`: their defaults are what it meant."""
+
+
+class Options(Mapping[str, Any]):
+    """An immutable mapping of option names to numbers, strings or None: hashable, so a config is."""
+
+    def __init__(self, options: Mapping[str, Any] | None = None) -> None:
+        self._items = dict(sorted((options or {}).items()))
+
+    def __getitem__(self, name: str) -> Any:
+        return self._items[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._items)
+
+    def __len__(self) -> int:
+        return len(self._items)
+
+    def __hash__(self) -> int:
+        return hash(tuple(self._items.items()))
+
+    def __repr__(self) -> str:
+        return repr(self._items)
+
+
+@dataclass(frozen=True)
+class LinearizeConfig:
+    """Options of one conversion; every field has the default of the paper where it has one.
+
+    Attributes:
+        mechanism: name of what takes the softmax's place ("softmax" keeps it, through the same machinery).
+        group_size: tokens per group of the local part.
+        conv_taps: past tokens, the present one included, that the convolution over values sees; bidirectional
+            sites use `2 * conv_taps - 1` centred taps.
+        local_scale: weight of the local part of `augmented` and `local` before any fitting or tuning.
+        augmentation: add the convolution over values to any mechanism, or leave it out. None: as the
+            mechanism has it, which is with it for `augmented` and without for all others.
+        options: settings of the mechanism itself, by name (`mechanisms.get(name).options` lists them).
+        layers: rewrite only these layer indices (None: all).
+        keep_softmax: layer indices or module paths to leave untouched.
+        on_refusal: "error" rewrites all or nothing, "keep" leaves out the sites that cannot be rewritten.
+        approximate: what may be dropped from a site although its output depends on it, see `DROPPABLE`.
+
+    Raises ConfigError, naming the field, when a value is of the wrong kind or out of range.
+    """
+
+    mechanism: str = "augmented"
+    group_size: int = 64
+    conv_taps: int = 32
+    local_scale: float = 1.0
+    augmentation: bool | None = None
+    options: Mapping[str, Any] = Options()
+    layers: tuple[int, ...] | None = None
+    keep_softmax: tuple[int | str, ...] = ()
+    on_refusal: str = "error"
+    approximate: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        # Lists are what JSON and most callers have; the stored form is hashable.
+        for name in ("layers", "keep_softmax", "approximate"):
+            if isinstance(getattr(self, name), list | set | frozenset | range):
+                object.__setattr__(self, name, tuple(getattr(self, name)))
+        mechanism = mechanisms.get(self.mechanism)
+        _require(
+            _is_int(self.group_size) and self.group_size >= 1, "group_size", self.group_size, "an int >= 1"
+        )
+        _require(_is_int(self.conv_taps) and self.conv_taps >= 1, "conv_taps", self.conv_taps, "an int >= 1")
+        scale = self.local_scale
+        number = isinstance(scale, int | float) and not isinstance(scale, bool)
+        _require(number and abs(scale) < float("inf"), "local_scale", scale, "a finite number")
+        choice = self.augmentation
+        _require(choice is None or isinstance(choice, bool), "augmentation", choice, "True, False or None")
+        if self.augmentation and mechanism.augmentation is None:
+            raise ConfigError(f"augmentation: mechanism {self.mechanism!r} takes no convolution")
+        named = isinstance(self.options, Mapping) and all(isinstance(name, str) for name in self.options)
+        _require(named, "options", self.options, "a mapping of option names to values")
+        mechanism.check_options(self.options)
+        object.__setattr__(self, "options", Options(self.options))
+        _require(
+            self.layers is None or (isinstance(self.layers, tuple) and all(map(_is_index, self.layers))),
+            "layers",
+            self.layers,
+            "layer indices (ints >= 0), or None for all layers",
+        )
+        _require(
+            isinstance(self.keep_softmax, tuple)
+            and all(_is_index(item) or isinstance(item, str) for item in self.keep_softmax),
+            "keep_softmax",
+            self.keep_softmax,
+            "layer indices (ints >= 0) or module paths",
+        )
+        _require(self.on_refusal in ("error", "keep"), "on_refusal", self.on_refusal, "'error' or 'keep'")
+        _require(
+            isinstance(self.approximate, tuple) and all(item in DROPPABLE for item in self.approximate),
+            "approximate",
+            self.approximate,
+            f"names among {', '.join(DROPPABLE)}",
+        )
+
+    @property
+    def augments(self) -> bool:
+        """Whether the convolution over values is added, the mechanism's own default included."""
+        default = mechanisms.get(self.mechanism).augmentation
+        return bool(default if self.augmentation is None else self.augmentation)
+
+    def option(self, name: str) -> Any:
+        """A setting of the mechanism: as given in `options`, or its default. KeyError when it has no such."""
+        return self.options.get(name, mechanisms.get(self.mechanism).options[name].default)
+
+    def exact(self) -> LinearizeConfig:
+        """The same choice of sites with the mechanism "softmax", which changes no output."""
+        return dataclasses.replace(self, mechanism="softmax", augmentation=None, options=Options())
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able, with a format version."""
+        fields: dict[str, Any] = {}
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, tuple):
+                value = list(value)
+            fields[field.name] = dict(value) if isinstance(value, Options) else value
+        return {"version": VERSION, **fields}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> LinearizeConfig:
+        """Inverse of `to_dict`; absent fields take their defaults. Raises ConfigError."""
+        if not isinstance(data, Mapping):
+            raise ConfigError(
+                f"a config must be a mapping of field names to values, got {type(data).__name__}"
+            )
+        fields = dict(data)
+        version = fields.pop("version", VERSION)
+        if not _is_int(version) or not 1 <= version <= VERSION:
+            raise ConfigError(
+                f"this config has version {version!r}; this release reads versions 1 to {VERSION}: "
+                f"load it with the release that wrote it"
+            )
+        known = [field.name for field in dataclasses.fields(cls)]
+        for name in fields:
+            if name not in known:
+                close = get_close_matches(str(name), known, n=1)
+                hint = f"did you mean {close[0]!r}?" if close else f"known fields: {', '.join(known)}"
+                raise ConfigError(f"unknown config field {name!r}; {hint}")
+        return cls(**fields)
+
+
+def _require(ok: bool, name: str, value: object, expected: str) -> None:
+    if not ok:
+        raise ConfigError(f"{name} must be {expected}, got {value!r}")
+
+
+def _is_int(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_index(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0

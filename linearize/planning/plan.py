@@ -1,0 +1,291 @@
+"""The plan: which sites of which owners are rewritten, how, and with what shapes. Data, not code.
+
+A plan is what `inspect` can print, what a checkpoint stores, and what `apply_plan` replays without searching
+a graph again. It is made from the matcher's report plus one recorded run of the model.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from .. import mechanisms
+from ..errors import CheckpointError, ConfigError, NoAttentionError, RefusedError
+from ..mechanisms.spec import SiteSpec
+from ..passes.site import KVKind, MatchReport, Pattern, Reason, Refusal, Site
+from .config import LinearizeConfig
+
+VERSION = 2
+"""Version 1 had other names for the routes, and no terms."""
+ROUTES = ("interface", "graph")
+"""How an owner is rewritten: through transformers' attention interface, or on a graph of itself."""
+_ROUTE_OF_VERSION_1 = {"seam": "interface", "graft": "graph"}
+CHILD = "linear_attention"
+
+# Candidates that turned out not to be attention at all (a router's softmax, a classifier head) do not stand
+# in the way of rewriting everything that is.
+_HARMLESS = frozenset({Reason.NOT_ATTENTION})
+
+
+def child_name(slot: int) -> str:
+    """Name of the child module of an owner's `slot`-th site: `linear_attention`, `linear_attention_1`, ..."""
+    return CHILD if slot == 0 else f"{CHILD}_{slot}"
+
+
+@dataclass(frozen=True)
+class SitePlan:
+    """One child module to be.
+
+    path: dotted path of the owner ("" is the model itself). slot: which of the owner's sites within one call.
+    route: "interface" or "graph", "" while undecided. spec: shapes and meaning. layer_index: index of the
+    layer, for `layers=` and for caches; None when the path holds no number. mask: the mask's label at discovery.
+    calls: how often one forward pass of the model calls this child. source: where the attention was written.
+    terms: what its scores hold beyond the spec, in the words of `Mechanism.refusal`.
+    """
+
+    path: str
+    slot: int
+    route: str
+    spec: SiteSpec
+    layer_index: int | None
+    mask: str
+    calls: int = 1
+    source: str = ""
+    terms: tuple[str, ...] = ()
+
+    @property
+    def child(self) -> str:
+        return child_name(self.slot)
+
+    @property
+    def name(self) -> str:
+        """Dotted path of the child module."""
+        return f"{self.path}.{self.child}" if self.path else self.child
+
+    @property
+    def plain(self) -> bool:
+        """Scores are scaled products under a causal or key mask: what a linear form sees is all there is."""
+        pattern, *rest = self.mask.split("+")
+        known = pattern in ("full", "causal") and "bias" not in rest
+        return known and not self.terms and self.spec.window is None and self.spec.scale is not None
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> SitePlan:
+        """Inverse of `to_dict`, of any version. Raises KeyError, TypeError or ConfigError."""
+        fields = dict(data)
+        if "rung" in fields:
+            fields["route"] = _ROUTE_OF_VERSION_1[fields.pop("rung")]
+        if fields["route"] not in ROUTES:
+            raise KeyError(f"route {fields['route']!r}")
+        fields["terms"] = tuple(fields.get("terms", ()))
+        return cls(**{**fields, "spec": SiteSpec.from_dict(fields["spec"])})
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """A candidate left as softmax: where, the reason code, and one sentence."""
+
+    path: str
+    ordinal: int
+    reason: str
+    message: str
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Every site to rewrite, in execution order of the owners, and every candidate left alone.
+
+    compact_masks: every dispatching site that shares a config is rewritten, so the masks can be one row per
+    sequence instead of a square (see `masks`).
+    """
+
+    sites: tuple[SitePlan, ...]
+    skipped: tuple[Skipped, ...] = ()
+    compact_masks: bool = False
+    version: int = VERSION
+
+    @property
+    def owners(self) -> dict[str, tuple[SitePlan, ...]]:
+        groups: dict[str, list[SitePlan]] = defaultdict(list)
+        for site in self.sites:
+            groups[site.path].append(site)
+        return {path: tuple(sites) for path, sites in groups.items()}
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able form."""
+        return {
+            "version": self.version,
+            "compact_masks": self.compact_masks,
+            "sites": [site.to_dict() for site in self.sites],
+            "skipped": [dataclasses.asdict(skip) for skip in self.skipped],
+        }
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Plan:
+        """Inverse of `to_dict`. Raises CheckpointError on another version or a malformed record."""
+        if data.get("version") not in (1, VERSION):
+            raise CheckpointError(
+                f"the plan has version {data.get('version')!r}, this package reads versions 1 and {VERSION}; "
+                "convert the original model again"
+            )
+        try:
+            return cls(
+                sites=tuple(SitePlan.from_dict(site) for site in data["sites"]),
+                skipped=tuple(Skipped(**skip) for skip in data.get("skipped", ())),
+                compact_masks=bool(data.get("compact_masks", False)),
+            )
+        except (KeyError, TypeError) as error:
+            raise CheckpointError(f"the plan is malformed: {error}") from error
+
+
+def layer_index(model: nn.Module, path: str) -> int | None:
+    """The owner's `layer_idx`, else the first number in its path, else None."""
+    index = getattr(model.get_submodule(path), "layer_idx", None)
+    if isinstance(index, int):
+        return index
+    return next((int(part) for part in path.split(".") if part.isdigit()), None)
+
+
+def site_spec(site: Site) -> SiteSpec:
+    """The module spec of a proved site. Raises ValueError when a head size is not a number."""
+    shapes = site.shapes
+    sizes = [shapes[key] for key in ("H", "Hkv", "D", "Dv")]
+    numbers = [size for size in sizes if isinstance(size, int)]
+    if len(numbers) != len(sizes):
+        named = dict(zip(("H", "Hkv", "D", "Dv"), sizes, strict=True))
+        raise ValueError(f"heads and head sizes must be fixed numbers, got {named}")
+    heads, kv_heads, head_dim, value_dim = numbers
+    windowed = site.mask.pattern in (Pattern.WINDOW, Pattern.BAND)
+    return SiteSpec(
+        num_heads=heads,
+        num_key_value_heads=kv_heads,
+        head_dim=head_dim,
+        value_dim=value_dim,
+        causal=site.causal,
+        cross=site.cross and not site.causal,
+        scale=site.scale,
+        softcap=site.softcap,
+        kv_layout="tiled" if site.kv_map.kind is KVKind.TILED else "interleaved",
+        dropout=float(site.dropout or 0.0),
+        window=site.mask.width if windowed else None,
+    )
+
+
+def kept(config: LinearizeConfig, path: str, index: int | None) -> bool:
+    """The user asked to leave the layer at `path` as softmax."""
+    if config.layers is not None and index not in config.layers:
+        return True
+    return any(
+        keep == index if isinstance(keep, int) else path == keep or path.startswith(f"{keep}.")
+        for keep in config.keep_softmax
+    )
+
+
+def plan_sites(model: nn.Module, report: MatchReport, config: LinearizeConfig) -> Plan:
+    """Decide what becomes of every candidate of `report`.
+
+    The sites within one call of an owner get one child each; an owner called twelve times with one site
+    (shared layers) has one child, called twelve times.
+    Raises NoAttentionError when there is no candidate, RefusedError when a wanted candidate cannot be
+    rewritten and `config.on_refusal` is "error", or when nothing is left to rewrite.
+    """
+    if not report.sites and all(refusal.reason in _HARMLESS for refusal in report.refusals):
+        raise NoAttentionError(
+            f"{type(model).__name__} holds no softmax attention that this package recognises"
+        )
+    # A module held under several names is one owner: the name it is found under first.
+    names = {id(module): name for name, module in model.named_modules()}
+    slots: Counter[tuple[str, int]] = Counter()
+    planned: dict[tuple[str, int], SitePlan] = {}
+    skipped: list[Skipped] = []
+    blocked: list[Skipped] = []
+    for refusal in report.refusals:
+        skip = Skipped(refusal.path, refusal.ordinal, refusal.reason.value, refusal.message)
+        skipped.append(skip)
+        if refusal.reason not in _HARMLESS and not kept(config, refusal.path, _index(model, refusal)):
+            blocked.append(skip)
+    for site in report.sites:
+        path = names[id(model.get_submodule(site.path))]
+        index = layer_index(model, path)
+        slot = slots[site.path, site.call]
+        slots[site.path, site.call] += 1
+        if kept(config, path, index):
+            skipped.append(
+                Skipped(path, site.ordinal, "kept", "left as softmax by `layers` or `keep_softmax`")
+            )
+            continue
+        problem = problem_of(site, config)
+        if problem is not None:
+            skip = Skipped(path, site.ordinal, *problem)
+            skipped.append(skip)
+            blocked.append(skip)
+            continue
+        seen = planned.get((path, slot))
+        if seen is None:
+            spec = site_spec(site)
+            planned[path, slot] = SitePlan(
+                path, slot, "", spec, index, site.mask.label, 1, site.source, terms(site)
+            )
+        else:
+            planned[path, slot] = dataclasses.replace(seen, calls=seen.calls + 1)
+    _raise_blocked(blocked, config, report)
+    owners_blocked = {skip.path for skip in blocked}
+    sites = tuple(site for site in planned.values() if site.path not in owners_blocked)
+    if not sites:
+        if skipped and not blocked:
+            raise RefusedError("`layers` and `keep_softmax` leave no attention to rewrite", report)
+        raise RefusedError(f"no attention site can be rewritten: {_sentences(blocked)}", report)
+    return Plan(sites=sites, skipped=tuple(skipped))
+
+
+def _index(model: nn.Module, refusal: Refusal) -> int | None:
+    try:
+        return layer_index(model, refusal.path)
+    except AttributeError:
+        return None
+
+
+def terms(site: Site) -> tuple[str, ...]:
+    """What the site's scores hold beyond its spec, in the words of `Mechanism.refusal`."""
+    found = []
+    if site.sinks:
+        found.append("sinks")
+    if site.mask.bias:
+        found.append("bias")
+    if site.mask.pattern in (Pattern.CHUNK, Pattern.OTHER) or site.mask.top_left:
+        found.append("mask")
+    return tuple(found)
+
+
+def problem_of(site: Site, config: LinearizeConfig) -> tuple[str, str] | None:
+    """Why `site` cannot be rewritten under `config`: reason code and sentence, or None."""
+    try:
+        spec = site_spec(site)
+    except (ValueError, ConfigError) as error:
+        return Reason.SHAPE_UNKNOWN.value, str(error)
+    refused = mechanisms.get(config.mechanism).refusal(spec, terms(site), config.approximate)
+    return None if refused is None else (refused[0].value, refused[1])
+
+
+def _raise_blocked(blocked: list[Skipped], config: LinearizeConfig, report: MatchReport) -> None:
+    if blocked and config.on_refusal == "error":
+        raise RefusedError(
+            f"{len(blocked)} attention site(s) cannot be rewritten, so nothing was: {_sentences(blocked)} "
+            "Allow partial rewriting with on_refusal='keep', or name what may be dropped with "
+            "approximate=(...).",
+            report,
+        )
+
+
+def _sentences(skips: Iterable[Skipped], limit: int = 4) -> str:
+    texts = list(dict.fromkeys(f"{skip.path or '(root)'} [{skip.reason}]: {skip.message}" for skip in skips))
+    more = f" and {len(texts) - limit} more" if len(texts) > limit else ""
+    return "; ".join(texts[:limit]) + more + "."

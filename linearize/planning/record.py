@@ -1,0 +1,62 @@
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from ..errors import CheckpointError
+
+if TYPE_CHECKING:
+    # What `SavesPlan` extends at run time is the model class that `saving_class` puts after it.
+    from transformers import PreTrainedModel as _Model
+
+    from .config import LinearizeConfig
+    from .plan import Plan
+else:
+    _Model = object
+
+
+METHOD = "linearize"
+
+
+VERSION = 1
+
+
+def parse(record: Any, where: str) -> tuple[Plan, LinearizeConfig]:
+    """The plan and config of a checkpoint from its `linearize` record `{"version", "plan", "config"}`.
+
+    Raises CheckpointError, naming `where`, for a record of another version or form.
+    """
+    from ..errors import ConfigError
+    from .config import LinearizeConfig
+    from .plan import Plan
+
+    if not isinstance(record, Mapping):
+        raise CheckpointError(f"{where} is not a converted checkpoint: it has no `linearize` record")
+    version = record.get("version")
+    if not isinstance(version, int) or version > VERSION:
+        raise CheckpointError(
+            f"{where} has a `linearize` record of version {version!r}; this package reads up to {VERSION}: "
+            "install a newer linearize"
+        )
+    try:
+        return Plan.from_dict(record["plan"]), LinearizeConfig.from_dict(record["config"])
+    except (KeyError, TypeError, AttributeError, ConfigError, CheckpointError) as error:
+        raise CheckpointError(f"the `linearize` record of {where} cannot be used: {error}") from error
+
+
+def measured_in(record: Mapping[str, Any]) -> tuple[Mapping[str, Any], ...]:
+    """The evaluations in a checkpoint's `linearize` record; none where there is no list of them."""
+    found = record.get("measured")
+    return tuple(item for item in found if isinstance(item, Mapping)) if isinstance(found, list) else ()
+
+
+class LinearizeHookConfig(QuantizationConfigMixin):
+    """The entry in a checkpoint that makes transformers call the hook. The plan is `config.linearize`."""
+
+    def __init__(self, quant_method: str = METHOD, **unused: Any) -> None:
+        self.quant_method = quant_method
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"quant_method": self.quant_method}

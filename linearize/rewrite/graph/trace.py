@@ -1,0 +1,399 @@
+"""One traced form of an owner: its forward as a graph, attention replaced and real children called.
+
+The proved sites become calls of `attend_site`, and everything the graph borrowed from the owner is looked up
+on the live owner at each call: a LoRA layer put over `q_proj` later is the one that runs, and nothing is held
+twice.
+
+Of a cache the graph keeps one of two things. Where a state of constant size will stand behind it, only how
+many tokens came before: the owner is traced on the new tokens alone, and masks are cut to their columns.
+Otherwise its `update` becomes a hole in the graph, filled at call time with all keys and values.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import sympy
+import torch
+import torch.utils._pytree as pytree
+from torch import Tensor, nn
+from torch.export import Dim
+from torch.fx import Graph, GraphModule, Node
+
+from ...cache.lookup import is_cache
+from ...errors import VerificationError
+from ...passes import canonical, find_attention
+from ...passes.axes import shape_of
+from ...passes.capture import CaptureError, capture
+from ...passes.raise_ import canonical_operands, emitter_for, replace_output
+from ...passes.site import KVKind, Reason, Site
+from ...planning.plan import child_name
+from ..call import Call
+from ..owner import OwnerRecord
+from .runtime import attend_site, attribute, item, update_cache
+from .submodules import call_children
+
+Place = tuple[int, int]
+"""An axis: index of the tensor among the inputs, and of the axis in it."""
+
+
+_CACHED_AXES = (0, 2)
+"""Batch and length of keys and values `[B, Hkv, S, D]`."""
+
+
+class TraceError(VerificationError):
+    """No graph of the owner can be had; the message says at which step."""
+
+
+@dataclass(frozen=True)
+class Trace:
+    """A graph `(call, *tensors) -> flat outputs`, and how to rebuild the owner's result from them.
+
+    sizes: of the owner's tensors, as numbers and expressions over sizes that may differ from call to call.
+    masks: which of the tensors act on nothing but the scores of the sites. asks_length: the owner asked its
+    cache how many tokens it holds.
+    """
+
+    graph: GraphModule
+    spec: Any
+    sizes: tuple[tuple[sympy.Expr, ...], ...]
+    masks: tuple[int, ...]
+    asks_length: bool
+
+    def fits(self, tensors: Sequence[Tensor]) -> bool:
+        """Whether the sizes of a call, tensor by tensor, agree where the trace took them to agree."""
+        known: dict[sympy.Expr, int] = {}
+        derived = []
+        for expected, tensor in zip(self.sizes, tensors, strict=True):
+            if len(expected) != tensor.ndim:
+                return False
+            for size, found in zip(expected, tensor.shape, strict=True):
+                if size.is_Symbol:
+                    if known.setdefault(size, found) != found:
+                        return False
+                elif size.is_Integer:
+                    if size != found:
+                        return False
+                else:
+                    derived.append((size, found))
+        return all(size.subs(known) == found for size, found in derived)
+
+    def __call__(self, call: Call, tensors: Sequence[Tensor]) -> Any:
+        return pytree.tree_unflatten(list(self.graph(call, *tensors)), self.spec)
+
+
+class _Shell(nn.Module):
+    """Calls the owner's own forward with tensors only; other arguments are part of the trace."""
+
+    def __init__(
+        self,
+        owner: nn.Module,
+        forward: Callable[..., Any],
+        rebuild: Callable[..., Any],
+        of_cache: int,
+        equal: Sequence[Sequence[Place]],
+        asked: list[Any],
+    ) -> None:
+        super().__init__()
+        self._equal = equal
+        self.owner = owner
+        self._forward, self._rebuild, self._of_cache = forward, rebuild, of_cache
+        self._asked = asked
+
+    def forward(self, *tensors: Tensor) -> Any:
+        for (index, axis), *rest in self._equal:
+            for other, place in rest:
+                torch._check(tensors[index].shape[axis] == tensors[other].shape[place])
+        own = len(tensors) - self._of_cache
+        hole = _hole(*tensors[own:]) if self._of_cache else None
+        args, kwargs = self._rebuild(tensors[:own], hole)
+        result = self._forward(self.owner, *args, **kwargs)
+        result = pytree.tree_map(lambda leaf: None if is_cache(leaf) else leaf, result, is_leaf=is_cache)
+        if hole is None:
+            return result, ()
+        self._asked.append(hole)
+        return result, hole.written if self._of_cache == len(("past", "keys", "values")) else ()
+
+
+def equal_sizes(tensors: Sequence[Tensor], stored: int) -> tuple[tuple[Place, ...], ...]:
+    """Groups of batch and length axes of the same size; heads and features are left out where known.
+
+    stored: how many of the tensors, the last ones, are keys and values `[B, Hkv, S, D]` of a cache.
+    """
+    groups: dict[int, list[Place]] = {}
+    for index, tensor in enumerate(tensors):
+        axes: Sequence[int] = range(tensor.ndim - (tensor.is_floating_point() and tensor.ndim > 2))
+        if index >= len(tensors) - stored:
+            axes = _CACHED_AXES
+        for axis in axes:
+            if tensor.shape[axis] > 1:
+                groups.setdefault(int(tensor.shape[axis]), []).append((index, axis))
+    return tuple(tuple(group) for group in groups.values() if len(group) > 1)
+
+
+def _hole(past: Tensor, *stored: Tensor) -> Any:
+    """A stand-in cache for tracing: `update` remembers what it is given and returns `stored`, or the same."""
+    from transformers.cache_utils import Cache
+
+    class Hole(Cache):
+        def __init__(self) -> None:
+            super().__init__(layers=[])
+            self.written: tuple[Tensor, ...] = ()
+            self.index: int | None = None
+            self.asked = False
+
+        def update(
+            self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+        ) -> Any:
+            if self.written:
+                raise TraceError("the owner updates its cache more than once per call")
+            self.written, self.index = (key_states, value_states), layer_idx
+            return stored or self.written
+
+        def get_seq_length(self, *args: Any, **kwargs: Any) -> Any:
+            self.asked = True
+            return past.shape[0]
+
+        def get_query_offset(self, *args: Any, **kwargs: Any) -> Any:
+            return self.get_seq_length()
+
+    return Hole()
+
+
+def trace(
+    owner: nn.Module,
+    forward: Callable[..., Any],
+    rebuild: Callable[..., Any],
+    tensors: Sequence[Tensor],
+    cache: Sequence[Tensor],
+    record: OwnerRecord,
+) -> Trace:
+    """Capture, match and rewrite the owner for one form of call.
+
+    rebuild: `(tensors, cache) -> (args, kwargs)`. cache: examples of the past marker `[P]` and, for a cache
+    of keys and values, of those that `update` returns (meta tensors do); empty for a call without a cache.
+    record: of the owner; the graph must hold its sites.
+    Raises TraceError when the graph does not hold exactly those sites.
+    """
+    inputs = tuple(tensor.detach() for tensor in (*tensors, *(_real(tensor, tensors) for tensor in cache)))
+    stored = max(len(cache) - 1, 0)
+    equal = equal_sizes(inputs, stored)
+    # Telling apart sizes that happen to agree makes a graph for more calls; some proofs need them to agree.
+    attempts: list[tuple[tuple[Place, ...], ...]] = [equal, ()] if stored else [(), equal]
+    for attempt, agreed in enumerate(attempts):
+        try:
+            return _trace(owner, forward, rebuild, inputs, agreed, len(cache), record)
+        except (TraceError, CaptureError):
+            if attempt == len(attempts) - 1 or not equal:
+                raise
+    raise AssertionError("unreachable")
+
+
+def _trace(
+    owner: nn.Module,
+    forward: Callable[..., Any],
+    rebuild: Callable[..., Any],
+    inputs: Sequence[Tensor],
+    equal: tuple[tuple[Place, ...], ...],
+    of_cache: int,
+    record: OwnerRecord,
+) -> Trace:
+    expected = len(record.sites)
+    cached, stored = of_cache > 0, max(of_cache - 1, 0)
+    # Export undoes what a forward assigns to its module, hence a list beside it.
+    asked: list[Any] = []
+    shell = _Shell(owner, forward, rebuild, of_cache, equal, asked)
+    # The shell calls forward directly: hooks of the owner run around the graph, not inside it as well.
+    axes = [_axes(tensor) for tensor in inputs]
+    for kept in axes[len(axes) - stored :]:
+        for axis in set(kept) - set(_CACHED_AXES):
+            del kept[axis]
+    single = next((i for i, t in enumerate(inputs) if t.is_floating_point() and t.ndim == 3), None)
+    one = cached and single is not None and inputs[single].shape[1] == 1
+    if one and single is not None:
+        # One token at a time: its axis must be seen as an axis, or no attention can be recognised.
+        axes[single][1] = Dim.AUTO
+    with sizes_of_one_as_symbols(one or stored > 0):
+        gm = capture(shell, inputs, dynamic=(tuple(axes),))
+    index = asked[-1].index if asked else None
+    if cached and index is None:
+        raise TraceError("the owner takes a cache but does not update it")
+    report = find_attention(gm)
+    if any(refusal.reason is Reason.WEIGHTS_ESCAPE for refusal in report.refusals):
+        # Weights that only leave through the owner's result are not returned, as with fused attention.
+        _drop_weights(report.graph_module, [refusal.anchor for refusal in report.refusals])
+        report = find_attention(report.graph_module)
+    sites = [site for site in report.sites if site.path in ("", "owner")]
+    if len(sites) != expected:
+        reasons = "; ".join(refusal.message for refusal in report.refusals) or "no refusal"
+        raise TraceError(f"its own graph shows {len(sites)} provable sites instead of {expected} ({reasons})")
+    specs = [getattr(owner, child_name(slot)).spec for slot in range(expected)]
+    if any(site.shapes["H"] != spec.num_heads for site, spec in zip(sites, specs, strict=True)):
+        raise TraceError("heads and a batch of one cannot be told apart; call it with two sequences once")
+    gm = report.graph_module
+    first = next(iter(gm.graph.nodes))
+    with gm.graph.inserting_before(first):
+        call = gm.graph.placeholder("linearize_call")
+    for slot, site in enumerate(sites):
+        _replace_site(gm, site, slot, call)
+    codegen: Any = gm.graph._codegen
+    spec = codegen.pytree_info.out_spec
+    placeholders = [node for node in gm.graph.find_nodes(op="placeholder") if "val" in node.meta]
+    sizes = tuple(shape_of(node) or () for node in placeholders[: len(placeholders) - of_cache])
+    masks = _mask_inputs(gm.graph)
+    call_children(gm, owner, call)
+    if stored:
+        _fill_hole(gm.graph, call, index, equal)
+    elif cached and index != record.layer_index:
+        raise TraceError(f"it counts its tokens in layer {index} of the cache, not its own")
+    asks_length = any(hole.asked for hole in asked)
+    return Trace(_rebuilt(gm, call), _result_spec(spec), sizes, masks, asks_length)
+
+
+def _real(tensor: Tensor, beside: Sequence[Tensor]) -> Tensor:
+    return torch.zeros(tensor.shape, dtype=tensor.dtype, device=beside[0].device)
+
+
+def sizes_of_one_as_symbols(on: bool) -> Any:
+    """Let export keep an axis of size one symbolic, where it is asked to; a context manager."""
+    import torch.fx.experimental._config as config
+
+    settings: Any = config
+    return settings.patch(backed_size_oblivious=on)
+
+
+def _axes(tensor: Tensor) -> dict[int, Any]:
+    return {axis: Dim.AUTO for axis, size in enumerate(tensor.shape) if size > 1}
+
+
+def _result_spec(spec: Any) -> Any:
+    """Spec of the owner's own result: the shell returns `(result, what was written to the cache)`."""
+    return spec.child(0) if hasattr(spec, "child") else spec.children_specs[0]
+
+
+def _flat_outputs(graph: Graph) -> list[Any]:
+    (values,) = graph.output_node().args
+    return list(values) if isinstance(values, (tuple, list)) else [values]
+
+
+def _drop_weights(gm: GraphModule, anchors: Sequence[Node]) -> None:
+    """Return None in place of every result but the first that is computed from attention weights."""
+    output = gm.graph.output_node()
+    values = _flat_outputs(gm.graph)
+    for position, value in enumerate(values[1:], start=1):
+        if isinstance(value, Node) and _ancestors([value]) & set(anchors):
+            values[position] = None
+    output.args = (tuple(values),)
+    gm.graph.eliminate_dead_code(is_impure_node=lambda node: node.op in ("placeholder", "output"))
+
+
+def _ancestors(nodes: Sequence[Node], read: Mapping[Node, Sequence[Node]] | None = None) -> set[Node]:
+    """The nodes and everything they depend on; read: of these nodes, only the given arguments count."""
+    seen: set[Node] = set()
+    stack = list(nodes)
+    while stack:
+        node = stack.pop()
+        if node not in seen:
+            seen.add(node)
+            stack += node.all_input_nodes if read is None or node not in read else read[node]
+    return seen
+
+
+def _replace_site(gm: GraphModule, site: Site, slot: int, call: Node) -> None:
+    emitter = emitter_for(gm, site)
+    query, key, value = canonical_operands(emitter, site)
+    terms = [
+        emitter.move(step.term.node, step.term.relayout) for step in site.program if step.term is not None
+    ]
+    hides = [
+        step.kind if step.kind != "sdpa" or not step.value["causal"] else "sdpa"
+        for step in site.program
+        if step.term is not None
+    ]
+    tiled = site.kv_map.kind is KVKind.TILED
+    program = canonical.encode(site.program)
+    result = emitter.call(attend_site, call, slot, query, key, value, terms, hides, program, tiled)
+    replace_output(emitter, site, result)
+
+
+def _mask_inputs(graph: Graph) -> tuple[int, ...]:
+    """Tensor inputs whose values reach the results through the score terms of the sites only."""
+    inputs = [node for node in graph.find_nodes(op="placeholder") if "val" in node.meta]
+    sites = graph.find_nodes(op="call_function", target=attend_site)
+    sizes = dict.fromkeys(graph.find_nodes(op="call_function", target=torch.ops.aten.sym_size.int), ())
+    terms = _ancestors([term for site in sites for term in site.args[5]], sizes)
+    rest = _ancestors([graph.output_node()], sizes | {site: site.args[2:5] for site in sites})
+    return tuple(i for i, node in enumerate(inputs) if node in terms and node not in rest)
+
+
+def _fill_hole(graph: Graph, call: Node, index: int | None, equal: Sequence[Sequence[Place]]) -> None:
+    """The placeholders of keys and values become the results of updating the live cache with the new ones."""
+    output = graph.output_node()
+    *values, new_keys, new_values = _flat_outputs(graph)
+    inputs = [node for node in graph.find_nodes(op="placeholder") if "val" in node.meta]
+    keys, old_values = inputs[-2:]
+    _read_sizes_elsewhere(graph, inputs, equal)
+    with graph.inserting_before(output):
+        updated = graph.call_function(update_cache, (call, new_keys, new_values, index))
+        parts = [graph.call_function(item, (updated, position)) for position in (0, 1)]
+    for placeholder, part in zip((keys, old_values), parts, strict=True):
+        part.meta["val"] = placeholder.meta["val"]
+        placeholder.replace_all_uses_with(part)
+        graph.erase_node(placeholder)
+    output.args = (tuple(values),)
+
+
+def _read_sizes_elsewhere(graph: Graph, inputs: Sequence[Node], equal: Sequence[Sequence[Place]]) -> None:
+    """Sizes that export reads from keys or values are needed before these exist: read them elsewhere."""
+    holes = (len(inputs) - 2, len(inputs) - 1)
+    instead = {
+        place: next((other for other in group if other[0] not in holes), None)
+        for group in equal
+        for place in group
+    }
+    for node in graph.find_nodes(op="call_function", target=torch.ops.aten.sym_size.int):
+        source, axis = node.args
+        if source in inputs:
+            other = instead.get((inputs.index(source), axis))
+            if other is not None:
+                node.args = (inputs[other[0]], other[1])
+
+
+def _rebuilt(gm: GraphModule, call: Node) -> GraphModule:
+    """A fresh graph in dependency order, with plain arguments, the owner's tensors looked up at call time."""
+    graph = Graph()
+    root = nn.Module()
+    made: dict[Node, Any] = {}
+    open_nodes: set[Node] = set()
+
+    def emit(node: Node) -> None:
+        if node in made:
+            return
+        if node in open_nodes:
+            raise TraceError("keys and values are used before the cache is updated")
+        open_nodes.add(node)
+        for argument in node.all_input_nodes:
+            emit(argument)
+        if node.op == "get_attr" and str(node.target).startswith("owner."):
+            made[node] = graph.call_function(attribute, (made[call], str(node.target).removeprefix("owner.")))
+            return
+        if node.op == "get_attr":
+            name = f"constant_{len(root._buffers)}"
+            root.register_buffer(name, torch.fx.graph_module._get_attr(gm, str(node.target)))
+            made[node] = graph.get_attr(name)
+            return
+        made[node] = graph.node_copy(node, lambda argument: made[argument])
+        made[node].meta = {}
+
+    # What the result depends on; the cache is written by what attention reads.
+    live_nodes = _ancestors([gm.graph.output_node()])
+    for node in gm.graph.nodes:
+        if node.op == "placeholder":
+            emit(node)
+    for node in gm.graph.nodes:
+        if node in live_nodes:
+            emit(node)
+    graph.lint()
+    return GraphModule(root, graph)

@@ -1,0 +1,145 @@
+"""The interface route: owners that dispatch through transformers' attention interface.
+
+The owner keeps its Python, parameters and children. Two things change: its `config` becomes a copy that names
+our registered attention function, and its class becomes a subclass of itself that gives the call to the
+interface as a keyword argument (the interface is never shown the cache). Everything else, dropout,
+checkpointing, LoRA, device and dtype moves, is untouched Python.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..cache import lookup as caches
+from ..cache.adopt import cross_layer, state_layer
+from ..errors import InvalidModelError
+from .attend import attend
+from .call import Call, attention_children, sole_child
+from .masks import compact_mask
+from .owner import OwnerRecord, Rewritten, become
+
+NAME = "linearize"
+KEYWORD = "linearize_call"
+"""The keyword argument by which a call travels from the owner to the attention function."""
+
+
+def register() -> None:
+    """Make the attention function and its mask known to transformers. Idempotent."""
+    from transformers import AttentionInterface
+    from transformers.masking_utils import AttentionMaskInterface
+
+    AttentionInterface.register(NAME, attention_forward)
+    # Without a mask function of the same name transformers drops every mask without a word.
+    AttentionMaskInterface.register(NAME, compact_mask)
+
+
+def dispatches(owner: nn.Module) -> bool:
+    """Whether the owner may dispatch through the interface: it holds a transformers config that names one."""
+    return hasattr(getattr(owner, "config", None), "_attn_implementation_internal")
+
+
+class InterfaceOwner(Rewritten):
+    """Mixin of a rewritten owner that dispatches through the attention interface."""
+
+    @staticmethod
+    def run(owner: Any, forward: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """One call of the owner; `forward` is the original class's."""
+        record: OwnerRecord = owner._linearize_owner
+        cache, child = caches.find_cache(args, kwargs), sole_child(owner)
+        index = record.layer_index
+        state = state_layer(cache, index, child)
+        caches.check_not_foreign(caches.own_layer(cache, index, child), record.path)
+        whole = drops_window(owner) and state is None
+        if whole:
+            caches.keep_everything(cache, index)
+        call = Call(owner, cache, state, cross_layer(cache, index, child), whole)
+        if state is not None:
+            state.expected = True
+        if record.takes_keywords:
+            kwargs = {**kwargs, KEYWORD: call}
+        elif cache is not None:
+            raise InvalidModelError(
+                f"{record.name} takes no keyword arguments, by which a call with a cache would travel"
+            )
+        try:
+            return forward(owner, *args, **kwargs)
+        except BaseException:
+            call.failed()
+            raise
+        finally:
+            call.ended(caches.own_layer(cache, index, child))
+
+
+def apply_interface(owner: Any, record: OwnerRecord) -> None:
+    """Rewrite `owner` in place; its child modules are attached by the caller."""
+    register()
+    owner.config = copy.copy(owner.config)
+    owner.config._attn_implementation_internal = NAME
+    become(owner, InterfaceOwner, record)
+
+
+def attention_forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    position_bias: Tensor | None = None,
+    s_aux: Tensor | None = None,
+    linearize_call: Call | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """The registered function: query `[B,H,T,D]`, key/value `[B,Hkv,S,*]` -> `[B,T,H,Dv]`, and no weights.
+
+    `softcap`, `sliding_window`, `scaling` and `is_causal` are in the plan already; the identity check proves
+    that the plan says the same.
+    """
+    call = _call_of(module) if linearize_call is None else linearize_call
+    slot = call.next_slot()
+    call.notice(slot, kwargs.get("sliding_window"))
+    shared = call.child(slot).spec.num_key_value_heads // key.shape[1]
+    if shared > 1:
+        # Keys and values that are shared in different ways count as one per query head in the plan; functions
+        # of the interface are left to repeat them.
+        key, value = key.repeat_interleave(shared, 1), value.repeat_interleave(shared, 1)
+    # The plan was made in evaluation mode, where the owner does not say how much it drops in training.
+    output = attend(
+        call,
+        slot,
+        query,
+        key,
+        value,
+        attention_mask,
+        bias=position_bias,
+        sinks=s_aux,
+        dropout=dropout or None,
+    )
+    return output.transpose(1, 2).contiguous(), None
+
+
+def _call_of(module: nn.Module) -> Call:
+    """The call of an owner that keeps keyword arguments to itself, which is enough where order is nothing.
+
+    Raises InvalidModelError where the call knows more than the module: a causal site, or several sites.
+    """
+    if not isinstance(module, Rewritten):
+        raise InvalidModelError(
+            f"{type(module).__name__} was asked for attention '{NAME}' but was not rewritten by linearize(); "
+            "set its attention implementation back to 'sdpa'"
+        )
+    record = module._linearize_owner
+    if len(record.sites) > 1 or record.sites[0].spec.causal:
+        raise InvalidModelError(
+            f"{record.name} does not pass its keyword arguments on to the attention interface"
+        )
+    return Call(module)
+
+
+def drops_window(owner: nn.Module) -> bool:
+    """Some site of the owner had a causal window, which its linear form does not follow."""
+    return any(c.spec.window is not None and not c.is_exact for c in attention_children(owner))

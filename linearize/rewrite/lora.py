@@ -1,0 +1,119 @@
+"""LoRA on converted models with PEFT: a configuration that also trains the new parameters, and merging.
+
+A LoRA adapter holds what PEFT was told to save, so parameters trained beside it are lost with it (the paper's
+reference code attaches its own after wrapping the model and saves none of them). `lora_config` names the
+attention modules among `modules_to_save`: PEFT then trains a copy of their parameters, stores it in the
+adapter and loads it again. `merge` makes one ordinary converted model of base and adapter.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from ..errors import InvalidModelError, MissingExtraError
+from ..planning.plan import Plan
+from ..planning.state import LinearizeState, state_of
+from .apply import finish
+from .snapshot import Undo
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from peft import LoraConfig
+
+
+def lora_config(model: nn.Module, modules_to_save: Iterable[str] = (), **settings: Any) -> LoraConfig:
+    """A `peft.LoraConfig` for a converted model that trains and saves its new parameters too.
+
+    settings: fields of `LoraConfig`. Unless given, `target_modules` are the linear layers beside the
+    rewritten attention (query, key, value, output projections), and r=8, lora_alpha=16 as in the paper.
+    modules_to_save: what else is trained whole, such as "embed_tokens".
+
+        adapted = peft.get_peft_model(model, lz.lora_config(model))
+
+    Raises InvalidModelError when the model is not converted, MissingExtraError without peft.
+    """
+    peft = require_peft()
+    plan = state_of(model).plan
+    trained = [
+        site for site in plan.sites if next(model.get_submodule(site.name).parameters(), None) is not None
+    ]
+    children = sorted({site.child for site in trained})
+    if "target_modules" not in settings:
+        # The owner's own name goes with it: GPT-2 has a `c_proj` in its attention and another in its MLP.
+        settings["target_modules"] = sorted(
+            {
+                f"{path.rpartition('.')[2]}.{name}".removeprefix(".")
+                for path in plan.owners
+                for name, child in model.get_submodule(path).named_children()
+                if _takes_lora(child)
+            }
+        )
+        if not settings["target_modules"]:
+            raise InvalidModelError(
+                f"no linear layer beside the rewritten attention of {type(model).__name__}: "
+                "give target_modules"
+            )
+    settings = {"r": 8, "lora_alpha": 16, **settings}
+    return peft.LoraConfig(modules_to_save=[*children, *modules_to_save] or None, **settings)
+
+
+def merge(model: nn.Module) -> nn.Module:
+    """The converted model inside a `PeftModel`, its active adapters added to the weights, PEFT gone.
+
+    New parameters are kept however they were trained: by `modules_to_save`, or directly. The result is an
+    ordinary converted model for `save`; it equals the adapted one within rounding. Works in place, so
+    `model` is used up.
+    Raises InvalidModelError when `model` is no PeftModel of a converted model or cannot be merged (the model
+    is then as it was), MissingExtraError without peft.
+    """
+    peft = require_peft()
+    if not isinstance(model, peft.PeftModel):
+        raise InvalidModelError(f"merge works on a peft.PeftModel, got {type(model).__name__}")
+    whole: Any = model
+    base = whole.get_base_model()
+    # Either the base was converted, then wrapped, or the wrapper was converted as a whole.
+    state = vars(model).get("_linearize") or state_of(base)
+    kind = whole.active_peft_config.peft_type.value
+    if not hasattr(model, "merge_and_unload"):
+        raise InvalidModelError(
+            f"this adapter cannot be merged: {kind} adds no weights to those of the model"
+        )
+    with Undo(model):
+        try:
+            merged = whole.merge_and_unload(safe_merge=True)
+        # How PEFT refuses: NaN and quantised weights are a ValueError; a bias without a place in the base is
+        # a RuntimeError, and so is its NotImplementedError.
+        except (ValueError, RuntimeError) as error:
+            raise InvalidModelError(f"this adapter cannot be merged: {error}") from error
+        if "_linearize" not in vars(merged):
+            plan = _inside(model, base, state)
+            for path, sites in plan.owners.items():
+                owner: Any = merged.get_submodule(path)
+                owner._linearize_owner = dataclasses.replace(owner._linearize_owner, path=path, sites=sites)
+            finish(merged, plan, state.config)
+    return merged
+
+
+def _inside(wrapper: nn.Module, base: nn.Module, state: LinearizeState) -> Plan:
+    """The plan of a wrapper, with the paths that `base` inside it has."""
+    prefix = next(f"{name}." for name, module in wrapper.named_modules() if module is base)
+    sites = tuple(dataclasses.replace(site, path=site.path.removeprefix(prefix)) for site in state.plan.sites)
+    return dataclasses.replace(state.plan, sites=sites)
+
+
+def _takes_lora(child: nn.Module) -> bool:
+    from transformers.pytorch_utils import Conv1D
+
+    return isinstance(child, nn.Linear | Conv1D)
+
+
+def require_peft() -> Any:
+    try:
+        import peft
+    except ImportError as error:
+        raise MissingExtraError("LoRA needs the extra `train`: pip install 'linearize[train]'") from error
+    return peft

@@ -1,0 +1,129 @@
+"""Makes `from_pretrained` restore converted models, and `save_pretrained` write them so that it can.
+
+A converted transformers checkpoint holds the plan in `config.linearize`. The only public place where
+transformers lets a checkpoint change its model before the weights are loaded is a quantizer, so the
+checkpoint also names one, `linearize`, which quantizes nothing: it replays the plan and then removes every
+trace of a quantized model.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..cache.adopt import state_layer
+from ..errors import CheckpointError, InputError
+from ..planning.record import LinearizeHookConfig
+from .call import sole_child
+from .graph.owner import GraphOwner, state_of
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    # What `SavesPlan` extends at run time is the model class that `saving_class` puts after it.
+    from transformers import PreTrainedModel as _Model
+
+else:
+    _Model = object
+
+
+class SavesPlan(_Model):
+    """Mixin of a converted transformers model: its checkpoints name the load hook, its caches hold states."""
+
+    config: Any
+    _linearize: Any
+
+    def generate(self, *args: Any, speculative: Any = None, **kwargs: Any) -> Any:
+        """As transformers' `generate`; with `speculative`, a `TreeSpeculation`, by draft trees."""
+        if speculative is not None:
+            if kwargs.get("custom_generate") is not None or kwargs.get("assistant_model") is not None:
+                raise InputError("speculative= stands alone: leave out custom_generate= and assistant_model=")
+            strings = kwargs.pop("stop_strings", None)
+            if strings is not None and kwargs.get("tokenizer") is not None:
+                from transformers.generation import StoppingCriteriaList, StopStringCriteria
+
+                # transformers takes the tokenizer away from a callable before it looks for these.
+                own = StopStringCriteria(kwargs["tokenizer"], strings)
+                kwargs["stopping_criteria"] = StoppingCriteriaList(
+                    [*(kwargs.get("stopping_criteria") or ()), own]
+                )
+            elif strings is not None:
+                raise InputError("stop_strings need their tokenizer: generate(..., tokenizer=tokenizer)")
+            # transformers streams the prompt, and gives a callable no streamer for what it generates.
+            streamer = kwargs.get("streamer")
+            bound = {} if streamer is None else {"streamer": streamer}
+            kwargs["custom_generate"] = functools.partial(speculative, **bound)
+        return super().generate(*args, **kwargs)
+
+    def _prepare_cache_for_generation(
+        self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> None:
+        """As transformers does, then the states take their places: `generate` asks the cache what it can do
+        before the first layer runs."""
+        super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
+        cache = model_kwargs.get("past_key_values")
+        if cache is None:
+            return
+        for path, sites in self._linearize.plan.owners.items():
+            owner: Any = self.get_submodule(path)
+            if isinstance(owner, GraphOwner):
+                state_of(owner, cache)
+            else:
+                longest = getattr(self, "_previous_max_cache_length", None)  # of the static cache just made
+                state_layer(cache, sites[0].layer_index, sole_child(owner), longest)
+        if generation_config.is_assistant:
+            cache.activate_past_recording()
+
+    def save_pretrained(
+        self, save_directory: str | os.PathLike[str], is_main_process: bool = True, *args: Any, **kwargs: Any
+    ) -> Any:
+        """As `PreTrainedModel.save_pretrained`, and a model card, unless a README.md of someone else's is
+        there. Raises CheckpointError when the model is also quantized, or the card cannot be written."""
+        if getattr(self.config, "quantization_config", None) is not None:
+            raise CheckpointError(
+                "a converted model that is also quantized cannot be saved: a checkpoint has one place for a "
+                "load hook; save the converted model before quantizing it"
+            )
+        self.config.quantization_config = LinearizeHookConfig()
+        try:
+            super().save_pretrained(save_directory, is_main_process, *args, **kwargs)
+        finally:
+            del self.config.quantization_config
+        # transformers only logs where the directory is a file.
+        if self.should_save_on_this_rank(is_main_process) and Path(save_directory).is_dir():
+            from ..evaluation.card import write_card
+
+            write_card(self, Path(save_directory))
+
+
+def save_with_plan(model: nn.Module) -> None:
+    """Let a converted transformers model write checkpoints that restore it; nothing for any other module."""
+    from transformers import PreTrainedModel
+
+    if isinstance(model, PreTrainedModel):
+        base: type = type(model)
+        model.__class__ = saving_class(base)
+
+
+@functools.cache
+def saving_class(base: type) -> type:
+    """Subclass of `base`, by the same name, that saves with the plan; itself when it already does."""
+    if issubclass(base, SavesPlan):
+        return base
+
+    def reduce(self: Any, protocol: Any) -> Any:
+        return _rebuild, (base,), self.__dict__.copy()
+
+    members = {
+        "__module__": base.__module__,
+        "__qualname__": base.__qualname__,
+        "__doc__": base.__doc__,
+        "__reduce_ex__": reduce,
+    }
+    return type(base.__name__, (SavesPlan, base), members)
+
+
+def _rebuild(base: type) -> Any:
+    return object.__new__(saving_class(base))

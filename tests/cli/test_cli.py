@@ -1,0 +1,189 @@
+"""The command line, as a user types it."""
+
+from __future__ import annotations
+
+import ast
+import json
+import re
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoTokenizer
+
+import linearize as lz
+import linearize.cli
+from linearize.cli.options import option_values
+from linearize.mechanisms import available
+from linearize.planning.state import state_of
+
+
+def test_version_names_the_packages_that_matter(run) -> None:
+    result = run("version")
+    assert result.code == 0 and lz.__version__ in result.out and torch.__version__ in result.out
+
+
+def test_help_names_every_command_and_loads_nothing_that_only_a_command_needs(run) -> None:
+    said = run("--help").out
+    for name in linearize.cli.COMMANDS:
+        assert re.search(rf"^│ {name} ", said, re.MULTILINE), name
+    for path in Path(linearize.cli.__file__).parent.glob("*.py"):
+        for node in ast.parse(path.read_text()).body:
+            if isinstance(node, ast.Import):
+                names = {alias.name.split(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and node.level != 1:
+                names = {(node.module or "__version__").split(".")[0]}
+            else:
+                continue
+            assert names <= {*sys.stdlib_module_names, "typer", "rich", "errors", "__version__"}, path
+
+
+def test_inspect_prints_a_row_for_every_site(run, folder: Path) -> None:
+    result = run("inspect", folder)
+    assert result.code == 0
+    assert "2 candidates, 2 rewrite" in result.out
+    for layer in range(2):
+        assert f"model.layers.{layer}.self_attn" in result.out
+    assert "modeling_llama.py" in result.out and "causal" in result.out
+
+
+def test_inspect_json_is_only_json_and_the_page_is_written(run, folder: Path, tmp_path: Path) -> None:
+    result = run("inspect", folder, "--json", "--html", tmp_path / "r.html", "--mechanism", "softmax")
+    rows = json.loads(result.out)["rows"]
+    assert [row["verdict"] for row in rows] == ["rewrite"] * 2
+    assert rows[0]["shapes"]["Hkv"] == 2 and rows[0]["becomes"] == "softmax, exact"
+    assert (tmp_path / "r.html").read_text().count("<tr") == 3
+
+
+def test_convert_writes_a_folder_that_works_by_itself(run, folder: Path, tmp_path: Path) -> None:
+    result = run("convert", folder, tmp_path / "out", "--group-size", 8, "--conv-taps", 4, "--layers", "1")
+    assert result.code == 0 and "1 attention modules" in result.out
+    model = lz.load(tmp_path / "out")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
+    ids = tokenizer("def f(x):", return_tensors="pt").input_ids
+    assert torch.isfinite(model(ids).logits).all()
+    names = [name for name, _ in model.named_parameters() if "linear_attention" in name]
+    assert names and all("layers.1." in name for name in names)
+    assert "converted" in run("inspect", tmp_path / "out").out
+
+
+def test_convert_can_fit_the_new_parameters_to_text(run, folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts" / "a.py").write_text("def f(x):\n    return x + 1\n" * 20)
+    result = run("convert", folder, tmp_path / "out", "--calibrate", tmp_path / "texts")
+    assert result.code == 0 and "error before" in result.out, result.err
+    module = lz.load(tmp_path / "out").model.layers[0].self_attn.linear_attention
+    assert module.local_scale.unique().numel() == 4 and module.conv_weight.abs().min() > 0
+    failed = run("convert", folder, tmp_path / "none", "--calibrate", tmp_path / "nothing.txt")
+    assert failed.code == 1 and "nothing.txt" in failed.err and not (tmp_path / "none").exists()
+
+
+def converted(folder: Path) -> lz.LinearizeConfig:
+    """The config that a converted folder was written with."""
+    return state_of(lz.load(folder)).config
+
+
+def test_options_of_the_mechanism_and_the_convolution_are_chosen_by_flags(
+    run, folder: Path, tmp_path: Path
+) -> None:
+    flags = ("--mechanism", "performer", "--option", "features=6", "--option", "seed=3", "--augmentation")
+    result = run("convert", folder, tmp_path / "out", *flags)
+    assert result.code == 0, result.err
+    config = converted(tmp_path / "out")
+    assert config.options == {"features": 6, "seed": 3} and config.augmentation is True
+    result = run(
+        "convert", folder, tmp_path / "word", "--mechanism", "flash_local", "--option", "activation=laplace"
+    )
+    assert result.code == 0, result.err
+    config = converted(tmp_path / "word")
+    assert config.options == {"activation": "laplace"} and config.augmentation is None
+    result = run("convert", folder, tmp_path / "without", "--no-augmentation")
+    assert result.code == 0, result.err
+    assert converted(tmp_path / "without").augmentation is False
+    rows = json.loads(run("inspect", folder, "--json", *flags).out)["rows"]
+    assert [row["verdict"] for row in rows] == ["rewrite"] * 2
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [("3", 3), ("-2", -2), ("0.5", 0.5), ("1e-3", 0.001), ("word", "word"), ("", ""), ("a=b", "a=b")],
+)
+def test_numbers_among_the_options_are_numbers(text: str, value: object) -> None:
+    (found,) = option_values([f"name={text}"]).values()
+    assert found == value and type(found) is type(value)
+
+
+def test_mechanisms_lists_every_one_with_its_options_and_where_it_fits(run) -> None:
+    result = run("mechanisms")
+    assert result.code == 0, result.err
+    cells = [[cell.strip() for cell in re.split("[│┃]", line)[1:-1]] for line in result.out.splitlines()]
+    rows = {row[0]: row[1:] for row in cells if row and row[0]}
+    assert set(rows) == {"mechanism", *available()}
+    assert rows["mechanism"][-4:] == ["augmentation", "causal", "bidirectional", "cross"]
+    assert rows["augmented"][-4:] == ["yes", "yes", "yes", "yes"]
+    assert rows["softmax"][-4:] == ["never", "yes", "yes", "yes"]
+    assert rows["linformer"][-4:] == ["no", "no", "yes", "yes"]
+    assert rows["softmax_window"][-4:] == ["no", "yes", "yes", "no"]
+    assert rows["softmax_window"][1].startswith("window=64 (an int >= 1)")
+    assert rows["hedgehog"][0].startswith("f(q).g(k) / sum") and "[softmax(W x)," in result.out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["inspect", "/nowhere"], "no such folder"),
+        (["inspect", "{empty}"], "config.json is missing"),
+        (["inspect", "{folder}", "--mechanism", "nonsense"], "unknown mechanism"),
+        (["inspect", "{folder}", "--option", "window=3"], "'augmented' has no option 'window'"),
+        (["inspect", "{folder}", "--option", "window=3"], "(known: position_bias)"),
+        (["inspect", "{folder}", "--mechanism", "softmax", "--augmentation"], "takes no convolution"),
+        (["convert", "{folder}", "{out}", "--option", "window"], "'window' is not NAME=VALUE"),
+        (["convert", "{folder}", "{out}", "--option", "a=1", "--option", "a=2"], "'a=2' is there twice"),
+        (
+            ["convert", "{folder}", "{out}", "--mechanism", "softmax_window", "--option", "window=1.5"],
+            "must be an int >= 1, got 1.5",
+        ),
+        (["inspect", "{folder}", "--html", "/nowhere/x.html"], "cannot write"),
+        (["convert", "{folder}", "{out}", "--layers", "one"], "layers"),
+        (["convert", "{folder}", "{out}", "--layers", "9"], "no attention"),
+        (["convert", "{folder}", "{folder}"], "another folder"),
+        (["convert", "{broken}", "{out}"], "cannot load"),
+    ],
+)
+def test_a_mistake_is_one_line_exit_code_1_and_nothing_written(
+    run, folder: Path, tmp_path: Path, arguments: list[str], message: str
+) -> None:
+    places = {
+        "folder": folder,
+        "empty": tmp_path / "empty",
+        "broken": tmp_path / "broken",
+        "out": tmp_path / "out",
+    }
+    places["empty"].mkdir()
+    places["broken"].mkdir()
+    (places["broken"] / "config.json").write_text((folder / "config.json").read_text())
+    (places["broken"] / "model.safetensors").write_bytes(b"cut short")
+    before = sorted(path.name for path in folder.iterdir())
+    result = run(*(argument.format(**places) for argument in arguments))
+    assert result.code == 1 and message in result.err
+    lines = [line for line in result.err.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1 and "Traceback" not in result.err
+    assert not places["out"].exists() and sorted(path.name for path in folder.iterdir()) == before
+
+
+def test_the_demo_tells_a_true_story(run, tmp_path: Path) -> None:
+    result = run("demo", "--threads", 1, "--plot", tmp_path / "curves.png")
+    assert result.code == 0, result.err
+    assert "4 candidates, 4 rewrite" in result.out
+    identity = float(re.search(r"largest difference of any logit:\s+(\S+)", result.out)[1])
+    assert identity < 1e-4
+    softmax, raw, calibrated, tuned = (
+        float(re.search(rf"│ {name} +│ +(\d+\.\d)", result.out)[1])
+        for name in ("softmax", "converted", "calibrated", "tuned")
+    )
+    assert softmax < tuned < calibrated < raw
+    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+    compiled = float(re.search(r"largest difference from linearize\(model\):\s+(\S+)", result.out)[1])
+    assert compiled < 1e-3
+    assert "bit for bit after loading: True" in result.out

@@ -1,0 +1,259 @@
+"""The bodies of the operators, run by onnxruntime without our library, against the float64 oracles."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+import pytest
+import torch
+from linearize.kernels.naive import augmented_attention
+from onnx.reference import ReferenceEvaluator
+from onnx_nodes import Case, session_options, write_node
+from torch import Tensor
+
+from linearize.mechanisms.softmax_window import oracle as window_oracle
+from linearize.onnx import body
+from linearize.onnx.file import OPSETS
+from linearize.onnx.schema import DOMAIN, FAMILIES, OPERATORS, VERSION, WINDOW_SOFTMAX, window_rows
+
+LEVELS = ("ORT_DISABLE_ALL", "ORT_ENABLE_ALL")
+HEADS, KV_HEADS, DIM, VALUE_DIM = 4, 2, 8, 9
+SIZES = body.Sizes(HEADS, KV_HEADS, DIM, VALUE_DIM, taps=5)
+# Calls that begin at 0 and at 1 modulo the group, of one token, of a part of a group and of several groups.
+CHUNKS = (33, 1, 1, 13, 16, 1, 20)
+
+
+def session(path: Path, level: str) -> ort.InferenceSession:
+    return ort.InferenceSession(path, session_options(level), providers=["CPUExecutionProvider"])
+
+
+def single(name: str, opset: int = 20, sizes: body.Sizes | None = None, **attributes: Any) -> onnx.ModelProto:
+    """A model of one node with its body, which `sizes` are told to."""
+    import onnx_ir
+
+    kinds = {"T": 1, "float": 1, "int64": 7, "bool": 9}
+    ranks = {"mask": 2, "past_length": 1, "start": 1, "alpha": 1, "local_scale": 1, "far_weight": 1}
+    ranks |= {"conv_weight": 2, "query_map": 3, "key_map": 3}
+    operator = OPERATORS[name]
+
+    def values(items: Any) -> list[Any]:
+        return [
+            onnx.helper.make_tensor_value_info(n, kinds[k], [f"{n}_{a}" for a in range(ranks.get(n, 4))])
+            for n, k in items
+        ]
+
+    inputs, outputs = values(operator.inputs), values(operator.outputs)
+    node = onnx.helper.make_node(
+        name, [x.name for x in inputs], [x.name for x in outputs], domain=DOMAIN, **attributes
+    )
+    model = onnx.helper.make_model(
+        onnx.helper.make_graph([node], "graph", inputs, outputs),
+        functions=[onnx_ir.serde.serialize_function(body.function(name, opset, sizes))],
+        opset_imports=[onnx.helper.make_opsetid("", opset), onnx.helper.make_opsetid(DOMAIN, VERSION)],
+        ir_version=10,
+    )
+    onnx.checker.check_model(model, full_check=True)
+    return model
+
+
+def opened(model: onnx.ModelProto, level: str = "ORT_ENABLE_ALL") -> ort.InferenceSession:
+    return ort.InferenceSession(
+        model.SerializeToString(), session_options(level), providers=["CPUExecutionProvider"]
+    )
+
+
+def padded(x: Tensor, columns: np.ndarray, width: int) -> np.ndarray:
+    """x [B, n, T, D] at `columns` [B, T] of `width`, NaN elsewhere."""
+    out = np.full((*x.shape[:2], width, x.shape[3]), np.nan, np.float32)
+    for row, at in enumerate(columns):
+        out[row][:, at] = x[row]
+    return out
+
+
+def random_columns(length: int, extra: int) -> tuple[np.ndarray, np.ndarray]:
+    """Increasing columns [2, length] among length + extra, and their mask."""
+    numbers = np.random.default_rng(length)
+    columns = np.stack([np.sort(numbers.permutation(length + extra)[:length]) for _ in range(2)])
+    mask = np.zeros((2, length + extra), bool)
+    np.put_along_axis(mask, columns, True, 1)
+    return columns, mask
+
+
+def normal(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed + sum(shape)))
+
+
+def repeated(x: Tensor, axis: int = 1) -> Tensor:
+    return x.repeat_interleave(HEADS // KV_HEADS, axis)
+
+
+@pytest.mark.parametrize("sizes", [None, SIZES])
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("activation", FAMILIES)
+def test_causal_pieces_with_padding_are_the_oracle(
+    tmp_path: Path, activation: str, level: str, sizes: body.Sizes | None
+) -> None:
+    case = Case.random(
+        sum(CHUNKS), group_size=16, taps=5, dim=DIM, value_dim=VALUE_DIM, activation=activation, padded=True
+    )
+    path = write_node(tmp_path / "node.onnx", FAMILIES[activation], group_size=16, sizes=sizes)
+    found = case.run(session(path, level), CHUNKS)
+    np.testing.assert_allclose(found, case.expected(), atol=2e-5)
+    forgetful = case.run(session(path, level), CHUNKS, forget=True)
+    assert np.abs(forgetful - case.expected()).max() > 0.1
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize(("group", "taps"), [(64, 32), (1, 1), (1, 6), (4, 40), (100, 3), (16, 17)])
+def test_groups_and_taps_of_any_size(tmp_path: Path, group: int, taps: int, level: str) -> None:
+    chunks = (130, 1, 1, 62, 64, 1, 5, 1)
+    case = Case.random(sum(chunks), group_size=group, taps=taps, dim=DIM, value_dim=DIM)
+    path = write_node(tmp_path / "node.onnx", group_size=group)
+    found = case.run(session(path, level), chunks)
+    np.testing.assert_allclose(found, case.expected(), atol=3e-5)
+
+
+def test_without_normalisation(tmp_path: Path) -> None:
+    case = Case.random(80, group_size=16, taps=3, normalize=False)
+    path = write_node(tmp_path / "node.onnx", group_size=16, normalize=0)
+    np.testing.assert_allclose(case.run(session(path, LEVELS[1]), (50, 30)), case.expected(), atol=3e-5)
+
+
+def test_rows_of_zeros_stay_zeros(tmp_path: Path) -> None:
+    case = Case.random(20, group_size=16, taps=3)
+    case.query[:, :, 3], case.key[:, :, 5] = 0, 0
+    path = write_node(tmp_path / "node.onnx", group_size=16)
+    np.testing.assert_allclose(case.run(session(path, LEVELS[1]), (20,)), case.expected(), atol=2e-5)
+
+
+@pytest.mark.parametrize("opset", OPSETS)
+def test_every_opset_that_is_offered_runs(tmp_path: Path, opset: int) -> None:
+    for name, operator in OPERATORS.items():
+        if "Augmented" in name or name == WINDOW_SOFTMAX:
+            values = {"int": 16, "float": 0.5}
+            for sizes in (None, SIZES):
+                opened(single(name, opset, sizes, **{n: values[kind] for n, kind in operator.attributes}))
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("activation", FAMILIES)
+@pytest.mark.parametrize(("length", "group", "taps"), [(150, 64, 32), (75, 16, 20), (7, 16, 3), (1, 4, 2)])
+def test_bidirectional_is_the_oracle(level: str, activation: str, length: int, group: int, taps: int) -> None:
+    query, alpha = normal(2, HEADS, length, DIM), normal(HEADS, seed=1)
+    key, scale = normal(2, KV_HEADS, length, DIM), normal(HEADS, seed=2)
+    value, conv = normal(2, KV_HEADS, length, VALUE_DIM), normal(HEADS, 2 * taps - 1)
+    columns, mask = random_columns(length, 5)
+    sizes = SIZES._replace(taps=2 * taps - 1) if length % 2 else None
+    model = single(f"Bidirectional{FAMILIES[activation]}", sizes=sizes, group_size=group, normalize=1)
+    tokens = {
+        n: padded(x, columns, length + 5) for n, x in (("query", query), ("key", key), ("value", value))
+    }
+    tables = dict(alpha=alpha.numpy(), local_scale=scale.numpy(), conv_weight=conv.numpy())
+    (out,) = opened(model, level).run(None, {**tokens, "mask": mask, **tables})
+    expected = augmented_attention(
+        query,
+        repeated(key),
+        repeated(value),
+        alpha=alpha,
+        local_scale=scale,
+        conv_weight=conv,
+        activation=activation,
+        group_size=group,
+        causal=False,
+    )
+    found = np.stack([row[:, at] for row, at in zip(out, columns, strict=True)])
+    np.testing.assert_allclose(found, expected, atol=3e-5)
+    assert not out.transpose(0, 2, 1, 3)[~mask].any()
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("activation", FAMILIES)
+@pytest.mark.parametrize(
+    ("queries", "keys", "start", "group"), [(80, 60, 0, 16), (1, 60, 17, 16), (30, 20, 9, 16), (5, 7, 0, 1)]
+)
+def test_cross_is_the_oracle(
+    level: str, activation: str, queries: int, keys: int, start: int, group: int
+) -> None:
+    query, alpha = normal(2, HEADS, queries, DIM), normal(HEADS, seed=1)
+    key, scale = normal(2, KV_HEADS, keys, DIM), normal(HEADS, seed=2)
+    value = normal(2, KV_HEADS, keys, VALUE_DIM)
+    columns, mask = random_columns(keys, 5)
+    sizes = SIZES if start % 2 else None
+    model = single(f"Cross{FAMILIES[activation]}", sizes=sizes, group_size=group, normalize=1)
+    (out,) = opened(model, level).run(
+        None,
+        dict(
+            query=query.numpy(),
+            key=padded(key, columns, keys + 5),
+            value=padded(value, columns, keys + 5),
+            mask=mask,
+            start=np.array([start]),
+            alpha=alpha.numpy(),
+            local_scale=scale.numpy(),
+        ),
+    )
+    expected = augmented_attention(
+        query,
+        repeated(key),
+        repeated(value),
+        alpha=alpha,
+        local_scale=scale,
+        conv_weight=None,
+        activation=activation,
+        group_size=group,
+        causal=False,
+        cross=True,
+        query_start=start,
+    )
+    np.testing.assert_allclose(out, expected, atol=3e-5)
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("window", [64, 16, 2, 1, 200])
+def test_window_softmax_in_pieces_with_padding_is_the_oracle(level: str, window: int) -> None:
+    length = sum(CHUNKS)
+    query, query_map = normal(2, HEADS, length, DIM), normal(HEADS, DIM, DIM)
+    key, key_map = normal(2, KV_HEADS, length, DIM), normal(KV_HEADS, DIM, DIM)
+    value, far = normal(2, KV_HEADS, length, VALUE_DIM), normal(HEADS)
+    sizes = SIZES if window > 16 else None
+    running = opened(single(WINDOW_SOFTMAX, sizes=sizes, window=window, scale=0.5), level)
+    recurrent = np.zeros((2, KV_HEADS, 2 * DIM, VALUE_DIM + 1), np.float32)
+    rows = np.zeros((2, KV_HEADS, window_rows(window), DIM + VALUE_DIM), np.float32)
+    found, seen = [], 0
+    for count in CHUNKS:
+        columns, mask = random_columns(count, 3)
+        part = slice(seen, seen + count)
+        out, recurrent, rows = running.run(
+            None,
+            dict(
+                query=padded(query[:, :, part], columns, count + 3),
+                key=padded(key[:, :, part], columns, count + 3),
+                value=padded(value[:, :, part], columns, count + 3),
+                mask=mask,
+                past_recurrent=recurrent,
+                past_window=rows,
+                past_length=np.full(2, seen),
+                query_map=query_map.numpy(),
+                key_map=key_map.numpy(),
+                far_weight=far.numpy(),
+            ),
+        )
+        found.append(np.stack([row[:, at] for row, at in zip(out, columns, strict=True)]))
+        seen += count
+    double = [
+        x.double() for x in (query, repeated(key), repeated(value), query_map, repeated(key_map, 0), far)
+    ]
+    expected = window_oracle(*double, window=window, scale=0.5, causal=True)
+    np.testing.assert_allclose(np.concatenate(found, 2), expected, atol=1e-5)
+
+
+def test_the_reference_evaluator_agrees(tmp_path: Path) -> None:
+    chunks = (20, 1, 14, 2)
+    case = Case.random(sum(chunks), group_size=16, taps=5, dim=DIM, value_dim=DIM, padded=True)
+    path = write_node(tmp_path / "node.onnx", group_size=16)
+    reference: Any = ReferenceEvaluator(onnx.load(path))
+    np.testing.assert_allclose(case.run(reference, chunks), case.expected(), atol=2e-5)
