@@ -60,11 +60,16 @@ def capture(
 ) -> GraphModule:
     """Bring a model, a GraphModule or an ExportedProgram to the dialect.
 
-    args, kwargs: example inputs; their shapes decide which sizes are symbolic.
-    dynamic: True offers batch and length axes as dynamic (one that the model fixes becomes static and is
-        listed in `gm.meta["capture"].specialised`; an axis of size 1 is never offered); False keeps all sizes
-        static; anything else goes to `torch.export` as `dynamic_shapes`.
-    Raises CaptureError when no attempt succeeds. The model is not changed.
+    Args:
+        obj: the model, GraphModule or ExportedProgram.
+        args: positional example inputs; their shapes decide which sizes are symbolic.
+        kwargs: keyword example inputs, likewise.
+        dynamic: True offers batch and length axes as dynamic (one that the model fixes becomes static and is
+            listed in `gm.meta["capture"].specialised`; an axis of size 1 is never offered); False keeps all
+            sizes static; anything else goes to `torch.export` as `dynamic_shapes`.
+
+    Raises:
+        CaptureError: no attempt succeeded. The model is not changed.
     """
     kwargs = dict(kwargs or {})
     if isinstance(obj, ExportedProgram):

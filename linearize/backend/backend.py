@@ -50,13 +50,14 @@ log = logging.getLogger(__name__)
 class Backend:
     """A dynamo backend that rewrites attention, and the owner of the parameters this adds.
 
-    config: a `LinearizeConfig` or a mapping of its fields; further fields as keyword arguments. Unless it is
-        a `LinearizeConfig`, `on_refusal` is "keep": what cannot be rewritten stays softmax, and in `report`.
-        `layers` and `keep_softmax` go by the paths that dynamo shows: complete ones, unless a graph break
-        inside a layer makes it start from that layer.
-    inner: the backend that compiles the rewritten graph: a registered name such as "inductor", "aot_eager" or
-        "eager", or a callable.
-    trainable: False makes the new parameters constants.
+    Args:
+        config: a `LinearizeConfig` or a mapping of its fields; further fields as keyword arguments. Unless it
+            is a `LinearizeConfig`, `on_refusal` is "keep": what cannot be rewritten stays softmax, and in
+            `report`. `layers` and `keep_softmax` go by the paths that dynamo shows: complete ones, unless a
+            graph break inside a layer makes it start from that layer.
+        inner: the backend that compiles the rewritten graph: a registered name such as "inductor",
+            "aot_eager" or "eager", or a callable.
+        trainable: False makes the new parameters constants.
 
     With mechanism "softmax" the compiled function computes what the model computes. Raises ConfigError.
     """

@@ -85,7 +85,7 @@ class Report:
 
     @property
     def summary(self) -> str:
-        """For example `LlamaForCausalLM: 8 candidates, 7 rewrite, 1 refused (softcap-unsupported)`."""
+        """One line of text with the class of the model, counts by verdict and the reasons of refusals."""
         counts = Counter(row.verdict for row in self.rows)
         reasons = ", ".join(sorted({row.reason for row in self.refusals}))
         parts = [f"{counts[verdict]} {verdict}" for verdict in _STYLE if counts[verdict]]

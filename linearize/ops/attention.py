@@ -47,25 +47,29 @@ def augmented_attention(
 ) -> Tensor:
     """Augmented linear attention (formula: `kernels/naive.py`), differentiable in every tensor argument.
 
-    query: `[B, H, T, D]`, any strides. key: `[B, Hkv, S, D]`, value: `[B, Hkv, S, Dv]`, not repeated; H is a
-        multiple of Hkv. Floating point; sums are kept in float32 (float64 for float64 input).
-    alpha: weight of the grouped linear part, one number or one per head, `[1]` or `[H]`; None leaves it out.
-    conv_weight: `[H, K]`; causal: tap l weights `value[t - l]`; bidirectional: K odd, tap l weights
-        `value[t + K // 2 - l]`. None, or `cross`, leaves the convolution out.
-    local_scale: weight of the part inside a group of `group_size` tokens, as alpha.
-    local_bias: added to the weights inside a group by lag t - j (T5): `[H, group_size]` for lags 0.. when
-        causal, else `[H, 2 * group_size - 1]` for lags -(group_size - 1)...
-    activation: what a score becomes inside a group: "relu2" (the paper's), "linear", "laplace" or "yoso".
-    causal: a query sees earlier tokens and itself; otherwise everything.
-    cross: queries and keys are different sequences (not with `causal`). Query group i meets key group i.
-    kv_layout: query head h reads key/value head `h // (H // Hkv)` ("interleaved") or `h % Hkv` ("tiled").
-    key_mask: bool `[B, S]`, True for real tokens. Padded tokens, wherever they are, take part in nothing, and
-        groups and taps count real tokens only; the output of a padded query is zero.
-    query_start: causal: queries are the columns `[query_start, query_start + T)` of the key axis, by default
-        the last T; later columns are ignored. cross: position of the first query in its own sequence, by
-        default 0. An int or a 0-d integer tensor (whose value is not checked).
-    normalize: divide query and key rows by their norm first (False: they already are, or must not be).
-    form: "torch", "cpu" or "triton" insists on one form; None takes what `which` names.
+    Args:
+        query: `[B, H, T, D]`, any strides; H is a multiple of Hkv. Floating point; sums are kept in float32
+            (float64 for float64 input).
+        key: `[B, Hkv, S, D]`, not repeated.
+        value: `[B, Hkv, S, Dv]`, not repeated.
+        alpha: weight of the grouped linear part, one number or one per head, `[1]` or `[H]`; None leaves it
+            out.
+        conv_weight: `[H, K]`; causal: tap l weights `value[t - l]`; bidirectional: K odd, tap l weights
+            `value[t + K // 2 - l]`. None, or `cross`, leaves the convolution out.
+        local_scale: weight of the part inside a group of `group_size` tokens, as alpha.
+        local_bias: added to the weights inside a group by lag t - j (T5): `[H, group_size]` for lags 0.. when
+            causal, else `[H, 2 * group_size - 1]` for lags -(group_size - 1)...
+        activation: what a score becomes inside a group: "relu2" (the paper's), "linear", "laplace" or "yoso".
+        causal: a query sees earlier tokens and itself; otherwise everything.
+        cross: queries and keys are different sequences (not with `causal`). Query group i meets key group i.
+        kv_layout: query head h reads key/value head `h // (H // Hkv)` ("interleaved") or `h % Hkv` ("tiled").
+        key_mask: bool `[B, S]`, True for real tokens. Padded tokens, wherever they are, take part in nothing,
+            and groups and taps count real tokens only; the output of a padded query is zero.
+        query_start: causal: queries are the columns `[query_start, query_start + T)` of the key axis, by
+            default the last T; later columns are ignored. cross: position of the first query in its own
+            sequence, by default 0. An int or a 0-d integer tensor (whose value is not checked).
+        normalize: divide query and key rows by their norm first (False: they already are, or must not be).
+        form: "torch", "cpu" or "triton" insists on one form; None takes what `which` names.
 
     Returns `[B, H, T, Dv]` in the dtype of `value`. Attention dropout has no place here: it zeroes entries of
     a weight matrix that is never formed. Raises InputError when arguments do not fit together.
