@@ -20,7 +20,7 @@ from .mask import MASKED
 from .scores import read_sink
 from .site import Reason
 from .steps import Effect, StepRule
-from .walk import PlacedEffect, Rules, Walk, short_name
+from .walk import PlacedEffect, Rules, Walk, join_axes, short_name
 from .weights import drops_sink, is_slice, read_sink_slice
 
 aten = torch.ops.aten
@@ -147,12 +147,9 @@ def _product_layout(
     layout = []
     for label in product.out_labels:
         if label in lead and label in follow:
-            first, second = leaves(lead[label]), leaves(follow[label])
-            if first and second and pair(first, second) is None:
-                message = "the batch and head axes of the operands do not line up"
-                raise Refused(Reason.AXES, product.node, message, "axes")
-            batch.append((first, second))
-            layout.append(leaves(first) or second)
+            both, joined = join_axes(product.node, lead[label], follow[label])
+            batch.append(both)
+            layout.append(joined)
         else:
             layout.append(leaves(lead[label] if label in lead else follow[label]))
     if pair(left[product.contracted], right[product.contracted]) is None:

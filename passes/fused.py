@@ -13,7 +13,7 @@ from .anchors import Refused
 from .axes import Atom, Axis, Layout, leaves, pair, provenance, quotient, resolve, shape_of
 from .site import Reason
 from .steps import Effect
-from .walk import PlacedEffect, Walk
+from .walk import PlacedEffect, Walk, join_axes
 
 aten = torch.ops.aten
 FUSED = aten.scaled_dot_product_attention.default
@@ -108,8 +108,7 @@ def _batch_pairs(node: Node, lead: list[Axis], follow: list[Axis]) -> tuple[list
     for position in range(rank, 0, -1):
         first = lead[-2 - position] if len(lead) >= position + 2 else ()
         second = follow[-2 - position] if len(follow) >= position + 2 else ()
-        if leaves(first) and leaves(second) and pair(first, second) is None:
-            raise Refused(Reason.AXES, node, "the batch and head axes of the operands do not line up", "axes")
-        pairs.append((leaves(first), leaves(second)))
-        layout.append(leaves(first) or leaves(second))
+        both, joined = join_axes(node, first, second)
+        pairs.append(both)
+        layout.append(joined)
     return pairs, tuple(layout)

@@ -11,9 +11,7 @@ from torch.fx import Graph, GraphModule, Node
 
 
 def clone(graph_module: GraphModule) -> GraphModule:
-    """A graph of its own over the same parameters and buffers, with the same calling convention and
-    metadata.
-    """
+    """A copy of the graph over the same parameters and buffers, with the same signature and metadata."""
     graph = Graph(tracer_cls=graph_module.graph._tracer_cls)
     copies: dict[Node, Node] = {}
     output = graph.graph_copy(graph_module.graph, copies, return_output_node=True)
@@ -62,9 +60,7 @@ def written_arguments(node: Node) -> list[Node]:
 
 
 def aliased(node: Node) -> Node | None:
-    """The argument whose memory the result of `node` shares by its schema (a slice, a write's result), if
-    any.
-    """
+    """The argument whose memory the result of `node` shares by its schema, as of a slice or a write."""
     source = node.args[0] if node.op == "call_function" and node.args else None
     schema = getattr(node.target, "_schema", None)
     shares = schema is not None and any(result.alias_info is not None for result in schema.returns)

@@ -1,6 +1,4 @@
-"""Which pieces of a walk are batch and which are heads, how key/value heads are shared, and the operands
-that follow.
-"""
+"""Which pieces of a walk are batch and which are heads, how key/value heads are shared, and the operands."""
 
 from __future__ import annotations
 
@@ -139,10 +137,10 @@ class Heads:
 
 
 def _sequence(own: list[Atom], keys: Axis) -> Axis:
-    """The query axis among the pieces only the query has: the one of variable size, else one as long as the
-    keys.
+    """The query axis among the pieces that only the query has.
 
-    Pieces of one source axis stay together (an image's rows and columns). A single query has no axis at all.
+    That is the one of variable size, else one as long as the keys. Pieces of one source axis stay together
+    (the rows and columns of an image). A single query has no axis at all.
     """
     if not own:
         return ()
@@ -153,8 +151,7 @@ def _sequence(own: list[Atom], keys: Axis) -> Axis:
 
 
 def _likely_heads(rest: list[Atom], layout: Layout) -> list[Atom]:
-    """Which batch-like pieces are the heads when nothing tells: the only one of fixed size, else the last
-    one.
+    """Which batch-like pieces are the heads when nothing tells: the only one of fixed size, or the last.
 
     A single piece is the heads only when it is not the leading axis.
     """
@@ -206,9 +203,7 @@ def _operand(
     node: Node,
     dropped: set[Atom | None] | frozenset[Atom | None] = frozenset(),
 ) -> Operand:
-    """The latest tensor of the chain without `dropped` pieces, preferring one whose axes need no
-    splitting.
-    """
+    """The latest tensor of the chain without `dropped` pieces, if possible one whose axes stay whole."""
     best: Operand | None = None
     for current, layout in reversed(chain):
         held = resolve(layout)

@@ -24,8 +24,9 @@ def _twin(node: Node) -> OpOverload | None:
 
 
 def _is_private(written: Node, writer: Node) -> bool:
-    """Nothing but `written` itself can see the write: it is a computed tensor, no view, and no view of it
-    is used later.
+    """Whether nothing but `written` itself can see the write.
+
+    It is a computed tensor, no view, and no view of it is used later.
     """
     if written.op != "call_function" or view_source(written) is not None:
         return False

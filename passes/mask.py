@@ -1,9 +1,8 @@
 """What a mask means, by evaluation: run the score terms on sizes alone and read the pattern off the result.
 
 Integers that positions are compared with (a window of 4096) are replaced by small ones first, so that
-lengths of
-a few dozen tokens show what thousands would. Inputs that take part are tried in the roles an input can have
-in a mask: all tokens real, ordinary positions, and then with some keys switched off.
+lengths of a few dozen tokens show what thousands would. Inputs that take part are tried in the roles that an
+input can have in a mask: all tokens real, ordinary positions, and then with some keys switched off.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from .axes import overloads
 from .contraction import read_contraction
 from .evaluate import Sizes, evaluate, value_ancestors, value_leaves
 from .relayout import move_tensor
-from .site import Mask, Operand, Pattern, Step
+from .site import Mask, Operand, Pattern, Step, term_operands
 
 aten = torch.ops.aten
 
@@ -87,8 +86,10 @@ class MaskReader:
         return self._cache[identity]
 
     def is_gate(self, term: Operand) -> bool:
-        """A factor of the scores that is zero or one and depends on sizes alone: half of a mask such as
-        `scores * m - 1e4 * (1 - m)`."""
+        """Whether a factor of the scores is zero or one and depends on sizes alone.
+
+        Such a factor is half of a mask such as `scores * m - 1e4 * (1 - m)`.
+        """
         if any(leaf.op == "placeholder" and _known(leaf) is None for leaf in value_leaves(term.node)):
             return False
         trials = _trials(self._hints, term.relayout.merged[2], term.relayout.merged[3])
@@ -139,7 +140,7 @@ def _no_feed(node: Node, shape: tuple[int, ...]) -> Tensor:
 
 
 def _terms(steps: Sequence[Step]) -> list[Node]:
-    return [step.term.node for step in steps if step.term is not None]
+    return [term.node for term in term_operands(steps)]
 
 
 def _inputs(steps: Sequence[Step]) -> tuple[list[Node], tuple[str, ...], bool]:
@@ -328,9 +329,7 @@ def _padding(
     roles: dict[Node, Role],
     replaced: dict[int, int],
 ) -> bool | None:
-    """Whether switching input entries switches keys off, whole columns at a time; None if it does anything
-    else.
-    """
+    """Whether switching input entries switches keys off, whole columns at a time; None if it does more."""
     found = False
     for node, role in roles.items():
         for sizes, before in ran:

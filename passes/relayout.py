@@ -22,9 +22,8 @@ ONE = sympy.Integer(1)
 def find_relayout(layout: Layout, target: Sequence[Axis], full_axes: Iterable[int] = ()) -> Relayout | None:
     """How to bring a tensor laid out as `layout` to the axes `target`.
 
-    A target atom the tensor does not hold becomes size one, except that a target axis which is partly held,
-    or is
-    named in `full_axes`, is expanded to its full size. None if the tensor holds an atom the target does not.
+    A target atom that the tensor does not hold becomes size one. A target axis that is partly held, or named
+    in `full_axes`, is expanded to its full size. None if the tensor holds an atom that the target does not.
     """
     held: list[Atom] = [leaf for axis in resolve(layout) for leaf in axis]
     wanted: list[Atom] = [leaf for axis in target for leaf in axis]

@@ -25,7 +25,13 @@ GUARD = -1e30
 
 @dataclass(frozen=True)
 class Effect:
-    """What one node does to the scores. kind and value as in `site.Step`; term is a raw graph node."""
+    """What one node does to the scores.
+
+    Attributes:
+        kind: As in `site.Step`; `shift` besides, a row maximum that is subtracted.
+        value: As in `site.Step`.
+        term: The tensor that takes part, as it stands in the graph.
+    """
 
     kind: str
     value: Any = None
@@ -38,7 +44,14 @@ Reader = Callable[[Node, Node], list[Effect] | str]
 
 @dataclass(frozen=True)
 class StepRule:
-    """One spelling. targets: operator overloads. carriers: argument positions that may hold the scores."""
+    """How to read one spelling of a step.
+
+    Attributes:
+        targets: Operator overloads.
+        carriers: Positions of the arguments that may hold the scores.
+        read: From a node and the scores that it reads, to its effects in order, or to a sentence that says
+            why the spelling is not understood.
+    """
 
     targets: tuple[Any, ...]
     carriers: tuple[int, ...]
@@ -179,23 +192,31 @@ def _tanh(node: Node, scores: Node) -> list[Effect] | str:
     return [Effect("tanh")]
 
 
-SCORE_STEPS: tuple[StepRule, ...] = (
+_MOVES = (
     StepRule(CASTS, (0,), _cast),
     StepRule(tuple(target for target in VIEWS if target not in CASTS), (0,), _view),
-    StepRule(tuple(overloads("mul.Tensor", "mul.Scalar")), (0, 1), _multiply("scale")),
-    StepRule(tuple(overloads("div.Tensor", "div.Scalar", "true_divide.Tensor")), (0,), _multiply("div")),
-    StepRule(tuple(overloads("tanh.default")), (0,), _tanh),
-    StepRule(tuple(overloads("add.Tensor", "add.Scalar")), (0, 1), _add(1.0)),
-    StepRule(tuple(overloads("sub.Tensor", "sub.Scalar")), (0,), _add(-1.0)),
+)
+_FILLS = (
     StepRule(tuple(overloads("masked_fill.Scalar", "masked_fill.Tensor")), (0,), _fill),
     StepRule(
         tuple(overloads("where.self", "where.ScalarSelf", "where.ScalarOther", "where.Scalar")),
         (1, 2),
         _where,
     ),
+)
+
+SCORE_STEPS: tuple[StepRule, ...] = (
+    *_MOVES,
+    StepRule(tuple(overloads("mul.Tensor", "mul.Scalar")), (0, 1), _multiply("scale")),
+    StepRule(tuple(overloads("div.Tensor", "div.Scalar", "true_divide.Tensor")), (0,), _multiply("div")),
+    StepRule(tuple(overloads("tanh.default")), (0,), _tanh),
+    StepRule(tuple(overloads("add.Tensor", "add.Scalar")), (0, 1), _add(1.0)),
+    StepRule(tuple(overloads("sub.Tensor", "sub.Scalar")), (0,), _add(-1.0)),
+    *_FILLS,
     StepRule(tuple(overloads("clamp.default", "clamp_min.default")), (0,), _lower_clamp),
     StepRule(tuple(overloads("maximum.default", "max.other")), (0, 1), _maximum),
 )
+"""What may stand between `q @ k^T` and softmax."""
 
 
 def _dropout(node: Node, weights: Node) -> list[Effect] | str:
@@ -209,15 +230,9 @@ def _nan_to_num(node: Node, weights: Node) -> list[Effect] | str:
 
 
 WEIGHT_STEPS: tuple[StepRule, ...] = (
-    StepRule(CASTS, (0,), _cast),
-    StepRule(tuple(target for target in VIEWS if target not in CASTS), (0,), _view),
+    *_MOVES,
     StepRule(tuple(overloads("dropout.default")), (0,), _dropout),
     StepRule(tuple(overloads("nan_to_num.default")), (0,), _nan_to_num),
-    StepRule(tuple(overloads("masked_fill.Scalar", "masked_fill.Tensor")), (0,), _fill),
-    StepRule(
-        tuple(overloads("where.self", "where.ScalarSelf", "where.ScalarOther", "where.Scalar")),
-        (1, 2),
-        _where,
-    ),
+    *_FILLS,
 )
 """What may stand between softmax and the product with v."""

@@ -13,7 +13,7 @@ import torch
 from torch.fx import Node
 
 from .anchors import Refused
-from .axes import Axis, Layout, is_one, resolve, shape_of
+from .axes import Axis, Layout, is_one, leaves, pair, resolve, shape_of
 from .evaluate import SECOND_SHAPE_ONLY, SHAPE_ONLY
 from .site import Reason
 from .steps import SCORE_STEPS, WEIGHT_STEPS, Effect, StepRule
@@ -107,6 +107,14 @@ def value_users(node: Node) -> list[Node]:
 def _tests_for_nan(user: Node, others: list[Node]) -> bool:
     """Whether `user` is the isnan of a tensor whose only reader replaces the NaNs of the same tensor."""
     return user.target is aten.isnan.default and all(reader in others for reader in user.users)
+
+
+def join_axes(node: Node, first: Axis, second: Axis) -> tuple[tuple[Axis, Axis], Axis]:
+    """Two batch axes that `node` joins, as a pair in the same pieces, and the axis of its result."""
+    if leaves(first) and leaves(second) and pair(first, second) is None:
+        message = "the batch and head axes of the operands do not line up"
+        raise Refused(Reason.AXES, node, message, "axes")
+    return (leaves(first), leaves(second)), leaves(first) or leaves(second)
 
 
 def term_layout(node: Node, term: Node, layout: Layout) -> Layout:
