@@ -7,15 +7,12 @@ for short inputs only. Training keeps the arguments alone, nothing of size [T, G
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from . import chunk as walk
-from . import dispatch
-from . import parallel as reference
+from . import chunk, dispatch, parallel
 from .padding import Ranks
 from .tensors import full_precision
 
@@ -30,9 +27,8 @@ _DIFFERENTIABLE = 7
 """The first arguments: query to local_bias."""
 
 
-@dataclass(frozen=True)
-class Arguments:
-    """One call, in the order of the schema; tables are [H, ...], heads interleaved (see `walk.forward`)."""
+class Arguments(NamedTuple):
+    """One call, in the order of the schema; tables are [H, ...], heads interleaved (see `chunk.forward`)."""
 
     query: Tensor
     key: Tensor
@@ -207,7 +203,7 @@ def compute_causal(
     ranks = _ranks(key_mask)
     q, k, v = _to_front(ranks, query, key, value)
     if choice.form == "torch":
-        out = walk.forward(q, k, v, *tables, *options, local_bias=local_bias)
+        out = chunk.forward(q, k, v, *tables, *options, local_bias=local_bias)
     else:
         out = dispatch.module(choice).forward(q, k, v, *floats(tables), *options)
     return out if ranks is None else ranks.to_columns(out)
@@ -217,7 +213,7 @@ def _causal_backward(grad: Tensor, call: Arguments) -> list[Tensor | None]:
     choice, ranks = call.choose(), _ranks(call.key_mask)
     do, q, k, v = _to_front(ranks, grad, call.query, call.key, call.value)
     if choice.form == "torch":
-        found = [*walk.backward(do, q, k, v, *call.tables, *call.options, local_bias=call.local_bias)]
+        found = [*chunk.backward(do, q, k, v, *call.tables, *call.options, local_bias=call.local_bias)]
         found = found[:_DIFFERENTIABLE]
     else:
         compiled = dispatch.module(choice)
@@ -228,7 +224,7 @@ def _causal_backward(grad: Tensor, call: Arguments) -> list[Tensor | None]:
 
 
 def _composed(call: Arguments, twice: bool = False) -> Tensor:
-    return reference.augmented_attention(
+    return parallel.augmented_attention(
         call.query,
         call.key,
         call.value,

@@ -12,6 +12,9 @@ programs may still be reading, and so with the lengths: `commit_kernel` writes b
 
 Lengths stay on the device and the host asks for none, so the launches can be captured in a graph. Bytes per
 key/value head, D = DV, a window of W rows: 4 D^2 + 2 W D e, plus W D e for each further BV columns.
+
+A kernel here is longer than a function should be: its stages share the tiles and sums that it keeps in
+registers, and a helper would take and give back all of them.
 """
 
 from __future__ import annotations

@@ -9,6 +9,9 @@ For the nodes u of a program, weights against three kinds of rows, each one prod
 
 Positions decide what is the same group, so a branch may cross a border anywhere. The state is only read.
 Bytes per query head, D = DV, N nodes, a window of W rows: 4 D^2 + 2 W D e + 4 N D e + N^2.
+
+A kernel here is longer than a function should be: its stages share the tiles and sums that it keeps in
+registers, and a helper would take and give back all of them.
 """
 
 from __future__ import annotations
