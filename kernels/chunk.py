@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from .activations import ACTIVATIONS
+from .saved import save, saved
 from .tensors import at_lag
 
 _ANCHOR = 16
@@ -87,10 +88,10 @@ def backward(
     """Gradients of `forward`'s query, key, value, alpha, local_scale, conv_weight, local_bias and state."""
     groups = _Groups(query, key, value, alpha, local_scale, conv_weight, local_bias, group_size, before)
     found = _Gradients(groups, query, key, value, activation)
-    saved = {} if alpha is None else _anchors(groups, key, value, state, normalize)
+    anchors = {} if alpha is None else _anchors(groups, key, value, state, normalize)
     for start, size in reversed(list(groups.each())):
         do, _ = groups.rows(grad, start, False)
-        found.add_group(do, query, key, value, start, size, normalize, saved)
+        found.add_group(do, query, key, value, start, size, normalize, anchors)
     band = groups.per_head(found.band)
     return (
         found.query,
@@ -109,19 +110,14 @@ class Chunk(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *args: Any) -> Tensor:
-        ctx.tensors = [index for index, item in enumerate(args) if isinstance(item, Tensor)]
-        ctx.args = [None if isinstance(item, Tensor) else item for item in args]
-        ctx.save_for_backward(*(args[index] for index in ctx.tensors))
+        save(ctx, args)
         *first, local_bias, state, before = args
         return forward(*first, local_bias=local_bias, state=state, before=before)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        args = list(ctx.args)
-        for index, tensor in zip(ctx.tensors, ctx.saved_tensors, strict=True):
-            args[index] = tensor
-        *first, local_bias, state, before = args
+        *first, local_bias, state, before = saved(ctx)
         grads = backward(grad, *first, local_bias=local_bias, state=state, before=before)
         return (*grads[:6], None, None, None, *grads[6:], None)
 
@@ -257,9 +253,9 @@ class _Gradients:
         start: int,
         size: int,
         normalize: bool,
-        saved: dict[int, Tensor],
+        anchors: dict[int, Tensor],
     ) -> None:
-        """One group: do [B * Hkv, R * size, Dv] is the gradient of its outputs; saved: see `_anchors`."""
+        """One group: do [B * Hkv, R * size, Dv] is the gradient of its outputs; anchors: see `_anchors`."""
         groups = self.groups
         q, q_norm = groups.rows(query, start, normalize)
         k, k_norm = groups.rows(key, start, normalize)
@@ -278,9 +274,9 @@ class _Gradients:
                 groups.add(self.band[..., lags], dweights, size)
         if groups.alpha is not None:
             v = v[:, -size:]
-            self._before = saved.get(start + groups.group, self._before)
+            self._before = anchors.get(start + groups.group, self._before)
             # A saved state is exact where one stands; an empty one would otherwise be rounding noise.
-            before = saved[start] if start in saved else self._before.baddbmm(k.mT, v, alpha=-1)
+            before = anchors[start] if start in anchors else self._before.baddbmm(k.mT, v, alpha=-1)
             self._before = before
             dq, dk = self._earlier(do, q, k, v, dq, dk, size)
             self.value[:, end - size : end].baddbmm_(k, self.total)
@@ -319,7 +315,7 @@ def _anchors(
     """The state before token n, for n every `_ANCHOR` groups from 0 to the end (rounded up to a group)."""
     step = _ANCHOR * groups.group
     total = groups.new_state(state)
-    saved = {0: total}
+    anchors = {0: total}
     for start in range(0, groups.length, step):
         k = key[:, :, start : start + step].to(groups.dtype)
         if normalize:
@@ -327,9 +323,9 @@ def _anchors(
             k = k / norm.masked_fill_(norm == 0, 1)
         v = value[:, :, groups.before + start : groups.before + start + step].to(groups.dtype)
         total = total + (k.mT @ v).flatten(0, 1)
-        groups = -(-k.shape[2] // groups.group)
-        saved[start + groups * groups.group] = total
-    return saved
+        whole = -(-k.shape[2] // groups.group)
+        anchors[start + whole * groups.group] = total
+    return anchors
 
 
 def _through_norm(grad: Tensor, unit: Tensor, norm: Tensor | None) -> Tensor:

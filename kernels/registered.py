@@ -14,6 +14,7 @@ from torch import Tensor
 
 from . import chunk, dispatch, parallel
 from .padding import Ranks
+from .saved import save, saved
 from .tensors import full_precision
 
 _SCHEMA = (
@@ -127,15 +128,8 @@ def _backward_fake(grad: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
     return tuple(grad.new_empty(0) if x is None else x.new_empty(x.shape) for x in inputs[:_DIFFERENTIABLE])
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.is_tensor = [isinstance(item, Tensor) for item in inputs]
-    ctx.others = [None if isinstance(item, Tensor) else item for item in inputs]
-    ctx.save_for_backward(*(item for item in inputs if isinstance(item, Tensor)))
-
-
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    saved = iter(ctx.saved_tensors)
-    inputs = [next(saved) if there else other for there, other in zip(ctx.is_tensor, ctx.others, strict=True)]
+    inputs = saved(ctx)
     rest = [None] * (len(inputs) - _DIFFERENTIABLE)
     if torch.is_grad_enabled():  # the caller will differentiate the gradients again
         wanted = [x for x, needed in zip(inputs, ctx.needs_input_grad, strict=True) if needed]
@@ -147,7 +141,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return (*(g if needed else None for g, needed in zip(grads, ctx.needs_input_grad, strict=False)), *rest)
 
 
-augmented_attention.register_autograd(_backward, setup_context=_save)
+augmented_attention.register_autograd(_backward, setup_context=save)
 
 
 @augmented_attention.register_vmap

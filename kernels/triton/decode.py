@@ -192,7 +192,7 @@ def step(
     *,
     target: Target | None = None,
 ) -> Tensor:
-    """`state.step`: query [B, H, 1, D], key [B, Hkv, 1, D], value [B, Hkv, 1, Dv] -> [B, H, 1, Dv].
+    """`recurrent.step`: query [B, H, 1, D], key [B, Hkv, 1, D], value [B, Hkv, 1, Dv] -> [B, H, 1, Dv].
 
     The five tensors of the state are changed in place, except for sequences that are not `active` (bool [B]),
     whose output is zero. float32, bfloat16 or float16; alpha, local_scale [H], conv_weight [H, K] float32 or

@@ -266,7 +266,7 @@ def augmented_commit(
         key: `[B, Hkv, N, D]`.
         value: `[B, Hkv, N, Dv]`.
         state: As for `augmented_extend`.
-        path: Int `[B, P]`, the nodes to append in order, -1 for none, as rows accept different numbers of them;
+        path: Int `[B, P]`, the nodes to append in order, -1 for none, as rows accept different numbers;
             None appends all N.
         normalize: As for `augmented_attention`.
 
