@@ -8,7 +8,7 @@ Three routes to the same numbers, without branches on data:
 - gathered   anything else (padding, a chunk of queries after cached keys, cross-attention): whole groups are
              collected by index first, then the same group products run.
 
-Causal groups are left to `walk.py`, which carries one state from group to group; only for second derivatives
+Causal groups are left to `chunk.py`, which carries one state from group to group; only for second derivatives
 (`composed`) are the states of all groups formed at once.
 
 Padding is removed by *rank*: a real token's rank is the number of real tokens before it, and groups,
@@ -28,7 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .activations import ACTIVATIONS
-from .chunk import Walk
+from .chunk import Chunk
 from .tensors import at_lag, norm_or_one, take_rows, unit
 
 Index = Any
@@ -128,7 +128,7 @@ class _Core:
         is the sum of k^T v over everything earlier (causal; None: nothing) or over all keys (otherwise).
         """
         if self.causal and not self.composed:
-            return self._walk(q, k, v, state)
+            return self._chunked(q, k, v, state)
         size, repeats = self.group, q.shape[2]
         rows = q.unflatten(3, (-1, size)).transpose(2, 3).flatten(3, 4)  # [B, Hkv, N, R*G, D]
         k = k.unflatten(2, (-1, size))  # [B, Hkv, N, G, D]
@@ -167,11 +167,11 @@ class _Core:
         out = out.expand(*out.shape[:-1], v.shape[-1])
         return out.unflatten(3, (repeats, size)).transpose(2, 3).flatten(3, 4)
 
-    def _walk(self, q: Tensor, k: Tensor, v: Tensor, state: Tensor | None) -> Tensor:
+    def _chunked(self, q: Tensor, k: Tensor, v: Tensor, state: Tensor | None) -> Tensor:
         tables = (self.alpha, self.local_scale, self.conv)
         flat = [None if x is None else x.flatten(0, 1) for x in tables]
         bias = None if self.bias is None else self.bias.flatten(0, 1)
-        out = Walk.apply(
+        out = Chunk.apply(
             q.flatten(1, 2), k, v, *flat, self.activation, self.group, False, bias, state, self.before
         )
         return out.unflatten(1, q.shape[1:3])

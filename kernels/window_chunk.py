@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .saved import save, saved
 from .tensors import take_rows
 
 _ARGUMENTS = (
@@ -198,16 +199,8 @@ def _operator(name: str, weigh: Weigh, settings: str = "") -> Any:
     def _backward_fake(grad: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
         return tuple(x.new_empty(x.shape) for x in inputs[:3])
 
-    def save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        ctx.is_tensor = [isinstance(item, Tensor) for item in inputs]
-        ctx.others = [None if isinstance(item, Tensor) else item for item in inputs]
-        ctx.save_for_backward(*(item for item in inputs if isinstance(item, Tensor)))
-
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        saved = iter(ctx.saved_tensors)
-        inputs = [
-            next(saved) if there else other for there, other in zip(ctx.is_tensor, ctx.others, strict=True)
-        ]
+        inputs = saved(ctx)
         needed, rest = ctx.needs_input_grad[:3], (None,) * (len(inputs) - 3)
         if torch.is_grad_enabled():  # the caller will differentiate the gradients again
             wanted = [x for x, need in zip(inputs[:3], needed, strict=True) if need]

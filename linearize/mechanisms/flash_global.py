@@ -54,7 +54,7 @@ class FlashGlobalAttention(FlashAttention):
         return total / count.clamp(min=1)
 
 
-def oracle(
+def naive(
     query: Tensor,
     key: Tensor,
     value: Tensor,

@@ -101,7 +101,7 @@ class LinformerAttention(ComposedAttention):
         return f"{super().extra_repr()}, max_length={longest}, rank={rank}, seed={self.seed}"
 
 
-def oracle(
+def naive(
     query: Tensor,
     key: Tensor,
     value: Tensor,

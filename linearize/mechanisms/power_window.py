@@ -70,7 +70,7 @@ class PowerWindowAttention(WindowedAttention):
         return f"{super().extra_repr()}, power={self.power}"
 
 
-def oracle(
+def naive(
     query: Tensor,
     key: Tensor,
     value: Tensor,

@@ -61,7 +61,7 @@ class RandomFeatureAttention(NormalizedAttention):
         return f"{super().extra_repr()}, features={self.projection.shape[0]}, seed={self.seed}"
 
 
-def oracle(
+def naive(
     query: Tensor, key: Tensor, value: Tensor, sigma: Tensor, projection: Tensor, *, causal: bool
 ) -> Tensor:
     """float64 [B, H, T, D] with heads repeated; sigma [H, D], projection [m, D]."""

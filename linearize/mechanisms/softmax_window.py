@@ -23,7 +23,7 @@ from torch import Tensor
 from ..kernels.window_chunk import softmax_weights, softmax_window
 from ..ops.arguments import from_interleaved, to_interleaved
 from .base import Mechanism, whole
-from .hedgehog import oracle_weights, positive
+from .hedgehog import naive_weights, positive
 from .onnx_form import Nodes, StateOperator
 from .windowed import WindowedAttention
 
@@ -159,7 +159,7 @@ OPERATOR = StateOperator(
 )
 
 
-def oracle(
+def naive(
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -173,7 +173,7 @@ def oracle(
 ) -> Tensor:
     """float64 [B, H, T, D] with heads repeated; maps [H, D, D], far_weight [H]."""
     lag = torch.arange(query.shape[2])[:, None] - torch.arange(key.shape[2])
-    far = oracle_weights(query, key, query_map, key_map) * far_weight.exp()[:, None, None]
+    far = naive_weights(query, key, query_map, key_map) * far_weight.exp()[:, None, None]
     weights = torch.where(lag.abs() < window, torch.exp(query @ key.mT * scale), far)
     if causal:
         weights = weights.tril()

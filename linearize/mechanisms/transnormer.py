@@ -54,7 +54,7 @@ class TransnormerAttention(ComposedAttention):
         return total / norm * self.weight[:, None].to(total.dtype)
 
 
-def oracle(query: Tensor, key: Tensor, value: Tensor, weight: Tensor, *, causal: bool) -> Tensor:
+def naive(query: Tensor, key: Tensor, value: Tensor, weight: Tensor, *, causal: bool) -> Tensor:
     """float64 [B, H, T, D] with heads repeated; weight [H, Dv]."""
 
     def f(x: Tensor) -> Tensor:

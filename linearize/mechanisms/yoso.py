@@ -57,7 +57,7 @@ class YosoAttention(ComposedAttention):
         return unit_of_any_size(super().combine(outputs))
 
 
-def oracle(query: Tensor, key: Tensor, value: Tensor, *, group_size: int, causal: bool) -> Tensor:
+def naive(query: Tensor, key: Tensor, value: Tensor, *, group_size: int, causal: bool) -> Tensor:
     """float64 [B, H, T, D] with heads repeated."""
     query, key = query / query.norm(dim=-1, keepdim=True), key / key.norm(dim=-1, keepdim=True)
     scores = query @ key.mT

@@ -14,7 +14,7 @@ from torch import Tensor
 from ..errors import ExportError
 from ..mechanisms.onnx_form import StateOperator
 from ..mechanisms.term import Term
-from ..ops.arguments import from_interleaved, stateful_tables
+from ..ops.arguments import from_interleaved, interleaved_tables
 from .schema import DOMAIN, FAMILIES, OPERATORS, VERSION, window_rows
 
 
@@ -63,7 +63,7 @@ def causal(term: Term, past: Past, call: Call, group_size: int, kv_layout: str) 
     if term.local_bias is not None:
         raise no_bias()
     kv_heads, value = term.key.shape[1], term.value.to(term.key.dtype)
-    query, tables = stateful_tables(
+    query, tables = interleaved_tables(
         term.query, term.key, term.alpha, term.local_scale, term.conv_weight, kv_layout
     )
     out, *present = _node(

@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import linearize as lz
 from linearize.errors import ConfigError, ExportError
 from linearize.mechanisms.module import AttentionModule, SoftmaxAttention
-from linearize.mechanisms.power_window import oracle
+from linearize.mechanisms.power_window import naive as oracle
 from linearize.mechanisms.spec import SiteSpec
 from linearize.planning.build import build_attention
 from linearize.planning.config import LinearizeConfig
