@@ -110,9 +110,7 @@ def train_heads(
             seed=seed,
             **_ARGUMENTS,
         )
-        trainer = trainer_class(
-            model=_Training(heads.float(), decay), args=arguments, train_dataset=examples
-        )
+        trainer = trainer_class(model=_Training(heads.float(), decay), args=arguments, train_dataset=examples)
         if not progress:
             from transformers import PrinterCallback
 
