@@ -54,7 +54,8 @@ def evaluate(
     from ..common.files import write_whole
     from ..common.text import text_lines, text_tokens
     from ..evaluation import evaluate as measure
-    from ..evaluation.measure import LENGTHS, kind_of
+    from ..evaluation.compared import kind_of
+    from ..evaluation.perplexity import LENGTHS
 
     if card and dtype != "auto":
         raise ConfigError("--card is about the weights as they are stored: leave out --dtype")
