@@ -50,6 +50,8 @@ log = logging.getLogger(__name__)
 class Backend:
     """A dynamo backend that rewrites attention, and the owner of the parameters this adds.
 
+    With mechanism "softmax" the compiled function computes what the model computes.
+
     Args:
         Args:
         config: a `LinearizeConfig` or a mapping of its fields. Unless it is a `LinearizeConfig`, `on_refusal`
@@ -63,8 +65,6 @@ class Backend:
 
     Raises:
         ConfigError: the config has an unknown field or a wrong value, or `inner` is no backend.
-
-    With mechanism "softmax" the compiled function computes what the model computes.
     """
 
     def __init__(

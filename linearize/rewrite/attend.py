@@ -18,7 +18,7 @@ from .masks import check_structure, key_mask_of, new_tokens, position_mask
 
 def attend(
     call: Call,
-    slot: int,
+    child: Any,
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -29,11 +29,11 @@ def attend(
     sinks: Tensor | None = None,
     dropout: float | None = None,
 ) -> Tensor:
-    """Run the owner's `slot`-th child on one call's tensors.
+    """Run a child of the owner on one call's tensors.
 
     Args:
         call: the call of the owner.
-        slot: which of the owner's sites.
+        child: the attention module of the site that runs.
         query, key, value: see the module's docstring; key and value are all of them, or the new ones where
             the call has a state.
         mask: bool (True keeps) or additive, broadcastable to `[B, H, T, S]`; None when all may be seen.
@@ -45,11 +45,10 @@ def attend(
     Raises:
         InputError: the mask says more than the mechanism can follow, or the cache was left midway.
     """
-    child = call.child(slot)
-    start = call.query_start(slot, query.shape[2])
-    call.check_cache(slot, query.shape[2])
+    start = call.query_start(child.spec, query.shape[2])
+    call.check_cache(child.spec, query.shape[2])
     if call.state is not None:
-        return _after_state(call, slot, query, key, value, mask, start if masked_columns else None)
+        return _after_state(call, child, query, key, value, mask, start if masked_columns else None)
     key_mask = key_mask_of(mask, key.shape[0], key.shape[2])
     if call.cross is not None and key is call.cross.keys and value is call.cross.values:
         return child.recall(query, key, value, call.cross.summary(child, key_mask), start)
@@ -65,7 +64,7 @@ def attend(
 
 def _after_state(
     call: Call,
-    slot: int,
+    child: Any,
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -77,7 +76,7 @@ def _after_state(
     assert state is not None
     if state.tree is None:  # the nodes of a draft tree are all real, and its mask is not causal
         real = new_tokens(mask, key.shape[0], key.shape[2], start, call.record.path)
-    return state.extend(call.child(slot), query, key, value, real)
+    return state.extend(child, query, key, value, real)
 
 
 def _exact(

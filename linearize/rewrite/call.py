@@ -6,7 +6,6 @@ hook, and is as it was after an exception.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 from torch import Tensor, nn
@@ -20,6 +19,7 @@ if TYPE_CHECKING:
     from ..cache.cross_layer import CrossLayer
     from ..cache.state_layer import StateLayer
     from ..mechanisms.module import AttentionModule
+    from ..mechanisms.spec import SiteSpec
     from .owner import OwnerRecord
 
 
@@ -70,14 +70,13 @@ class Call:
         """The attention module of the owner's `slot`-th site, as it is now."""
         return getattr(self.owner, child_name(slot))
 
-    def query_start(self, slot: int, queries: int) -> int | Tensor | None:
+    def query_start(self, spec: SiteSpec, queries: int) -> int | Tensor | None:
         """Where the `queries` queries of a site start.
 
         Returns:
             For causal sites the column of the first query, None for the last columns; for cross-attention the
             position of the first query in its own sequence, None for 0; None for other sites.
         """
-        spec = self.child(slot).spec
         if spec.cross and self.decoded is not None:
             # The decoder's own attention of this layer ran before and already counted this call's tokens.
             return self.decoded - queries
@@ -88,9 +87,9 @@ class Call:
         if self.record.witness is not None:
             self.record.witness(slot, window)
 
-    def check_cache(self, slot: int, count: int) -> None:
+    def check_cache(self, spec: SiteSpec, count: int) -> None:
         """Raise InputError when an earlier call on this cache ended midway; count: new tokens here."""
-        if self.cache is not None and self.child(slot).spec.causal:
+        if self.cache is not None and spec.causal:
             check_level(self.cache, self.record.layer_index, self.record.layers, count)
 
     def failed(self) -> None:
@@ -104,12 +103,12 @@ class Call:
             caches.mark_filled(layer)
 
 
+def attention_children(owner: nn.Module) -> list[Any]:
+    """The owner's attention modules, told by what they have: PEFT wraps those it trains with an adapter."""
+    return [child for child in owner.children() if hasattr(child, "has_state")]
+
+
 def sole_child(owner: nn.Module) -> Any | None:
     """The owner's one attention module; None when it has several, which would share a cache layer."""
     children = attention_children(owner)
     return children[0] if len(children) == 1 else None
-
-
-def attention_children(owner: nn.Module) -> Sequence[Any]:
-    """The owner's attention modules, told by what they have: PEFT wraps those it trains with an adapter."""
-    return [child for child in owner.children() if hasattr(child, "has_state")]

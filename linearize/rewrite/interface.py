@@ -17,7 +17,7 @@ from ..cache import lookup as caches
 from ..cache.adopt import cross_layer, state_layer
 from ..errors import InvalidModelError
 from .attend import attend
-from .call import Call, attention_children, sole_child
+from .call import Call, attention_children
 from .masks import compact_mask
 from .owner import OwnerRecord, Rewritten, become
 
@@ -48,11 +48,13 @@ class InterfaceOwner(Rewritten):
     def run(owner: Any, forward: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """One call of the owner; `forward` is the original class's."""
         record: OwnerRecord = owner._linearize_owner
-        cache, child = caches.find_cache(args, kwargs), sole_child(owner)
-        index = record.layer_index
+        cache, index = caches.find_cache(args, kwargs), record.layer_index
+        children = attention_children(owner)
+        child = children[0] if len(children) == 1 else None
         state = state_layer(cache, index, child)
         caches.check_not_foreign(caches.own_layer(cache, index, child), record.path)
-        whole = drops_window(owner) and state is None
+        # A site whose window was dropped reads every key.
+        whole = state is None and any(c.spec.window is not None and not c.is_exact for c in children)
         if whole:
             caches.keep_everything(cache, index)
         call = Call(owner, cache, state, cross_layer(cache, index, child), whole)
@@ -102,7 +104,8 @@ def attention_forward(
     call = _call_of(module) if linearize_call is None else linearize_call
     slot = call.next_slot()
     call.notice(slot, kwargs.get("sliding_window"))
-    shared = call.child(slot).spec.num_key_value_heads // key.shape[1]
+    child = call.child(slot)
+    shared = child.spec.num_key_value_heads // key.shape[1]
     if shared > 1:
         # Keys and values that are shared in different ways count as one per query head in the plan; functions
         # of the interface are left to repeat them.
@@ -138,8 +141,3 @@ def _call_of(module: nn.Module) -> Call:
             f"{record.name} does not pass its keyword arguments on to the attention interface"
         )
     return Call(module)
-
-
-def drops_window(owner: nn.Module) -> bool:
-    """Some site of the owner had a causal window, which its linear form does not follow."""
-    return any(c.spec.window is not None and not c.is_exact for c in attention_children(owner))

@@ -60,16 +60,17 @@ def attend_site(
     with the kind of their step; returns `[B, H, T, Dv]`.
     """
     call.notice(slot)
-    if call.child(slot).is_exact:
-        call.check_cache(slot, query.shape[2])
+    child = call.child(slot)
+    if child.is_exact:
+        call.check_cache(child.spec, query.shape[2])
         return canonical.attention(query, key, value, list(terms), program, tiled)
     mask = _visible(terms, kinds) if call.record.padded else None
     if call.state is None:
-        return attend(call, slot, query, key, value, mask)
+        return attend(call, child, query, key, value, mask)
     # The owner was traced on the new tokens alone: its mask has their columns, its cache no part in it.
     call.state.expected = True
     call.state.update(key, value)
-    return attend(call, slot, query, key, value, mask, masked_columns=False)
+    return attend(call, child, query, key, value, mask, masked_columns=False)
 
 
 def _visible(terms: Sequence[Tensor], kinds: Sequence[str]) -> Tensor | None:
