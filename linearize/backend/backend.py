@@ -51,15 +51,20 @@ class Backend:
     """A dynamo backend that rewrites attention, and the owner of the parameters this adds.
 
     Args:
-        config: a `LinearizeConfig` or a mapping of its fields; further fields as keyword arguments. Unless it
-            is a `LinearizeConfig`, `on_refusal` is "keep": what cannot be rewritten stays softmax, and in
-            `report`. `layers` and `keep_softmax` go by the paths that dynamo shows: complete ones, unless a
-            graph break inside a layer makes it start from that layer.
+        Args:
+        config: a `LinearizeConfig` or a mapping of its fields. Unless it is a `LinearizeConfig`, `on_refusal`
+            is "keep": what cannot be rewritten stays softmax, and in `report`. `layers` and `keep_softmax` go
+            by the paths that dynamo shows: complete ones, unless a graph break inside a layer makes it start
+            from that layer.
         inner: the backend that compiles the rewritten graph: a registered name such as "inductor",
             "aot_eager" or "eager", or a callable.
         trainable: False makes the new parameters constants.
+        **settings: further fields of `LinearizeConfig`.
 
-    With mechanism "softmax" the compiled function computes what the model computes. Raises ConfigError.
+    Raises:
+        ConfigError: the config has an unknown field or a wrong value, or `inner` is no backend.
+
+    With mechanism "softmax" the compiled function computes what the model computes.
     """
 
     def __init__(
@@ -331,11 +336,20 @@ def linearize_backend(
 ) -> Callable[..., Any]:
     """The entry point behind `torch.compile(model, backend="linearize", options={...})`.
 
-    options: fields of `LinearizeConfig`, and `inner` as for `Backend`. The dict is where this compiled
-    function keeps its state: after the first call `options["backend"]` is its `Backend`, with `parameters()`
-    and `report`; a `Backend` may also be put there beforehand. Without options there is no such place, and
-    the new parameters are constants at their initial values.
-    Raises ConfigError for an unknown option.
+    Args:
+        gm: the graph that dynamo captured.
+        example_inputs: its inputs, real or fake tensors.
+        options: fields of `LinearizeConfig`, and `inner` as for `Backend`. The dict is where this compiled
+            function keeps its state: after the first call `options["backend"]` is its `Backend`, with
+            `parameters()` and `report`; a `Backend` may also be put there beforehand. Without options there
+            is no such place, and the new parameters are constants at their initial values.
+        mode: None or "default".
+
+    Returns:
+        The compiled graph.
+
+    Raises:
+        ConfigError: an unknown option or mode.
     """
     if mode not in (None, "default"):
         raise ConfigError(

@@ -36,16 +36,31 @@ def linearize(
     calibrate: Iterable[Any] | None = None,
     **overrides: Any,
 ) -> Model:
-    """Rewrite the softmax attention of `model` to linear attention, in place, and return it.
+    """Rewrite the softmax attention of a model to linear attention, in place, and return the model.
 
-    inputs: example inputs: a dict of keyword arguments, a tuple of positional ones, one tensor, or a list of
-    such dicts (the first one is captured, all of them are verified). Made from the config of transformers
-    models when omitted.
-    config: a `LinearizeConfig`, or its fields as a dict or as keyword arguments.
-    calibrate: batches for `lz.calibrate`, which then follows at once.
+    The conversion is proved on the example inputs with exact softmax before the mechanism is put in. Whatever
+    is raised, the model is as it was before.
 
-    Raises InvalidModelError, InputError, ConfigError, NoAttentionError, RefusedError or VerificationError.
-    Whatever it raises, the model is as it was before.
+    Args:
+        model: a live `nn.Module` with values, on any device and in any floating-point dtype.
+        inputs: example inputs: a dict of keyword arguments, a tuple of positional ones, one tensor, or a list
+            of such dicts, of which the last is captured and all are compared. Made from the config of
+            transformers models when omitted.
+        config: a `LinearizeConfig`, or its fields as a dict; the default one when omitted.
+        calibrate: batches for `lz.calibrate`, which then follows at once.
+        **overrides: fields of `LinearizeConfig`, which go before those of `config`.
+
+    Returns:
+        `model`. New are one child module per attention site, which holds the new parameters in the device and
+        dtype of its owner, and the record `model._linearize`.
+
+    Raises:
+        InvalidModelError: the model is no module, is converted, compiled or scripted, or holds no values.
+        InputError: the model does not run on the inputs, or cannot be captured.
+        ConfigError: the config has an unknown field or a wrong value.
+        NoAttentionError: the model holds no softmax attention.
+        RefusedError: some attention cannot be rewritten and `on_refusal` is "error"; it names each and why.
+        VerificationError: the rewritten model with exact softmax differs from the original.
     """
     settings = resolve_config(config, overrides)
     check_model(model)
@@ -73,7 +88,10 @@ def planned(
     config: LinearizeConfig | Mapping[str, Any] | None = None,
     **overrides: Any,
 ) -> Plan:
-    """What `linearize` would rewrite, without touching the model or proving it. Same arguments and errors."""
+    """The plan of what `linearize` would rewrite; the model is not changed and nothing is proved.
+
+    Arguments and errors are those of `linearize`.
+    """
     settings = resolve_config(config, overrides)
     check_model(model)
     examples = example_inputs(model, inputs)

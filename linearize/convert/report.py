@@ -30,13 +30,21 @@ _STYLE = {REWRITE: "green", KEEP: "cyan", REFUSED: "yellow", CONVERTED: "blue"}
 
 @dataclass(frozen=True)
 class Candidate:
-    """One candidate.
+    """One candidate site.
 
-    path: owner module ("" = the model itself). ordinal: 0, 1, ... for several sites of one owner.
-    source: `file:line` of the softmax or fused call. spelling: how the attention was written.
-    shapes: sizes by axis, B, H, Hkv, T, S, D, Dv; a dynamic one is its symbol; empty if not reached.
-    mask: class label, "" if unknown. scale: factor on the scores, None if unknown or a tensor.
-    reason: code of a refusal, "" otherwise. message: one sentence. becomes: what will stand in its place.
+    Attributes:
+        path: dotted path of the owner, "" for the model itself.
+        ordinal: 0, 1, ... where one owner has several sites.
+        owner: class of the owner, "" if unknown.
+        source: `file:line` of the softmax or fused call.
+        spelling: how the attention was written.
+        shapes: sizes by axis, B, H, Hkv, T, S, D, Dv; a dynamic one is its symbol; empty if not reached.
+        mask: what the mask means, "" if unknown.
+        scale: factor on the scores; None if unknown or a tensor.
+        verdict: "rewrite", "keep", "refused" or "converted".
+        reason: code of a refusal, "" otherwise.
+        message: one sentence about the verdict.
+        becomes: what stands in its place after a conversion.
     """
 
     path: str
@@ -68,7 +76,13 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Report:
-    """Rows in order of execution. `model` is the class name, `mechanism` what rewritten sites become."""
+    """Every candidate attention site of a model. It prints as a table, in terminals and in notebooks.
+
+    Attributes:
+        model: class of the model.
+        mechanism: what rewritten sites become.
+        rows: the candidates, in order of execution.
+    """
 
     model: str
     mechanism: str
