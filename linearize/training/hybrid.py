@@ -71,8 +71,8 @@ class Sensitivity:
     """What `plan` found.
 
     Attributes:
-        measure: "kl" for models with logits: mean KL(original || converted) in nats per position. "distance"
-            for others: |converted - original| / |original| of the first output.
+        measure: "kl" for models with logits: mean `KL(original || converted)` in nats per position.
+            "distance" for others: `|converted - original| / |original|` of the first output.
         tokens: The number of positions that were measured.
         calibrated: Whether the linear layers were calibrated first.
         layers: Every layer that can be rewritten, in the order of execution.
