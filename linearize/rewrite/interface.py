@@ -113,7 +113,7 @@ def attention_forward(
     # The plan was made in evaluation mode, where the owner does not say how much it drops in training.
     output = attend(
         call,
-        slot,
+        child,
         query,
         key,
         value,
