@@ -40,7 +40,7 @@ def gptj() -> nn.Module:
 
 
 def fresh(name: str) -> Any:
-    """The converted model without its traced graphs. BLOOM keeps its own: a first call with one sequence cannot
+    """The converted model without its traced graphs. BLOOM keeps its own: a first call of one sequence cannot
     tell heads and batch apart."""
     return converted(name) if name == "bloom" else copy.deepcopy(converted(name))
 
