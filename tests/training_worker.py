@@ -25,7 +25,7 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import linearize as lz
-from linearize.training.data import Rows
+from linearize.training.data import TrainingData
 from linearize.training.trainer import is_main_process
 
 VOCABULARY, TOKENS = 64, 32
@@ -60,8 +60,8 @@ def ids(count: int = 33) -> Tensor:
     return torch.randint(VOCABULARY, (count, TOKENS), generator=torch.Generator().manual_seed(1))
 
 
-class Interrupted(Rows):
-    """Rows whose reading for training is interrupted by a call, once, after so many in all."""
+class Interrupted(TrainingData):
+    """Training data whose reading for training is interrupted by a call, once, after so many in all."""
 
     def __init__(self, rows: Sequence[dict[str, Tensor]], tick: Callable[[], None]) -> None:
         super().__init__(rows)
@@ -71,10 +71,10 @@ class Interrupted(Rows):
         self.tick()
         return super().__getitem__(index)
 
-    def first(self, tokens: int | None) -> Rows:
+    def first(self, tokens: int | None) -> TrainingData:
         return Interrupted(super().first(tokens).rows, self.tick)
 
-    def split(self, share: float) -> tuple[Rows, Rows]:
+    def split(self, share: float) -> tuple[TrainingData, TrainingData]:
         training, held_out = super().split(share)
         return Interrupted(training.rows, self.tick), held_out
 

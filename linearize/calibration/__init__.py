@@ -1,1 +1,1 @@
-"""Closed-form fits of new parameters, and the observers that they read."""
+"""Closed-form fits of new parameters, and the observers that supply their data."""

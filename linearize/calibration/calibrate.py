@@ -1,8 +1,8 @@
-"""Calibration: the weights in which a linear attention is linear, fitted to the softmax it replaced.
+"""Calibration: fitting the new parameters of a converted model to the softmax attention that it replaced.
 
-Each head's output is an affine function of its local factor, alpha and convolution taps, so the best fit to
-the original attention's outputs is a small ridge regression. One pass over a few batches collects its normal
-equations, in which every layer sees what it saw in the original model; no gradients.
+The output of each head is an affine function of its local factor, its alpha and its convolution taps, so the
+best fit to the outputs of the original attention is a small ridge regression. One pass over a few batches
+collects the normal equations; every layer gets what it got in the original model, and no gradient is needed.
 """
 
 from __future__ import annotations
@@ -27,14 +27,21 @@ from ..planning.state import state_of
 from .observers import real_queries, watching, why_unseen
 
 TOKENS = 50_000
-"""Tokens that are read at most, unless asked for more: far fewer give the same fit."""
+"""The default number of tokens that are read; far fewer give the same fit."""
 _ROWS = 512
-"""Queries of one sequence that are used at most, evenly spread: neighbours say much the same."""
+"""The most queries of one sequence that are used, evenly spread: neighbours are much alike."""
 
 
 @dataclass(frozen=True)
 class SiteFit:
-    """One site: |fitted - original| / |original| over the batches, before and after; why, if left out."""
+    """The fit of one attention site.
+
+    Attributes:
+        name: The path of the attention module.
+        before: |linear - softmax| / |softmax| of the outputs on the batches, before the fit.
+        after: The same, after the fit.
+        left_out: Why the site was not fitted; empty if it was.
+    """
 
     name: str
     before: float = math.nan
@@ -44,7 +51,12 @@ class SiteFit:
 
 @dataclass(frozen=True)
 class Calibration:
-    """What `calibrate` did. tokens: how many were used."""
+    """What `calibrate` did.
+
+    Attributes:
+        tokens: The number of tokens that were read.
+        sites: The fit of every attention site.
+    """
 
     tokens: int
     sites: tuple[SiteFit, ...]
@@ -55,20 +67,31 @@ class Calibration:
             numbers = ("", site.left_out) if site.left_out else (f"{site.before:.3f}", f"{site.after:.3f}")
             table.add_row(site.name, *numbers)
         yield table
-        yield f"{self.tokens} tokens; errors are relative to the softmax attention's own output"
+        yield f"{self.tokens} tokens; errors are relative to the output of the softmax attention"
 
 
 def calibrate(
     model: nn.Module, batches: Iterable[Any], *, max_tokens: int = TOKENS, ridge: float = 1e-4
 ) -> Calibration:
-    """Fit the new parameters of a freshly converted `model` to its original attention, in place.
+    """Fit the new parameters of a freshly converted model to its original attention, in place.
 
-    batches: dicts of keyword arguments of the model, or token ids int64 [B, T]; read until `max_tokens`
-    tokens were seen. ridge: pull towards the present values, relative to each parameter's own evidence.
+    Do this before any tuning, because the fit is to softmax attention with the model's present weights. If
+    this raises, the model is as it was before.
 
-    Meant for before any tuning: what is fitted to is softmax attention with the model's present weights.
-    Raises InvalidModelError for a model that is not converted or has nothing to fit, InputError for batches
-    that do not run or hold too little; the model is then as it was.
+    Args:
+        model: A converted model.
+        batches: Dicts of the model's keyword arguments, or token ids int64 `[B, T]`.
+        max_tokens: Batches are read until this number of tokens is reached.
+        ridge: How strongly parameters are pulled towards their present values, relative to the evidence for
+            each.
+
+    Returns:
+        The error of every attention site before and after the fit.
+
+    Raises:
+        InvalidModelError: The model is not converted, or has nothing to fit.
+        InputError: A batch does not run, or the batches never reach some attention or give values that are
+            not finite.
     """
     sites = state_of(model).plan.sites
     fits = {site.name: _Fit(model.get_submodule(site.name), site, ridge) for site in sites}
@@ -80,7 +103,9 @@ def calibrate(
     watchers = {site: able[site.name] for site in sites if site.name in able}
     with watching(model, watchers), quiet_run(model):
         for batch in batches:
-            tokens += _run(model, batch)
+            given = model_inputs(batch)
+            forward(model, given)
+            tokens += tokens_in(given)
             if tokens >= max_tokens:
                 break
     solved = {name: fit.solve() for name, fit in able.items()}
@@ -92,7 +117,7 @@ def calibrate(
 
 
 class _Fit:
-    """Normal equations of one site: per head, the columns' products with each other and with the target."""
+    """The normal equations of one site: for each head, the products of the columns and of the target."""
 
     def __init__(self, module: Any, site: SitePlan, ridge: float) -> None:
         self.module, self.name, self.ridge = module, site.name, ridge
@@ -112,25 +137,25 @@ class _Fit:
         key_mask: Tensor | None,
         query_start: int | Tensor | None,
     ) -> None:
-        """One call: query [B, H, T, D], key and value as given, target [B, H, T, Dv]."""
+        """Add one call. See `Watcher`."""
         real = _spread(real_queries(key_mask, query, key, query_start, self.module.spec.cross))
         tensors = (widen(query), widen(key), widen(value))
         wanted = _rows(widen(target), real)
-        # What a weight of one adds to an output without any: this is all that being affine asks for.
+        # The output without any weight. Each column below is what a single weight of 1 adds to it.
         offset = _rows(self._probe(*tensors, key_mask=key_mask, query_start=query_start), real)
         columns = []
         for name in self._names:
             parameter = _columns(getattr(self._probe, name).data)
             for column in parameter.unbind(1):
                 column.fill_(1)
-                if name == "conv_weight":  # apart from the rest, which need not run for every tap
+                if name == "conv_weight":  # by itself: the rest need not run for every tap
                     out = self._probe.convolution(*tensors, key_mask, query_start)
                     columns.append(_rows(out, real))
                 else:
                     out = self._probe(*tensors, key_mask=key_mask, query_start=query_start)
                     columns.append(_rows(out, real) - offset)
                 column.zero_()
-        # The target is one more column: its products are all that the regression needs of it.
+        # The target is one more column: the regression needs nothing of it but its products.
         joined = torch.stack([*columns, wanted - offset], -1).double()  # [H, N, P + 1]
         gram = joined.mT @ joined
         size = wanted.double().square().sum(1)
@@ -141,7 +166,7 @@ class _Fit:
 
     @torch.no_grad()
     def solve(self) -> tuple[Tensor, SiteFit]:
-        """Parameters [H, P] and the errors. Raises InputError when the batches say too little."""
+        """Solve for the parameters `[H, P]`. Raises InputError when the batches hold too little for that."""
         gram = self._gram
         if gram is None:
             raise InputError(f"{self.name}: the batches never called this attention; give complete inputs")
@@ -149,7 +174,7 @@ class _Fit:
             raise InputError(f"{self.name}: the batches gave values that are not finite")
         products, right = gram[:, :-1, :-1], gram[:, :-1, -1]
         before = torch.cat([_columns(getattr(self.module, name)) for name in self._names], 1).to(gram)
-        # A column without any evidence keeps its value.
+        # A parameter without any evidence keeps its value.
         own = products.diagonal(dim1=1, dim2=2)
         damped = products + torch.diag_embed(torch.where(own > 0, own * self.ridge, torch.ones_like(own)))
         step = torch.linalg.solve(damped, right - (products @ before[..., None])[..., 0])
@@ -163,7 +188,7 @@ class _Fit:
         return after, SiteFit(self.name, error(before), error(after))
 
     def assign(self, solution: Tensor) -> None:
-        """Put parameters [H, P] into the module."""
+        """Copy parameters `[H, P]` into the module."""
         parameters = [getattr(self.module, name) for name in self._names]
         widths = [_columns(p).shape[1] for p in parameters]
         with torch.no_grad():
@@ -172,19 +197,19 @@ class _Fit:
 
 
 def _why_not(module: AttentionModule, site: SitePlan) -> str:
-    """Why a site cannot be fitted; empty when it can."""
+    """Why a site cannot be fitted; empty if it can."""
     if not any(getattr(module, name, None) is not None for name in module.linear_parameters):
-        return "the mechanism has no parameter that its output is linear in (augmentation=True adds taps)"
+        return "the output of the mechanism is linear in none of its parameters (augmentation=True adds such)"
     return why_unseen(module, site)
 
 
 def _columns(parameter: Tensor) -> Tensor:
-    """[H] or [H, n] -> [H, n], a view."""
+    """`[H]` or `[H, n]` -> `[H, n]`, a view."""
     return parameter[:, None] if parameter.dim() == 1 else parameter
 
 
 def _spread(real: Tensor) -> Tensor:
-    """Rows of the flattened [B * T] queries to use: of the `real` ones [B, T], `_ROWS` a sequence at most."""
+    """Indices of the queries to use, of `[B * T]`: at most `_ROWS` per sequence, from the `real` `[B, T]`."""
     step = -(-real.shape[1] // _ROWS)
     chosen = torch.zeros_like(real)
     chosen[:, ::step] = real[:, ::step]
@@ -192,22 +217,20 @@ def _spread(real: Tensor) -> Tensor:
 
 
 def _rows(x: Tensor, rows: Tensor) -> Tensor:
-    """[B, H, T, Dv] -> [H, N * Dv], the chosen rows."""
+    """`[B, H, T, Dv]` -> `[H, N * Dv]`, the chosen rows."""
     return x.transpose(0, 1).flatten(1, 2).index_select(1, rows).flatten(1)
 
 
-def _run(model: nn.Module, batch: Any) -> int:
-    """One forward pass; returns the number of tokens."""
-    inputs = model_inputs(batch)
+def forward(model: nn.Module, inputs: Mapping[str, Any]) -> Any:
+    """The model's output on one batch, without a cache. Raises InputError if the model does not run on it."""
     try:
-        model(**without_cache(model, inputs))
+        return model(**without_cache(model, inputs))
     except Exception as error:
         raise InputError(f"the model does not run on a batch: {type(error).__name__}: {error}") from error
-    return tokens_in(inputs)
 
 
 def model_inputs(batch: Any) -> dict[str, Any]:
-    """A batch as keyword arguments. Raises InputError when it is none, or empty."""
+    """A batch as keyword arguments. Raises InputError for anything else, and for an empty batch."""
     inputs = dict(batch) if isinstance(batch, Mapping) else {"input_ids": batch}
     tensors = [x for x in inputs.values() if isinstance(x, Tensor)]
     if not tensors or any(x.numel() == 0 for x in tensors):
@@ -218,6 +241,6 @@ def model_inputs(batch: Any) -> dict[str, Any]:
 
 
 def tokens_in(inputs: Mapping[str, Any]) -> int:
-    """Tokens of the first tensor among a model's inputs."""
+    """The number of tokens in the first tensor among a model's inputs."""
     first = next(x for x in inputs.values() if isinstance(x, Tensor))
     return first.shape[0] * (first.shape[1] if first.dim() > 1 else 1)

@@ -1,4 +1,4 @@
-"""Watching attention: exact softmax in a site's place, which shows each call's tensors to somebody."""
+"""Observing attention: exact softmax in place of a site's module, which passes on the tensors of calls."""
 
 from __future__ import annotations
 
@@ -14,10 +14,11 @@ from ..planning.plan import SitePlan
 
 
 class Watcher(Protocol):
-    """Who is shown the calls of one site; `module` is what stands there otherwise."""
+    """Gets every call of one attention site."""
 
     @property
-    def module(self) -> Any: ...
+    def module(self) -> Any:
+        """The site's own module, which exact softmax replaces meanwhile."""
 
     def see(
         self,
@@ -28,12 +29,21 @@ class Watcher(Protocol):
         key_mask: Tensor | None,
         query_start: int | Tensor | None,
     ) -> None:
-        """One call: query [B, H, T, D], key and value as given, target [B, H, T, Dv] is softmax's output."""
+        """Take one call of the attention.
+
+        Args:
+            query: `[B, H, T, D]`.
+            key: `[B, Hkv, S, D]`.
+            value: `[B, Hkv, S, Dv]`.
+            target: `[B, H, T, Dv]`, the output of softmax.
+            key_mask: bool `[B, S]`, False at padding; None without padding.
+            query_start: The position of the first query among the keys; None for the last T positions.
+        """
 
 
 @contextlib.contextmanager
 def watching(model: nn.Module, watchers: Mapping[SitePlan, Watcher]) -> Iterator[None]:
-    """Softmax in the place of these sites' modules, which come back at the end whatever happens."""
+    """Replace the modules of these sites by exact softmax, and put them back at the end."""
     try:
         for site, watcher in watchers.items():
             setattr(model.get_submodule(site.path), site.child, observer(watcher, site))
@@ -44,26 +54,26 @@ def watching(model: nn.Module, watchers: Mapping[SitePlan, Watcher]) -> Iterator
 
 
 def observer(watcher: Watcher, site: SitePlan) -> AttentionModule:
-    """What stands in for a site's module: exact softmax, which lets `watcher` see each call."""
-    kind = _SeamObserver if site.rung == "seam" else _PlainObserver
+    """Exact softmax for a site, which shows each call to `watcher`."""
+    kind = _InterfaceObserver if site.route == "interface" else _PlainObserver
     made = kind(watcher.module.spec)
-    object.__setattr__(made, "watcher", watcher)  # not a child: it holds the module that is being replaced
+    object.__setattr__(made, "watcher", watcher)  # not a child: it holds the replaced module
     return made.train(watcher.module.training)
 
 
 def why_unseen(module: Any, site: SitePlan) -> str:
-    """Why what an observer shows is not all that the site's softmax depends on; empty when it is."""
+    """Why an observer misses something that the site's softmax depends on; empty if it does not."""
     if module.keeps_bias:
         return "position_bias='local' is not fitted"
-    if site.rung == "graft" and not site.plain:
-        return "its own scores hold more than a scaled product, and are known to its graph alone"
+    if site.route == "graph" and not site.plain:
+        return "its scores are more than a scaled product, and only its graph computes them"
     return ""
 
 
 def real_queries(
     key_mask: Tensor | None, query: Tensor, key: Tensor, query_start: int | Tensor | None, cross: bool
 ) -> Tensor:
-    """bool [B, T]: queries that are no padding. In cross-attention nothing tells, and all count."""
+    """bool `[B, T]`: the queries that are not padding. In cross-attention all, for no mask is of queries."""
     batch, _, length, _ = query.shape
     if key_mask is None or cross:
         return torch.ones(batch, length, dtype=torch.bool, device=query.device)
@@ -71,8 +81,8 @@ def real_queries(
     return key_mask[:, torch.arange(length, device=query.device) + start]
 
 
-class _SeamObserver(SoftmaxAttention):
-    """The site's own attention, with its whole mask, and its bias in the mask."""
+class _InterfaceObserver(SoftmaxAttention):
+    """The attention of a site on the attention interface, with its whole mask, which includes any bias."""
 
     watcher: Watcher
 
@@ -83,7 +93,7 @@ class _SeamObserver(SoftmaxAttention):
 
 
 class _PlainObserver(AttentionModule):
-    """As the linear form sees the site: causality and padding, which is all there is at a plain one."""
+    """The attention of a plain site on its graph, where causality and padding are the whole mask."""
 
     watcher: Watcher
 

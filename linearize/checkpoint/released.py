@@ -36,7 +36,7 @@ from ..planning.config import LinearizeConfig
 from ..planning.state import state_of
 from ..rewrite.apply import check_unconverted
 from ..rewrite.lora import require_peft
-from ..rewrite.snapshot import Undo
+from ..rewrite.snapshot import Snapshot
 from .weight_files import Source, read
 
 if TYPE_CHECKING:
@@ -93,7 +93,7 @@ def load_released(
         conv_taps=found.taps,
         augmentation=bool(found.convolution),
     )
-    with Undo(model):
+    with Snapshot(model, keep="tensors"):
         _place(model, tensors.weights)
         if tensors.lora:
             _merge_lora(model, tensors.lora, _adapter_config(source, extra))

@@ -122,7 +122,8 @@ def _texts(
 ) -> list[Any]:
     """What the model is measured on: token ids of a decoder's files, the lines of an encoder's."""
     from ..common.text import text_lines, text_tokens
-    from ..evaluation.measure import LENGTHS, kind_of
+    from ..evaluation.compared import kind_of
+    from ..evaluation.perplexity import LENGTHS
 
     kind = kind_of(model)
     if kind == "encoder-decoder":

@@ -19,7 +19,7 @@ from .terminal import console
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from ..generation.run import Run
+    from ..generation.run import GenerationStats
     from ..generation.speculative import MedusaHeads, TreeSpeculation
 
 
@@ -176,7 +176,7 @@ def _prompt(prompt: str | None, file: Path | None) -> str:
         raise InputError(f"cannot read the prompt in {file}: {error}") from error
 
 
-def _tell(run: Run) -> None:
+def _tell(run: GenerationStats) -> None:
     """What a generation took, on stderr: stdout holds nothing but the text."""
     from ..generation.run import LONG
 

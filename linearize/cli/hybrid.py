@@ -45,7 +45,7 @@ def plan(
 ) -> None:
     """Measure what each layer costs when it is linear, and say which are best left softmax."""
     from ..common.files import write_whole
-    from ..training.data import Collate, rows_of
+    from ..training.data import Collate, training_data
     from ..training.files import read_files
     from ..training.hybrid import plan as find
 
@@ -54,7 +54,7 @@ def plan(
     model = load_model(source)
     tokenizer = load_tokenizer(find_source(source))
     texts = read_files(model, tokenizer, data, tokens, CONTEXT, seed)
-    rows = rows_of(model, texts, tokenizer, CONTEXT).first(tokens).rows
+    rows = training_data(model, texts, tokenizer, CONTEXT).first(tokens).rows
     collate = Collate.of(model)
     batches = [collate(rows[start : start + BATCH]) for start in range(0, len(rows), BATCH)]
     found = find(

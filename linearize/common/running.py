@@ -79,3 +79,13 @@ def floats(output: Any) -> tuple[Tensor, ...]:
     if isinstance(output, (tuple, list)):
         return tuple(t for value in output for t in floats(value))
     return ()
+
+
+def vocabulary_size(model: Any) -> int | None:
+    """How many token ids a model has embeddings for; None for a model that does not take token ids."""
+    try:
+        weight = getattr(model.get_input_embeddings(), "weight", None)
+    except (AttributeError, NotImplementedError):
+        return None
+    # A vision model's "embeddings" are a convolution over patches.
+    return int(weight.shape[0]) if isinstance(weight, Tensor) and weight.dim() == 2 else None

@@ -13,6 +13,9 @@ from torch import Tensor
 
 from ..errors import InputError
 
+IGNORED = -100
+"""The label of a position that is not scored, as in transformers."""
+
 
 def sequences(data: Any, tokenizer: Any) -> list[Tensor]:
     """Sequences int64 `[n]` of ids or texts. Raises InputError for anything else."""

@@ -1,12 +1,14 @@
-"""How good a model is, and how fast: a decoder's perplexity by context length, agreement with the original,
-tokens per second and bytes of cache; an encoder's similarities against the original's.
+"""How good a model is, and how fast.
 
-`measure` runs the models, `quality` counts, `speed` takes times and weighs caches, `similarity` compares
-embeddings, `result` holds the figures, `plot` draws them, `record` keeps them with a converted model.
+For a decoder: perplexity by context length, agreement with the original, tokens per second, and bytes of
+cache. For an encoder: how similar its embeddings are to those of the original. `measure` has `evaluate`,
+`compared` runs the models, `perplexity` and `embeddings` measure, `quality` and `similarity` compute figures,
+`speed` measures times and caches, `result` is what comes out, `plot` draws it, and `card` writes the model
+card.
 """
 
-from .figures import Figures, Row
+from .figures import Figures, Measurement
 from .measure import evaluate
 from .result import Evaluation
 
-__all__ = ["Evaluation", "Figures", "Row", "evaluate"]
+__all__ = ["Evaluation", "Figures", "Measurement", "evaluate"]

@@ -1,19 +1,20 @@
+"""The figures of an evaluation: of one model, and of what was measured at one length."""
+
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    pass
 
 
 @dataclass(frozen=True)
 class Figures:
-    """Of one model at one length; None where it does not apply or was not measured.
+    """The figures of one model at one length; None where one does not apply or was not measured.
 
-    perplexity: exp of the mean negative log-likelihood of the scored tokens. forward_tokens_per_second: of
-    one pass over `length` tokens, without a cache, all logits computed. decode_tokens_per_second: greedy, one
-    token at a time, up to `length`. cache_bytes: what the cache of one sequence of `length` tokens holds.
+    Attributes:
+        perplexity: exp of the mean negative log-likelihood of the scored tokens.
+        forward_tokens_per_second: The rate of one pass over `length` tokens without a cache, all logits
+            computed.
+        decode_tokens_per_second: The rate of greedy decoding, one token at a time, up to `length` tokens.
+        cache_bytes: The memory of the cache of one sequence of `length` tokens.
     """
 
     perplexity: float | None = None
@@ -23,13 +24,18 @@ class Figures:
 
 
 @dataclass(frozen=True)
-class Row:
+class Measurement:
     """What was measured at one length.
 
-    length: tokens of a window, or that texts are cut to; None where batches came as they are. tokens: how
-    many were scored. agreement: share of these at which both models' likeliest token is the same. kl: mean
-    KL(reference || model) in nats. cosine: mean cosine of both models' embeddings of a text. spearman: rank
-    correlation of the similarities of all pairs of texts, None where all are the same.
+    Attributes:
+        length: Tokens of a window, or of the longest texts; None where batches were used as they are.
+        tokens: How many tokens were scored.
+        model: The figures of the model.
+        reference: The figures of the reference.
+        agreement: The share of the scored tokens at which the likeliest tokens of both models are the same.
+        kl: Mean KL(reference || model) in nats.
+        cosine: The mean cosine of both models' embeddings of the same text.
+        spearman: The rank correlation of the similarities of all pairs of texts; None if all are the same.
     """
 
     length: int | None

@@ -1,4 +1,4 @@
-"""Perplexity, time and memory against length, as an image."""
+"""Plots of perplexity, time and memory against length."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 from ..common.files import write_whole
 from ..errors import InputError, MissingExtraError
-from .figures import Figures, Row
+from .figures import Figures, Measurement
 
 FORMATS = ("png", "svg", "pdf")
 Value = Callable[[Figures, int], float | None]
@@ -37,12 +37,14 @@ PANELS: tuple[tuple[str, Value], ...] = (
 )
 
 
-def plot(rows: Sequence[Row], model: str, reference: str | None, path: str | os.PathLike[str]) -> None:
-    """See `Evaluation.plot`; model, reference: the names in the legend."""
+def plot(
+    rows: Sequence[Measurement], model: str, reference: str | None, path: str | os.PathLike[str]
+) -> None:
+    """See `Evaluation.plot`. model, reference: their names in the legend."""
     suffix = Path(path).suffix.lower().removeprefix(".")
     if suffix not in FORMATS:
-        raise InputError(f"a plot is written as {', '.join(FORMATS)}, got {os.fspath(path)!r}")
-    sides: list[tuple[str, Callable[[Row], Figures | None]]] = [(model, lambda row: row.model)]
+        raise InputError(f"a plot must be of the kind {', '.join(FORMATS)}, got {os.fspath(path)!r}")
+    sides: list[tuple[str, Callable[[Measurement], Figures | None]]] = [(model, lambda row: row.model)]
     if reference is not None:
         sides.insert(0, (f"{reference}, original", lambda row: row.reference))
     curves = [(label, [(name, curve(rows, side, value)) for name, side in sides]) for label, value in PANELS]
@@ -68,9 +70,9 @@ def plot(rows: Sequence[Row], model: str, reference: str | None, path: str | os.
 
 
 def curve(
-    rows: Sequence[Row], side: Callable[[Row], Figures | None], value: Value
+    rows: Sequence[Measurement], side: Callable[[Measurement], Figures | None], value: Value
 ) -> list[tuple[int, float]]:
-    """Points (length, value) of one model, where there are both."""
+    """The points (length, value) of one model, where both are known."""
     found = []
     for row in rows:
         figures = side(row)

@@ -1,4 +1,4 @@
-"""Counting over scored positions: perplexity of two models, their agreement, and the divergence of one."""
+"""Sums over scored positions: the perplexity of two models, their agreement, and their divergence."""
 
 from __future__ import annotations
 
@@ -12,12 +12,11 @@ from torch import Tensor
 from ..errors import InputError
 
 _ROWS = 1024
-"""Positions whose probabilities are worked out at once: a vocabulary is large, and the logits are there
-already."""
+"""How many positions are converted to probabilities at once, to save memory."""
 
 
 def scored_positions(count: int, lengths: Sequence[int]) -> Tensor:
-    """Bool `[count]`: tokens with something before them in the windows of every one of `lengths`."""
+    """bool `[count]`: the tokens that begin no window of any of `lengths`."""
     positions = torch.arange(count)
     keep = torch.ones(count, dtype=torch.bool)
     for length in lengths:
@@ -27,8 +26,15 @@ def scored_positions(count: int, lengths: Sequence[int]) -> Tensor:
 
 @dataclass
 class Tally:
-    """Running sums over scored positions. loss, other_loss: negative log-likelihoods in nats, of the model
-    and of the reference; kl: of KL(reference || model)."""
+    """Sums over scored positions.
+
+    Attributes:
+        tokens: The number of positions.
+        loss: Negative log-likelihood by the model, in nats.
+        other_loss: Negative log-likelihood by the reference, in nats.
+        agreed: Positions at which the likeliest tokens are the same.
+        kl: KL(reference || model), in nats.
+    """
 
     tokens: int = 0
     loss: float = 0.0
@@ -37,10 +43,17 @@ class Tally:
     kl: float = 0.0
 
     def add(self, logits: Tensor, other: Tensor | None, targets: Tensor, where: str) -> None:
-        """Count positions: logits `[N, vocabulary]` of the model and of the reference, targets int64 `[N]`.
+        """Add positions.
 
-        where: names the batch in errors. Raises InputError for logits that are NaN, another vocabulary than
-        the reference's, and targets outside of it.
+        Args:
+            logits: `[N, vocabulary]`, of the model.
+            other: `[N, vocabulary]`, of the reference; None without one.
+            targets: int64 `[N]`, the tokens.
+            where: Names the batch in errors.
+
+        Raises:
+            InputError: Logits are NaN, the vocabularies differ, a target is outside of them, or a token has
+                probability 0.
         """
         for who, given in (("model", logits), ("reference", other)):
             if given is None or not len(given):
@@ -49,13 +62,13 @@ class Tally:
                 raise InputError(f"the {who}'s logits are NaN in {where}: its weights or inputs are broken")
             if int(targets.max()) >= given.shape[-1] or int(targets.min()) < 0:
                 raise InputError(
-                    f"{where} has the token {int(targets.max())} and the {who} gives {given.shape[-1]} "
+                    f"{where} has the token {int(targets.max())}, but the {who} gives {given.shape[-1]} "
                     "logits: the tokens are another model's"
                 )
         if other is not None and other.shape[-1] != logits.shape[-1]:
             raise InputError(
                 f"the reference has {other.shape[-1]} logits and the model {logits.shape[-1]}: another "
-                "vocabulary cannot be compared with"
+                "vocabulary cannot be compared"
             )
         for start in range(0, len(targets), _ROWS):
             rows = slice(start, start + _ROWS)
@@ -77,22 +90,24 @@ class Tally:
 
     @property
     def perplexity(self) -> float:
+        """The perplexity of the model."""
         return math.exp(self.loss / self.tokens)
 
     @property
     def other_perplexity(self) -> float:
+        """The perplexity of the reference."""
         return math.exp(self.other_loss / self.tokens)
 
 
 def total_kl(original: Tensor, logits: Tensor) -> float:
-    """Sum of KL(original || other) in nats over positions, of logits `[N, vocabulary]`."""
+    """KL(original || other) in nats, summed over positions, from two logits `[N, vocabulary]`."""
     pairs = zip(original.split(_ROWS), logits.split(_ROWS), strict=True)
     return sum(_divergence(_log_probabilities(a), _log_probabilities(b.to(a.device))) for a, b in pairs)
 
 
 def _divergence(wanted: Tensor, log_p: Tensor) -> float:
-    """Sum of KL(wanted || log_p), log-probabilities both."""
-    # Tokens that the reference excludes add nothing, although their logarithm is infinite.
+    """The sum of KL(wanted || log_p), both log-probabilities."""
+    # Tokens of probability 0 add nothing, although their logarithm is infinite.
     terms = torch.where(wanted > -math.inf, wanted.exp() * (wanted - log_p), 0)
     return float(terms.double().sum())
 

@@ -1,4 +1,4 @@
-"""The result of an evaluation: data, JSON, a table; and how a converted model carries it."""
+"""The result of an evaluation: as data, JSON and a table, and stored in a converted model."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ..errors import InputError
 from ..planning.state import carry, state_of
-from .figures import Figures, Row
+from .figures import Figures, Measurement
 
 if TYPE_CHECKING:
     import os
@@ -29,55 +29,64 @@ KINDS = ("decoder", "encoder-decoder", "encoder")
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What `evaluate` found, in order of length.
+    """The result of `evaluate`. It prints as a table.
 
-    kind: "decoder", "encoder-decoder" or "encoder". name: of the data, as given. model, reference: what they
-    are. setting: dtype, device and threads of the run. weights: fingerprint of the weights that were
-    measured.
+    Attributes:
+        kind: "decoder", "encoder-decoder" or "encoder".
+        name: The name of the data.
+        model: The class of the model, and the mechanism of its attention.
+        reference: The same of the reference; None without one.
+        rows: What was measured, in the order of the lengths.
+        setting: The dtype, device and threads of the run.
+        weights: A fingerprint of the weights that were measured.
     """
 
     kind: str
     name: str
     model: str
     reference: str | None
-    rows: tuple[Row, ...]
+    rows: tuple[Measurement, ...]
     setting: str
     weights: str
 
-    def at(self, length: int | None) -> Row:
-        """The row of one length. Raises InputError, naming those there are."""
+    def at(self, length: int | None) -> Measurement:
+        """What was measured at one length. Raises InputError if nothing was."""
         for row in self.rows:
             if row.length == length:
                 return row
-        raise InputError(f"nothing was measured at {length} tokens, but at {[r.length for r in self.rows]}")
+        raise InputError(f"nothing was measured at {length} tokens, only at {[r.length for r in self.rows]}")
 
     @property
     def scored(self) -> str:
-        """What the figures are of, in one sentence."""
+        """What was scored, in a sentence."""
         if self.kind == "encoder":
             return (
                 "Embeddings are means over the tokens of a text; the rank correlation is Spearman's, over "
                 "the similarities of all pairs of texts."
             )
         if self.kind == "encoder-decoder":
-            return "Scored is every label that is not -100."
+            return "Every label that is not -100 is scored."
         return (
-            "Windows of a length follow each other without overlap and each is read on its own; scored are "
-            "the same tokens at every length, which leaves out those that begin a window of any."
+            "Windows of a length follow each other without overlap, and each is read by itself. The same "
+            "tokens are scored at every length: all except those that begin a window of any length."
         )
 
     def attach(self, model: nn.Module) -> None:
-        """Let the converted `model` carry these figures: they go into its checkpoints and model card.
+        """Store these figures in a converted model, so that they go into its checkpoints and model card.
 
-        They take the place of earlier ones by the same `name`, and of all that were measured on other
-        weights. Raises InvalidModelError when it is not converted, InputError when its weights have changed
-        since they were measured.
+        They replace earlier figures of the same `name`, and all figures of other weights.
+
+        Args:
+            model: The model that was measured.
+
+        Raises:
+            InvalidModelError: The model is not converted.
+            InputError: Its weights have changed since they were measured.
         """
-
         attach(self, model)
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-able form."""
+        """A dict that can be written as JSON."""
         return {
             "version": VERSION,
             **dataclasses.asdict(self),
@@ -86,7 +95,7 @@ class Evaluation:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Evaluation:
-        """Inverse of `to_dict`. Raises InputError for anything else."""
+        """The inverse of `to_dict`. Raises InputError for anything else."""
         try:
             fields = dict(data)
             version = fields.pop("version")
@@ -94,38 +103,45 @@ class Evaluation:
                 raise InputError(f"this evaluation has version {version!r}; this release reads {VERSION}")
             if fields["kind"] not in KINDS:
                 raise ValueError(f"kind is one of {', '.join(KINDS)}, got {fields['kind']!r}")
-            return cls(**{**fields, "rows": tuple(_row(row) for row in fields["rows"])})
+            return cls(**{**fields, "rows": tuple(_measurement(row) for row in fields["rows"])})
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             if isinstance(error, InputError):
                 raise
             raise InputError(f"this is no record of an evaluation: {error}") from error
 
     def plot(self, path: str | os.PathLike[str]) -> None:
-        """Draw perplexity, time and memory against length to an image file, original and model.
+        """Plot perplexity, time and memory of model and reference against length.
 
-        The suffix says the format: .png, .svg or .pdf. The file appears whole or not at all.
-        Raises MissingExtraError without matplotlib, InputError when there are no two lengths or the suffix is
-        unknown, CheckpointError when the file cannot be written.
+        Args:
+            path: The image file. Its suffix is .png, .svg or .pdf.
+
+        Raises:
+            InputError: There are fewer than two lengths, or the suffix is another one.
+            MissingExtraError: matplotlib is not installed.
+            CheckpointError: The file cannot be written.
         """
         from .plot import plot
 
         plot(self.rows, self.model, self.reference, path)
 
     def table(self) -> list[list[str]]:
-        """Cells of a table, headings first, one line per length and model; no column is empty."""
+        """The cells of a table: headings, then a line per length and model. Empty columns are left out."""
         lines = [
             (row, who, figures, first)
             for row in self.rows
             for who, figures, first in _sides(row, self.model, self.reference)
         ]
-        columns = [["length"], ["tokens"], ["model"], *([heading] for heading, _, _ in (*_FIGURES, *_ROW))]
+        headings = [heading for heading, _, _ in (*_FIGURES, *_COMPARISONS)]
+        columns = [["length"], ["tokens"], ["model"], *([heading] for heading in headings)]
         for row, who, figures, first in lines:
             length = "as given" if row.length is None else f"{row.length:,}"
             cells = [length, f"{row.tokens:,}"] if first else ["", ""]
             cells += [who, *(_text(getattr(figures, field), form) for _, field, form in _FIGURES)]
-            # What compares the two stands beside the model, not beside the original.
+            # Comparisons are in the line of the model, not in that of the reference.
             compared = figures is row.model
-            cells += [_text(getattr(row, field) if compared else None, form) for _, field, form in _ROW]
+            cells += [
+                _text(getattr(row, field) if compared else None, form) for _, field, form in _COMPARISONS
+            ]
             for column, cell in zip(columns, cells, strict=True):
                 column.append(cell)
         return [list(line) for line in zip(*(c for c in columns if any(c[1:])), strict=True)]
@@ -147,7 +163,7 @@ _FIGURES = (
     ("decode tokens/s", "decode_tokens_per_second", "{:,.1f}"),
     ("cache bytes", "cache_bytes", "{:,}"),
 )
-_ROW = (
+_COMPARISONS = (
     ("agreement", "agreement", "{:.1%}"),
     ("KL", "kl", "{:.4f}"),
     ("cosine", "cosine", "{:.4f}"),
@@ -155,8 +171,8 @@ _ROW = (
 )
 
 
-def _sides(row: Row, model: str, reference: str | None) -> list[tuple[str, Figures, bool]]:
-    """Name and figures of each model, and whether it is the first of its row."""
+def _sides(row: Measurement, model: str, reference: str | None) -> list[tuple[str, Figures, bool]]:
+    """The name and the figures of each model, and whether its line is the first of this length."""
     if row.reference is None:
         return [(model, row.model, True)]
     return [(f"{reference}, original", row.reference, True), (model, row.model, False)]
@@ -166,24 +182,24 @@ def _text(value: float | int | None, form: str) -> str:
     return "" if value is None else form.format(value)
 
 
-def _row(data: Mapping[str, Any]) -> Row:
+def _measurement(data: Mapping[str, Any]) -> Measurement:
     fields = dict(data)
     reference = fields.pop("reference")
-    return Row(
+    return Measurement(
         **{**fields, "model": Figures(**fields["model"])},
         reference=None if reference is None else Figures(**reference),
     )
 
 
 def describe(model: nn.Module) -> str:
-    """Class and mechanism, such as `LlamaForCausalLM, softmax_window`."""
+    """The class and mechanism of a model, such as `LlamaForCausalLM, softmax_window`."""
     state = getattr(model, "_linearize", None)
     name = type(model).__name__
     return f"{name}, softmax" if state is None else f"{name}, {state.config.mechanism}"
 
 
 def fingerprint(model: nn.Module) -> str:
-    """A hash of all weights and their names, in whatever order or on whatever device they are summed."""
+    """A hash of all weights and their names, the same on every device."""
     found = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
         if isinstance(tensor, Tensor):
@@ -193,7 +209,7 @@ def fingerprint(model: nn.Module) -> str:
 
 
 def _row_sums(tensor: Tensor) -> Tensor:
-    """Sums of each row's bits, read as integers: int64 `[rows]`. Exact, so the order of summing is free."""
+    """The sum of each row's bits, read as integers: int64 `[rows]`. Exact, so in any order."""
     flat = tensor.detach().contiguous()
     flat = flat.reshape(flat.shape[0] if flat.dim() > 1 else 1, -1)
     if flat.dtype == torch.bool:
@@ -204,21 +220,20 @@ def _row_sums(tensor: Tensor) -> Tensor:
 def attach(evaluation: Evaluation, model: nn.Module) -> None:
     """See `Evaluation.attach`."""
     if evaluation.weights != fingerprint(model):
-        raise InputError("the weights are not those that were measured: evaluate the model again")
+        raise InputError("the weights have changed since they were measured: evaluate the model again")
     others = [found for found in measured(model) if found.name != evaluation.name]
     carry(model, [found.to_dict() for found in (*others, evaluation)])
 
 
 def measured(model: nn.Module) -> list[Evaluation]:
-    """The evaluations that a converted model carries, as far as they are of its present weights and can be
-    read."""
+    """The evaluations stored in a converted model, without those of other weights or of other releases."""
     records = state_of(model).measured
     if not records:
         return []
     weights = fingerprint(model)
     found = []
     for record in records:
-        # One that another release wrote is no reason to lose a checkpoint.
+        # A checkpoint must load even if another release wrote these.
         with suppress(InputError):
             found.append(Evaluation.from_dict(record))
     return [evaluation for evaluation in found if evaluation.weights == weights]

@@ -1,4 +1,4 @@
-"""Times of models side by side in one run, and the bytes that their caches hold."""
+"""Times of models that take turns, and the memory of their caches."""
 
 from __future__ import annotations
 
@@ -15,13 +15,15 @@ from ..common.running import without_cache
 
 ROUNDS = 3
 SECONDS = 0.5
-"""A call is timed this often, and until this long was spent on it, whichever is more; the median counts."""
+"""A call is timed at least this often, and until this long was spent on it. The median counts."""
 _MOST = 50
 
 
 def interleaved(calls: Sequence[Callable[[], object]], device: torch.device) -> list[float]:
-    """Median seconds of each call. Turn by turn, every second turn backwards: a slower moment of the machine
-    meets all of them. Each runs once untimed before."""
+    """The median seconds of each call, after one call that is not timed.
+
+    They take turns, every second turn in reverse order, so that a slow moment of the machine hits all.
+    """
     for call in calls:
         call()
     times: list[list[float]] = [[] for _ in calls]
@@ -36,45 +38,50 @@ def interleaved(calls: Sequence[Callable[[], object]], device: torch.device) -> 
 
 
 def forward_rates(models: Sequence[nn.Module], ids: Tensor) -> list[float]:
-    """Tokens per second of one pass over int64 `[1, T]` by each model, without a cache."""
+    """Tokens per second of a forward pass over int64 `[1, T]` by each model, without a cache."""
 
-    def run(model: nn.Module) -> Callable[[], object]:
+    def forward(model: nn.Module) -> Callable[[], object]:
         inputs = without_cache(model, {"input_ids": ids.to(device_of(model))})
         return lambda: model(**inputs)
 
-    seconds = interleaved([run(model) for model in models], device_of(models[0]))
+    seconds = interleaved([forward(model) for model in models], device_of(models[0]))
     return [ids.numel() / second for second in seconds]
 
 
 def decode_rates(
     models: Sequence[nn.Module], ids: Tensor, steps: int
 ) -> tuple[list[float | None], list[int | None]]:
-    """Tokens per second of greedy decoding by each model, and the bytes of its cache at the end.
+    """Time greedy decoding. The models take turns token by token, and the median step counts.
 
-    ids: int64 `[1, T]`; all but the last `steps` are the prompt, so that the cache ends with T tokens. The
-    models take turns token by token; the median step counts. None for a model that keeps no cache.
+    Args:
+        models: The models.
+        ids: int64 `[1, T]`. All but the last `steps` tokens are the prompt, so the cache ends with T tokens.
+        steps: How many tokens to decode.
+
+    Returns:
+        Tokens per second of each model, and the bytes of its cache at the end; None for a model without one.
     """
     prompt = ids[:, : ids.shape[1] - steps]
-    runs = [Decoding.start(model, prompt) for model in models]
+    running = [Decoding.start(model, prompt) for model in models]
     times: list[list[float]] = [[] for _ in models]
     for turn in range(steps):
-        for index in _order(len(runs), turn):
-            run = runs[index]
-            if run is not None:
-                times[index].append(_seconds(run.step, run.token.device))
+        for index in _order(len(running), turn):
+            decoding = running[index]
+            if decoding is not None:
+                times[index].append(_seconds(decoding.step, decoding.token.device))
     rates = [1 / statistics.median(found) if found else None for found in times]
-    return rates, [None if run is None else cache_bytes(run.cache) for run in runs]
+    return rates, [None if decoding is None else cache_bytes(decoding.cache) for decoding in running]
 
 
 class Decoding:
-    """A sequence that is being continued: the likeliest next token, and the model's own cache."""
+    """A sequence during greedy decoding: its next token, and its cache."""
 
     def __init__(self, model: nn.Module, token: Tensor, cache: Any) -> None:
         self.model, self.token, self.cache = model, token, cache
 
     @classmethod
     def start(cls, model: nn.Module, prompt: Tensor) -> Decoding | None:
-        """After the prompt int64 `[1, T]`; None for a model that gives no cache back."""
+        """Process the prompt int64 `[1, T]`. None for a model that returns no cache."""
         inputs: dict[str, Any] = {"input_ids": prompt.to(device_of(model)), "use_cache": True}
         if "use_cache" not in without_cache(model, {}):
             return None
@@ -85,12 +92,13 @@ class Decoding:
         return None if cache is None else cls(model, _likeliest(out), cache)
 
     def step(self) -> None:
+        """Decode one token."""
         out = self.model(input_ids=self.token, past_key_values=self.cache, use_cache=True)
         self.token, self.cache = _likeliest(out), out.past_key_values
 
 
 def cache_bytes(cache: Any) -> int:
-    """Bytes of memory behind all tensors that a cache holds on to, each counted once."""
+    """The bytes of memory behind all tensors of a cache, each counted once."""
     storages = {}
     for tensor in _tensors(cache, set()):
         storage = tensor.untyped_storage()
@@ -99,7 +107,7 @@ def cache_bytes(cache: Any) -> int:
 
 
 def _tensors(value: Any, seen: set[int]) -> Iterator[Tensor]:
-    """Tensors within an object: in its attributes, and in lists, tuples and dicts. Not those of modules."""
+    """The tensors in an object: in its attributes, and in lists, tuples and dicts. Not those of modules."""
     if id(value) in seen or isinstance(value, (nn.Module, type, str, int, float)):
         return
     seen.add(id(value))
@@ -117,7 +125,7 @@ def _tensors(value: Any, seen: set[int]) -> Iterator[Tensor]:
 
 
 def device_of(model: nn.Module) -> torch.device:
-    """Where the inputs of `model` belong."""
+    """The device that the inputs of `model` must be on."""
     tensor = next(model.parameters(), None)
     return torch.device("cpu") if tensor is None else tensor.device
 

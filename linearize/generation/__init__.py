@@ -1,1 +1,1 @@
-"""What converted models add to `generate`; `speculative/` has draft trees."""
+"""Generating text, plainly or by speculation."""

@@ -1,4 +1,4 @@
-"""Text from a prompt, with what it took: time, forward passes, and memory beside that of a KV cache."""
+"""Generating text from a prompt, and what that took: time, forward passes, and memory of the cache."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import TextStreamer
 
 from ..cache.state_layer import StateLayer
+from ..common.running import vocabulary_size
 from ..errors import ConfigError, InputError, InvalidModelError
 from .speculative import Drafter, DraftModel, Medusa, MedusaHeads, PromptLookup, TreeSpeculation, fit_tree
 
@@ -24,43 +25,61 @@ if TYPE_CHECKING:
 
 DRAFTERS = ("medusa", "draft", "lookup")
 LONG = 65_536
-"""The length at which memory is told beside that at the length that was reached."""
+"""Memory is shown at this length too, besides the length that was reached."""
 
 
 @dataclass(frozen=True)
 class LayerMemory:
-    """Bytes of one cache layer at any length. fixed: whatever the length. per_token: for each token held.
-    window: most tokens that are held, None for all."""
+    """The memory of one cache layer at any length.
+
+    Attributes:
+        fixed: Bytes at every length.
+        per_token: Further bytes for each token that the layer holds.
+        window: How many tokens it holds at most; None for all.
+    """
 
     fixed: int = 0
     per_token: int = 0
     window: int | None = None
 
     def at(self, length: int) -> int:
+        """Bytes at `length` tokens."""
         return self.fixed + self.per_token * (length if self.window is None else min(length, self.window))
 
 
 @dataclass(frozen=True)
 class Memory:
-    """A cache as it is, and as it would be with keys and values in every layer that has a state."""
+    """The memory of a cache, and of one with keys and values in all layers instead of states.
+
+    Attributes:
+        held: The layers of the cache.
+        softmax: The layers of the other.
+    """
 
     held: tuple[LayerMemory, ...]
     softmax: tuple[LayerMemory, ...]
 
     def at(self, length: int) -> int:
+        """Bytes of the cache at `length` tokens."""
         return sum(layer.at(length) for layer in self.held)
 
     def softmax_at(self, length: int) -> int:
+        """Bytes of a cache with keys and values in all layers at `length` tokens."""
         return sum(layer.at(length) for layer in self.softmax)
 
 
 @dataclass(frozen=True)
-class Run:
+class GenerationStats:
     """What one generation took.
 
-    tokens: new ones. prompt: tokens of the prompt. seconds: of everything. first: seconds until the first
-    token. passes: forward passes after the prompt's own. acceptance: share of the drafted depth that was
-    kept, None without drafts. memory: of the cache at the end.
+    Attributes:
+        tokens: How many tokens were generated.
+        prompt: Tokens of the prompt.
+        seconds: The time of everything.
+        first: Seconds until the first token.
+        passes: Forward passes after the prompt's own.
+        acceptance: The share of the drafted depth that was accepted; None without speculation.
+        memory: The memory of the cache at the end.
     """
 
     tokens: int
@@ -73,17 +92,19 @@ class Run:
 
     @property
     def length(self) -> int:
+        """Tokens of the prompt and of the continuation."""
         return self.prompt + self.tokens
 
     @property
     def tokens_per_second(self) -> float:
-        """Without the prompt's pass, which gives the first token; of all of it when there is no other."""
+        """The rate after the first token, which the prompt's pass gives; over everything for one token."""
         if self.tokens > 1:
             return (self.tokens - 1) / max(self.seconds - self.first, 1e-9)
         return self.tokens / max(self.seconds, 1e-9)
 
     @property
     def tokens_per_pass(self) -> float:
+        """Tokens per forward pass after the prompt's; 1 without speculation."""
         return (self.tokens - 1) / self.passes if self.passes else 1.0
 
 
@@ -98,27 +119,29 @@ def generate(
     seed: int = 0,
     speculation: TreeSpeculation | None = None,
     write: Callable[[str], object] | None = None,
-) -> Run:
-    """Continue `prompt`, giving the text to `write` as it comes; nothing of the prompt is written.
+) -> GenerationStats:
+    """Continue a prompt.
 
-    temperature: 0 takes the likeliest token; anything else samples, from the smallest set of tokens whose
-    probabilities sum to `top_p`, from `seed`. Raises InputError for a prompt or setting that makes no sense.
+    Args:
+        model: A decoder.
+        tokenizer: Its tokenizer.
+        prompt: The text to continue.
+        max_new_tokens: How many tokens to generate at most.
+        temperature: 0 takes the likeliest token; otherwise tokens are sampled at this temperature.
+        top_p: Sample from the smallest set of tokens whose probabilities sum to this.
+        seed: Seed of the sampling.
+        speculation: Generate with draft trees.
+        write: Gets the continuation as it comes, without the prompt.
+
+    Returns:
+        Time, passes and memory.
+
+    Raises:
+        ConfigError: A setting is out of range.
+        InputError: The prompt is empty, or the tokenizer is another model's.
     """
-    if max_new_tokens < 1 or temperature < 0 or not 0 < top_p <= 1:
-        raise ConfigError(
-            "max_new_tokens is at least 1, temperature at least 0, and top_p more than 0 and at most 1; "
-            f"got {max_new_tokens}, {temperature:g} and {top_p:g}"
-        )
-    if top_p < 1 and not temperature:
-        raise ConfigError("top_p chooses what is sampled from: give a temperature above 0 with it")
-    ids = tokenizer(prompt, return_tensors="pt").input_ids.to(model.device)
-    if not prompt or not ids.numel():
-        raise InputError("the prompt is empty: give some text to continue")
-    rows = model.get_input_embeddings().weight.shape[0]
-    if int(ids.max()) >= rows:
-        raise InputError(
-            f"the tokenizer gives token {int(ids.max())} and the model has {rows}: it is another model's"
-        )
+    _check_sampling(max_new_tokens, temperature, top_p)
+    ids = _prompt(model, tokenizer, prompt)
     options: dict[str, Any] = dict(do_sample=bool(temperature), num_beams=1)
     if temperature:
         options |= dict(temperature=temperature, top_p=top_p, top_k=0)
@@ -126,7 +149,7 @@ def generate(
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     stream = _Stream(tokenizer, write or (lambda text: None))
     if speculation is not None:
-        # transformers streams the prompt, and gives a callable no streamer for what it generates.
+        # transformers streams the prompt itself, and gives a callable no streamer.
         options["custom_generate"] = partial(speculation, streamer=stream)
     began = time.perf_counter()
     out: Any = model.generate(
@@ -140,7 +163,7 @@ def generate(
     )
     seconds = time.perf_counter() - began
     tokens = out.sequences.shape[1] - ids.shape[1]
-    return Run(
+    return GenerationStats(
         tokens=tokens,
         prompt=ids.shape[1],
         seconds=seconds,
@@ -151,11 +174,35 @@ def generate(
     )
 
 
+def _check_sampling(max_new_tokens: int, temperature: float, top_p: float) -> None:
+    """Raise ConfigError for settings of `generate` that make no sense."""
+    if max_new_tokens < 1 or temperature < 0 or not 0 < top_p <= 1:
+        raise ConfigError(
+            "max_new_tokens must be at least 1, temperature at least 0, and top_p above 0 and at most 1; "
+            f"got {max_new_tokens}, {temperature:g} and {top_p:g}"
+        )
+    if top_p < 1 and not temperature:
+        raise ConfigError("top_p limits what is sampled from: give a temperature above 0 with it")
+
+
+def _prompt(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: str) -> Tensor:
+    """Token ids int64 `[1, n]` of a prompt, on the model's device. Raises InputError for a bad prompt."""
+    ids = tokenizer(prompt, return_tensors="pt").input_ids.to(model.device)
+    if not prompt or not ids.numel():
+        raise InputError("the prompt is empty: give some text to continue")
+    size = vocabulary_size(model)
+    if size is not None and int(ids.max()) >= size:
+        raise InputError(
+            f"the tokenizer gives token {int(ids.max())}, but the model has {size}: it is another model's"
+        )
+    return ids
+
+
 def check_decoder(model: PreTrainedModel, name: str) -> None:
-    """Raise InvalidModelError unless `model` continues text: a decoder with an output layer."""
+    """Raise InvalidModelError unless `model` can continue text: a decoder with an output layer."""
     if not model.can_generate() or model.config.is_encoder_decoder:
         raise InvalidModelError(
-            f"{name} holds a {type(model).__name__}, which continues no text: give a whole decoder"
+            f"{name} has a {type(model).__name__}, which cannot continue text: give a whole decoder"
         )
 
 
@@ -167,15 +214,22 @@ def speculation_of(
     draft: PreTrainedModel | None = None,
     nodes: int | None = None,
 ) -> TreeSpeculation:
-    """Speculation by the name of its drafter: "medusa" (heads: their folder), "draft" (draft: the small
-    model), "lookup", or several whose drafts are tried together, such as "medusa+lookup". nodes: most tokens
-    that each drafts per pass, the drafter's own choice by default.
+    """Make tree speculation from the name of its drafter.
 
-    Raises ConfigError for another name, or what the drafter needs and was not given; CheckpointError or
-    InputError for heads that cannot be read or are another model's.
+    Args:
+        kind: "medusa", "draft", "lookup", or several whose drafts are joined, such as "medusa+lookup".
+        model: The model that generates.
+        heads: The folder of Medusa heads, for "medusa".
+        draft: The small model, for "draft".
+        nodes: How many tokens each drafter drafts per pass at most; by default its own number.
+
+    Raises:
+        ConfigError: The name is unknown, or something that the drafter needs is missing.
+        CheckpointError: The heads cannot be read.
+        InputError: The heads are another model's.
     """
     if nodes is not None and nodes < 1:
-        raise ConfigError(f"at least one token is drafted per pass, got nodes={nodes}")
+        raise ConfigError(f"at least one token must be drafted per pass, got nodes={nodes}")
     drafters = [_drafter(name, model, heads, draft, nodes) for name in kind.split("+")]
     return TreeSpeculation(drafters[0] if len(drafters) == 1 else drafters)
 
@@ -196,16 +250,16 @@ def _drafter(
         return PromptLookup(depth=depth, branches=nodes // depth)
     if name == "draft":
         if draft is None:
-            raise ConfigError("drafts of a small model need its folder: --draft DIR")
+            raise ConfigError("drafting with a small model needs its folder: --draft DIR")
         return DraftModel(draft) if nodes is None else DraftModel(draft, depth=nodes)
     if heads is None:
-        raise ConfigError("Medusa drafts need a folder with trained heads: --heads DIR")
+        raise ConfigError("drafting with Medusa heads needs their folder: --heads DIR")
     trained = MedusaHeads.load(heads, model)
     return Medusa(trained, None if nodes is None or trained.rates is None else fit_tree(trained.rates, nodes))
 
 
 def memory_of(model: Any, cache: Any) -> Memory:
-    """What a filled transformers cache of one sequence holds, layer by layer, at any length."""
+    """The memory, at any length, of a transformers cache that was filled by one sequence."""
     converted: LinearizeState | None = getattr(model, "_linearize", None)
     specs = {} if converted is None else {site.layer_index: site.spec for site in converted.plan.sites}
     held, softmax = [], []
@@ -227,14 +281,14 @@ def _layer_memory(layer: Any) -> LayerMemory:
     if isinstance(keys, Tensor) and isinstance(values, Tensor):
         row = (keys[:, :, :1].nbytes, values[:, :, :1].nbytes)
         return LayerMemory(per_token=sum(row), window=getattr(layer, "sliding_window", None))
-    # Recurrent layers of other kinds keep tensors by name, whatever the length.
+    # Recurrent layers of other kinds hold tensors as attributes, of the same size at every length.
     found: list[Any] = list(vars(layer).values())
     inner = [x for item in found if isinstance(item, dict) for x in item.values()]
     return LayerMemory(fixed=sum(x.nbytes for x in (*found, *inner) if isinstance(x, Tensor)))
 
 
 class _Stream(TextStreamer):
-    """Text in whole words to a function. first: when the first token came."""
+    """Gives text in whole words to a function. first: the time when the first token came."""
 
     def __init__(self, tokenizer: Any, write: Callable[[str], object]) -> None:
         super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)

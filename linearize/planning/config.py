@@ -45,7 +45,7 @@ class LinearizeConfig:
 
     Lists are accepted where a tuple is stored.
 
-    Args:
+    Attributes:
         mechanism: Name of what takes the softmax's place; `linearize mechanisms` lists them. "softmax" keeps
             the softmax, through the same machinery.
         group_size: Tokens per group of the local part.

@@ -17,7 +17,7 @@ from ..errors import InvalidModelError, MissingExtraError
 from ..planning.plan import Plan
 from ..planning.state import LinearizeState, state_of
 from .apply import finish
-from .snapshot import Undo
+from .snapshot import Snapshot
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -82,7 +82,7 @@ def merge(model: nn.Module) -> nn.Module:
         raise InvalidModelError(
             f"this adapter cannot be merged: {kind} adds no weights to those of the model"
         )
-    with Undo(model):
+    with Snapshot(model, keep="tensors"):
         try:
             merged = whole.merge_and_unload(safe_merge=True)
         # How PEFT refuses: NaN and quantised weights are a ValueError; a bias without a place in the base is
@@ -91,9 +91,9 @@ def merge(model: nn.Module) -> nn.Module:
             raise InvalidModelError(f"this adapter cannot be merged: {error}") from error
         if "_linearize" not in vars(merged):
             plan = _inside(model, base, state)
-            for path in plan.owners:
+            for path, sites in plan.owners.items():
                 owner: Any = merged.get_submodule(path)
-                owner._linearize_path = path
+                owner._linearize_owner = dataclasses.replace(owner._linearize_owner, path=path, sites=sites)
             finish(merged, plan, state.config)
     return merged
 

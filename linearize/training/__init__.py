@@ -1,14 +1,14 @@
-"""From converted to good: attention transfer, tuning, and recipes that join them.
+"""Training of converted models: attention transfer, tuning, and recipes that combine them.
 
-`data` makes rows of whatever was given, `objective` is what training lowers, `trainer` runs one stage on
-transformers' Trainer (`guarded`), and `transfer`, `tune` and `distill` are the calls. More processes or
-machines are accelerate's matter, and so one of the launch command.
+`data` makes rows from what the user gives, `objective` is the loss, `trainer` runs one stage on transformers'
+Trainer (`guarded`), and `transfer`, `tune` and `distill` are the calls; `hybrid` chooses layers that stay
+softmax. Several processes or machines are the business of accelerate and its launch command.
 """
 
 from .attention_transfer import transfer
 from .distillation import Distillation, distill
 from .recipes import RECIPES, Recipe
-from .trainer import Stage
+from .trainer import Stage, TrainingSettings
 from .tuning import tune
 
-__all__ = ["RECIPES", "Distillation", "Recipe", "Stage", "distill", "transfer", "tune"]
+__all__ = ["RECIPES", "Distillation", "Recipe", "Stage", "TrainingSettings", "distill", "transfer", "tune"]

@@ -1,4 +1,4 @@
-"""Checkpoints of a training run: which is the newest that is whole."""
+"""Checkpoints of a training run: finding the newest complete one."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from safetensors import SafetensorError, safe_open
 
 
 def newest_checkpoint(folder: Path) -> Path | None:
-    """The newest complete checkpoint in `folder`; None where there is none.
+    """The newest complete checkpoint in `folder`, or None.
 
-    The Trainer writes `trainer_state.json` last; but what was written before it may still have been lost when
-    a machine went down, so every file must have its end too.
+    The Trainer writes `trainer_state.json` last, but earlier files may still be cut off when a machine went
+    down. So every file must be complete as well.
     """
     for path in reversed(_checkpoints(folder)):
         try:
             state = json.loads((path / "trainer_state.json").read_text())
-            whole = all(_has_its_end(file) for file in path.iterdir())
+            whole = all(_is_complete(file) for file in path.iterdir())
         except (OSError, ValueError):
             continue
         if whole and isinstance(state, dict) and "global_step" in state:
@@ -26,8 +26,8 @@ def newest_checkpoint(folder: Path) -> Path | None:
     return None
 
 
-def _has_its_end(file: Path) -> bool:
-    """Whether a file of tensors is as long as it says; True for other files. Reads no tensor."""
+def _is_complete(file: Path) -> bool:
+    """Whether a file of tensors is as long as its header says; True for other files. Reads no tensor."""
     if file.suffix == ".safetensors":
         try:
             with safe_open(file, framework="pt"):

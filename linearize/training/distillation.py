@@ -1,4 +1,4 @@
-"""`distill`: a recipe from beginning to end."""
+"""`distill`: converting and training a model by a recipe."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from ..convert.linearize import linearize
 from ..errors import ConfigError, LinearizeError
 from ..planning.state import LinearizeState
 from .attention_transfer import transfer
-from .data import Collate, Rows, is_encoder, is_pair, rows_of
+from .data import Collate, TrainingData, is_encoder, is_encoder_decoder, training_data
 from .recipes import Recipe, recipe_of
 from .trainer import Stage, table_of
 from .tuning import tune
@@ -26,7 +26,13 @@ from .tuning import tune
 
 @dataclass(frozen=True)
 class Distillation:
-    """What `distill` did. model: the one that was given, changed in place."""
+    """What `distill` did.
+
+    Attributes:
+        model: The model that was given, converted and trained in place.
+        stages: The stages of training, in order.
+        calibration: What calibration did; None where it was left out.
+    """
 
     model: nn.Module
     stages: tuple[Stage, ...]
@@ -51,45 +57,55 @@ def distill(
     progress: bool = False,
     transfer_settings: Mapping[str, Any] | None = None,
     tune_settings: Mapping[str, Any] | None = None,
-    **run: Any,
+    **settings: Any,
 ) -> Distillation:
-    """Convert `model` unless it is, then calibrate, transfer and tune it as `recipe` says, in place.
+    """Convert a model unless it is converted already, then calibrate, transfer and tune it, in place.
 
-    recipe: a name of `RECIPES` or a `Recipe`. data, tokenizer: see `rows_of`. teacher: the softmax original,
-    where the recipe learns from its answers, as an encoder without labels always does; a copy is kept when
-    `model` is converted here, and only then is it calibrated. config: for the conversion, instead of the
-    recipe's. tokens: most tokens of the data to use, instead of the recipe's number. context: tokens per row
-    and calibrated sequence. output_dir, resume: checkpoints of the stages, in folders of their own
-    below; going on, stages that were done are read and not repeated. run: fields of `Run` for both stages;
-    transfer_settings, tune_settings: arguments of one of them.
+    If a stage raises, the message names the stage, and the model is as that stage found it.
 
-    Raises what the stages raise, with the stage in the message; the model is as that stage found it.
+    Args:
+        model: An unconverted or converted model. Only an unconverted one is calibrated.
+        data: Token ids int64 `[n]` or `[B, n]`, a list of these, texts, or dicts of the model's keyword
+            arguments.
+        recipe: A name in `lz.RECIPES`, or a `lz.Recipe`.
+        tokenizer: The tokenizer of the model; needed for texts.
+        teacher: The softmax original, for recipes that learn from its answers, as an encoder without labels
+            always does. If the model is converted here, a copy of it is the default.
+        config: The settings of the conversion, instead of the recipe's.
+        tokens: How many tokens of the data to use at most, instead of the recipe's number.
+        context: Tokens per row and per calibrated sequence, instead of the recipe's number.
+        output_dir: Folder for the checkpoints; each stage gets a folder inside it.
+        resume: Continue from the checkpoints in `output_dir`; finished stages are loaded, not repeated.
+        progress: Show a progress bar.
+        transfer_settings: Arguments of `lz.transfer` for that stage alone.
+        tune_settings: Arguments of `lz.tune` for that stage alone.
+        **settings: Fields of `linearize.training.TrainingSettings` for both stages.
+
+    Returns:
+        The model, with the losses of each stage.
+
+    Raises:
+        LinearizeError: Whatever `lz.linearize`, `lz.calibrate`, `lz.transfer` and `lz.tune` raise.
+        ConfigError: The recipe is unknown, or it needs a teacher for a model that is already converted.
     """
     recipe = recipe_of(recipe)
     length = recipe.context(model) if context is None else context
-    shared = {**run, "context": length, "resume": resume, "progress": progress}
-    # A stage without settings of its own is a stage too.
+    shared = {**settings, "context": length, "resume": resume, "progress": progress}
     transferring = _settings(recipe.transfer, shared, transfer_settings)
     tuning = _settings(recipe.tune, shared, tune_settings)
-    converted = isinstance(vars(model).get("_linearize"), LinearizeState)
+    unconverted = not isinstance(vars(model).get("_linearize"), LinearizeState)
     with _stage("data"):
-        rows = rows_of(model, data, tokenizer, length).first(recipe.tokens if tokens is None else tokens)
-    if tuning is not None and is_encoder(model) and "labels" not in rows[0]:
-        # There is nothing else to learn from.
-        tuning = {**tuning, "distill_weight": tuning.get("distill_weight") or 1.0}
-    if tuning is not None and tuning.get("distill_weight") and teacher is None:
-        if converted:
-            raise ConfigError(
-                "this learns from the softmax original, which a converted model is no more: give teacher="
-            )
-        teacher = copy.deepcopy(model).eval()
-    if not converted:
+        most = recipe.tokens if tokens is None else tokens
+        rows = training_data(model, data, tokenizer, length).first(most)
+    if tuning is not None:
+        tuning, teacher = _teaching(model, rows, tuning, teacher, unconverted)
+    if unconverted:
         with _stage("convert"), torch.random.fork_rng():
-            torch.manual_seed(run.get("seed", 0))  # what is drawn is drawn alike by all processes
+            torch.manual_seed(settings.get("seed", 0))  # the same random numbers in every process
             linearize(model, config=recipe.config if config is None else config)
     calibration = None
     stages = []
-    if recipe.calibrate and not converted:
+    if recipe.calibrate and unconverted:
         with _stage("calibrate"):
             calibration = calibrate(model, _batches(model, rows), max_tokens=recipe.calibrate)
     if transferring is not None:
@@ -101,8 +117,28 @@ def distill(
     return Distillation(model, tuple(stages), calibration)
 
 
+def _teaching(
+    model: nn.Module,
+    rows: TrainingData,
+    tuning: dict[str, Any],
+    teacher: nn.Module | None,
+    unconverted: bool,
+) -> tuple[dict[str, Any], nn.Module | None]:
+    """The settings of tuning, and the teacher that they need, if any."""
+    if is_encoder(model) and "labels" not in rows[0]:
+        # There is nothing else to learn from.
+        tuning = {**tuning, "distill_weight": tuning.get("distill_weight") or 1.0}
+    if tuning.get("distill_weight") and teacher is None:
+        if not unconverted:
+            raise ConfigError(
+                "this learns from the softmax original, which a converted model is no longer: give teacher="
+            )
+        teacher = copy.deepcopy(model).eval()
+    return tuning, teacher
+
+
 def _settings(stage: Mapping[str, Any] | None, *more: Mapping[str, Any] | None) -> dict[str, Any] | None:
-    """Those of a recipe's stage, overridden by `more`; None where the recipe leaves the stage out."""
+    """The settings of a stage of a recipe, overridden by `more`; None where the recipe leaves it out."""
     if stage is None:
         return None
     settings = dict(stage)
@@ -113,7 +149,7 @@ def _settings(stage: Mapping[str, Any] | None, *more: Mapping[str, Any] | None) 
 
 @contextlib.contextmanager
 def _stage(name: str) -> Iterator[None]:
-    """Errors say which stage they are from."""
+    """Let errors say in which stage they happened."""
     try:
         yield
     except LinearizeError as error:
@@ -128,11 +164,11 @@ def _folder(output_dir: str | Path | None, name: str) -> dict[str, Any]:
     return {} if output_dir is None else {"output_dir": Path(output_dir) / name}
 
 
-def _batches(model: nn.Module, rows: Rows) -> Iterator[dict[str, Any]]:
-    """A few rows at a time, without labels where the model needs none to run."""
+def _batches(model: nn.Module, rows: TrainingData) -> Iterator[dict[str, Any]]:
+    """Batches of two rows, without labels where the model runs without."""
     collate = Collate.of(model)
     for i in range(0, len(rows), 2):
         batch = collate(rows.rows[i : i + 2])
-        if not is_pair(model):
+        if not is_encoder_decoder(model):
             batch.pop("labels", None)
         yield batch

@@ -1,4 +1,4 @@
-"""Files of text as training data, in the form that a model's kind asks for."""
+"""Training data from text files, in the form that each kind of model needs."""
 
 from __future__ import annotations
 
@@ -11,34 +11,34 @@ from torch import nn
 
 from ..common.text import text_lines, text_tokens
 from ..errors import InputError
-from .data import is_encoder, is_pair
+from .data import is_encoder, is_encoder_decoder
 
-_ALL = 1 << 62
+_NO_LIMIT = 1 << 62
 
 
 def read_files(
     model: nn.Module, tokenizer: Any, paths: Sequence[Path], tokens: int | None, context: int, seed: int
 ) -> Any:
-    """What `rows_of` takes, from text files and folders of them.
+    """Read text files, and folders of them, into the form that `training_data` takes.
 
-    A decoder reads about `tokens` tokens (None: all), from as many files as there are. An encoder takes every
-    line as a text. An encoder-decoder takes JSON lines, each an object with the texts "input" and "target".
-    Raises InputError for what cannot be read.
+    For a decoder, about `tokens` tokens (None: all), spread over all files. For an encoder, every line is a
+    text. For an encoder-decoder, every line is a JSON object with the texts "input" and "target".
+    Raises InputError for a file that cannot be read.
     """
-    if is_pair(model):
-        return [_pair(line, tokenizer, context) for line in text_lines(paths, _ALL)]
+    if is_encoder_decoder(model):
+        return [_pair(line, tokenizer, context) for line in text_lines(paths, _NO_LIMIT)]
     if is_encoder(model):
-        return text_lines(paths, _ALL)
-    return text_tokens(paths, tokenizer, _ALL if tokens is None else tokens, context, seed)
+        return text_lines(paths, _NO_LIMIT)
+    return text_tokens(paths, tokenizer, _NO_LIMIT if tokens is None else tokens, context, seed)
 
 
 def _pair(line: str, tokenizer: Any, context: int) -> dict[str, Any]:
     try:
-        record = json.loads(line)
-        texts = record["input"], record["target"]
+        example = json.loads(line)
+        texts = example["input"], example["target"]
     except (ValueError, KeyError, TypeError) as error:
         raise InputError(
-            'an encoder-decoder reads lines of JSON with the texts "input" and "target", one has '
+            'an encoder-decoder reads lines of JSON with the texts "input" and "target", but one line is '
             f"{line[:60]!r}"
         ) from error
     settings = dict(truncation=True, max_length=context)

@@ -1,4 +1,4 @@
-"""transformers' Trainer, with losses that must be numbers and checkpoints that are whole or not there."""
+"""transformers' Trainer, stopping at a loss that is not finite, and without incomplete checkpoints."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from .checkpoints import newest_checkpoint
 
 
 class GuardedTrainer(Trainer):
-    """Lowers `objective`; parameters that `is_new` learn at `new_learning_rate`."""
+    """Minimizes `objective`. Parameters whose name is `is_new` learn at `new_learning_rate`."""
 
     # Our losses are means over a batch: the Trainer averages them over the batches of a step.
     loss_is_scaled_for_ga = False
@@ -42,19 +42,19 @@ class GuardedTrainer(Trainer):
         loss = self.objective(model, inputs)
         if not bool(torch.isfinite(loss)):
             raise TrainingError(
-                f"the loss is {loss.item()} at step {self.state.global_step + 1}{_kept(self.args)}: try a "
-                "lower learning_rate, a longer warmup, float32 instead of bf16, or look at the data there"
+                f"the loss is {loss.item()} at step {self.state.global_step + 1}{_newest(self.args)}: try a "
+                "lower learning_rate, a longer warmup or float32 instead of bf16, and check the data there"
             )
         return (loss, None) if return_outputs else loss
 
     def prediction_step(self, model: nn.Module, inputs: dict[str, Any], *_: Any, **__: Any) -> Any:
-        """The loss alone, of inputs with labels or without."""
+        """The loss alone, for inputs with or without labels."""
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
             return self.compute_loss(model, inputs).detach(), None, None
 
     def create_optimizer(self, model: nn.Module | None = None) -> Any:
-        """New parameters in groups of their own, at their own rate."""
+        """Put new parameters into groups of their own, with their own learning rate."""
         optimizer = super().create_optimizer(model)
         named = (self.model if model is None else model).named_parameters()
         new = {id(parameter) for name, parameter in named if self.is_new(name)}
@@ -76,40 +76,40 @@ class GuardedTrainer(Trainer):
             super()._load_optimizer_and_scheduler(checkpoint)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """All of it or nothing, and only weights that are numbers."""
+        """Write a checkpoint completely or not at all, and only with finite weights."""
         folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
         for name, parameter in self.model.named_parameters():
             if parameter.requires_grad and not bool(torch.isfinite(parameter).all()):
                 raise TrainingError(
-                    f"{name} is no longer finite at step {self.state.global_step}{_kept(self.args)}: try a "
+                    f"{name} is no longer finite at step {self.state.global_step}{_newest(self.args)}: try a "
                     "lower learning_rate, a longer warmup, or float32 instead of bf16"
                 )
         try:
             super()._save_checkpoint(model, trial)
-        # RuntimeError is what torch.save makes of a full disk.
+        # torch.save raises RuntimeError when the disk is full.
         except (OSError, SafetensorError, RuntimeError) as error:
             if self.args.should_save:
                 shutil.rmtree(folder, ignore_errors=True)
             raise TrainingError(
                 f"the checkpoint of step {self.state.global_step} cannot be written to {folder.parent}: "
-                f"{error}{_kept(self.args)}; make room and go on with resume=True"
+                f"{error}{_newest(self.args)}; free some space and continue with resume=True"
             ) from error
 
 
 @contextlib.contextmanager
 def _reading(checkpoint: str | None) -> Iterator[None]:
-    """Whatever a checkpoint does not fit makes one error."""
+    """Turn everything that can go wrong with a checkpoint into a TrainingError."""
     try:
         yield
     except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise TrainingError(
-            f"the checkpoint {checkpoint} is of another run, or cannot be read: {reason}; give the model and "
-            "settings that it is of, or name another folder"
+            f"the checkpoint {checkpoint} is from another run, or cannot be read: {reason}; use its model "
+            "and settings, or another folder"
         ) from error
 
 
-def _kept(arguments: Any) -> str:
-    """What is left of the run, for a message."""
+def _newest(arguments: Any) -> str:
+    """The newest complete checkpoint, as a part of a message; empty without one."""
     newest = newest_checkpoint(Path(arguments.output_dir)) if arguments.save_strategy != "no" else None
     return "" if newest is None else f" (the checkpoint {newest} is kept)"

@@ -1,6 +1,7 @@
-"""Recipes: how to convert a model and make it good again, as data.
+"""Recipes: how `distill` converts a model and trains it, as data.
 
-Each is a starting point: `dataclasses.replace(RECIPES["quick"], ...)`, or the arguments of `distill`.
+Each is a starting point: change it with `dataclasses.replace(RECIPES["quick"], ...)`, or override parts of it
+with the arguments of `distill`.
 """
 
 from __future__ import annotations
@@ -18,9 +19,13 @@ from ..errors import ConfigError
 class Recipe:
     """What `distill` does with a model.
 
-    config: fields of `LinearizeConfig`, for a model that is not converted yet. calibrate: tokens that
-    `lz.calibrate` reads, 0 to leave it out. transfer, tune: keyword arguments of `lz.transfer` and `lz.tune`;
-    None leaves the stage out. tokens: of the data that are used, None for all. about: where it comes from.
+    Attributes:
+        config: Fields of `LinearizeConfig`, for a model that is not converted yet.
+        calibrate: The number of tokens that `lz.calibrate` reads; 0 leaves calibration out.
+        transfer: Keyword arguments of `lz.transfer`; None leaves this stage out.
+        tune: Keyword arguments of `lz.tune`; None leaves this stage out.
+        tokens: The number of tokens of the data that are used; None for all of them.
+        about: Where the recipe comes from.
     """
 
     config: Mapping[str, Any] = field(default_factory=dict)
@@ -31,7 +36,7 @@ class Recipe:
     about: str = ""
 
     def context(self, model: nn.Module) -> int:
-        """Tokens per row: as the recipe has it, or as many as `model` has positions for."""
+        """Tokens per row: what the recipe says, but not more than the model has positions for."""
         wanted = next((s["context"] for s in (self.transfer, self.tune) if s and "context" in s), 512)
         places = getattr(getattr(model, "config", None), "max_position_embeddings", None)
         return min(wanted, places) if isinstance(places, int) and places > 0 else wanted
@@ -79,13 +84,18 @@ RECIPES: Mapping[str, Recipe] = {
         "attention transfer at 1e-2, then LoRA r=8 on q, k, v, o at 1e-4, two epochs each",
     ),
 }
-"""By the name that `distill(recipe=...)` and `linearize distill --recipe` take."""
+"""The recipes by name, as `lz.distill(recipe=...)` and `linearize distill --recipe` take them:
+
+- "quick": for small models. All weights, on 450k tokens, from text and from the answers of the original.
+- "paper": You et al. (arXiv 2406.07368), with LoRA.
+- "lolcats-like": Zhang et al. (LoLCATs, arXiv 2410.10254), attention transfer and then LoRA.
+"""
 
 
 def recipe_of(recipe: str | Recipe) -> Recipe:
-    """A recipe by name, or itself. Raises ConfigError for a name that there is not."""
+    """Look up a recipe by its name; a `Recipe` is returned as it is. Raises ConfigError for another name."""
     if isinstance(recipe, Recipe):
         return recipe
     if recipe not in RECIPES:
-        raise ConfigError(f"recipe is one of {', '.join(RECIPES)}, or a Recipe, got {recipe!r}")
+        raise ConfigError(f"recipe must be one of {', '.join(RECIPES)}, or a Recipe, got {recipe!r}")
     return RECIPES[recipe]

@@ -1,5 +1,4 @@
-"""transformers' Trainer with our settings and guards: two learning rates, losses that must be numbers, and
-checkpoints that are whole or not there."""
+"""One stage of training on transformers' Trainer: its settings, how it runs, and what it reports."""
 
 from __future__ import annotations
 
@@ -18,32 +17,45 @@ from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Table
 from torch import Tensor, nn
 
+from ..common.checks import require
 from ..errors import ConfigError, MissingExtraError, TrainingError
-from ..rewrite.snapshot import Kept, trained_values
+from ..rewrite.snapshot import Snapshot
 from .checkpoints import newest_checkpoint
-from .data import Collate, Rows
+from .data import Collate, TrainingData
 
 _EVALUATIONS = 32
-"""Rows at most that the loss is measured on, unless `held_out` asks for a larger share."""
+"""The most rows that the loss is measured on, unless `held_out` asks for a larger share."""
 
 
 @dataclass(frozen=True)
-class Run:
-    """How a stage is trained; what `transfer` and `tune` take as keyword arguments.
+class TrainingSettings:
+    """How a stage is trained; `lz.transfer` and `lz.tune` take these fields as keyword arguments.
 
-    epochs: times the data is gone through. max_steps: optimizer steps instead of epochs.
-    batch_size: rows per process and step; gradient_accumulation: batches per optimizer step.
-    learning_rate: the highest, of AdamW; new_learning_rate: of the parameters that conversion added, which
-    start near zero and have far to go (None: the same). warmup: share of the steps in which the rate rises,
-    after which `schedule` (a name of transformers' `SchedulerType`) takes it down. weight_decay;
-    max_grad_norm: gradients are clipped to it.
-    bf16: compute in bfloat16. gradient_checkpointing: compute activations twice instead of keeping them.
-    held_out: share of the rows, the last, that is not trained on and gives the loss before and after.
-    output_dir: where checkpoints go, every `save_steps` optimizer steps (None: at each epoch's end) and at
-    the end, of which the newest `save_total_limit` are kept; without it there are none. resume: go on from
-    the newest complete one; from the start when there is none.
-    progress: show a bar. report_to: Trainer's, such as "tensorboard". seed: of the order of the rows.
-    trainer_args: anything else of `TrainingArguments`, which goes before what is said here.
+    Attributes:
+        epochs: How often the data is gone through.
+        max_steps: The number of optimizer steps, instead of `epochs`.
+        batch_size: Rows per process and step.
+        gradient_accumulation: Batches per optimizer step.
+        learning_rate: The highest learning rate of AdamW.
+        new_learning_rate: That of the parameters that conversion added, which start near zero and have far to
+            go; None for the same.
+        warmup: The share of the steps in which the learning rate rises.
+        schedule: How it falls afterwards: a name of transformers' `SchedulerType`.
+        weight_decay: That of AdamW.
+        max_grad_norm: Gradients are clipped to this norm.
+        bf16: Compute in bfloat16.
+        gradient_checkpointing: Compute activations twice instead of storing them.
+        held_out: The share of the rows, the last ones, that is not trained on and gives the losses before and
+            after.
+        output_dir: Folder for checkpoints; None writes none.
+        save_steps: Optimizer steps between checkpoints; None writes one at the end of each epoch.
+        save_total_limit: How many checkpoints are kept, the newest ones.
+        resume: Continue from the newest complete checkpoint in `output_dir`, or start if there is none.
+        progress: Show a progress bar.
+        report_to: That of `TrainingArguments`, such as "tensorboard".
+        logging_steps: Optimizer steps between logged losses.
+        seed: Seed of the order of the rows.
+        trainer_args: Other fields of `TrainingArguments`; they override the settings here.
     """
 
     epochs: float = 1.0
@@ -71,37 +83,43 @@ class Run:
 
     def __post_init__(self) -> None:
         for name in ("batch_size", "gradient_accumulation", "save_total_limit", "logging_steps"):
-            _require(getattr(self, name) >= 1, name, getattr(self, name), "1 or more")
-        _require(self.epochs > 0, "epochs", self.epochs, "above 0")
+            require(getattr(self, name) >= 1, name, getattr(self, name), "1 or more")
+        require(self.epochs > 0, "epochs", self.epochs, "above 0")
         for name in ("max_steps", "save_steps"):
             value = getattr(self, name)
-            _require(value is None or value >= 1, name, value, "1 or more, or None")
+            require(value is None or value >= 1, name, value, "1 or more, or None")
         for name in ("learning_rate", "new_learning_rate"):
             value = getattr(self, name)
-            _require(value is None or 0 < value < math.inf, name, value, "a number above 0")
-        _require(0 <= self.warmup < 1, "warmup", self.warmup, "a share of the steps, 0 or more and below 1")
-        _require(0 <= self.held_out < 1, "held_out", self.held_out, "a share of the rows, below 1")
+            require(value is None or 0 < value < math.inf, name, value, "a number above 0")
+        require(0 <= self.warmup < 1, "warmup", self.warmup, "a share of the steps, 0 or more and below 1")
+        require(0 <= self.held_out < 1, "held_out", self.held_out, "a share of the rows, below 1")
         if self.resume and self.output_dir is None:
-            raise ConfigError("resume goes on from a checkpoint in output_dir: name that")
+            raise ConfigError("resume continues from a checkpoint in output_dir: give output_dir=")
 
     @classmethod
-    def of(cls, settings: Mapping[str, Any], **defaults: Any) -> Run:
-        """From keyword arguments. Raises ConfigError for one that is unknown."""
+    def of(cls, settings: Mapping[str, Any], **defaults: Any) -> TrainingSettings:
+        """Make settings from keyword arguments. Raises ConfigError for an unknown one."""
         known = {one.name for one in dataclasses.fields(cls)}
         unknown = sorted(set(settings) - known)
         if unknown:
             raise ConfigError(
-                f"unknown setting(s) {', '.join(unknown)}; there are {', '.join(sorted(known))}"
+                f"unknown setting(s) {', '.join(unknown)}; the settings are {', '.join(sorted(known))}"
             )
         return cls(**{**defaults, **settings})
 
 
 @dataclass(frozen=True)
 class Stage:
-    """One stage of training as it went.
+    """What one stage of training did.
 
-    tokens: that were trained on, repetitions counted. before, after: the loss on held-out rows (on the first
-    training rows where none could be held out). model: what was trained.
+    Attributes:
+        name: "transfer" or "tune".
+        tokens: How many tokens it was trained on, repetitions included.
+        steps: Optimizer steps.
+        seconds: Time, with the measurement of the losses.
+        before: The loss on held-out rows before training; on the first training rows where none are held out.
+        after: The loss on the same rows afterwards.
+        model: The trained model.
     """
 
     name: str
@@ -129,32 +147,39 @@ def train(
     module: nn.Module,
     loss: Callable[[nn.Module, Mapping[str, Any]], Tensor],
     is_new: Callable[[str], bool],
-    rows: Rows,
+    rows: TrainingData,
     collate: Collate,
-    run: Run,
+    settings: TrainingSettings,
 ) -> Stage:
     """Train the parameters of `module` that require gradients, in place.
 
-    loss: of `module`, possibly wrapped, and a batch. is_new: by a parameter's name, whether it learns at
-    `new_learning_rate`. Raises TrainingError, as `tune` says; the module is then as it was.
+    Args:
+        name: The name of the stage.
+        module: What is trained. If this raises, it is as it was before.
+        loss: The loss of a batch, from `module` (which may be wrapped) and the batch.
+        is_new: Says by a parameter's name whether it learns at `new_learning_rate`.
+        rows: The data, held-out rows included.
+        collate: Joins rows to a batch.
+        settings: The settings of the stage.
+
+    Raises:
+        TrainingError: The loss is not finite, or a checkpoint cannot be written.
+        ConfigError: `output_dir` has checkpoints of another run, or `TrainingArguments` refuse a setting.
+        MissingExtraError: accelerate is not installed.
     """
     trainer_class, arguments_class = _trainer_classes()
-    training, held_out = rows.split(run.held_out)
-    if run.held_out == 0:
-        training, held_out = rows, Rows(rows.rows[:_EVALUATIONS])
-    elif len(held_out) > _EVALUATIONS and run.held_out <= Run.held_out:
-        held_out = Rows(held_out.rows[-_EVALUATIONS:])
+    training, held_out = _split(rows, settings)
     with contextlib.ExitStack() as stack:
-        if run.output_dir is None:
+        if settings.output_dir is None:
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         else:
-            folder = Path(run.output_dir)
-        checkpoint = newest_checkpoint(folder) if run.resume else None
-        arguments = _arguments(arguments_class, run, folder)
-        if run.output_dir is not None:
-            _check_folder(folder, run.resume)
-        kept = Kept(module)
-        try:
+            folder = Path(settings.output_dir)
+        checkpoint = newest_checkpoint(folder) if settings.resume else None
+        arguments = _arguments(arguments_class, settings, folder)
+        if settings.output_dir is not None:
+            _check_folder(folder, settings.resume)
+        trained = [name for name, parameter in module.named_parameters() if parameter.requires_grad]
+        with Snapshot(module, keep="values") as before:
             trainer = trainer_class(
                 module,
                 arguments,
@@ -163,26 +188,45 @@ def train(
                 data_collator=collate,
                 objective=loss,
                 is_new=is_new,
-                new_learning_rate=run.new_learning_rate or run.learning_rate,
+                new_learning_rate=settings.new_learning_rate or settings.learning_rate,
             )
-            if not run.progress:
+            if not settings.progress:
                 _silence(trainer)
             began = time.perf_counter()
             trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
             after = trainer.evaluate()["eval_loss"]
             seconds = time.perf_counter() - began
-            values = trained_values(trainer)
-        except BaseException:
-            kept.undo()
-            raise
-        kept.take(values)
+            values = _parameters(trainer)
+        before.restore({name: values[name] for name in trained})
     losses = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
     epochs = trainer.state.epoch or 0.0
     return Stage(name, round(training.tokens * epochs), trainer.state.global_step, seconds, losses[0], after)
 
 
+def _split(rows: TrainingData, settings: TrainingSettings) -> tuple[TrainingData, TrainingData]:
+    """The rows to train on, and the rows to measure the loss on."""
+    if settings.held_out == 0:
+        return rows, TrainingData(rows.rows[:_EVALUATIONS])
+    training, held_out = rows.split(settings.held_out)
+    if len(held_out) > _EVALUATIONS and settings.held_out <= TrainingSettings.held_out:
+        held_out = TrainingData(held_out.rows[-_EVALUATIONS:])
+    return training, held_out
+
+
+def _parameters(trainer: Any) -> dict[str, Tensor]:
+    """The parameters of a Trainer's model by name; complete in every process even if they are sharded."""
+    if not trainer.is_fsdp_enabled:
+        return {name: p.data for name, p in trainer.model.named_parameters()}
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+
+    found: dict[str, Any] = get_model_state_dict(
+        trainer.model, options=StateDictOptions(full_state_dict=True)
+    )
+    return found
+
+
 def is_main_process() -> bool:
-    """Whether this is the one process, of those that a launcher started, that writes and prints."""
+    """Whether this is the one of a launcher's processes that writes files and prints."""
     from accelerate import PartialState
 
     return bool(PartialState().is_main_process)
@@ -191,7 +235,7 @@ def is_main_process() -> bool:
 def _check_folder(folder: Path, resume: bool) -> None:
     if not resume and newest_checkpoint(folder) is not None:
         raise ConfigError(
-            f"{folder} holds checkpoints of an earlier run: go on from them with resume=True, or name "
+            f"{folder} has checkpoints of an earlier run: continue from them with resume=True, or name "
             "another folder"
         )
     try:
@@ -200,41 +244,41 @@ def _check_folder(folder: Path, resume: bool) -> None:
         raise TrainingError(f"checkpoints cannot be written to {folder}: {error}") from error
 
 
-def _arguments(arguments_class: Any, run: Run, folder: Path) -> Any:
-    saves = "no" if run.output_dir is None else "steps" if run.save_steps else "epoch"
-    settings: dict[str, Any] = dict(
+def _arguments(arguments_class: Any, settings: TrainingSettings, folder: Path) -> Any:
+    saves = "no" if settings.output_dir is None else "steps" if settings.save_steps else "epoch"
+    chosen: dict[str, Any] = dict(
         output_dir=str(folder),
-        num_train_epochs=run.epochs,
-        max_steps=run.max_steps or -1,
-        per_device_train_batch_size=run.batch_size,
-        per_device_eval_batch_size=run.batch_size,
-        gradient_accumulation_steps=run.gradient_accumulation,
-        learning_rate=run.learning_rate,
-        lr_scheduler_type=run.schedule,
-        warmup_steps=run.warmup,
-        weight_decay=run.weight_decay,
-        max_grad_norm=run.max_grad_norm,
-        bf16=run.bf16,
-        activation_checkpointing=run.gradient_checkpointing,
-        activation_checkpointing_kwargs={"use_reentrant": False} if run.gradient_checkpointing else None,
+        num_train_epochs=settings.epochs,
+        max_steps=settings.max_steps or -1,
+        per_device_train_batch_size=settings.batch_size,
+        per_device_eval_batch_size=settings.batch_size,
+        gradient_accumulation_steps=settings.gradient_accumulation,
+        learning_rate=settings.learning_rate,
+        lr_scheduler_type=settings.schedule,
+        warmup_steps=settings.warmup,
+        weight_decay=settings.weight_decay,
+        max_grad_norm=settings.max_grad_norm,
+        bf16=settings.bf16,
+        activation_checkpointing=settings.gradient_checkpointing,
+        activation_checkpointing_kwargs={"use_reentrant": False} if settings.gradient_checkpointing else None,
         eval_on_start=True,
         eval_strategy="no",
         prediction_loss_only=True,
         save_strategy=saves,
-        save_steps=run.save_steps or 500,
-        save_total_limit=run.save_total_limit,
-        logging_steps=run.logging_steps,
-        disable_tqdm=not run.progress,
-        report_to=run.report_to,
+        save_steps=settings.save_steps or 500,
+        save_total_limit=settings.save_total_limit,
+        logging_steps=settings.logging_steps,
+        disable_tqdm=not settings.progress,
+        report_to=settings.report_to,
         remove_unused_columns=False,
         dataloader_pin_memory=torch.cuda.is_available(),
-        # Said, because processes that a launcher started on a machine without an accelerator do not find each
-        # other otherwise: each would train alone.
+        # Without this, the processes of a launcher on a machine without an accelerator do not find each
+        # other, and each of them trains alone.
         use_cpu=not torch.accelerator.is_available(),
-        seed=run.seed,
+        seed=settings.seed,
     )
     try:
-        return arguments_class(**{**settings, **run.trainer_args})
+        return arguments_class(**{**chosen, **settings.trainer_args})
     except (TypeError, ValueError) as error:
         raise ConfigError(f"transformers' TrainingArguments refuse these settings: {error}") from error
 
@@ -255,8 +299,3 @@ def _trainer_classes() -> tuple[Any, Any]:
     from .guarded import GuardedTrainer
 
     return GuardedTrainer, TrainingArguments
-
-
-def _require(ok: bool, name: str, value: object, expected: str) -> None:
-    if not ok:
-        raise ConfigError(f"{name} must be {expected}, got {value!r}")

@@ -1,4 +1,4 @@
-"""Tuning a converted model: LoRA or all weights, on text, on a teacher's answers, or both."""
+"""Tuning a converted model: LoRA or all weights, on text, on the answers of a teacher, or on both."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from ..errors import ConfigError, InvalidModelError
 from ..planning.state import LinearizeState, state_of
 from ..rewrite.lora import lora_config, require_peft
 from ..rewrite.lora import merge as merge_adapter
-from ..rewrite.snapshot import Flags, Transaction, put
-from .data import Collate, is_pair, rows_of
+from ..rewrite.snapshot import Snapshot
+from .data import Collate, is_encoder_decoder, training_data
 from .objective import Objective
-from .trainer import Run, Stage, train
+from .trainer import Stage, TrainingSettings, train
 
 METHODS = ("lora", "full")
 
@@ -36,29 +36,45 @@ def tune(
     lora: Mapping[str, Any] | None = None,
     merge: bool = True,
     context: int = 512,
-    **run: Any,
+    **settings: Any,
 ) -> Stage:
-    """Train a converted `model` on `data`, in place.
+    """Train a converted model on data, in place.
 
-    data, tokenizer, context: see `rows_of`. method: "lora" trains adapters on the projections around the
-    rewritten attention, and the new parameters, then merges them; lora: fields for `lora_config`; merge=False
-    leaves the adapter on: `model` of what is returned is then a `PeftModel`, and `lz.merge` merges it. "full"
-    trains every parameter that requires gradients. lm_weight, distill_weight, temperature, teacher: what is
-    learned, see `Objective`; the teacher, such as a copy of the softmax original, is run without gradients.
-    run: the fields of `Run`.
+    If this raises, the model is as it was before.
 
-    Returns how it went. Raises InvalidModelError for a model that is not converted, InputError for the data,
-    ConfigError for settings, TrainingError when the loss is no number or a checkpoint cannot be written (the
-    earlier ones are kept: `resume=True` goes on from them), MissingExtraError without peft or accelerate; the
-    model is then as it was.
+    Args:
+        model: A converted model.
+        data: Token ids int64 `[n]` or `[B, n]`, a list of these, texts, or dicts of the model's keyword
+            arguments.
+        tokenizer: The tokenizer of the model; needed for texts.
+        teacher: The model to learn from, such as a copy of the softmax original. Runs without gradients.
+        method: "lora" trains adapters on the projections around the rewritten attention, and the new
+            parameters, and then merges them. "full" trains every parameter that requires gradients.
+        lm_weight: Weight of the language-model loss.
+        distill_weight: Weight of `T^2 KL(teacher || model)`; needs a `teacher`.
+        temperature: T of that.
+        lora: Fields of `lz.lora_config`, for method="lora".
+        merge: False leaves the adapter in place: `model` of the result is then a `PeftModel`, and `lz.merge`
+            merges it.
+        context: Tokens per row.
+        **settings: Fields of `linearize.training.TrainingSettings`, such as `epochs`, `learning_rate`,
+            `batch_size`, `bf16`, `output_dir` or `resume`.
+
+    Returns:
+        The losses before and after, what it took, and the trained model.
+
+    Raises:
+        InvalidModelError: The model is not converted, or nothing in it can be tuned.
+        InputError: The data is empty or does not fit the model.
+        ConfigError: A setting is unknown or out of range.
+        TrainingError: The loss is not finite, or a checkpoint cannot be written. Earlier checkpoints are
+            kept, and `resume=True` continues from them.
+        MissingExtraError: peft or accelerate is not installed.
     """
-    if method not in METHODS:
-        raise ConfigError(f"method is one of {', '.join(METHODS)}, got {method!r}")
-    if lora and method != "lora":
-        raise ConfigError("lora= has settings of method='lora'")
-    settings = Run.of(run)
+    _check_method(method, lora)
+    run = TrainingSettings.of(settings)
     state = state_of(model)
-    rows = rows_of(model, data, tokenizer, context)
+    rows = training_data(model, data, tokenizer, context)
     objective = Objective(
         shifts=_shifts(model, state),
         lm_weight=lm_weight,
@@ -68,16 +84,15 @@ def tune(
         arguments=without_cache(model, {}),
     )
     children = {site.child for site in state.plan.sites}
-    before, flags = Transaction(model), Flags(model)
-    try:
+    with Snapshot(model) as before:
         module = model
         if method == "lora":
             with torch.random.fork_rng():
-                torch.manual_seed(settings.seed)  # every process of a launcher draws the same adapter
+                torch.manual_seed(run.seed)  # the same adapter in every process
                 module = require_peft().get_peft_model(model, lora_config(model, **(lora or {})))
         elif not any(parameter.requires_grad for parameter in model.parameters()):
             raise InvalidModelError("no parameter requires gradients: nothing can be tuned")
-        with _at_rest(teacher):
+        with _evaluating(teacher):
             stage = train(
                 "tune",
                 module,
@@ -85,30 +100,31 @@ def tune(
                 lambda name: not children.isdisjoint(name.split(".")),
                 rows,
                 Collate.of(model),
-                settings,
+                run,
             )
         if method == "full" or not merge:
             return dataclasses.replace(stage, model=module)
         merged = {name: p.detach() for name, p in merge_adapter(module).named_parameters()}
-    except BaseException:
-        before.rollback()
-        flags.restore()
-        raise
-    # PEFT put trained copies in the place of some modules: their values go into the model's own.
-    before.rollback()
-    flags.restore()
-    put(model, merged)
+    # PEFT replaced some modules by trained copies: the model's own modules get the values of these.
+    before.restore(merged)
     return dataclasses.replace(stage, model=model)
 
 
+def _check_method(method: str, lora: Mapping[str, Any] | None) -> None:
+    if method not in METHODS:
+        raise ConfigError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
+    if lora and method != "lora":
+        raise ConfigError(f"lora= is for method='lora', and the method is {method!r}")
+
+
 def _shifts(model: nn.Module, state: LinearizeState) -> bool:
-    """Whether logits at t are for the token at t + 1: so it is in decoders, the halves of pairs apart."""
-    return not is_pair(model) and any(site.spec.causal for site in state.plan.sites)
+    """Whether the logits at t predict the token at t + 1. Labels of encoder-decoders are shifted already."""
+    return not is_encoder_decoder(model) and any(site.spec.causal for site in state.plan.sites)
 
 
 @contextlib.contextmanager
-def _at_rest(teacher: nn.Module | None) -> Iterator[None]:
-    """The teacher in evaluation mode, and afterwards in the mode and on the device where it was."""
+def _evaluating(teacher: nn.Module | None) -> Iterator[None]:
+    """Put the teacher into evaluation mode; afterwards restore its mode and its device."""
     if teacher is None:
         yield
         return

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import linearize as lz
 from linearize.errors import CheckpointError, ConfigError, InputError, InvalidModelError, MissingExtraError
-from linearize.evaluation import Evaluation, Row
+from linearize.evaluation import Evaluation, Measurement
 
 STREAM = tokens(1, 70)[0]
 
@@ -24,7 +24,7 @@ def quick(model: nn.Module, data: Any = STREAM, **settings: Any) -> Evaluation:
     return lz.evaluate(model, data, **{"lengths": (8, 16), "speed": False, **settings})
 
 
-def same(a: Row, b: Row) -> bool:
+def same(a: Measurement, b: Measurement) -> bool:
     """Equal but for the rounding of sums in another order."""
     close = math.isclose(a.model.perplexity or 0, b.model.perplexity or 0, rel_tol=1e-5)
     return close and (a.length, a.tokens) == (b.length, b.tokens)

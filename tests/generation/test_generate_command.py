@@ -235,7 +235,7 @@ def test_fewer_nodes_draft_less(converted: Path) -> None:
         (["{folder}", "--prompt", ""], "the prompt is empty"),
         (["{folder}", "--file", "/nowhere/x"], "cannot read the prompt"),
         (["{folder}", "--file", "{folder}/model.safetensors"], "cannot read the prompt"),
-        (["{folder}", "--prompt", "x", "--max-new-tokens", "0"], "max_new_tokens is at least 1"),
+        (["{folder}", "--prompt", "x", "--max-new-tokens", "0"], "max_new_tokens must be at least 1"),
         (["{folder}", "--prompt", "x", "--temperature", "-1"], "temperature at least 0"),
         (["{folder}", "--prompt", "x", "--temperature", "1", "--top-p", "1.5"], "at most 1"),
         (["{folder}", "--prompt", "x", "--top-p", "0.5"], "give a temperature"),
@@ -254,7 +254,7 @@ def test_fewer_nodes_draft_less(converted: Path) -> None:
         ),
         (["{folder}", "--prompt", "x", "--dtype", "int8"], "dtype must be one of auto, float32"),
         (["{folder}", "--prompt", "x", "--device", "nowhere"], "cannot run on 'nowhere'"),
-        (["{bert}", "--prompt", "x"], "holds a BertModel, which continues no text"),
+        (["{bert}", "--prompt", "x"], "has a BertModel, which cannot continue text"),
         (["{other}", "--prompt", "x"], "cannot load the tokenizer"),
     ],
 )

@@ -14,21 +14,21 @@ from linearize import Tree, TreeSpeculation, Typical, fit_tree
 from linearize.errors import ConfigError
 from linearize.generation.speculative.acceptance import Exact
 from linearize.generation.speculative.lookup import PromptLookup
-from linearize.generation.speculative.rows import Chooser, Row, Stop
+from linearize.generation.speculative.sequence import Chooser, GeneratedSequence, Stop
 
 # Node 0 is the last token of the row; 1, 2 and 3 hang below it, 4 and 5 below 1, 6 below 4.
 DRAFT = ([9, 1, 2, 3, 0, 2, 4], [-1, 0, 0, 0, 1, 1, 4])
 
 
-def row(criteria: Any = ()) -> Row:
+def row(criteria: Any = ()) -> GeneratedSequence:
     ids = torch.tensor([7, 9])
-    return Row(ids, torch.ones(2, dtype=torch.bool), Stop(criteria))
+    return GeneratedSequence(ids, torch.ones(2, dtype=torch.bool), Stop(criteria))
 
 
 def walk(rule: Any, chances: Tensor, sample: bool, draft: Any = DRAFT) -> tuple[list[int], list[int]]:
     """Path and emitted tokens for probabilities `[N, V]`."""
     line = row()
-    path = rule.walk(line, draft, chances.log(), Chooser(LogitsProcessorList(), sample))
+    path = rule.accept_path(line, draft, chances.log(), Chooser(LogitsProcessorList(), sample))
     return path, line.ids[2:].tolist()
 
 
@@ -110,7 +110,7 @@ def test_a_row_ends_inside_a_branch() -> None:
     for criteria in ([EosTokenCriteria(torch.tensor([0, 3]))], [MaxLengthCriteria(4)]):
         for rule, chosen in ((Exact(), [0, 1]), (Typical(), [0, 1])):
             line = row(criteria)
-            path = rule.walk(line, DRAFT, chances.log(), Chooser(LogitsProcessorList(), False))
+            path = rule.accept_path(line, DRAFT, chances.log(), Chooser(LogitsProcessorList(), False))
             assert line.done and line.ids.tolist() == [7, 9, 1, 0] and path == chosen
 
 
@@ -142,7 +142,7 @@ def test_typical_acceptance_processes_each_branch_with_its_own_tokens() -> None:
             return scores
 
     logits = torch.zeros(7, 5)
-    Typical().walk(row(), DRAFT, logits, Chooser(LogitsProcessorList([Spy()]), False))
+    Typical().accept_path(row(), DRAFT, logits, Chooser(LogitsProcessorList([Spy()]), False))
     assert seen == {(), (1,), (2,), (3,), (1, 0), (1, 2), (1, 0, 4)}
 
 
@@ -164,6 +164,6 @@ def test_typical_acceptance_goes_by_processed_scores() -> None:
     chances[:, 2] = 0.4
     cold = LogitsProcessorList([TemperatureLogitsWarper(0.05)])
     line = row()
-    path = Typical().walk(line, DRAFT, chances.log(), Chooser(cold, False))
+    path = Typical().accept_path(line, DRAFT, chances.log(), Chooser(cold, False))
     assert path == [0, 2] and line.ids.tolist() == [7, 9, 2, 2]
     assert len(walk(Typical(), chances, sample=False)[0]) == 4

@@ -86,7 +86,7 @@ def test_a_recipe_of_ones_own() -> None:
     report = lz.distill(model, IDS, recipe=recipe, **SMALL, config=CONFIG)
     assert [stage.name for stage in report.stages] == ["transfer"] and report.calibration is None
     with pytest.raises(
-        ConfigError, match="recipe is one of quick, paper, lolcats-like, or a Recipe, got 'q'"
+        ConfigError, match="recipe must be one of quick, paper, lolcats-like, or a Recipe, got 'q'"
     ):
         recipe_of("q")
 
@@ -121,7 +121,7 @@ def test_an_encoder_decoder_learns_pairs() -> None:
 def test_a_converted_model_needs_its_original_where_the_recipe_does() -> None:
     model = converted("llama")
     before = snapshot(model)
-    with pytest.raises(ConfigError, match="converted model is no more: give teacher="):
+    with pytest.raises(ConfigError, match="converted model is no longer: give teacher="):
         lz.distill(model, IDS, **SMALL)
     assert snapshot(model) == before
     report = lz.distill(model, IDS, **SMALL, teacher=llama(), epochs=4)
@@ -225,9 +225,9 @@ def test_the_command_says_what_is_wrong_in_one_line(
 ) -> None:
     for options, words in (
         (("--data", tmp_path / "none"), "cannot read the text"),
-        (("--data", text, "--recipe", "best"), "recipe is one of"),
-        (("--data", text, "--method", "all"), "method is one of"),
-        (("--data", text, "--resume"), "resume goes on from a checkpoint"),
+        (("--data", text, "--recipe", "best"), "recipe must be one of"),
+        (("--data", text, "--method", "all"), "method must be one of"),
+        (("--data", text, "--resume"), "resume continues from a checkpoint"),
     ):
         result = run("distill", folder, "--out", tmp_path / "out", "--context", 64, *options)
         assert result.code == 1 and words in result.err and result.err.count("error:") == 1
@@ -237,14 +237,14 @@ def test_the_command_says_what_is_wrong_in_one_line(
 
 
 def test_files_are_read_as_the_models_kind_asks(tmp_path: Path) -> None:
-    from linearize.training.data import rows_of
+    from linearize.training.data import training_data
     from linearize.training.files import read_files
 
     tokenizer = lz.load_demo()[1]
     lines = tmp_path / "lines.txt"
     lines.write_text("def one():\n\n    return 1\n")
     wide = dict(vocab_size=4096)
-    found = rows_of(
+    found = training_data(
         bert(), read_files(bert(), tokenizer, [lines], None, 32, 0), lambda t, **_: {"input_ids": [5]}
     )
     assert len(found) == 2, "an encoder takes every line that is not blank"

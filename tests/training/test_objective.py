@@ -115,10 +115,10 @@ def test_a_plain_module_learns_its_teachers_output() -> None:
 @pytest.mark.parametrize(
     "settings, match",
     (
-        (dict(lm_weight=0.0), "one of them is more: got 0.0 and 0.0"),
+        (dict(lm_weight=0.0), "at least one of them above 0: got 0.0 and 0.0"),
         (dict(lm_weight=-1.0), "got -1.0"),
         (dict(distill_weight=1.0), "give teacher="),
-        (dict(temperature=0.0), "temperature is above 0, got 0.0"),
+        (dict(temperature=0.0), "temperature must be above 0, got 0.0"),
     ),
 )
 def test_settings_that_mean_nothing_are_refused(settings: dict[str, Any], match: str) -> None:

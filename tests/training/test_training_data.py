@@ -10,7 +10,7 @@ from live_models import VOCAB, bert, llama, plain, t5, tokens
 from torch import Tensor
 
 from linearize.errors import ConfigError, InputError
-from linearize.training.data import Collate, Rows, rows_of
+from linearize.training.data import Collate, TrainingData, training_data
 
 
 class Letters:
@@ -28,20 +28,21 @@ class Letters:
         return {"input_ids": ids}
 
 
-def blocks(rows: Rows) -> list[list[int]]:
+def blocks(rows: TrainingData) -> list[list[int]]:
     assert all(set(row) == {"input_ids"} for row in rows)
     return [row["input_ids"].tolist() for row in rows]
 
 
 def test_texts_are_joined_with_end_tokens_and_cut_into_blocks() -> None:
     model = llama()
-    rows = rows_of(model, ["abc", "de", "fgh"], Letters(), context=4)
+    rows = training_data(model, ["abc", "de", "fgh"], Letters(), context=4)
     assert blocks(rows) == [[3, 4, 5, 2], [6, 7, 2, 8]], "what is left of the last block is dropped"
     assert rows.tokens == 8
-    assert blocks(rows_of(model, "ab", Letters(), context=4)) == [[3, 4, 2]], "unless it is all there is"
+    short = training_data(model, "ab", Letters(), context=4)
+    assert blocks(short) == [[3, 4, 2]], "unless it is all there is"
     endless = Letters()
     endless.eos_token_id = None
-    assert blocks(rows_of(model, ["abc", "d"], endless, context=4)) == [[3, 4, 5, 6]]
+    assert blocks(training_data(model, ["abc", "d"], endless, context=4)) == [[3, 4, 5, 6]]
 
 
 def test_ids_of_any_form_are_the_same_blocks() -> None:
@@ -49,29 +50,29 @@ def test_ids_of_any_form_are_the_same_blocks() -> None:
     wanted = [block.tolist() for block in ids.split(8)]
     forms = (ids, ids.view(2, 12), [ids[:5], ids[5:]], iter([ids[:20], ids[20:]]), ids.tolist(), ids.int())
     for form in forms:
-        assert blocks(rows_of(model, form, context=8)) == wanted
-    rows = rows_of(model, ids, context=8)
-    assert rows_of(model, rows, context=4) is rows
+        assert blocks(training_data(model, form, context=8)) == wanted
+    rows = training_data(model, ids, context=8)
+    assert training_data(model, rows, context=4) is rows
 
 
 def test_an_encoder_reads_each_text_by_itself() -> None:
-    rows = rows_of(bert(), ["abc", "abcdefgh"], Letters(special=True), context=6)
+    rows = training_data(bert(), ["abc", "abcdefgh"], Letters(special=True), context=6)
     assert [row["input_ids"].tolist() for row in rows] == [[1, 3, 4, 5, 2], [1, 3, 4, 5, 6, 2]]
     batch = Collate.of(bert())(rows.rows)
     assert batch["attention_mask"].tolist() == [[1, 1, 1, 1, 1, 0], [1] * 6]
-    assert [len(row["input_ids"]) for row in rows_of(bert(), tokens(2, 9), context=6)] == [6, 6]
+    assert [len(row["input_ids"]) for row in training_data(bert(), tokens(2, 9), context=6)] == [6, 6]
 
 
 def test_dicts_are_taken_apart_into_examples() -> None:
     ids, labels = tokens(3, 7), tokens(3, 5)
     mask = torch.tensor([[1] * 7, [1] * 4 + [0] * 3, [1] * 7])
     batch = {"input_ids": ids, "attention_mask": mask, "labels": labels}
-    rows = rows_of(t5(), [batch, {name: value[:1] for name, value in batch.items()}])
+    rows = training_data(t5(), [batch, {name: value[:1] for name, value in batch.items()}])
     assert len(rows) == 4 and torch.equal(rows[1]["labels"], labels[1])
     assert rows.tokens == 7 + 4 + 7 + 7, "padding is no token"
-    single = rows_of(llama(), [{"input_ids": [5, 6, 7]}, {"input_ids": [8, 9, 10]}])
+    single = training_data(llama(), [{"input_ids": [5, 6, 7]}, {"input_ids": [8, 9, 10]}])
     assert len(single) == 2 and single[1]["input_ids"].tolist() == [8, 9, 10]
-    assert len(rows_of(plain(), {"x": torch.zeros(2, 4, 32)})) == 2
+    assert len(training_data(plain(), {"x": torch.zeros(2, 4, 32)})) == 2
 
 
 def test_rows_of_unequal_length_are_filled_up_where_nothing_counts() -> None:
@@ -90,7 +91,7 @@ def test_rows_of_unequal_length_are_filled_up_where_nothing_counts() -> None:
 
 
 def test_rows_can_be_limited_and_held_out() -> None:
-    rows = rows_of(llama(), tokens(10, 8), context=8)
+    rows = training_data(llama(), tokens(10, 8), context=8)
     assert [len(rows.first(n)) for n in (None, 80, 79, 24, 1)] == [10, 10, 9, 3, 1]
     training, held_out = rows.split(0.2)
     assert blocks(training) + blocks(held_out) == blocks(rows) and len(held_out) == 2
@@ -113,8 +114,8 @@ def wrong(ids: Tensor) -> dict[str, Any]:
         (tokens(2, 8) + VOCAB, rf"the id \d+, but the model's vocabulary has {VOCAB}.*another tokenizer"),
         (torch.tensor([4, -1, 5]), f"the id -1, but the model's vocabulary has {VOCAB}"),
         ({"input_ids": tokens(1, 8), "labels": tokens(1, 8) + VOCAB}, "labels have the id"),
-        ({"input_ids": tokens(2, 8), "labels": tokens(1, 8)}, r"one first axis.*labels \[1, 8\]"),
-        ({"input_ids": tokens(2, 8).float()}, "input_ids are integers, got torch.float32"),
+        ({"input_ids": tokens(2, 8), "labels": tokens(1, 8)}, r"same first axis.*labels \[1, 8\]"),
+        ({"input_ids": tokens(2, 8).float()}, "input_ids must be integers, got torch.float32"),
         ({"input_ids": torch.zeros(1, 0, dtype=torch.long)}, "empty"),
         ({"input_ids": "text"}, "tensors or lists"),
         ([{"input_ids": tokens(1, 8)}, tokens(1, 8)], "mixes"),
@@ -124,16 +125,16 @@ def wrong(ids: Tensor) -> dict[str, Any]:
 )
 def test_what_is_no_data_is_refused_in_one_sentence(data: Any, match: str) -> None:
     with pytest.raises(InputError, match=match):
-        rows_of(llama(), data, Letters())
+        training_data(llama(), data, Letters())
 
 
 def test_what_does_not_fit_the_model_or_each_other_is_refused() -> None:
     with pytest.raises(InputError, match="give tokenizer="):
-        rows_of(llama(), ["some text"])
+        training_data(llama(), ["some text"])
     with pytest.raises(InputError, match="learns from pairs"):
-        rows_of(t5(), tokens(2, 8))
-    with pytest.raises(ConfigError, match="context is a number of tokens, 2 or more, got 1"):
-        rows_of(llama(), tokens(2, 8), context=1)
+        training_data(t5(), tokens(2, 8))
+    with pytest.raises(ConfigError, match="context must be 2 tokens or more, got 1"):
+        training_data(llama(), tokens(2, 8), context=1)
     with pytest.raises(InputError, match="different inputs"):
         Collate(0)([{"input_ids": tokens(1, 3)[0]}, {"x": torch.ones(3)}])
     with pytest.raises(InputError, match="more than its length"):

@@ -288,7 +288,7 @@ def test_settings_beyond_ours_reach_the_trainer(tmp_path: Path) -> None:
         (dict(warmup=1.0), "warmup must be a share"),
         (dict(held_out=1.0), "held_out must be a share"),
         (dict(save_steps=0), "save_steps must be 1 or more, or None"),
-        (dict(resume=True), "resume goes on from a checkpoint in output_dir"),
+        (dict(resume=True), "resume continues from a checkpoint in output_dir"),
         (dict(distill_weight=1.0), "give teacher="),
         (dict(trainer_args=dict(no_such_thing=1)), "TrainingArguments refuse.*no_such_thing"),
         (dict(schedule="up"), "TrainingArguments refuse"),

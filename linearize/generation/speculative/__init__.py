@@ -1,7 +1,7 @@
 """Speculative decoding by draft trees: `model.generate(..., speculative=TreeSpeculation(drafter))`.
 
-`loop.py` is the decoding loop and `acceptance.py` its rules; a drafter (`drafter.py`) is prompt lookup,
-Medusa heads or a small model. All of it builds on `linearize.draft`, which scores and accepts trees.
+`loop.py` is the decoding loop and `acceptance.py` its rules. A drafter (`drafter.py`) is prompt lookup,
+Medusa heads or a small model. `linearize.cache.draft_tree` scores and accepts the trees.
 """
 
 from .acceptance import Typical

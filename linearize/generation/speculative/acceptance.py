@@ -1,9 +1,8 @@
-"""Which branch of a scored tree is kept."""
+"""Rules that say which branch of a scored draft tree is accepted."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -11,36 +10,47 @@ from torch import Tensor
 
 from ...errors import ConfigError
 from .drafter import Draft
-from .rows import Chooser, Row
-
-Record = Callable[[Tensor, Tensor], Any]
+from .sequence import Chooser, GeneratedSequence
 
 
 class Acceptance(Protocol):
-    """A rule that walks a scored tree."""
+    """A rule that accepts a path of a scored draft tree."""
 
-    def walk(self, row: Row, draft: Draft, logits: Tensor, chooser: Chooser) -> list[int]:
-        """Emit tokens on the row, one at least, and return the nodes on the path that was kept.
+    def accept_path(
+        self, sequence: GeneratedSequence, draft: Draft, logits: Tensor, chooser: Chooser
+    ) -> list[int]:
+        """Accept a path and append its tokens to the sequence.
 
-        draft: node 0 is the token that the row ends with. logits: `[N, vocabulary]`, after each node. The
-        path starts with node 0; all nodes after it were emitted in this call, and so was the token that
-        follows its last node, unless the row is done before.
+        Appended are the tokens of all accepted nodes but node 0, and then, unless the sequence is done, the
+        token that the model chooses after the last of them.
+
+        Args:
+            sequence: The sequence. At least one token is appended to it.
+            draft: The tree. Node 0 is the last token of the sequence.
+            logits: `[N, vocabulary]`, the model's logits after each node.
+            chooser: Chooses a token from logits as `generate` does.
+
+        Returns:
+            The accepted nodes, from node 0 downwards.
         """
         ...
 
 
 class Exact:
-    """Choose after each node as plain decoding would, and follow the child that was chosen.
+    """Choose a token after each node as plain decoding does, and go on to the child that has this token.
 
-    Greedily this is plain greedy decoding. With sampling it is plain sampling: every token is drawn from the
-    model's own distribution, given the tokens before it; the draft is only asked whether it holds that
-    token. So the draft, as long as it was made before the draw, does not change the distribution.
+    With greedy decoding the result is that of plain greedy decoding. With sampling it is that of plain
+    sampling: every token is drawn from the model's own distribution given the tokens before it, and the draft
+    is only asked whether it has that token. The draft is made before the draw, so it does not change the
+    distribution.
     """
 
-    def walk(self, row: Row, draft: Draft, logits: Tensor, chooser: Chooser) -> list[int]:
+    def accept_path(
+        self, sequence: GeneratedSequence, draft: Draft, logits: Tensor, chooser: Chooser
+    ) -> list[int]:
         tokens, parents = draft
         child: dict[tuple[int, int], int] = {}
-        for node in range(len(tokens) - 1, 0, -1):  # of equal children the first stays
+        for node in range(len(tokens) - 1, 0, -1):  # of children with the same token the first counts
             child[parents[node], tokens[node]] = node
         best = logits.argmax(-1).tolist() if chooser.plain else None
         path, node = [0], 0
@@ -48,10 +58,10 @@ class Exact:
             if best is not None:
                 token = best[node]
             else:
-                token = chooser.pick(chooser.scores(row.ids, logits[node]))
-            row.emit(token)
+                token = chooser.pick(chooser.scores(sequence.ids, logits[node]))
+            sequence.emit(token)
             follows = child.get((node, token))
-            if row.done or follows is None:
+            if sequence.done or follows is None:
                 return path
             path.append(follows)
             node = follows
@@ -59,14 +69,19 @@ class Exact:
 
 @dataclass(frozen=True)
 class Typical:
-    """Medusa's typical acceptance (Cai et al., arXiv 2401.10774, section 2.3.1): **not** lossless.
+    """Medusa's typical acceptance (Cai et al., arXiv 2401.10774, section 2.3.1). It is **not** lossless.
 
-    A drafted token is kept when the model gives it a probability p > min(epsilon, delta * exp(-H)), where H
-    is the entropy, in nats, of the model's distribution at that place. Of the kept paths the longest wins,
-    of equally long ones the most probable, and the token after it is the model's own choice, greedy or drawn.
-    The text is plausible, but not what plain decoding gives, and not its distribution.
+    A drafted token is accepted if the model gives it a probability p > min(epsilon, delta * exp(-H)), where H
+    is the entropy, in nats, of the model's distribution at that place. The longest accepted path wins, the
+    most probable one among paths of equal length, and the token after it is the model's own choice, greedy or
+    sampled. The text is plausible, but it is not what plain decoding gives, and not from its distribution.
 
-    epsilon: in (0, 1]; delta: positive. Raises ConfigError for others.
+    Args:
+        epsilon: In (0, 1].
+        delta: Above 0.
+
+    Raises:
+        ConfigError: `epsilon` or `delta` is out of range.
     """
 
     epsilon: float = 0.09
@@ -76,7 +91,9 @@ class Typical:
         if not (0 < self.epsilon <= 1 and 0 < self.delta < math.inf):
             raise ConfigError(f"typical acceptance needs 0 < epsilon <= 1 and delta > 0, got {self}")
 
-    def walk(self, row: Row, draft: Draft, logits: Tensor, chooser: Chooser) -> list[int]:
+    def accept_path(
+        self, sequence: GeneratedSequence, draft: Draft, logits: Tensor, chooser: Chooser
+    ) -> list[int]:
         tokens, parents = draft
         children: dict[int, list[int]] = {}
         for node in range(1, len(tokens)):
@@ -86,7 +103,7 @@ class Typical:
         waiting: list[tuple[list[int], float]] = [([0], 0.0)]
         while waiting:
             path, likelihood = waiting.pop()
-            scores = chooser.scores(row.along([tokens[node] for node in path[1:]]), logits[path[-1]])
+            scores = chooser.scores(sequence.along([tokens[node] for node in path[1:]]), logits[path[-1]])
             if (len(path), likelihood) > best[:2]:
                 best, last = (len(path), likelihood, path), scores
             drafted = children.get(path[-1], [])
@@ -101,22 +118,22 @@ class Typical:
         path = best[2]
         assert last is not None
         for length, node in enumerate(path[1:], 1):
-            row.emit(tokens[node])
-            if row.done:
+            sequence.emit(tokens[node])
+            if sequence.done:
                 return path[:length]
-        row.emit(chooser.pick(last))
+        sequence.emit(chooser.pick(last))
         return path
 
     def threshold(self, chances: Tensor) -> float:
-        """Log of the least probability that is kept, from log probabilities `[vocabulary]`."""
+        """The logarithm of min(epsilon, delta * exp(-H)), from log probabilities `[vocabulary]`."""
         entropy = float(-(chances.exp() * chances).nan_to_num(0.0).sum())
         return min(math.log(self.epsilon), math.log(self.delta) - entropy)
 
 
-def rule(acceptance: Any) -> Acceptance:
-    """The rule by its name or itself. Raises ConfigError for any other."""
+def acceptance_rule(acceptance: Any) -> Acceptance:
+    """The rule named "exact", or the rule given. Raises ConfigError for anything else."""
     if acceptance == "exact":
         return Exact()
-    if hasattr(acceptance, "walk"):
+    if hasattr(acceptance, "accept_path"):
         return acceptance
     raise ConfigError(f"acceptance is 'exact' or a rule such as linearize.Typical(), got {acceptance!r}")

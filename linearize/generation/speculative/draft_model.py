@@ -11,17 +11,22 @@ from transformers import DynamicCache
 
 from ...cache.draft_tree import accept, tree_logits
 from ...errors import ConfigError, InputError
-from .drafter import Draft, vocabulary
+from .drafter import Draft, output_size
 
 
 class DraftModel:
-    """Drafts what a smaller model with the same tokenizer expects, greedily.
+    """Drafts what a smaller model with the same tokenizer predicts, greedily.
 
-    model: a decoder, converted or not. depth: tokens ahead. branches: the best so many first tokens are each
-    followed greedily. Its own cache holds the accepted tokens alone: drafts are scored as trees and
-    never committed, so nothing has to be taken back.
+    Its cache holds the accepted tokens alone: drafts are scored as trees and never enter the cache, so
+    nothing has to be undone.
 
-    Raises ConfigError for a depth or branches below 1.
+    Args:
+        model: A decoder, converted or not.
+        depth: How many tokens to draft ahead.
+        branches: How many of the best first tokens are each continued greedily.
+
+    Raises:
+        ConfigError: `depth` or `branches` is below 1.
     """
 
     needs_hidden = False
@@ -35,8 +40,8 @@ class DraftModel:
         self._fed: list[int] = []
 
     def start(self, model: Any) -> None:
-        """Forget the last generation. Raises InputError when the two models' vocabularies differ in size."""
-        own, other = vocabulary(self.model), vocabulary(model)
+        """Forget the last generation. Raises InputError if the vocabularies of the models differ in size."""
+        own, other = output_size(self.model), output_size(model)
         if own != other:
             raise InputError(
                 f"the draft model has {own} tokens and the model {other}: a draft model needs the same "
@@ -59,14 +64,14 @@ class DraftModel:
         return [(row, parents) for row in tokens.tolist()]
 
     def _catch_up(self, ids: Sequence[Tensor]) -> Tensor:
-        """Bring the cache up to date with the sequences: logits `[B, vocabulary]` of what follows them."""
+        """Add the accepted tokens to the cache, and return the logits `[B, vocabulary]` that follow them."""
         if self._cache is None:
             return self._prompt(ids)
         new = [row[fed:] for row, fed in zip(ids, self._fed, strict=True)]
         counts = torch.tensor([len(row) for row in new], device=new[0].device)
         tokens = torch.nn.utils.rnn.pad_sequence(list(new), batch_first=True)
         steps = torch.arange(tokens.shape[1], device=tokens.device)
-        # The accepted tokens as a tree without branches: rows may have gained different numbers of them.
+        # The accepted tokens form a tree without branches, because rows may have different numbers of them.
         logits = tree_logits(self.model, self._cache, tokens, steps.cpu() - 1, self._columns)
         path = steps.expand_as(tokens).where(steps < counts[:, None], -1)
         accept(self._cache, path)
@@ -82,7 +87,7 @@ class DraftModel:
             [torch.nn.functional.pad(torch.ones_like(row), (longest - len(row), 0)) for row in ids]
         )
         positions = (self._columns.cumsum(1) - 1).clamp_min(0)
-        # Of a long prompt only the last token's logits matter.
+        # Only the logits of the last token are needed.
         less = {"logits_to_keep": 1} if self.model._supports_logits_to_keep() else {}
         self._cache = DynamicCache(config=self.model.config.get_text_config(decoder=True))
         out = self.model(

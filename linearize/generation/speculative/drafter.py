@@ -1,4 +1,4 @@
-"""What a drafter is."""
+"""The interface of drafters, and the model's output layer that they share."""
 
 from __future__ import annotations
 
@@ -10,43 +10,48 @@ from torch import Tensor
 from ...errors import ConfigError, InputError
 
 Draft = tuple[list[int], list[int]]
-"""A tree of tokens, and the index of the parent of each; -1 for the parent of those that come first. Parents
-come before children."""
+"""A tree: its tokens, and the index of the parent of each, -1 for those that come first. Parents come before
+their children."""
 
 
 class Drafter(Protocol):
-    """Guesses how sequences go on. What it guesses never changes what is generated, only how fast."""
+    """Guesses how sequences continue. With exact acceptance this changes the speed, never the result."""
 
     @property
     def needs_hidden(self) -> bool:
-        """Whether `propose` is given the hidden states."""
+        """Whether `propose` needs hidden states."""
         ...
 
     def start(self, model: Any) -> None:
-        """A generation with `model` begins. Raises InputError when the two do not fit together."""
+        """Prepare for a new generation. Raises InputError when the drafter does not fit the model."""
         ...
 
     def propose(self, ids: Sequence[Tensor], hidden: Tensor | None) -> list[Draft]:
-        """For every sequence a tree of guesses at what follows it; it may be empty.
+        """Guess what follows each sequence.
 
-        ids: int64 `[n]` each, without padding, always the same sequences in the same order; one that has
-        ended stays as it was, and what is proposed for it is not used. hidden: `[B, hidden_size]`, what the
-        model's output layer saw where it chose the last token of each; None unless `needs_hidden`.
+        Args:
+            ids: One int64 `[n]` per sequence, without padding, in the same order in every call. A sequence
+                that is done no longer changes, and its draft is not used.
+            hidden: `[B, hidden_size]`, the hidden states from which the last tokens were chosen; None unless
+                `needs_hidden`.
+
+        Returns:
+            One tree per sequence; it may be empty.
         """
         ...
 
 
 def merge(branches: Iterable[Sequence[int]]) -> Draft:
-    """Continuations as one tree in which every shared beginning stands once: tokens and parents."""
+    """Join token sequences to one tree, in which every shared beginning occurs once."""
     return union((list(branch), list(range(-1, len(branch) - 1))) for branch in branches)
 
 
 class Several:
-    """Drafters whose drafts are tried together, as one tree. What two of them expect stands in it once."""
+    """Several drafters. Their drafts are joined to one tree, in which equal guesses occur once."""
 
     def __init__(self, drafters: Sequence[Drafter]) -> None:
         if not drafters:
-            raise ConfigError("name one drafter at least")
+            raise ConfigError("give at least one drafter")
         self.drafters = tuple(drafters)
         self.needs_hidden = any(drafter.needs_hidden for drafter in self.drafters)
 
@@ -60,34 +65,34 @@ class Several:
 
 
 def union(drafts: Iterable[Draft]) -> Draft:
-    """Trees as one, in which every shared beginning stands once."""
+    """Join trees to one, in which every shared beginning occurs once."""
     tokens: list[int] = []
     parents: list[int] = []
     known: dict[tuple[int, int], int] = {}
     for draft in drafts:
-        place = [-1]  # of each node in the union, after that of the parent of first tokens
+        joined = [-1]  # index in the union of the parent of first tokens, and then of each node
         for token, parent in zip(*draft, strict=True):
-            key = place[parent + 1], token
+            key = joined[parent + 1], token
             if key not in known:
                 known[key] = len(tokens)
                 tokens.append(token)
                 parents.append(key[0])
-            place.append(known[key])
+            joined.append(known[key])
     return tokens, parents
 
 
-def vocabulary(model: Any) -> int:
-    """Tokens that the model's output layer scores."""
+def output_size(model: Any) -> int:
+    """The number of tokens that the model's output layer scores."""
     return int(output_layer(model).weight.shape[0])
 
 
 def output_layer(model: Any) -> Any:
-    """The module that makes logits of hidden states. Raises InputError for a model without one."""
+    """The module that turns hidden states into logits. Raises InputError for a model without one."""
     get = getattr(model, "get_output_embeddings", None)
     layer = get() if get is not None else None
     if layer is None or getattr(layer, "weight", None) is None:
         raise InputError(
-            f"{type(model).__name__} has no output layer that makes logits of hidden states; give a decoder "
-            "with its language-modelling head, such as AutoModelForCausalLM loads"
+            f"{type(model).__name__} has no output layer that turns hidden states into logits; give a "
+            "decoder with its language-modelling head, such as AutoModelForCausalLM loads"
         )
     return layer

@@ -18,17 +18,28 @@ _WEIGHTS, _CONFIG, _VERSION = "medusa_heads.safetensors", "medusa_heads.json", 1
 
 
 class MedusaHeads(nn.Module):
-    """Guesses at the tokens that follow the next one (Cai et al., arXiv 2401.10774), from one hidden state.
+    """Medusa heads: each guesses one of the tokens after the next one (Cai et al., arXiv 2401.10774).
 
-    With h the hidden state that the model's output layer chose the token x from, head k guesses the k-th
-    token after x by `output_layer(h + silu(W_k [h; e(x)] + b_k))`. `e(x)`, the model's embedding of x, is
-    known by the time heads are asked; Medusa's see h alone (`sees_token=False`). W and b are zero at first:
-    untrained heads repeat the model's own logits.
+    Let h be the hidden state from which the model's output layer chose the token x. Head k guesses the k-th
+    token after x by `output_layer(h + silu(W_k [h; e(x)] + b_k))`, where `e(x)` is the model's embedding of
+    x. (Medusa's own heads use h alone: `sees_token=False`.) W and b are zero at first, so untrained heads
+    repeat the model's own logits.
 
-    model: the decoder they belong to. Its layers are used, never changed, and are no part of this module: its
-    parameters are the heads' alone. own_layers: an output layer for each head, at first a copy of the model's
-    (Medusa-1), instead of the model's own, which costs no memory. rates: `rates[k][r]`, how often the guess
-    of rank r was right, once measured (`acceptance`).
+    Args:
+        model: The decoder that the heads belong to. Its layers are used but never changed, and are not part
+            of this module, whose parameters are the heads' alone.
+        num_heads: How many heads there are, and so how many tokens ahead they guess.
+        sees_token: Whether heads use `e(x)`.
+        own_layers: Whether each head has an output layer of its own, at first a copy of the model's
+            (Medusa-1). Otherwise heads use the model's, which takes no memory.
+
+    Attributes:
+        rates: `rates[k][r]` is how often the guess of rank r by head k is right; None until measured, see
+            `acceptance`.
+
+    Raises:
+        ConfigError: `num_heads` is below 1.
+        InputError: The model has no output layer.
     """
 
     weight: nn.Parameter
@@ -40,13 +51,13 @@ class MedusaHeads(nn.Module):
     ) -> None:
         super().__init__()
         if num_heads < 1:
-            raise ConfigError(f"there is at least one head, got num_heads={num_heads}")
+            raise ConfigError(f"there must be at least one head, got num_heads={num_heads}")
         layer = output_layer(model)
         vocabulary, hidden = layer.weight.shape
         self.num_heads, self.sees_token, self.own_layers = num_heads, sees_token, own_layers
         self.fingerprint = {"hidden_size": hidden, "vocabulary": vocabulary}
         self.rates: list[list[float]] | None = None
-        # In a tuple: the model is not a child of its heads.
+        # In a tuple, so that the layers are not child modules.
         self._base = (layer, model.get_input_embeddings())
         place = dict(dtype=layer.weight.dtype, device=layer.weight.device)
         self.weight = nn.Parameter(torch.zeros(num_heads, hidden, hidden * (2 if sees_token else 1), **place))
@@ -55,7 +66,15 @@ class MedusaHeads(nn.Module):
         self.output = None if copies is None else nn.Parameter(copies)
 
     def forward(self, hidden: Tensor, tokens: Tensor) -> Tensor:
-        """Logits `[heads, N, vocabulary]`; hidden `[N, hidden_size]`, tokens int64 `[N]` chosen from it."""
+        """Guess ahead.
+
+        Args:
+            hidden: `[N, hidden_size]`, the hidden states.
+            tokens: int64 `[N]`, the token that was chosen from each.
+
+        Returns:
+            Logits `[num_heads, N, vocabulary]` in the dtype of the heads.
+        """
         layer, embedding = self._base
         hidden = hidden.to(self.weight.dtype)
         seen = hidden
@@ -69,7 +88,7 @@ class MedusaHeads(nn.Module):
         return _frozen(layer, states.to(layer.weight.dtype))
 
     def check(self, model: Any) -> None:
-        """Raise InputError when the heads were made for a model of other sizes."""
+        """Raise InputError if the heads were made for a model of other sizes."""
         vocabulary, hidden = output_layer(model).weight.shape
         found = {"hidden_size": hidden, "vocabulary": vocabulary}
         if found != self.fingerprint:
@@ -79,10 +98,15 @@ class MedusaHeads(nn.Module):
             )
 
     def save(self, folder: str | Path) -> None:
-        """Write the heads to a folder, such as the model's own: `medusa_heads.safetensors` and `.json`.
+        """Write the heads to a folder, as `medusa_heads.safetensors` and `medusa_heads.json`.
 
-        Whole or not at all: each file takes its place when both are written. Raises CheckpointError when the
-        folder cannot be written.
+        Files of the same names are only replaced once both new files are complete.
+
+        Args:
+            folder: Any folder, such as the model's own; created if it does not exist.
+
+        Raises:
+            CheckpointError: The folder cannot be written.
         """
         from safetensors.torch import save_file
 
@@ -106,9 +130,15 @@ class MedusaHeads(nn.Module):
 
     @classmethod
     def load(cls, folder: str | Path, model: Any) -> MedusaHeads:
-        """Heads from a folder that `save` wrote, for the model they were trained on.
+        """Load heads that `save` wrote.
 
-        Raises CheckpointError when the folder has none or they cannot be read, InputError for another model.
+        Args:
+            folder: The folder.
+            model: The model that the heads were trained on.
+
+        Raises:
+            CheckpointError: The folder has no heads, or they cannot be read.
+            InputError: The heads were trained on a model of other sizes.
         """
         from safetensors import SafetensorError
         from safetensors.torch import load_file
@@ -119,7 +149,7 @@ class MedusaHeads(nn.Module):
             tensors = load_file(folder / _WEIGHTS)
             if about["version"] > _VERSION:
                 raise CheckpointError(
-                    f"the heads in {folder} were written by a newer linearize: install that"
+                    f"the heads in {folder} were written by a newer release of linearize: install that"
                 )
             heads = cls(model, about["num_heads"], about["sees_token"], about["own_layers"])
             heads.fingerprint, heads.rates = about["model"], about["rates"]
@@ -136,16 +166,26 @@ class MedusaHeads(nn.Module):
         return heads.eval()
 
     def acceptance(self, model: Any, tokens: Any, ranks: int = 10) -> list[list[float]]:
-        """How often guesses are right: `rates[k][r]` for head k and rank r, on text the heads were not
-        trained on, among the places where the heads before it had the right token in their first `ranks`.
+        """Measure how often guesses are right, and store the result as `rates`.
 
-        tokens: int64 `[n]` or `[B, n]`, or several such. Right is what the model itself would choose
-        (greedily), and only places count where the text so far is what it would have chosen. The result is
-        kept as `rates`. Raises InputError for fewer tokens than the heads look ahead.
+        A guess is right if it is the model's own greedy choice. Counted are the places where the text is what
+        the model would have chosen, and where all earlier heads have the right token among their first
+        `ranks` guesses.
+
+        Args:
+            model: The model that the heads were trained on.
+            tokens: int64 `[n]` or `[B, n]`, or a list of these; text that the heads were not trained on.
+            ranks: How many guesses of each head are counted.
+
+        Returns:
+            `rates[k][r]`, the share of right guesses of head k at rank r.
+
+        Raises:
+            InputError: There are fewer tokens than the heads look ahead.
         """
-        from .rates import measure
+        from .rates import acceptance_rates
 
-        self.rates = measure(self, model, tokens, ranks)
+        self.rates = acceptance_rates(self, model, tokens, ranks)
         return self.rates
 
     def extra_repr(self) -> str:
@@ -153,7 +193,7 @@ class MedusaHeads(nn.Module):
 
 
 def _frozen(layer: nn.Module, inputs: Tensor) -> Tensor:
-    """What the model's own layer says, without gradients for its parameters."""
+    """The output of one of the model's own layers, without gradients for its parameters."""
     if not torch.is_grad_enabled():
         return layer(inputs)
     parameters = {name: parameter.detach() for name, parameter in layer.named_parameters()}

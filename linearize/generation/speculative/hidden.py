@@ -1,4 +1,4 @@
-"""What the output layer sees: the model's last hidden states, whatever the architecture calls them."""
+"""The hidden states that the output layer gets, whatever the architecture calls them."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from torch import Tensor
 from .drafter import output_layer
 
 
-class Tap:
-    """`hidden`: input of the output layer in the last call of the model, `[B, T, hidden_size]`."""
+class HiddenStates:
+    """`hidden`: the input of the output layer in the last call of the model, `[B, T, hidden_size]`."""
 
     hidden: Tensor
 
@@ -21,12 +21,12 @@ class Tap:
 
 
 @contextmanager
-def tapped(model: Any, wanted: bool = True) -> Iterator[Tap]:
-    """A `Tap` on the model while the context lasts; not wanted: one that stays empty."""
-    tap = Tap()
-    handle = output_layer(model).register_forward_pre_hook(tap) if wanted else None
+def observe_hidden_states(model: Any, wanted: bool = True) -> Iterator[HiddenStates]:
+    """The hidden states of every call of `model` inside the block; nothing is recorded unless `wanted`."""
+    states = HiddenStates()
+    handle = output_layer(model).register_forward_pre_hook(states) if wanted else None
     try:
-        yield tap
+        yield states
     finally:
         if handle is not None:
             handle.remove()

@@ -1,4 +1,4 @@
-"""Drafts copied from what the text said before."""
+"""Drafts that repeat what the text said before."""
 
 from __future__ import annotations
 
@@ -14,10 +14,15 @@ from .drafter import Draft, merge
 
 @dataclass(frozen=True)
 class PromptLookup:
-    """Drafts what followed earlier occurrences of the last tokens, in the prompt or in what was generated.
+    """Drafts what followed earlier occurrences of the last tokens, in the prompt or in the generated text.
 
-    ngram: longest run of last tokens to look for, shorter ones when it is not found. depth: tokens to copy
-    from each occurrence. branches: occurrences to copy from, the latest first; shared beginnings stand once.
+    Args:
+        ngram: How many last tokens to look for; fewer if they do not occur.
+        depth: How many tokens to copy from each occurrence.
+        branches: How many occurrences to copy from, the latest first.
+
+    Raises:
+        ConfigError: A number is below 1.
     """
 
     ngram: int = 3
@@ -31,7 +36,7 @@ class PromptLookup:
             raise ConfigError(f"ngram, depth and branches must be at least 1: {self}")
 
     def start(self, model: Any) -> None:
-        """Any model will do."""
+        """Nothing to prepare: any model fits."""
 
     def propose(self, ids: Sequence[Tensor], hidden: Tensor | None) -> list[Draft]:
         return [self.lookup(row) for row in ids]

@@ -1,8 +1,8 @@
-"""The decoding loop: draft a tree, score it in one pass, keep a branch, again.
+"""The decoding loop: draft a tree, score it in one pass, accept a path, repeat.
 
-With exact acceptance what comes out is what plain decoding gives, whatever is drafted: greedily the same
-tokens, with sampling the same distribution (and with one sequence and the same seed the same tokens, where
-the logits agree). A good draft only makes it take fewer passes.
+With exact acceptance the result is that of plain decoding, whatever is drafted: with greedy decoding the same
+tokens, with sampling the same distribution (and for one sequence and one seed the same tokens, as long as the
+logits agree). A good draft only reduces the number of passes.
 """
 
 from __future__ import annotations
@@ -16,20 +16,24 @@ from torch import Tensor
 
 from ...cache.draft_tree import accept, tree_logits
 from ...errors import ConfigError, InputError
-from .acceptance import rule
+from .acceptance import acceptance_rule
 from .drafter import Draft, Drafter, Several
-from .hidden import tapped
-from .rows import Chooser, Row, Stop
+from .hidden import observe_hidden_states
+from .sequence import Chooser, GeneratedSequence, Stop
 from .tree import Tree
 
 
 @dataclass
-class Stats:
+class SpeculationStats:
     """Counts of one call of `generate`.
 
-    passes: forward passes over trees. tokens: generated, with those that the prompt's own pass gave. drafted,
-    accepted: nodes that were drafted, and those that were kept. depth: sum over passes of how deep the draft
-    was. rows: sequences.
+    Attributes:
+        passes: Forward passes after the prompt's.
+        tokens: Generated tokens, including the ones that the prompt's pass gave.
+        drafted: Drafted tokens.
+        accepted: Drafted tokens that were accepted.
+        depth: The depth of the drafts, summed over passes and sequences.
+        rows: Sequences.
     """
 
     passes: int = 0
@@ -38,32 +42,38 @@ class Stats:
     accepted: int = 0
     depth: int = 0
     rows: int = 0
-    scored: int = field(default=0, repr=False)  # trees: passes, once for every sequence not yet done
+    scored: int = field(default=0, repr=False)  # trees: passes, counted for each sequence that is not done
 
     @property
     def tokens_per_pass(self) -> float:
-        """Tokens that a sequence gains by a pass: 1 is plain decoding."""
+        """Tokens per sequence and pass; 1 is plain decoding."""
         return (self.tokens - self.rows) / self.scored if self.scored else 0.0
 
     @property
     def acceptance(self) -> float:
-        """Share of the drafted depth that was kept."""
+        """The share of the drafted depth that was accepted."""
         return self.accepted / self.depth if self.depth else 0.0
 
 
 class TreeSpeculation:
     """Decoding by draft trees: `model.generate(..., speculative=TreeSpeculation(drafter))`.
 
-    Models that were not converted take it as `generate(..., custom_generate=...)`; transformers gives such a
-    callable no streamer, so bind that: `functools.partial(speculation, streamer=streamer)`. All settings of
-    `generate` that choose one token at a time go with it; beams do not.
+    Unconverted models take it as `generate(..., custom_generate=...)`. There transformers gives it no
+    streamer, so bind one: `functools.partial(speculation, streamer=streamer)`. It works with all settings of
+    `generate` that choose one token at a time, but not with beam search.
 
-    drafter: who guesses, see `Drafter`; of several the trees are tried as one. tree: which guesses are tried,
-    for a drafter that ranks its guesses by depth (`Medusa`); None for the drafter's own. acceptance: "exact",
-    or a rule such as `Typical()`. stats: of the last call; `passes`, `tokens`, `tokens_per_pass` and
-    `acceptance` are there by name.
+    Args:
+        drafter: What makes the drafts, see `Drafter`. The trees of several are joined to one.
+        tree: Which guesses are tried, for a drafter that ranks its guesses by depth (`Medusa`). None for the
+            drafter's own tree.
+        acceptance: "exact", or a rule such as `Typical()`.
 
-    Raises ConfigError for a tree with a drafter that makes its own, or an unknown acceptance.
+    Attributes:
+        stats: Counts of the last call, also available as `passes`, `tokens`, `tokens_per_pass` and
+            `acceptance`.
+
+    Raises:
+        ConfigError: The drafter makes its own trees, or `acceptance` is unknown.
     """
 
     def __init__(
@@ -77,23 +87,27 @@ class TreeSpeculation:
                 raise ConfigError(f"{type(drafter).__name__} makes its own trees: leave out tree=")
             drafter = drafter.with_tree(tree)
         self.drafter: Drafter = Several(drafter) if isinstance(drafter, Sequence) else drafter
-        self.rule = rule(acceptance)
-        self.stats = Stats()
+        self.rule = acceptance_rule(acceptance)
+        self.stats = SpeculationStats()
 
     @property
     def passes(self) -> int:
+        """Forward passes of the last call, after the prompt's."""
         return self.stats.passes
 
     @property
     def tokens(self) -> int:
+        """Tokens that the last call generated."""
         return self.stats.tokens
 
     @property
     def tokens_per_pass(self) -> float:
+        """Tokens per sequence and pass in the last call; 1 is plain decoding."""
         return self.stats.tokens_per_pass
 
     @property
     def acceptance(self) -> float:
+        """The share of the drafted depth that the last call accepted."""
         return self.stats.acceptance
 
     @torch.no_grad()
@@ -108,9 +122,24 @@ class TreeSpeculation:
         streamer: Any = None,
         **model_kwargs: Any,
     ) -> Any:
-        """What `generate` calls: int64 `[B, n]` -> `[B, n + new]`, or its output class if it was asked for.
+        """Decode; `generate` calls this.
 
-        Sequences that end early are padded. Raises InputError for what it cannot do, before anything ran.
+        Args:
+            model: The model that generates.
+            input_ids: int64 `[B, n]`, the prompts.
+            logits_processor: The processors of `generate`.
+            stopping_criteria: Those of `generate`.
+            generation_config: That of `generate`.
+            synced_gpus: Must be False.
+            streamer: Gets the tokens of a single sequence as they come.
+            **model_kwargs: Among them `past_key_values`, an empty cache, and `attention_mask`.
+
+        Returns:
+            int64 `[B, n + new]`, sequences that end early padded, or the output class of `generate` if asked
+            for.
+
+        Raises:
+            InputError: Tree speculation cannot do what is asked for. Nothing has run then.
         """
         cache = model_kwargs.get("past_key_values")
         _check(model, input_ids, cache, logits_processor, generation_config, synced_gpus, streamer)
@@ -119,12 +148,12 @@ class TreeSpeculation:
         mask = model_kwargs.get("attention_mask")
         columns = torch.ones_like(input_ids) if mask is None else mask
         real, stop = columns.bool(), Stop(stopping_criteria)
-        rows = [Row(ids, keep, stop) for ids, keep in zip(input_ids, real, strict=True)]
+        rows = [GeneratedSequence(ids, keep, stop) for ids, keep in zip(input_ids, real, strict=True)]
         chooser = Chooser(logits_processor, generation_config.do_sample)
-        self.stats = stats = Stats(rows=len(rows))
-        with tapped(model, needs_hidden) as tap:
+        self.stats = stats = SpeculationStats(rows=len(rows))
+        with observe_hidden_states(model, needs_hidden) as states:
             logits = model._prefill(input_ids, generation_config, model_kwargs).logits[:, -1]
-            hidden = tap.hidden[:, -1] if needs_hidden else None
+            hidden = states.hidden[:, -1] if needs_hidden else None
             for row, scores in zip(rows, logits, strict=True):
                 row.emit(chooser.pick(chooser.scores(row.ids, scores)))
             sent = _stream(streamer, rows[0], len(input_ids[0]))
@@ -135,7 +164,7 @@ class TreeSpeculation:
                 parents = _padded([parents for _, parents in drafts], size, -1, torch.device("cpu"))
                 logits = tree_logits(model, cache, tokens, parents, columns)
                 paths = [
-                    [] if row.done else self.rule.walk(row, draft, scores[: len(draft[0])], chooser)
+                    [] if row.done else self.rule.accept_path(row, draft, scores[: len(draft[0])], chooser)
                     for row, draft, scores in zip(rows, drafts, logits, strict=True)
                 ]
                 path = _padded(paths, max(map(len, paths)), -1, input_ids.device)
@@ -143,7 +172,7 @@ class TreeSpeculation:
                 columns = torch.cat([columns, (path >= 0).to(columns.dtype)], 1)
                 if hidden is not None:
                     last = path.amax(1).clamp_min(0) if len(rows) > 1 else path[:, -1]
-                    hidden = tap.hidden[torch.arange(len(rows), device=last.device), last]
+                    hidden = states.hidden[torch.arange(len(rows), device=last.device), last]
                 self._count(stats, drafts, paths)
                 sent = _stream(streamer, rows[0], sent)
         stats.tokens = sum(row.generated for row in rows)
@@ -151,14 +180,14 @@ class TreeSpeculation:
             streamer.end()
         return _output(rows, cache, generation_config)
 
-    def _drafts(self, rows: list[Row], hidden: Tensor | None, vocabulary: int) -> list[Draft]:
-        """For every row its last token, which the model has not seen, and what the drafter expects below."""
+    def _drafts(self, rows: list[GeneratedSequence], hidden: Tensor | None, vocabulary: int) -> list[Draft]:
+        """A tree for every row: its last token, which the model has not seen yet, and below it the draft."""
         drafts = self.drafter.propose([row.known for row in rows], hidden)
         if len(drafts) != len(rows):
             raise InputError(f"the drafter gave {len(drafts)} drafts for {len(rows)} sequences")
         return [_below(row, draft, vocabulary) for row, draft in zip(rows, drafts, strict=True)]
 
-    def _count(self, stats: Stats, drafts: list[Draft], paths: list[list[int]]) -> None:
+    def _count(self, stats: SpeculationStats, drafts: list[Draft], paths: list[list[int]]) -> None:
         stats.passes += 1
         for (tokens, parents), path in zip(drafts, paths, strict=True):
             if path:
@@ -171,9 +200,11 @@ class TreeSpeculation:
                 stats.depth += max(depth)
 
 
-def _below(row: Row, draft: Draft, vocabulary: int) -> Draft:
-    """A draft below the row's last token; a row that is done needs any one node. Raises InputError for what
-    is no draft; whether parents come first is checked with the tree."""
+def _below(row: GeneratedSequence, draft: Draft, vocabulary: int) -> Draft:
+    """The row's last token with a draft below it; any single node for a row that is done.
+
+    Raises InputError for a draft that is malformed. That parents come first is checked with the whole tree.
+    """
     if row.done:
         return [0], [-1]
     tokens, parents = draft
@@ -181,8 +212,8 @@ def _below(row: Row, draft: Draft, vocabulary: int) -> Draft:
         raise InputError(f"a draft has as many parents as tokens, not {len(parents)} and {len(tokens)}")
     if tokens and not 0 <= min(tokens) <= max(tokens) < vocabulary:
         raise InputError(
-            f"tokens {min(tokens)} to {max(tokens)} were drafted and the model has {vocabulary}: the drafter "
-            "has another vocabulary"
+            f"tokens {min(tokens)} to {max(tokens)} were drafted, but the model has {vocabulary}: the "
+            "drafter has another vocabulary"
         )
     return [int(row.known[-1]), *tokens], [-1, *(parent + 1 for parent in parents)]
 
@@ -191,15 +222,15 @@ def _padded(lists: list[list[int]], size: int, value: int, device: torch.device)
     return torch.tensor([items + [value] * (size - len(items)) for items in lists], device=device)
 
 
-def _stream(streamer: Any, row: Row, sent: int) -> int:
-    """Give the streamer the row's tokens from column `sent` on, one by one as `generate` does."""
+def _stream(streamer: Any, row: GeneratedSequence, sent: int) -> int:
+    """Give the streamer the row's tokens from column `sent` on, one at a time as `generate` does."""
     if streamer is not None:
         for token in row.ids[sent:].cpu().split(1):
             streamer.put(token)
     return row.ids.shape[0]
 
 
-def _output(rows: list[Row], cache: Any, generation_config: Any) -> Any:
+def _output(rows: list[GeneratedSequence], cache: Any, generation_config: Any) -> Any:
     pad = generation_config._pad_token_tensor
     sequences = torch.nn.utils.rnn.pad_sequence(
         [row.ids for row in rows], batch_first=True, padding_value=0 if pad is None else int(pad)
@@ -211,14 +242,14 @@ def _output(rows: list[Row], cache: Any, generation_config: Any) -> Any:
     return GenerateDecoderOnlyOutput(sequences=sequences, past_key_values=cache)
 
 
-_OF_A_BATCH = (
+_NEEDS_BATCH = (
     "PrefixConstrainedLogitsProcessor",
     "EncoderRepetitionPenaltyLogitsProcessor",
     "EncoderNoRepeatNGramLogitsProcessor",
     "UnbatchedClassifierFreeGuidanceLogitsProcessor",
     "SynthIDTextWatermarkLogitsProcessor",
 )
-"""Processors that know which row of the batch they see: rows come to them one at a time here."""
+"""Processors that treat each row of a batch differently. Here they get the rows one at a time."""
 
 
 def _check(
@@ -233,11 +264,11 @@ def _check(
     """Raise InputError for what tree speculation cannot do."""
     config = generation_config
     if config.num_beams > 1:
-        raise InputError("tree speculation decodes one sequence at a time: num_beams=1, not beam search")
+        raise InputError("tree speculation does not do beam search: give num_beams=1")
     if synced_gpus:
-        raise InputError("tree speculation runs in one process: synced_gpus=False")
+        raise InputError("tree speculation runs in one process: give synced_gpus=False")
     if model.config.is_encoder_decoder:
-        raise InputError("tree speculation is for decoders alone, and this is an encoder-decoder model")
+        raise InputError("tree speculation is for decoders, and this is an encoder-decoder")
     if cache is None or cache.get_seq_length() > 0:
         raise InputError("tree speculation starts from an empty cache: use_cache=True, no past_key_values")
     wanted = [
@@ -249,10 +280,10 @@ def _check(
         raise InputError(f"tree speculation does not return {', '.join(wanted)}: leave that out")
     if len(input_ids) > 1:
         if streamer is not None:
-            raise InputError("a streamer follows one sequence: a batch of one")
+            raise InputError("a streamer takes one sequence: give a batch of one")
         for processor in processors:
-            if type(processor).__name__ in _OF_A_BATCH:
+            if type(processor).__name__ in _NEEDS_BATCH:
                 raise InputError(
-                    f"{type(processor).__name__} goes by the row of a batch, and tree speculation processes "
-                    "rows one at a time: generate them one by one"
+                    f"{type(processor).__name__} needs the whole batch, and tree speculation processes rows "
+                    "one at a time: generate them one by one"
                 )

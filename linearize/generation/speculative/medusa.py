@@ -14,14 +14,19 @@ from .heads import MedusaHeads
 from .tree import Tree, fit_tree
 
 NODES = 16
-"""Nodes of the tree that is fitted when none is given."""
+"""The number of nodes of the tree that is fitted when none is given."""
 
 
 class Medusa:
-    """Drafts a tree of the guesses of Medusa heads, all made at once from one hidden state.
+    """Drafts a tree of guesses by Medusa heads, all made at once from one hidden state.
 
-    heads: trained ones. tree: which ranks of the guesses are tried; by default fitted to `heads.rates`.
-    Raises ConfigError for a tree deeper than there are heads, or without one when no rates were measured.
+    Args:
+        heads: Trained heads.
+        tree: Which ranks of guesses are tried after which; by default a tree fitted to `heads.rates`.
+
+    Raises:
+        ConfigError: The tree is deeper than there are heads, or wider than the vocabulary; or neither a tree
+            nor rates are given.
     """
 
     needs_hidden = True
@@ -36,7 +41,7 @@ class Medusa:
         if tree.depth > heads.num_heads:
             raise ConfigError(f"the tree is {tree.depth} deep and there are {heads.num_heads} heads")
         if tree.width > heads.fingerprint["vocabulary"]:
-            raise ConfigError(f"the tree asks for {tree.width} guesses of {heads.fingerprint['vocabulary']}")
+            raise ConfigError(f"the tree needs {tree.width} guesses of {heads.fingerprint['vocabulary']}")
         self.heads, self.tree = heads, tree
         self._parents = tree.parents
         self._places = [(len(path) - 1, path[-1]) for path in tree.paths]
@@ -46,7 +51,7 @@ class Medusa:
         return Medusa(self.heads, tree)
 
     def start(self, model: Any) -> None:
-        """Raises InputError when the heads belong to a model of other sizes."""
+        """Raise InputError if the heads belong to a model of other sizes."""
         self.heads.check(model)
 
     def propose(self, ids: Sequence[Tensor], hidden: Tensor | None) -> list[Draft]:

@@ -1,4 +1,4 @@
-"""How often draft heads guess right, and what both measuring and training read of the model."""
+"""How often draft heads guess right, and the hidden states that measuring and training them need."""
 
 from __future__ import annotations
 
@@ -10,22 +10,22 @@ from torch import Tensor
 
 from ...common.text import sequences
 from ...errors import InputError
-from .hidden import tapped
+from .hidden import observe_hidden_states
 
 
-def measure(heads: Any, model: Any, tokens: Any, ranks: int) -> list[list[float]]:
-    """See `MedusaHeads.acceptance`; heads: the `MedusaHeads`."""
+def acceptance_rates(heads: Any, model: Any, tokens: Any, ranks: int) -> list[list[float]]:
+    """See `MedusaHeads.acceptance`; heads: `MedusaHeads`."""
     heads.check(model)
     count = heads.num_heads
     hits = torch.zeros(count, ranks, dtype=torch.int64)
     tried = torch.zeros(count, dtype=torch.int64)
     for piece in pieces_of(sequences(tokens, None), 512, count):
-        hidden, choice = read(model, piece[None])
+        hidden, choice = hidden_states(model, piece[None])
         places = len(piece) - 1 - count
         piece = piece.to(choice.device)
         with torch.no_grad():
             logits = heads(hidden[0, :places], piece[1 : places + 1])
-        # Only where decoding would have come: the text so far is what the model chose.
+        # Only places that decoding would reach: the text before them is what the model would choose.
         alive = piece[1 : places + 1] == choice[0, :places]
         for head in range(count):
             target = choice[0, head + 1 : head + 1 + places]
@@ -40,18 +40,18 @@ def measure(heads: Any, model: Any, tokens: Any, ranks: int) -> list[list[float]
 
 
 @torch.no_grad()
-def read(model: Any, tokens: Tensor) -> tuple[Tensor, Tensor]:
-    """Hidden states `[B, T, hidden_size]` that the output layer saw on tokens `[B, T]`, and greedy choices
-    `[B, T]` after each."""
+def hidden_states(model: Any, tokens: Tensor) -> tuple[Tensor, Tensor]:
+    """The hidden states `[B, T, hidden_size]` that the output layer gets for tokens int64 `[B, T]`, and the
+    model's greedy choice `[B, T]` after each token."""
     tokens = tokens.to(next(iter(model.parameters())).device)
-    with tapped(model) as tap:
+    with observe_hidden_states(model) as states:
         logits = model(input_ids=tokens, use_cache=False).logits
-    return tap.hidden, logits.argmax(-1)
+    return states.hidden, logits.argmax(-1)
 
 
 def pieces_of(found: Sequence[Tensor], context: int, num_heads: int) -> list[Tensor]:
-    """Pieces of at most `context` tokens; too short ones, in which no head has a target, are left out."""
+    """Cut sequences to pieces of at most `context` tokens; leave out those too short to give a target."""
     pieces = [piece for tensor in found for piece in tensor.split(context) if len(piece) > num_heads + 1]
     if not pieces:
-        raise InputError(f"the data has no {num_heads + 2} tokens in a row: give more text")
+        raise InputError(f"the data has no text of {num_heads + 2} tokens: give more text")
     return pieces

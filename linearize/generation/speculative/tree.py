@@ -1,4 +1,4 @@
-"""The shape of a draft: which ranks of a drafter's guesses are tried after which."""
+"""The shape of a draft tree: which ranks of a drafter's guesses are tried after which."""
 
 from __future__ import annotations
 
@@ -14,14 +14,16 @@ Path = tuple[int, ...]
 
 @dataclass(frozen=True)
 class Tree:
-    """A draft tree by the paths of its nodes, as Medusa writes them (Cai et al., arXiv 2401.10774).
+    """A draft tree, given by the paths of its nodes as in Medusa (Cai et al., arXiv 2401.10774).
 
-    paths: for each node the ranks of the guesses that lead to it: `(0,)` is the best guess at the next token,
-    `(0, 2)` the third best guess at the token after it. Every node's parent is in the tree. The token that
-    was already chosen, below which the tree hangs, is not a node. rates: `rates[d][r]`, how often the guess
-    of rank r at depth d is right, if it was measured.
+    Args:
+        paths: For each node, the ranks of the guesses that lead to it: `(0,)` is the best guess at the next
+            token, `(0, 2)` the third best guess at the token after it. The parent of every node must be in
+            the tree. The token that is already chosen, the root, is not a node.
+        rates: `rates[d][r]`, how often the guess of rank r at depth d is right, if measured.
 
-    Raises ConfigError for a path that is empty, not of ranks, given twice, or without its parent.
+    Raises:
+        ConfigError: A path is empty, not of ranks, given twice, or without its parent.
     """
 
     paths: tuple[Path, ...]
@@ -36,15 +38,19 @@ class Tree:
             if path in known:
                 raise ConfigError(f"the tree has the node {path} twice")
             if path[:-1] and path[:-1] not in known:
-                raise ConfigError(f"the tree has the node {path} and not its parent {path[:-1]}; add that")
+                raise ConfigError(f"the tree has the node {path} but not its parent {path[:-1]}; add that")
             known.add(path)
         object.__setattr__(self, "paths", tuple(sorted(known, key=lambda path: (len(path), path))))
 
     @classmethod
     def from_parents(cls, parents: Sequence[int]) -> Tree:
-        """The tree whose node i hangs below node `parents[i]`, -1 for a first token; ranks in order of nodes.
+        """Make a tree from the parents of its nodes. Children of a node are ranked in the order of the nodes.
 
-        Raises ConfigError for a node before its parent, which a cycle would need as well.
+        Args:
+            parents: The index of the parent of each node, -1 for a first token.
+
+        Raises:
+            ConfigError: A node comes before its parent.
         """
         paths: list[Path] = []
         children: dict[Path, int] = {}
@@ -64,41 +70,49 @@ class Tree:
 
     @property
     def depth(self) -> int:
+        """How many tokens ahead the tree reaches."""
         return max(map(len, self.paths), default=0)
 
     @property
     def width(self) -> int:
-        """One more than the highest rank: how many guesses at each token the tree needs."""
+        """How many guesses at each token the tree needs: one more than the highest rank."""
         return 1 + max((max(path) for path in self.paths), default=-1)
 
     @property
     def parents(self) -> list[int]:
-        """Index of each node's parent, -1 for first tokens; nodes are in the order of `paths`."""
+        """The index of each node's parent, -1 for first tokens; nodes are in the order of `paths`."""
         index = {path: i for i, path in enumerate(self.paths)}
         return [index.get(path[:-1], -1) for path in self.paths]
 
     @property
     def expected_tokens(self) -> float:
-        """Tokens per pass that `rates` promise if depths were independent: the chosen one, and each node's
-        chance of being reached. Raises ConfigError without rates."""
+        """Expected tokens per pass by `rates`, as if depths were independent: 1, plus the chance of reaching
+        each node. Raises ConfigError without rates."""
         if self.rates is None:
             raise ConfigError("this tree was not fitted: it has no acceptance rates; see `fit_tree`")
         return 1 + sum(_chance(path, self.rates) for path in self.paths)
 
 
 def fit_tree(rates: Iterable[Sequence[float]], nodes: int = 16) -> Tree:
-    """The tree of `nodes` nodes that is accepted furthest on average, by measured acceptance rates.
+    """Find the tree that is accepted furthest on average, by measured acceptance rates.
 
-    rates: `rates[d][r]`, how often the guess of rank r at depth d is right (`MedusaHeads.acceptance`). The
-    nodes with the greatest products of rates along their paths are taken, greedily, as in Medusa (section
-    2.3.3); among trees of this size none has more `expected_tokens`. Ranks that are never right are left out,
-    so the tree may have fewer nodes. Raises ConfigError for rates outside [0, 1] or a budget below 1.
+    The nodes with the greatest products of rates along their paths are taken, greedily, as in Medusa (section
+    2.3.3). No tree of this size has more `expected_tokens`. Ranks that are never right are left out, so the
+    tree may have fewer nodes.
+
+    Args:
+        rates: `rates[d][r]`, how often the guess of rank r at depth d is right, see
+            `MedusaHeads.acceptance`.
+        nodes: How many nodes the tree has at most.
+
+    Raises:
+        ConfigError: A rate is outside [0, 1], no guess is ever right, or `nodes` is below 1.
     """
     table = tuple(tuple(float(rate) for rate in row) for row in rates)
     if nodes < 1:
-        raise ConfigError(f"a tree has at least one node, got nodes={nodes}")
+        raise ConfigError(f"a tree must have at least one node, got nodes={nodes}")
     if not table or any(not 0 <= rate <= 1 or math.isnan(rate) for row in table for rate in row):
-        raise ConfigError("rates must be a list per depth of shares between 0 and 1")
+        raise ConfigError("rates must be a list of shares between 0 and 1 for each depth")
     chosen: list[Path] = []
     waiting: list[tuple[float, Path]] = [(-rate, (rank,)) for rank, rate in enumerate(table[0]) if rate > 0]
     heapq.heapify(waiting)

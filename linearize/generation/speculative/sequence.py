@@ -1,4 +1,4 @@
-"""One sequence on its way: its tokens in a buffer that grows, how tokens are chosen, and when it ends."""
+"""A sequence being generated: its tokens, how the next one is chosen, and when it ends."""
 
 from __future__ import annotations
 
@@ -8,10 +8,13 @@ import torch
 from torch import Tensor
 
 
-class Row:
+class GeneratedSequence:
     """A sequence being generated.
 
-    ids: int64 `[n]`, the prompt. real: bool `[n]`, False for padding. stop: of this generation.
+    Args:
+        ids: int64 `[n]`, the prompt.
+        real: bool `[n]`, False for padding.
+        stop: Decides when the sequence is done.
     """
 
     def __init__(self, ids: Tensor, real: Tensor, stop: Stop) -> None:
@@ -19,37 +22,38 @@ class Row:
         self.start = ids.shape[0]
         self._stop = stop
         self._all = _Buffer(ids)
-        # What a drafter sees: without padding, and the same memory where there is none.
+        # What a drafter gets: the tokens without padding. Without any padding it is the same buffer.
         self._known = self._all if bool(real.all()) else _Buffer(ids[real])
 
     @property
     def ids(self) -> Tensor:
-        """All tokens, as `generate` would have them: int64 `[n]`."""
+        """All tokens with the padding, as in `generate`: int64 `[n]`."""
         return self._all.view()
 
     @property
     def known(self) -> Tensor:
-        """All tokens but the padding."""
+        """All tokens without the padding: int64 `[n]`."""
         return self._known.view()
 
     @property
     def generated(self) -> int:
+        """The number of tokens after the prompt."""
         return self._all.length - self.start
 
     def emit(self, token: int) -> None:
-        """Add a token; the row may be done then."""
+        """Append a token, and update `done`."""
         self._all.append(token)
         if self._known is not self._all:
             self._known.append(token)
         self.done = self._stop(self._all, token)
 
     def along(self, tokens: list[int]) -> Tensor:
-        """`ids` with these tokens after them, which are not added: valid until the next call."""
+        """`ids` followed by these tokens, which are not added to the sequence. Valid until the next call."""
         return self._all.extended(tokens)
 
 
 class _Buffer:
-    """Tokens in memory that doubles when it is full, so that adding one does not copy the sequence."""
+    """Tokens in memory that doubles when it is full, so that appending does not copy the sequence."""
 
     def __init__(self, ids: Tensor) -> None:
         self.length = ids.shape[0]
@@ -108,9 +112,9 @@ class Stop:
 
 
 class Chooser:
-    """How the next token is chosen from logits: processors, then the greatest or a draw, as `generate` does.
+    """Chooses the next token from logits as `generate` does: processors, then the greatest or a sample.
 
-    plain: it is the greatest of the logits as they are.
+    plain: True when the choice is the greatest of the unchanged logits.
     """
 
     def __init__(self, processors: Any, sample: bool) -> None:
@@ -119,12 +123,12 @@ class Chooser:
         self.plain = not sample and len(processors) == 0
 
     def scores(self, ids: Tensor, logits: Tensor) -> Tensor:
-        """Processed logits `[1, vocabulary]` in float32 of what follows ids `[n]`; logits `[vocabulary]`."""
+        """Process the logits `[vocabulary]` after ids `[n]`: float32 `[1, vocabulary]`."""
         logits = logits[None].to(torch.float32, copy=True)
         return self._processors(ids[None], logits) if len(self._processors) else logits
 
     def pick(self, scores: Tensor) -> int:
-        """A token by its scores `[1, vocabulary]`: a draw from their softmax, or the greatest."""
+        """Choose a token from its scores `[1, vocabulary]`: a sample from their softmax, or the greatest."""
         if self._sample:
             return int(torch.multinomial(scores.softmax(-1), num_samples=1))
         return int(scores.argmax())

@@ -1,0 +1,172 @@
+"""Perplexity and agreement: of decoders at each length, and of encoder-decoders on their labels."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..common.running import shapes
+from ..common.text import IGNORED, sequences
+from ..errors import InputError
+from .compared import Compared, check_vocabulary, dicts, positions, with_forward_rate
+from .figures import Figures, Measurement
+from .quality import Tally, scored_positions
+from .speed import decode_rates, forward_rates
+
+LENGTHS = (128, 512, 2048)
+"""The default context lengths; those are used that data and model have room for."""
+
+
+def joined(compared: Compared, data: Any, tokenizer: Any, max_tokens: int) -> Tensor:
+    """The first `max_tokens` token ids of the data, joined: int64 `[N]`."""
+    found: list[Tensor] = []
+    count = 0
+    for ids in sequences_in(data, tokenizer):
+        found.append(ids[: max_tokens - count])
+        count += len(found[-1])
+        if count >= max_tokens:
+            break
+    stream = torch.cat(found) if found else torch.zeros(0, dtype=torch.long)
+    if not len(stream):
+        raise InputError("the data has no token: give some text")
+    check_vocabulary(compared, stream)
+    return stream
+
+
+def sequences_in(data: Any, tokenizer: Any) -> Iterator[Tensor]:
+    """The sequences of token ids in the data, int64 `[n]`, also those in dicts."""
+    if isinstance(data, Mapping):
+        data = [data]
+    if isinstance(data, (Tensor, str)):
+        yield from sequences(data, tokenizer)
+        return
+    for item in data:
+        if not isinstance(item, Mapping):
+            # A batch [B, n] among several, or one sequence or text.
+            batch = isinstance(item, Tensor) and item.dim() == 2
+            yield from sequences(item if batch else [item], tokenizer)
+            continue
+        other = sorted(set(item) - {"input_ids", "attention_mask", "labels"})
+        if "input_ids" not in item or other:
+            raise InputError(
+                f"a dict for a decoder has input_ids and attention_mask, got {', '.join(map(str, item))}"
+            )
+        ids = torch.as_tensor(item["input_ids"])
+        mask = torch.as_tensor(item.get("attention_mask", torch.ones_like(ids)))
+        for row, real in zip(torch.atleast_2d(ids), torch.atleast_2d(mask), strict=True):
+            yield row[real.bool()].long().cpu()
+
+
+def decoder_measurements(
+    compared: Compared, stream: Tensor, lengths: Sequence[int] | None, batch_tokens: int, decode_tokens: int
+) -> list[Measurement]:
+    """Measure at each length; lengths: None for those of `LENGTHS` that data and models have room for."""
+    limit = min(len(stream), *(positions(model) for model in compared.all))
+    lengths = lengths or [length for length in LENGTHS if length <= limit]
+    if not lengths:
+        raise InputError(
+            f"data and model have room for {limit} tokens, and the shortest window is {LENGTHS[0]}: give "
+            "more data, or lengths="
+        )
+    if lengths[-1] > len(stream):
+        raise InputError(
+            f"the data has {len(stream)} tokens, fewer than a window of {lengths[-1]}: give more, or shorter "
+            "lengths="
+        )
+    stream = stream[: len(stream) // lengths[-1] * lengths[-1]]
+    keep = scored_positions(len(stream), lengths)
+    return [_at_length(compared, stream, keep, length, batch_tokens, decode_tokens) for length in lengths]
+
+
+def _at_length(
+    compared: Compared, stream: Tensor, keep: Tensor, length: int, batch_tokens: int, decode_tokens: int
+) -> Measurement:
+    tally = Tally()
+    for ids, scored, where in _windows(stream, keep, length, max(1, batch_tokens // length)):
+        outs = [
+            logits[:, :-1][scored] for logits in map(_logits, compared.outputs({"input_ids": ids}, where))
+        ]
+        tally.add(outs[0], outs[1] if len(outs) > 1 else None, ids[:, 1:][scored], where)
+    figures = _perplexities(compared, tally)
+    if decode_tokens:
+        ids = stream[:length][None]
+        forward = forward_rates(compared.all, ids)
+        # The prompt must have at least one token.
+        decode, held = decode_rates(compared.all, ids, min(decode_tokens, length - 1))
+        figures = [
+            replace(
+                figure,
+                forward_tokens_per_second=forward[index],
+                decode_tokens_per_second=decode[index],
+                cache_bytes=held[index],
+            )
+            for index, figure in enumerate(figures)
+        ]
+    return _measurement(length, tally, figures)
+
+
+def _windows(stream: Tensor, keep: Tensor, length: int, rows: int) -> Iterator[tuple[Tensor, Tensor, str]]:
+    """Batches int64 `[B, length]`, which of their tokens after the first are scored, and the batch's name.
+
+    The last window is shorter where lengths do not divide each other.
+    """
+    for start in range(0, len(stream), rows * length):
+        part = slice(start, start + rows * length)
+        whole = len(stream[part]) // length * length
+        for ids, scored in (
+            (stream[part][:whole], keep[part][:whole]),
+            (stream[part][whole:], keep[part][whole:]),
+        ):
+            if len(ids):
+                shape = (-1, min(length, len(ids)))
+                where = f"the batch of tokens {start} to {start + len(stream[part]) - 1}, length {length}"
+                yield ids.reshape(shape), scored.reshape(shape)[:, 1:], where
+
+
+def _perplexities(compared: Compared, tally: Tally) -> list[Figures]:
+    found = [Figures(perplexity=tally.perplexity)]
+    return found if compared.reference is None else [*found, Figures(perplexity=tally.other_perplexity)]
+
+
+def _measurement(length: int | None, tally: Tally, figures: list[Figures]) -> Measurement:
+    if len(figures) == 1:
+        return Measurement(length, tally.tokens, figures[0])
+    agreement, kl = tally.agreed / tally.tokens, max(tally.kl / tally.tokens, 0.0)
+    return Measurement(length, tally.tokens, figures[0], figures[1], agreement, kl)
+
+
+def encoder_decoder_measurement(compared: Compared, data: Any, max_tokens: int, speed: bool) -> Measurement:
+    """Measure on the labels of the batches, up to `max_tokens` of them."""
+    tally, first = Tally(), None
+    for index, batch in enumerate(dicts(data)):
+        if "labels" not in batch:
+            raise InputError(f"an encoder-decoder is evaluated on dicts with labels; batch {index} has none")
+        where = f"batch {index} ({shapes(batch)})"
+        labels = batch["labels"]
+        if not isinstance(labels, Tensor) or labels.dim() != 2:
+            raise InputError(f"{where}: labels are int64 [B, T]")
+        real = labels != IGNORED
+        for name in ("input_ids", "decoder_input_ids"):
+            if isinstance(batch.get(name), Tensor):
+                check_vocabulary(compared, batch[name].flatten())
+        check_vocabulary(compared, labels[real])
+        outs = [logits[real.to(logits.device)] for logits in map(_logits, compared.outputs(batch, where))]
+        tally.add(outs[0], outs[1] if len(outs) > 1 else None, labels[real].cpu(), where)
+        first = first or batch
+        if tally.tokens >= max_tokens:
+            break
+    if first is None or not tally.tokens:
+        raise InputError("the data holds no label to score: give dicts with labels")
+    figures = _perplexities(compared, tally)
+    if speed:
+        count = int((first["labels"] != IGNORED).sum())
+        figures = with_forward_rate(figures, compared, first, count)
+    return _measurement(None, tally, figures)
+
+
+def _logits(output: Any) -> Tensor:
+    return output.logits
