@@ -57,24 +57,31 @@ def load_released(
     alpha: float | None = None,
     dtype: torch.dtype | None = None,
 ) -> PreTrainedModel:
-    """A converted LLaMA from one of the paper's checkpoints; `save` writes it like any other.
+    """Load one of the paper's released LLaMA checkpoints as a converted model; `save` writes it as any other.
+
+    Whatever is raised, a given base is as it was.
 
     Args:
-        source: a folder (whole weights, sharded or not, safetensors or .bin; or a PEFT LoRA adapter, which is
-            merged), a file, or tensors by name.
-        base: the LLaMA that the checkpoint was made from: a model, which is converted in place and returned,
-            or a folder. Not needed when `source` is a folder with whole weights and a config.json.
-        extra: more tensors, as `source`. The reference trains convolution and factors outside of the adapter,
-            so an adapter folder does not hold them.
-        group_size: tokens per group, which the checkpoint does not say; 64 in the paper, 256 in its 8K
-            models.
-        alpha: weight of the grouped part where the checkpoint has no `global_factor`: 1.0 for grouped
+        source: A folder (whole weights, in shards or not, safetensors or .bin; or a PEFT LoRA adapter, which
+            is merged), a file, or tensors by name.
+        base: The LLaMA that the checkpoint was made from: a model, which is converted in place and returned,
+            or a folder. Leave it out if `source` is a folder with whole weights and a config.json.
+        extra: More tensors, in any form that `source` takes. The paper's code trains convolution and factors
+            outside of the adapter, so a folder with an adapter does not hold them.
+        group_size: Tokens per group, which the checkpoint does not say: 64 in the paper, 256 in its models
+            for 8K tokens.
+        alpha: Weight of the grouped part where the checkpoint has no `global_factor`: 1.0 for grouped
             attention without a factor, 0.0 for none.
-        dtype: of a model that is loaded here; default: as stored.
+        dtype: Floating dtype of a model that is loaded here; as stored by default.
 
-    Raises CheckpointError, naming the key, for what is missing, does not fit or is unknown; InvalidModelError
-    for a base that cannot be converted; MissingExtraError when LoRA is there and PEFT is not. A given base is
-    then as it was.
+    Returns:
+        The converted model.
+
+    Raises:
+        CheckpointError: A tensor is missing, unknown, or of another shape than the model's; the message names
+            it.
+        InvalidModelError: The base cannot be converted.
+        MissingExtraError: The checkpoint has LoRA matrices, and PEFT is not installed.
     """
     tensors = _sorted([*read(source), *(() if extra is None else read(extra))])
     model: Any = base if isinstance(base, nn.Module) else _model(source, base, tensors.weights, dtype)

@@ -24,12 +24,20 @@ KEYS = ("0.linear.weight", "0.linear.bias", "1.weight")
 
 
 def load_released_heads(source: Source, model: Any) -> MedusaHeads:
-    """Medusa heads in the format of the Medusa project, for the decoder that they were trained on.
+    """Load Medusa heads in the format of the Medusa project, for the decoder that they were trained on.
 
-    source: a folder with `medusa_lm_head.pt`, such a file, or its tensors by name. The heads have no measured
-    rates: give `Medusa` a tree, or call `heads.acceptance(model, tokens)`. They take the model's dtype.
+    Args:
+        source: A folder with `medusa_lm_head.pt`, such a file, or its tensors by name: per head k
+            `k.0.linear.weight` `[hidden, hidden]`, `k.0.linear.bias` `[hidden]`, `k.1.weight`
+            `[vocabulary, hidden]`.
+        model: The decoder.
 
-    Raises CheckpointError, naming the key, for what is missing, unknown or of another shape.
+    Returns:
+        The heads, in the model's dtype and evaluation mode. They have no measured rates: give `Medusa` a
+        tree, or call `heads.acceptance(model, tokens)`.
+
+    Raises:
+        CheckpointError: A tensor is missing, unknown or of another shape; the message names it.
     """
     if not isinstance(source, Mapping) and Path(source).is_dir():
         source = Path(source) / FILE

@@ -5,8 +5,6 @@ from __future__ import annotations
 import copy
 import json
 import os
-import shutil
-import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, overload
 
@@ -14,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_model, save_model
 from torch import nn
 
-from ..common.files import read_json
+from ..common.files import read_json, staged
 from ..errors import CheckpointError, InvalidModelError
 from ..planning.record import VERSION, measured_in, parse
 from ..planning.state import carry, state_of
@@ -38,15 +36,15 @@ def save(model: nn.Module, directory: str | os.PathLike[str]) -> Path:
     folder first and moved in at the end, so that no file is ever half written.
 
     Args:
-        model: a model that `linearize` converted. Parameters and buffers of any dtype are stored as they are.
-        directory: the folder to write; it is created where there is none.
+        model: A model that `linearize` converted. Parameters and buffers of any dtype are stored as they are.
+        directory: The folder to write; it is created where there is none.
 
     Returns:
         The folder.
 
     Raises:
-        InvalidModelError: the model is not converted, or wraps a converted one (as PEFT does).
-        CheckpointError: the folder cannot be written.
+        InvalidModelError: The model is not converted, or wraps a converted one (as PEFT does).
+        CheckpointError: The folder cannot be written.
     """
     from transformers import PreTrainedModel
 
@@ -58,30 +56,27 @@ def save(model: nn.Module, directory: str | os.PathLike[str]) -> Path:
         raise CheckpointError(f"cannot save to {target}: it is a file, not a directory")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
-    except OSError as error:
-        raise CheckpointError(f"cannot save to {target}: {error}") from error
-    try:
-        if isinstance(model, PreTrainedModel):
-            model.save_pretrained(temporary)
-        else:
-            record = {
-                "version": VERSION,
-                "model": type(model).__qualname__,
-                "plan": state.plan.to_dict(),
-                "config": state.config.to_dict(),
-                "measured": list(state.measured),
-            }
-            (temporary / RECORD).write_text(json.dumps(record, indent=2) + "\n")
-            save_model(model, str(temporary / WEIGHTS))
-            write_card(model, temporary)
-        if not is_ours(target / NAME):
-            (temporary / NAME).unlink()
-        _move_in(temporary, target)
+        # The file that says "converted checkpoint" goes last: until then a reader sees the previous one.
+        with staged(target, last=lambda file: file.name in {RECORD, "config.json"}) as folder:
+            if isinstance(model, PreTrainedModel):
+                model.save_pretrained(folder)
+            else:
+                record = {
+                    "version": VERSION,
+                    "model": type(model).__qualname__,
+                    "plan": state.plan.to_dict(),
+                    "config": state.config.to_dict(),
+                    "measured": list(state.measured),
+                }
+                (folder / RECORD).write_text(json.dumps(record, indent=2) + "\n")
+                save_model(model, str(folder / WEIGHTS))
+                write_card(model, folder)
+            if not is_ours(target / NAME):
+                (folder / NAME).unlink()
+            new = {path.name for path in folder.iterdir()}
+        _remove_stale(target, new)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"cannot save to {target}: {error}") from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
     return target
 
 
@@ -108,15 +103,15 @@ def load(
     weights.
 
     Args:
-        directory: the folder that `save` or `save_pretrained` wrote.
-        model: the module to fill, for the checkpoint of a plain `nn.Module`. Otherwise leave it out.
-        dtype: convert a transformers model to this floating dtype while loading; as stored by default.
+        directory: The folder that `save` or `save_pretrained` wrote.
+        model: The module to fill, for the checkpoint of a plain `nn.Module`. Otherwise leave it out.
+        dtype: Convert a transformers model to this floating dtype while loading; as stored by default.
 
     Returns:
         The converted transformers model, in evaluation mode, or `model` itself.
 
     Raises:
-        CheckpointError: the folder is not a complete, readable, converted checkpoint, it does not fit
+        CheckpointError: The folder is not a complete, readable, converted checkpoint, it does not fit
             `model`, or `model` or `dtype` is given for the wrong kind of checkpoint. `model` is then as it
             was.
         InvalidModelError: `model` is converted already.
@@ -139,22 +134,11 @@ def load(
     return _load_transformers(source, dtype)
 
 
-def _move_in(temporary: Path, target: Path) -> None:
-    """Move every file of `temporary` into `target`; remove weights of an earlier save that would be read."""
-    if not target.exists():
-        # mkdtemp makes a private directory; the checkpoint gets the permissions any new directory has.
-        umask = os.umask(0)
-        os.umask(umask)
-        temporary.chmod(0o777 & ~umask)
-        os.replace(temporary, target)
-        return
-    new = {path.name for path in temporary.iterdir()}
-    stale = [path for path in target.glob("model*.safetensors*") if path.name not in new]
-    # The file that says "converted checkpoint" goes last: until then a reader sees the previous one.
-    for path in sorted(temporary.iterdir(), key=lambda p: p.name in {RECORD, "config.json"}):
-        os.replace(path, target / path.name)
-    for path in (*stale, *([target / RECORD] if RECORD not in new else [])):
-        path.unlink(missing_ok=True)
+def _remove_stale(target: Path, new: set[str]) -> None:
+    """Remove the files of an earlier save that would be read beside the new ones."""
+    old = {RECORD, *(path.name for path in target.glob("model*.safetensors*"))}
+    for name in old - new:
+        (target / name).unlink(missing_ok=True)
 
 
 def _header(path: Path) -> dict[str, tuple[tuple[int, ...], str]]:

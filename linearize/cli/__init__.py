@@ -1,9 +1,9 @@
 """The command line: what stands behind `linearize` and `python -m linearize`.
 
 A command is a function with typer's annotations in one of the modules here, and a line in `COMMANDS`; its
-docstring is its help. `sources` finds models, tokenizers and their files, `options` has the options of
-rewriting, `terminal` prints tables. Modules import torch, transformers and the package's own parts inside
-the functions that need them: `--help` and mistakes in typing import none of them.
+docstring is its help. `sources` finds models, tokenizers and their files, `options` has what several commands
+share and groups of options, `terminal` prints tables. Modules import torch, transformers and the package's
+own parts inside the functions that need them: `--help` and mistakes in typing import none of them.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from rich.console import Console
 
 from ..errors import LinearizeError
 from . import about, convert, evaluation, generation, hybrid, onnx, training
+from .options import grouped
 
 COMMANDS: dict[str, Callable[..., None]] = {
     "version": about.version,
@@ -46,7 +47,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 for _name, _command in COMMANDS.items():
-    app.command(_name, **_SETTINGS.get(_name, {}))(_command)
+    app.command(_name, **_SETTINGS.get(_name, {}))(grouped(_command))
 
 
 def main() -> None:

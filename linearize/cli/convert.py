@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from ..errors import CheckpointError
-from .options import Approximate, Augmentation, Group, Mechanism, Option, Taps, numbers, option_values
+from .options import OnRefusal, Rewriting, numbers
 from .sources import Source, copy_companions, find_source, load_source, load_tokenizer
 from .terminal import console
 
@@ -18,27 +18,15 @@ CALIBRATION_LENGTH = 512
 
 def inspect(
     model: Source,
+    *,
     json: Annotated[bool, typer.Option("--json", help="print JSON instead of a table")] = False,
     html: Annotated[Path | None, typer.Option(help="also write a page to this file")] = None,
-    mechanism: Mechanism = "augmented",
-    group_size: Group = 64,
-    conv_taps: Taps = 32,
-    option: Option = None,
-    augmentation: Augmentation = None,
-    approximate: Approximate = None,
+    rewriting: Rewriting,
 ) -> None:
     """List every candidate attention site: where it is, what it means, what becomes of it or why not."""
     from ..convert.inspect import inspect as inspect_model
-    from ..planning.config import LinearizeConfig
 
-    config = LinearizeConfig(
-        mechanism=mechanism,
-        group_size=group_size,
-        conv_taps=conv_taps,
-        options=option_values(option or ()),
-        augmentation=augmentation,
-        approximate=tuple(approximate or ()),
-    )
+    config = rewriting.config()
     report = inspect_model(load_source(find_source(model)), config=config)
     if html is not None:
         try:
@@ -54,17 +42,12 @@ def inspect(
 def convert(
     source: Source,
     target: Annotated[Path, typer.Argument(help="the folder to write")],
-    mechanism: Mechanism = "augmented",
-    group_size: Group = 64,
-    conv_taps: Taps = 32,
-    option: Option = None,
-    augmentation: Augmentation = None,
+    rewriting: Rewriting,
     layers: Annotated[str, typer.Option(help="only these layer indices, such as 0,1,5; empty is all")] = "",
     keep_softmax: Annotated[
         list[str] | None, typer.Option(help="layer index or module path to leave; repeat for several")
     ] = None,
-    on_refusal: Annotated[str, typer.Option(help="error: all or nothing; keep: what can be")] = "error",
-    approximate: Approximate = None,
+    on_refusal: OnRefusal = "error",
     calibrate: Annotated[
         list[Path] | None,
         typer.Option(help="text file, or folder of them, to fit the new parameters on; repeat for several"),
@@ -73,19 +56,12 @@ def convert(
     """Convert a transformers model and write it, tokenizer and all, to a folder."""
     from ..checkpoint.saving import save
     from ..convert.linearize import linearize
-    from ..planning.config import LinearizeConfig
     from ..planning.state import state_of
 
-    config = LinearizeConfig(
-        mechanism=mechanism,
-        group_size=group_size,
-        conv_taps=conv_taps,
-        options=option_values(option or ()),
-        augmentation=augmentation,
+    config = rewriting.config(
         layers=numbers(layers, "layers"),
         keep_softmax=tuple(int(item) if item.isdigit() else item for item in keep_softmax or ()),
         on_refusal=on_refusal,
-        approximate=tuple(approximate or ()),
     )
     folder = find_source(source)
     if target.resolve() == folder.resolve():
@@ -102,4 +78,4 @@ def convert(
     save(model, target)
     copy_companions(folder, target)
     count = len(state_of(model).plan.sites)
-    typer.echo(f"{count} attention modules rewritten to {mechanism}, written to {target}")
+    typer.echo(f"{count} attention modules rewritten to {config.mechanism}, written to {target}")

@@ -4,21 +4,64 @@ from __future__ import annotations
 
 import json as codec
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from ..errors import ConfigError, InvalidModelError, MissingExtraError
-from .options import numbers
-from .sources import Source, find_source, hide_bars, is_demo, load_source, load_tokenizer, to_device
+from .options import Device, Dtype, numbers
+from .sources import Source, find_source, hide_bars, load_model, load_tokenizer
 from .terminal import console
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from ..evaluation import Evaluation
 
 TEXTS = 1000
 """Lines of the data that an encoder compares: pairs grow with the square."""
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """Where the figures go besides the terminal."""
+
+    name: Annotated[
+        str | None, typer.Option(help="what to call the data in the card; its file names unless said")
+    ] = None
+    plot: Annotated[Path | None, typer.Option(help="draw the curves to this .png, .svg or .pdf")] = None
+    json: Annotated[Path | None, typer.Option(help="write the figures to this file")] = None
+    card: Annotated[
+        bool, typer.Option("--card", help="put the figures into the model's folder and its README.md")
+    ] = False
+
+    def check(self, source: str, model: PreTrainedModel) -> None:
+        """Raises ConfigError or InvalidModelError where a card cannot be written: before all measuring."""
+        from ..planning.state import state_of
+
+        if self.card:
+            if not Path(source).is_dir():
+                raise ConfigError(f"--card writes into the model's folder, and {source} is none")
+            state_of(model)
+
+    def write(self, evaluation: Evaluation, source: str, model: PreTrainedModel) -> None:
+        """Write what was asked for; the terminal has the table already."""
+        from ..common.files import write_whole
+
+        if self.json is not None:
+            write_whole(self.json, codec.dumps(evaluation.to_dict(), indent=2) + "\n")
+        if self.plot is not None:
+            evaluation.plot(self.plot)
+        if self.card:
+            from ..evaluation.card import update_folder
+
+            evaluation.attach(model)
+            if not update_folder(model, Path(source)):
+                typer.echo(
+                    f"{source}/README.md is not ours and stays; the figures are in config.json", err=True
+                )
 
 
 def evaluate(
@@ -29,6 +72,7 @@ def evaluate(
             help="a text file, or a folder of them; repeat for several. An encoder takes each line as a text"
         ),
     ],
+    *,
     reference: Annotated[
         str | None, typer.Option(help="the original, to compare with: a folder, a Hub name, or `demo`")
     ] = None,
@@ -38,65 +82,58 @@ def evaluate(
     ] = "",
     tokens: Annotated[int, typer.Option(help="tokens of the data to use")] = 32_768,
     speed: Annotated[bool, typer.Option(help="also take times and memory")] = True,
-    name: Annotated[
-        str | None, typer.Option(help="what to call the data in the card; its file names unless said")
-    ] = None,
-    plot: Annotated[Path | None, typer.Option(help="draw the curves to this .png, .svg or .pdf")] = None,
-    json: Annotated[Path | None, typer.Option(help="write the figures to this file")] = None,
-    card: Annotated[
-        bool, typer.Option("--card", help="put the figures into the model's folder and its README.md")
-    ] = False,
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16; auto: as stored")] = "auto",
-    device: Annotated[str, typer.Option(help="where it runs, such as cpu or cuda")] = "cpu",
+    outputs: Outputs,
+    dtype: Dtype = "auto",
+    device: Device = "cpu",
     seed: Annotated[int, typer.Option(help="of the choice of text")] = 0,
 ) -> None:
     """Measure a model, beside its original if given: perplexity by length, agreement, speed and memory."""
-    from ..common.files import write_whole
-    from ..common.text import text_lines, text_tokens
     from ..evaluation import evaluate as measure
+
+    if outputs.card and dtype != "auto":
+        raise ConfigError("--card is about the weights as they are stored: leave out --dtype")
+    model = load_model(source, dtype, device)
+    outputs.check(source, model)
+    other = None if reference is None else load_model(reference, dtype, device)
+    tokenizer = load_tokenizer(find_source(source))
+    wanted = numbers(lengths, "lengths")
+    evaluation = measure(
+        model,
+        _texts(model, source, tokenizer, data, tokens, wanted, seed),
+        reference=other,
+        tokenizer=tokenizer,
+        lengths=wanted,
+        max_tokens=tokens,
+        speed=speed,
+        name=", ".join(path.name for path in data) if outputs.name is None else outputs.name,
+    )
+    console(160).print(evaluation)
+    outputs.write(evaluation, source, model)
+
+
+def _texts(
+    model: PreTrainedModel,
+    source: str,
+    tokenizer: PreTrainedTokenizerBase,
+    data: list[Path],
+    tokens: int,
+    lengths: tuple[int, ...] | None,
+    seed: int,
+) -> list[Any]:
+    """What the model is measured on: token ids of a decoder's files, the lines of an encoder's."""
+    from ..common.text import text_lines, text_tokens
     from ..evaluation.compared import kind_of
     from ..evaluation.perplexity import LENGTHS
 
-    if card and dtype != "auto":
-        raise ConfigError("--card is about the weights as they are stored: leave out --dtype")
-    model = _load(source, dtype, device)
-    if card:
-        _check_card(source, model)
-    other = None if reference is None else _load(reference, dtype, device)
-    tokenizer = load_tokenizer(find_source(source))
-    wanted = numbers(lengths, "lengths")
     kind = kind_of(model)
     if kind == "encoder-decoder":
         raise InvalidModelError(
             f"{source} is an encoder-decoder, which needs pairs of texts: call linearize.evaluate with dicts "
             "of its inputs and labels"
         )
-    texts: list[Any]
-    if kind == "decoder":
-        texts = list(text_tokens(data, tokenizer, tokens, max(wanted or LENGTHS), seed))
-    else:
-        texts = text_lines(data, TEXTS)
-    evaluation = measure(
-        model,
-        texts,
-        reference=other,
-        tokenizer=tokenizer,
-        lengths=wanted,
-        max_tokens=tokens,
-        speed=speed,
-        name=", ".join(path.name for path in data) if name is None else name,
-    )
-    console(160).print(evaluation)
-    if json is not None:
-        write_whole(json, codec.dumps(evaluation.to_dict(), indent=2) + "\n")
-    if plot is not None:
-        evaluation.plot(plot)
-    if card:
-        from ..evaluation.card import update_folder
-
-        evaluation.attach(model)
-        if not update_folder(model, Path(source)):
-            typer.echo(f"{source}/README.md is not ours and stays; the figures are in config.json", err=True)
+    if kind == "encoder":
+        return list(text_lines(data, TEXTS))
+    return list(text_tokens(data, tokenizer, tokens, max(lengths or LENGTHS), seed))
 
 
 def lm_eval(context: typer.Context) -> None:
@@ -110,17 +147,3 @@ def lm_eval(context: typer.Context) -> None:
     hide_bars()
     sys.argv = ["lm-eval", *context.args]
     cli_evaluate()
-
-
-def _load(source: str, dtype: str, device: str) -> PreTrainedModel:
-    # The demo is stored in bfloat16 and meant to run in float32, as `load_demo` has it.
-    demo = dtype == "auto" and is_demo(source)
-    return to_device(load_source(find_source(source), "float32" if demo else dtype), device)
-
-
-def _check_card(source: str, model: PreTrainedModel) -> None:
-    from ..planning.state import state_of
-
-    if not Path(source).is_dir():
-        raise ConfigError(f"--card writes into the model's folder, and {source} is none")
-    state_of(model)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -10,100 +12,123 @@ import typer
 from rich.table import Table
 
 from ..errors import ConfigError, InputError
+from .options import Device, Dtype
 from .sources import find_source, is_demo, load_decoder, load_source, to_device
 from .terminal import console
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
     from ..generation.run import GenerationStats
+    from ..generation.speculative import MedusaHeads, TreeSpeculation
+
+
+Decoder = Annotated[
+    str, typer.Argument(help="a folder with a decoder, converted or not, or `demo`, converted on the way")
+]
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How tokens are chosen."""
+
+    max_new_tokens: Annotated[int, typer.Option(help="tokens to stop after")] = 128
+    temperature: Annotated[float, typer.Option(help="0: the likeliest token; above: sampled")] = 0.0
+    top_p: Annotated[float, typer.Option(help="sample from the likeliest tokens of this probability")] = 1.0
+    seed: Annotated[int, typer.Option(help="of sampling")] = 0
+
+
+@dataclass(frozen=True)
+class Drafting:
+    """What drafts tokens, if anything does."""
+
+    speculative: Annotated[
+        str | None, typer.Option(help="draft tokens: medusa, draft, lookup, or medusa+lookup")
+    ] = None
+    heads: Annotated[
+        Path | None, typer.Option(help="folder with Medusa heads; the model's own unless said")
+    ] = None
+    draft: Annotated[str | None, typer.Option(help="folder with the small model that drafts")] = None
+    nodes: Annotated[int | None, typer.Option(help="most tokens a drafter drafts per pass")] = None
+
+    def of(self, model: PreTrainedModel, source: str, dtype: str, device: str) -> TreeSpeculation | None:
+        """The speculation for a model; None where none was asked for. Raises ConfigError."""
+        from ..generation.run import check_decoder, speculation_of
+
+        if self.speculative is None:
+            if (self.heads, self.draft, self.nodes) != (None, None, None):
+                raise ConfigError(
+                    "--heads, --draft and --nodes go with --speculative medusa, draft or lookup"
+                )
+            return None
+        small = None
+        if self.draft is not None:
+            small = to_device(load_source(find_source(self.draft), dtype), device)
+            check_decoder(small, self.draft)
+        own = find_source(source) if self.heads is None else self.heads
+        return speculation_of(self.speculative, model, heads=own, draft=small, nodes=self.nodes)
+
+
+@dataclass(frozen=True)
+class Training:
+    """How heads are trained; the fields are arguments of `linearize.train_heads`."""
+
+    num_heads: Annotated[int, typer.Option(help="tokens to guess ahead")] = 4
+    targets: Annotated[
+        str, typer.Option(help="what heads learn: generated (what the model writes), model or text")
+    ] = "generated"
+    context: Annotated[int, typer.Option(help="tokens that are read at once")] = 512
+    epochs: Annotated[float, typer.Option(help="times that the data is gone through")] = 3.0
+    batch_size: Annotated[int, typer.Option(help="pieces of `context` tokens per step")] = 1
+    learning_rate: Annotated[float, typer.Option(help="of AdamW, at its highest")] = 2e-3
+    own_layers: Annotated[bool, typer.Option(help="an output layer for each head, as in Medusa-1")] = False
+    resume: Annotated[bool, typer.Option(help="go on from the last of these checkpoints")] = False
+    seed: Annotated[int, typer.Option(help="of the choice and the order of the data")] = 0
 
 
 def generate(
-    source: Annotated[
-        str, typer.Argument(help="a folder with a decoder, converted or not, or `demo`, converted on the way")
-    ],
+    source: Decoder,
+    *,
     prompt: Annotated[str | None, typer.Option(help="the text to continue")] = None,
     file: Annotated[Path | None, typer.Option(help="a file with the text to continue")] = None,
-    max_new_tokens: Annotated[int, typer.Option(help="tokens to stop after")] = 128,
-    temperature: Annotated[float, typer.Option(help="0: the likeliest token; above: sampled")] = 0.0,
-    top_p: Annotated[float, typer.Option(help="sample from the likeliest tokens of this probability")] = 1.0,
-    seed: Annotated[int, typer.Option(help="of sampling")] = 0,
-    speculative: Annotated[
-        str | None, typer.Option(help="draft tokens: medusa, draft, lookup, or medusa+lookup")
-    ] = None,
-    heads: Annotated[
-        Path | None, typer.Option(help="folder with Medusa heads; the model's own unless said")
-    ] = None,
-    draft: Annotated[str | None, typer.Option(help="folder with the small model that drafts")] = None,
-    nodes: Annotated[int | None, typer.Option(help="most tokens a drafter drafts per pass")] = None,
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16; auto: as stored")] = "auto",
-    device: Annotated[str, typer.Option(help="where it runs, such as cpu or cuda")] = "cpu",
+    sampling: Sampling,
+    drafting: Drafting,
+    dtype: Dtype = "auto",
+    device: Device = "cpu",
 ) -> None:
     """Continue a text: the text on stdout as it comes, then what it took on stderr."""
-    from ..generation.run import check_decoder, speculation_of
     from ..generation.run import generate as continue_text
 
     text = _prompt(prompt, file)
     model, tokenizer = load_decoder(source, dtype, device)
     if text and is_demo(source):
         text = f"{tokenizer.bos_token}{text}"  # as in its training; its tokenizer does not add it
-    speculation = None
-    if speculative is not None:
-        small = None
-        if draft is not None:
-            small = to_device(load_source(find_source(draft), dtype), device)
-            check_decoder(small, draft)
-        own = find_source(source) if heads is None else heads
-        speculation = speculation_of(speculative, model, heads=own, draft=small, nodes=nodes)
-    elif heads is not None or draft is not None or nodes is not None:
-        raise ConfigError("--heads, --draft and --nodes go with --speculative medusa, draft or lookup")
 
     def write(piece: str) -> None:
         sys.stdout.write(piece)
         sys.stdout.flush()
 
-    run = continue_text(
-        model,
-        tokenizer,
-        text,
-        max_new_tokens=max_new_tokens,
-        temperature=temperature,
-        top_p=top_p,
-        seed=seed,
-        speculation=speculation,
-        write=write,
-    )
-    sys.stdout.write("\n")
-    sys.stdout.flush()
+    speculation = drafting.of(model, source, dtype, device)
+    settings = dataclasses.asdict(sampling)
+    run = continue_text(model, tokenizer, text, speculation=speculation, write=write, **settings)
+    write("\n")
     _tell(run)
 
 
 def train_heads(
-    source: Annotated[
-        str, typer.Argument(help="a folder with a decoder, converted or not, or `demo`, converted on the way")
-    ],
+    source: Decoder,
     data: Annotated[list[Path], typer.Option(help="a text file, or a folder of them; repeat for several")],
+    *,
     out: Annotated[Path | None, typer.Option(help="folder to write; the model's own unless said")] = None,
-    num_heads: Annotated[int, typer.Option(help="tokens to guess ahead")] = 4,
-    targets: Annotated[
-        str, typer.Option(help="what heads learn: generated (what the model writes), model or text")
-    ] = "generated",
     max_tokens: Annotated[
         int, typer.Option(help="tokens of the data to use; memory and time go by them")
     ] = 60_000,
-    context: Annotated[int, typer.Option(help="tokens that are read at once")] = 512,
-    epochs: Annotated[float, typer.Option(help="times that the data is gone through")] = 3.0,
-    batch_size: Annotated[int, typer.Option(help="pieces of `context` tokens per step")] = 1,
-    learning_rate: Annotated[float, typer.Option(help="of AdamW, at its highest")] = 2e-3,
-    own_layers: Annotated[bool, typer.Option(help="an output layer for each head, as in Medusa-1")] = False,
+    training: Training,
     checkpoints: Annotated[Path | None, typer.Option(help="folder for a checkpoint every epoch")] = None,
-    resume: Annotated[bool, typer.Option(help="go on from the last of these checkpoints")] = False,
-    seed: Annotated[int, typer.Option(help="of the choice and the order of the data")] = 0,
 ) -> None:
     """Train Medusa heads on a frozen decoder, for `generate --speculative medusa`."""
     from ..common.text import text_tokens
-    from ..generation.speculative import fit_tree
     from ..generation.speculative import train_heads as train
-    from ..generation.speculative.medusa import NODES
 
     target = out
     if target is None:
@@ -113,26 +138,26 @@ def train_heads(
     model, tokenizer = load_decoder(source)
     heads = train(
         model,
-        text_tokens(data, tokenizer, max_tokens, context, seed),
-        num_heads=num_heads,
-        targets=targets,
-        context=context,
-        epochs=epochs,
-        batch_size=batch_size,
-        learning_rate=learning_rate,
-        own_layers=own_layers,
+        text_tokens(data, tokenizer, max_tokens, training.context, training.seed),
         output_dir=checkpoints,
-        resume=resume,
         progress=sys.stderr.isatty(),
-        seed=seed,
+        **dataclasses.asdict(training),
     )
     heads.save(target)
+    _tell_heads(heads, target)
+
+
+def _tell_heads(heads: MedusaHeads, target: Path) -> None:
+    """How often heads are right, by rank of their guesses, and what a tree of them should give."""
+    from ..generation.speculative import fit_tree
+    from ..generation.speculative.medusa import NODES
+
     rates = heads.rates or []
     table = Table("held-out text, right by rank", *(f"{rank + 1}" for rank in range(len(rates[0]))))
     for head, row in enumerate(rates):
         table.add_row(f"head {head + 1}", *(f"{rate:.1%}" for rate in row))
     console(120).print(table)
-    typer.echo(f"{num_heads} heads written to {target}")
+    typer.echo(f"{heads.num_heads} heads written to {target}")
     if any(rates[0]):
         tree = fit_tree(rates, NODES)
         typer.echo(

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ..errors import ConfigError
-from .options import Approximate, Augmentation, Group, Mechanism, Option, Taps, option_values
-from .sources import Source, find_source, is_demo, load_source, load_tokenizer
+from .options import Data, OnRefusal, Rewriting
+from .sources import Source, find_source, load_model, load_tokenizer
 from .terminal import console
 
 if TYPE_CHECKING:
@@ -25,13 +25,8 @@ BATCH = 4
 
 def plan(
     source: Source,
-    data: Annotated[
-        list[Path],
-        typer.Option(
-            help="a text file, or a folder of them; repeat for several. An encoder takes each line as a "
-            "text, an encoder-decoder lines of JSON with input and target"
-        ),
-    ],
+    data: Data,
+    *,
     budget: Annotated[
         str | None, typer.Option(help="layers that may stay softmax: a number, or a share such as 0.25")
     ] = None,
@@ -39,13 +34,8 @@ def plan(
         float | None,
         typer.Option(help="instead of a budget: as few as bring the divergence from the original to this"),
     ] = None,
-    mechanism: Mechanism = "augmented",
-    group_size: Group = 64,
-    conv_taps: Taps = 32,
-    option: Option = None,
-    augmentation: Augmentation = None,
-    on_refusal: Annotated[str, typer.Option(help="error: all or nothing; keep: what can be")] = "error",
-    approximate: Approximate = None,
+    rewriting: Rewriting,
+    on_refusal: OnRefusal = "error",
     search: Annotated[
         str, typer.Option(help="greedy; or ranking, which is faster where there are many layers")
     ] = "greedy",
@@ -55,25 +45,14 @@ def plan(
 ) -> None:
     """Measure what each layer costs when it is linear, and say which are best left softmax."""
     from ..common.files import write_whole
-    from ..planning.config import LinearizeConfig
     from ..training.data import Collate, training_data
     from ..training.files import read_files
     from ..training.hybrid import plan as find
 
-    config = LinearizeConfig(
-        mechanism=mechanism,
-        group_size=group_size,
-        conv_taps=conv_taps,
-        options=option_values(option or ()),
-        augmentation=augmentation,
-        on_refusal=on_refusal,
-        approximate=tuple(approximate or ()),
-    )
+    config = rewriting.config(on_refusal=on_refusal)
     limit = None if budget is None else _number(budget)
-    folder = find_source(source)
-    # The demo is stored in bfloat16 and meant to run in float32, as `load_demo` has it.
-    model = load_source(folder, "float32" if is_demo(source) else "auto")
-    tokenizer = load_tokenizer(folder)
+    model = load_model(source)
+    tokenizer = load_tokenizer(find_source(source))
     texts = read_files(model, tokenizer, data, tokens, CONTEXT, seed)
     rows = training_data(model, texts, tokenizer, CONTEXT).first(tokens).rows
     collate = Collate.of(model)

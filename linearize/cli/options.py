@@ -1,14 +1,26 @@
-"""Options that say how a model is to be rewritten, shared by the commands that rewrite."""
+"""Options that several commands share, and groups of options.
+
+A group is a dataclass whose fields are annotated as a command's parameters are. A command takes the group as
+one parameter, and `grouped` gives it the options on the command line.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import dataclasses
+import functools
+import inspect
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
-from typing import Annotated, Any
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 import typer
 
 from ..errors import ConfigError
+
+if TYPE_CHECKING:
+    from ..planning.config import LinearizeConfig
 
 Mechanism = Annotated[
     str, typer.Option(help="what takes the softmax's place; `linearize mechanisms` lists what there is")
@@ -30,6 +42,81 @@ Taps = Annotated[int, typer.Option(help="tokens that the convolution over values
 Approximate = Annotated[
     list[str] | None, typer.Option(help="a part of the attention that may be dropped; repeat for several")
 ]
+OnRefusal = Annotated[str, typer.Option(help="error: all or nothing; keep: what can be")]
+Data = Annotated[
+    list[Path],
+    typer.Option(
+        help="a text file, or a folder of them; repeat for several. An encoder takes each line as a "
+        "text, an encoder-decoder lines of JSON with input and target"
+    ),
+]
+Dtype = Annotated[str, typer.Option(help="float32, bfloat16 or float16; auto: as stored")]
+Device = Annotated[str, typer.Option(help="where it runs, such as cpu or cuda")]
+
+
+@dataclass(frozen=True)
+class Rewriting:
+    """How a model is to be rewritten."""
+
+    mechanism: Mechanism = "augmented"
+    group_size: Group = 64
+    conv_taps: Taps = 32
+    option: Option = None
+    augmentation: Augmentation = None
+    approximate: Approximate = None
+
+    def config(self, **more: Any) -> LinearizeConfig:
+        """The config that the options describe. more: its other fields."""
+        from ..planning.config import LinearizeConfig
+
+        return LinearizeConfig(
+            mechanism=self.mechanism,
+            group_size=self.group_size,
+            conv_taps=self.conv_taps,
+            options=option_values(self.option or ()),
+            augmentation=self.augmentation,
+            approximate=tuple(self.approximate or ()),
+            **more,
+        )
+
+
+def grouped(command: Callable[..., None]) -> Callable[..., None]:
+    """The command with the fields of each of its groups as parameters of their own."""
+    signature = inspect.signature(command, eval_str=True)
+    groups: dict[str, Any] = {
+        name: parameter.annotation
+        for name, parameter in signature.parameters.items()
+        if dataclasses.is_dataclass(parameter.annotation)
+    }
+    parameters: list[inspect.Parameter] = []
+    for name, parameter in signature.parameters.items():
+        if name in groups:
+            parameters += _parameters(groups[name])
+        else:
+            parameters.append(parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY))
+
+    @functools.wraps(command)
+    def with_options(**given: Any) -> None:
+        for name, group in groups.items():
+            given[name] = group(**{field.name: given.pop(field.name) for field in dataclasses.fields(group)})
+        command(**given)
+
+    with_options.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
+    return with_options
+
+
+def _parameters(group: Any) -> Iterable[inspect.Parameter]:
+    hints = get_type_hints(group, include_extras=True)
+    for field in dataclasses.fields(group):
+        default = inspect.Parameter.empty if field.default is dataclasses.MISSING else field.default
+        yield inspect.Parameter(
+            field.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=hints[field.name]
+        )
+
+
+def given(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Without what the user did not say."""
+    return {name: value for name, value in settings.items() if value is not None}
 
 
 def option_values(given: Iterable[str]) -> dict[str, Any]:

@@ -36,7 +36,9 @@ def find_source(name: str) -> Path:
     if folder.is_dir():
         return folder
     if is_demo(name):
-        return Path(__file__).parent.parent / "demo" / "model"
+        from ..demo import MODEL
+
+        return MODEL
     if folder.is_absolute() or name.startswith((".", "~")) or name.count("/") != 1:
         raise CheckpointError(f"{name}: no such folder")
     from huggingface_hub import snapshot_download
@@ -48,6 +50,15 @@ def find_source(name: str) -> Path:
         raise CheckpointError(
             f"{name} is no folder here and could not be fetched from the Hub: {error}"
         ) from error
+
+
+def load_model(source: str, dtype: str = "auto", device: str = "cpu") -> PreTrainedModel:
+    """The model that a user named, on a device. dtype: "auto" is as stored, but float32 for the demo.
+
+    The demo is stored in bfloat16 and meant to run in float32, as `load_demo` has it.
+    """
+    demo = dtype == "auto" and is_demo(source)
+    return to_device(load_source(find_source(source), "float32" if demo else dtype), device)
 
 
 def load_source(folder: Path, dtype: str = "auto") -> PreTrainedModel:
@@ -86,11 +97,9 @@ def load_decoder(
     from ..convert.linearize import linearize
     from ..generation.run import check_decoder
 
-    folder = find_source(source)
-    # The demo is stored in bfloat16 and meant to run in float32, as `load_demo` has it.
-    model = load_source(folder, "float32" if dtype == "auto" and is_demo(source) else dtype)
+    model = load_model(source, dtype)
     check_decoder(model, source)
-    tokenizer = load_tokenizer(folder)
+    tokenizer = load_tokenizer(find_source(source))
     if is_demo(source):
         linearize(model)
         typer.echo(

@@ -1,3 +1,5 @@
+"""Running a model of any kind on inputs of any kind, quietly."""
+
 from __future__ import annotations
 
 import contextlib
@@ -38,9 +40,8 @@ def without_cache(model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Any]
 def run_model(model: nn.Module, inputs: Mapping[str, Any]) -> tuple[Tensor, ...]:
     """Floating outputs of one forward pass. Raises InputError when the model does not run on the inputs."""
     try:
-        torch.manual_seed(
-            0
-        )  # inside `quiet_run`, which restores it: some models draw masks even in evaluation
+        # Inside `quiet_run`, which restores it: some models draw masks even in evaluation.
+        torch.manual_seed(0)
         return floats(call(model, without_cache(model, inputs)))
     except LinearizeError:
         raise
@@ -55,6 +56,11 @@ def call(model: nn.Module, inputs: Mapping[str, Any]) -> Any:
     """Call with keyword inputs; positional ones are under integer-like names `0`, `1`, ..."""
     positional = [inputs[name] for name in sorted((n for n in inputs if n.isdigit()), key=int)]
     return model(*positional, **{name: value for name, value in inputs.items() if not name.isdigit()})
+
+
+def generates(model: nn.Module) -> bool:
+    """Whether the model decodes with a cache, as transformers has it."""
+    return bool(getattr(model, "can_generate", lambda: False)())
 
 
 def shapes(inputs: Mapping[str, Any]) -> str:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..cache.lookup import check_empty
-from ..common.running import call, quiet_run, without_cache
+from ..common.running import call, generates, quiet_run, without_cache
 from ..errors import InputError
 
 LENGTHS = (11, 23)
@@ -225,7 +225,7 @@ def _padded(model: nn.Module, example: Mapping[str, Any]) -> dict[str, Any] | No
             and mask.shape[1] > 6
         ):
             padded = mask.clone()
-            left = not getattr(model.config, "is_encoder_decoder", False) and _generates(model)
+            left = not getattr(model.config, "is_encoder_decoder", False) and generates(model)
             if left:
                 padded[0, :4] = 0
                 padded[-1, :1] = 0
@@ -235,7 +235,3 @@ def _padded(model: nn.Module, example: Mapping[str, Any]) -> dict[str, Any] | No
             result[name] = padded
             changed = True
     return result if changed else None
-
-
-def _generates(model: nn.Module) -> bool:
-    return bool(getattr(model, "can_generate", lambda: False)())

@@ -27,6 +27,7 @@ from ..convert.inspect import inspect
 from ..convert.linearize import linearize
 from ..errors import MissingExtraError
 from ..evaluation import evaluate
+from . import MODEL
 from .load import linear_record, load_demo
 
 WINDOW = 512
@@ -118,7 +119,7 @@ def run(console: Console, plot: Path) -> None:
 
 def held_out_text() -> tuple[str, str]:
     """Name and contents of a standard library file that the demo model was not trained on."""
-    record = json.loads((Path(__file__).parent / "model" / "training.json").read_text())["snippet"]
+    record = json.loads((MODEL / "training.json").read_text())["snippet"]
     path = Path(sysconfig.get_path("stdlib")) / record["file"]
     # A Python without its library's source still has the beginning of the file.
     return record["file"], path.read_text(encoding="utf-8") if path.is_file() else record["text"]

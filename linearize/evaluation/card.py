@@ -72,7 +72,17 @@ def is_ours(path: Path) -> bool:
 
 
 def card(model: nn.Module) -> str:
-    """The card's text, Markdown. Raises InvalidModelError for a model that is not converted."""
+    """Write the text of a converted model's card: what was converted, how to load it, what was measured.
+
+    Args:
+        model: A model that `linearize` converted.
+
+    Returns:
+        Markdown with the YAML header of a model card.
+
+    Raises:
+        InvalidModelError: The model is not converted.
+    """
     from transformers import PreTrainedModel
 
     state = state_of(model)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..common.running import quiet_run
+from ..common.running import generates, quiet_run
 from ..errors import ExportError, InvalidModelError
 from ..mechanisms.module import AttentionModule
 from . import file as files
@@ -140,7 +140,7 @@ def _makers(
 ) -> dict[str, Callable[[Any], Program]]:
     """The graphs that the model becomes, by file name."""
     paired = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
-    stateful = inputs is None and programs.generates(model)
+    stateful = inputs is None and generates(model)
     if last_logits and (paired or not stateful):
         raise ExportError("last_logits is for a decoder that is exported with its states")
     if stateful:

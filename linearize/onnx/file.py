@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import logging
-import os
 import re
-import shutil
-import tempfile
 import warnings
 from collections import Counter
 from collections.abc import Iterator
@@ -19,6 +16,7 @@ import onnx_ir as ir
 import torch
 from onnxscript.rewriter import pattern
 
+from ..common import files
 from ..common.version import __version__
 from ..errors import ExportError
 from . import body
@@ -159,19 +157,11 @@ def staged(target: Path, names_target: bool) -> Iterator[Path]:
         parent = home if names_target else home.parent
         if not parent.is_dir():
             raise ExportError(f"cannot write {target}: there is no folder {parent}")
-        temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=parent))
-    except OSError as error:
-        raise ExportError(f"cannot write {target}: {error}") from error
-    try:
-        yield temporary
-        home.mkdir(exist_ok=True)
         # A file of weights first: a graph without its weights would be half a model.
-        for file in sorted(temporary.iterdir(), key=lambda file: file.suffix == ".onnx"):
-            os.replace(file, home / file.name)
+        with files.staged(home, last=lambda file: file.suffix == ".onnx") as temporary:
+            yield temporary
     except OSError as error:
         raise ExportError(f"cannot write {target}: {error}") from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 @contextmanager

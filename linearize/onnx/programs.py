@@ -73,11 +73,6 @@ class Program:
     caches: int = 0
 
 
-def generates(model: nn.Module) -> bool:
-    """Whether the model decodes with a cache."""
-    return bool(getattr(model, "can_generate", lambda: False)())
-
-
 def plain(model: nn.Module, inputs: Any) -> Program:
     """One call without a cache: encoders, vision models, any module."""
     examples = example_inputs(model, inputs)

@@ -6,9 +6,10 @@ import dataclasses
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
-from typing import Any
+from typing import Any, TypeGuard
 
 from .. import mechanisms
+from ..common.checks import require
 from ..errors import ConfigError
 from ..mechanisms.base import DROPPABLE
 
@@ -40,23 +41,28 @@ class Options(Mapping[str, Any]):
 
 @dataclass(frozen=True)
 class LinearizeConfig:
-    """Options of one conversion; every field has the default of the paper where it has one.
+    """The settings of one conversion. Immutable, hashable, and stored with every checkpoint.
+
+    Lists are accepted where a tuple is stored.
 
     Attributes:
-        mechanism: name of what takes the softmax's place ("softmax" keeps it, through the same machinery).
-        group_size: tokens per group of the local part.
-        conv_taps: past tokens, the present one included, that the convolution over values sees; bidirectional
-            sites use `2 * conv_taps - 1` centred taps.
-        local_scale: weight of the local part of `augmented` and `local` before any fitting or tuning.
-        augmentation: add the convolution over values to any mechanism, or leave it out. None: as the
-            mechanism has it, which is with it for `augmented` and without for all others.
-        options: settings of the mechanism itself, by name (`mechanisms.get(name).options` lists them).
-        layers: rewrite only these layer indices (None: all).
-        keep_softmax: layer indices or module paths to leave untouched.
-        on_refusal: "error" rewrites all or nothing, "keep" leaves out the sites that cannot be rewritten.
-        approximate: what may be dropped from a site although its output depends on it, see `DROPPABLE`.
+        mechanism: Name of what takes the softmax's place; `linearize mechanisms` lists them. "softmax" keeps
+            the softmax, through the same machinery.
+        group_size: Tokens per group of the local part.
+        conv_taps: Past tokens, the present one included, that the convolution over values sees.
+            Bidirectional sites use `2 * conv_taps - 1` centred taps.
+        local_scale: Weight of the local part of `augmented` and `local` before any fitting or tuning.
+        augmentation: Whether to add the convolution over values. None: as the mechanism has it by default.
+        options: Settings of the mechanism itself, by name; `mechanisms.get(name).options` lists them.
+        layers: Indices of the layers to rewrite; None for all.
+        keep_softmax: Indices of layers, or paths of modules, to leave as they are.
+        on_refusal: "error" rewrites everything or nothing; "keep" leaves out the sites that cannot be
+            rewritten.
+        approximate: Names of what may be dropped from a site although its output depends on it, such as
+            "softcap"; `linearize.planning.config.DROPPABLE` lists them.
 
-    Raises ConfigError, naming the field, when a value is of the wrong kind or out of range.
+    Raises:
+        ConfigError: A value is of the wrong kind or out of range; the message names the field.
     """
 
     mechanism: str = "augmented"
@@ -76,36 +82,36 @@ class LinearizeConfig:
             if isinstance(getattr(self, name), list | set | frozenset | range):
                 object.__setattr__(self, name, tuple(getattr(self, name)))
         mechanism = mechanisms.get(self.mechanism)
-        _require(
+        require(
             _is_int(self.group_size) and self.group_size >= 1, "group_size", self.group_size, "an int >= 1"
         )
-        _require(_is_int(self.conv_taps) and self.conv_taps >= 1, "conv_taps", self.conv_taps, "an int >= 1")
+        require(_is_int(self.conv_taps) and self.conv_taps >= 1, "conv_taps", self.conv_taps, "an int >= 1")
         scale = self.local_scale
         number = isinstance(scale, int | float) and not isinstance(scale, bool)
-        _require(number and abs(scale) < float("inf"), "local_scale", scale, "a finite number")
+        require(number and abs(scale) < float("inf"), "local_scale", scale, "a finite number")
         choice = self.augmentation
-        _require(choice is None or isinstance(choice, bool), "augmentation", choice, "True, False or None")
+        require(choice is None or isinstance(choice, bool), "augmentation", choice, "True, False or None")
         if self.augmentation and mechanism.augmentation is None:
             raise ConfigError(f"augmentation: mechanism {self.mechanism!r} takes no convolution")
         named = isinstance(self.options, Mapping) and all(isinstance(name, str) for name in self.options)
-        _require(named, "options", self.options, "a mapping of option names to values")
+        require(named, "options", self.options, "a mapping of option names to values")
         mechanism.check_options(self.options)
         object.__setattr__(self, "options", Options(self.options))
-        _require(
+        require(
             self.layers is None or (isinstance(self.layers, tuple) and all(map(_is_index, self.layers))),
             "layers",
             self.layers,
             "layer indices (ints >= 0), or None for all layers",
         )
-        _require(
+        require(
             isinstance(self.keep_softmax, tuple)
             and all(_is_index(item) or isinstance(item, str) for item in self.keep_softmax),
             "keep_softmax",
             self.keep_softmax,
             "layer indices (ints >= 0) or module paths",
         )
-        _require(self.on_refusal in ("error", "keep"), "on_refusal", self.on_refusal, "'error' or 'keep'")
-        _require(
+        require(self.on_refusal in ("error", "keep"), "on_refusal", self.on_refusal, "'error' or 'keep'")
+        require(
             isinstance(self.approximate, tuple) and all(item in DROPPABLE for item in self.approximate),
             "approximate",
             self.approximate,
@@ -159,14 +165,9 @@ class LinearizeConfig:
         return cls(**fields)
 
 
-def _require(ok: bool, name: str, value: object, expected: str) -> None:
-    if not ok:
-        raise ConfigError(f"{name} must be {expected}, got {value!r}")
-
-
-def _is_int(value: object) -> bool:
+def _is_int(value: object) -> TypeGuard[int]:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
 def _is_index(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+    return _is_int(value) and value >= 0

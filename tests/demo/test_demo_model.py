@@ -103,7 +103,7 @@ def test_greedy_text_is_deterministic(loaded: Loaded) -> None:
 
 
 def test_a_missing_file_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(demo, "_FOLDER", tmp_path)
+    monkeypatch.setattr(demo, "MODEL", tmp_path)
     for linear in (False, True):
         with pytest.raises(FileNotFoundError, match="model.safetensors"):
             demo.load_demo(linear)

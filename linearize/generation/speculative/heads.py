@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ...common.files import staged
 from ...errors import CheckpointError, ConfigError, InputError
 from .drafter import output_layer
 
@@ -123,11 +122,9 @@ class MedusaHeads(nn.Module):
         tensors = {name: tensor.detach().contiguous().cpu() for name, tensor in self.state_dict().items()}
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(dir=folder, prefix=".heads-") as scratch:
-                save_file(tensors, Path(scratch) / _WEIGHTS)
-                (Path(scratch) / _CONFIG).write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
-                for name in (_WEIGHTS, _CONFIG):
-                    os.replace(Path(scratch) / name, folder / name)
+            with staged(folder, last=lambda file: file.name == _CONFIG) as scratch:
+                save_file(tensors, scratch / _WEIGHTS)
+                (scratch / _CONFIG).write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
         except OSError as error:
             raise CheckpointError(f"cannot write heads to {folder}: {error}") from error
 

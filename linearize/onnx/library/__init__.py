@@ -3,7 +3,7 @@
 A file needs none of this: without the library its nodes run by their bodies. Built once by
 `linearize build-library` (`build.py`), asked for when a session is made (`loader.py`).
 
-    operator.h      a node's inputs, types and shapes, for both libraries
+    operator.h      a node's inputs, types and shapes, and what both libraries tell of themselves
     op.cpp          the operators on threads of onnxruntime
     rolling.h       what crosses from it to the kernels
     rolling.cpp     the kernels, once per instruction set; the mathematics is that of kernels/cpu

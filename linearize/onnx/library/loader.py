@@ -6,22 +6,22 @@ and a missing type or provider is an error instead of a slower session. So the f
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Iterator, Sequence
-from functools import cache
 from typing import TYPE_CHECKING
 
 import onnx
-import onnxruntime
 
 from ...errors import LibraryError
 from ..schema import DOMAIN, FAMILIES, VERSION
+from .binary import fault, open_library
 from .cuda import loader as cuda
 from .cuda.kinds import library as cuda_library
 from .paths import LIBRARY, sources
 
 if TYPE_CHECKING:
     from os import PathLike
+
+    import onnxruntime
 
 CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
 _OPERATORS = (FAMILIES["relu2"], FAMILIES["linear"])
@@ -30,27 +30,15 @@ _TYPES = (onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16, onnx.TensorProto.BFL
 
 def unavailable_reason() -> str | None:
     """Why no session on the CPU can have the library, in one sentence; None when it can."""
-    if not LIBRARY.exists():
-        return "the library was not built: run `linearize build-library`"
-    try:
-        library = _load(LIBRARY.stat().st_mtime_ns)
-    except OSError as error:
-        return f"the library cannot be loaded: {error}"
-    if not library.linearize_onnx_runs_here():
+    reason = fault(LIBRARY, "the library", "linearize build-library", "", sources())
+    if reason is None and not open_library(LIBRARY).linearize_onnx_runs_here():
         return "this processor has no AVX2"
-    if library.linearize_onnx_sources().decode() != sources():
-        return "the library was built from other sources: run `linearize build-library` again"
-    built, here = library.linearize_onnx_api(), int(onnxruntime.__version__.split(".")[1])
-    if built > here:
-        return f"the library was built with headers of onnxruntime 1.{built}, newer than 1.{here} here"
-    return None
+    return reason
 
 
 def calls() -> int:
     """How often an operator of the library ran in this process; 0 without the library."""
-    if unavailable_reason() is not None:
-        return 0
-    return int(_load(LIBRARY.stat().st_mtime_ns).linearize_onnx_calls())
+    return 0 if unavailable_reason() is not None else int(open_library(LIBRARY).linearize_onnx_calls())
 
 
 def obstacle(path: str | PathLike[str], providers: Sequence[str] = (CPU,)) -> str | None:
@@ -108,13 +96,3 @@ def register(
         return False
     options.register_custom_ops_library(str(cuda_library() if CUDA in providers else LIBRARY))
     return True
-
-
-@cache
-def _load(changed: int) -> ctypes.CDLL:
-    """The library; `changed` is when the file was, so that one that was built again is another."""
-    library = ctypes.CDLL(str(LIBRARY))
-    for name in ("calls", "runs_here", "api"):
-        getattr(library, f"linearize_onnx_{name}").restype = ctypes.c_int64
-    library.linearize_onnx_sources.restype = ctypes.c_char_p
-    return library

@@ -27,8 +27,6 @@ constexpr Family FAMILIES[] = {{"AugmentedLinearAttention", RELU2}, {"PlainLinea
 
 constexpr double WORTH_THREADS = 1e6;  // multiplications; fewer are done before a second thread has woken up
 
-std::atomic<int64_t> calls{0};
-
 const RollingKernels& kernels() { return best_isa() == AVX512 ? avx512_rolling : avx2_rolling; }
 
 // Memory that a thread keeps for its next call, aligned to cache lines; null when there is none.
@@ -132,13 +130,6 @@ struct Op : CausalOp<Op, Kernel> {
 }  // namespace linearize
 
 using namespace linearize;
-
-// How often an operator of this library ran in this process.
-EXPORTED int64_t linearize_onnx_calls() { return calls.load(); }
-
-// The sources it was built from (build.py, `sources`), and the minor number of the oldest onnxruntime for it.
-EXPORTED const char* linearize_onnx_sources() { return SOURCES; }
-EXPORTED int64_t linearize_onnx_api() { return ORT_API_VERSION; }
 
 // 1 when this processor can run the kernels.
 EXPORTED int64_t linearize_onnx_runs_here() { return best_isa() != NONE; }

@@ -5,9 +5,13 @@
 #include <onnxruntime_cxx_api.h>
 #undef ORT_API_MANUAL_INIT
 
+#include <atomic>
+
 #define EXPORTED extern "C" __attribute__((visibility("default")))
 
 namespace linearize {
+
+static std::atomic<int64_t> calls{0};  // of this library alone
 
 enum Input { QUERY, KEY, VALUE, MASK, PAST_RECURRENT, PAST_WINDOW, PAST_LENGTH, ALPHA, LOCAL, CONV, INPUTS };
 enum Output { OUT, PRESENT_RECURRENT, PRESENT_WINDOW, OUTPUTS };
@@ -64,3 +68,10 @@ struct CausalOp : Ort::CustomOpBase<Op, Kernel> {
 };
 
 }  // namespace linearize
+
+// How often an operator of this library ran in this process.
+EXPORTED int64_t linearize_onnx_calls() { return linearize::calls.load(); }
+
+// The digest of the sources it was built from, and the minor number of the oldest onnxruntime for it.
+EXPORTED const char* linearize_onnx_sources() { return SOURCES; }
+EXPORTED int64_t linearize_onnx_api() { return ORT_API_VERSION; }

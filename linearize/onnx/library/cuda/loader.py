@@ -3,28 +3,16 @@
 from __future__ import annotations
 
 import ctypes
-from functools import cache
 from os import PathLike
 
-import onnxruntime
-
+from ..binary import fault, open_library
 from .kinds import kinds_of, library, read_index, sources
 
 
 def unavailable_reason() -> str | None:
     """Why no session of this process can have the library, in one sentence; None when it can."""
-    if not library().exists():
-        return "the library for CUDA was not built: run `linearize build-library --cuda FILE.onnx`"
-    try:
-        loaded = _load(library(), library().stat().st_mtime_ns)
-    except OSError as error:
-        return f"the library for CUDA cannot be loaded: {error}"
-    if loaded.linearize_onnx_sources().decode() != sources():
-        return "the library for CUDA was built from other sources: run `linearize build-library --cuda` again"
-    built, here = loaded.linearize_onnx_api(), int(onnxruntime.__version__.split(".")[1])
-    if built > here:
-        return f"the library was built with headers of onnxruntime 1.{built}, newer than 1.{here} here"
-    return None
+    command = "linearize build-library --cuda"
+    return fault(library(), "the library for CUDA", command, " FILE.onnx", sources())
 
 
 def obstacle(path: str | PathLike[str]) -> str | None:
@@ -51,9 +39,7 @@ def obstacle(path: str | PathLike[str]) -> str | None:
 
 def calls() -> int:
     """How often an operator of the library was launched in this process; 0 without the library."""
-    if unavailable_reason() is not None:
-        return 0
-    return int(_load(library(), library().stat().st_mtime_ns).linearize_onnx_calls())
+    return 0 if unavailable_reason() is not None else int(open_library(library()).linearize_onnx_calls())
 
 
 def architectures() -> list[int] | str:
@@ -74,12 +60,3 @@ def architectures() -> list[int] | str:
             return "CUDA's driver does not tell what the GPU is"
         found.append(10 * major.value + minor.value)
     return found
-
-
-@cache
-def _load(path: PathLike[str], changed: int) -> ctypes.CDLL:
-    """The library; `changed` is when the file was, so that one that was built again is another."""
-    loaded = ctypes.CDLL(str(path))
-    loaded.linearize_onnx_calls.restype = loaded.linearize_onnx_api.restype = ctypes.c_int64
-    loaded.linearize_onnx_sources.restype = ctypes.c_char_p
-    return loaded

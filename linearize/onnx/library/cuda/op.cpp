@@ -5,7 +5,6 @@
 
 #include <dlfcn.h>
 
-#include <atomic>
 #include <fstream>
 #include <iterator>
 #include <map>
@@ -28,8 +27,6 @@ constexpr Type TYPES[] = {
     {"bfloat16", ONNX_TENSOR_ELEMENT_DATA_TYPE_BFLOAT16},
 };
 constexpr const char* FAMILIES[] = {"AugmentedLinearAttention", "PlainLinearAttention"};
-
-std::atomic<int64_t> calls{0};
 
 [[noreturn]] void fail(const std::string& why) { ORT_CXX_API_THROW("ai.linearize on CUDA: " + why, ORT_FAIL); }
 
@@ -224,13 +221,6 @@ struct Op : CausalOp<Op, Kernel> {
 }  // namespace linearize
 
 using namespace linearize;
-
-// How often an operator of this library ran in this process.
-EXPORTED int64_t linearize_onnx_calls() { return calls.load(); }
-
-// The sources it was built from (kinds.py, `sources`), and the minor number of the oldest onnxruntime for it.
-EXPORTED const char* linearize_onnx_sources() { return SOURCES; }
-EXPORTED int64_t linearize_onnx_api() { return ORT_API_VERSION; }
 
 EXPORTED OrtStatus* ORT_API_CALL RegisterCustomOps(OrtSessionOptions* options, const OrtApiBase* base) {
   const OrtApi* api = base->GetApi(ORT_API_VERSION);

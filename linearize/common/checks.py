@@ -1,0 +1,11 @@
+"""Checks of settings."""
+
+from __future__ import annotations
+
+from ..errors import ConfigError
+
+
+def require(ok: bool, name: str, value: object, expected: str) -> None:
+    """Raise ConfigError, which names the setting, what it must be and its value, unless `ok`."""
+    if not ok:
+        raise ConfigError(f"{name} must be {expected}, got {value!r}")
