@@ -187,8 +187,8 @@ def test_heads_learn_on_what_the_model_writes(
     model: Any, said: torch.Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     read: list[torch.Tensor] = []
-    record = training.read
-    monkeypatch.setattr(training, "read", lambda model, ids: read.append(ids[0]) or record(model, ids))
+    real = training.hidden_states
+    monkeypatch.setattr(training, "hidden_states", lambda model, ids: read.append(ids[0]) or real(model, ids))
     model.generation_config.eos_token_id = end = int(said[0, 20])
     try:
         train_heads(model, said[:8], num_heads=1, context=24, epochs=1)
