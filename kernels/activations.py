@@ -1,6 +1,6 @@
 """What the local part makes of a score: value and derivative, for the forms that differentiate by hand.
 
-The formulas and their sources stand in `oracle.ACTIVATIONS`; the tests hold these against those.
+The formulas and their sources stand in `naive.ACTIVATIONS`; the tests hold these against those.
 """
 
 from __future__ import annotations

@@ -21,6 +21,8 @@ import torch
 from torch import Tensor
 
 from .activations import ACTIVATIONS
+from .saved import save, saved
+from .tensors import at_lag
 
 _ANCHOR = 16
 """Groups between two saved states in the backward."""
@@ -47,19 +49,19 @@ def forward(
     key/value head h // (H // Hkv). The first query starts a group; `state` [B, Hkv, D, Dv] sums k^T v over
     the groups before it, and the first `before` rows of value are the ones just before it.
     """
-    walk = _Walk(query, key, value, alpha, local_scale, conv_weight, local_bias, group_size, before)
+    groups = _Groups(query, key, value, alpha, local_scale, conv_weight, local_bias, group_size, before)
     act = ACTIVATIONS[activation].overwrite
     out = value.new_empty(*query.shape[:3], value.shape[3])
-    total = walk.new_state(state)
-    for start, size in walk.groups():
-        q, _ = walk.rows(query, start, normalize)
-        k, _ = walk.rows(key, start, normalize)
-        v = walk.window(value, start)
-        weights = None if walk.factor is None else act(torch.bmm(q, k.mT))
-        weights = walk.weights(weights, size, v.shape[1] - size)
+    total = groups.new_state(state)
+    for start, size in groups.each():
+        q, _ = groups.rows(query, start, normalize)
+        k, _ = groups.rows(key, start, normalize)
+        v = groups.window(value, start)
+        weights = None if groups.factor is None else act(torch.bmm(q, k.mT))
+        weights = groups.weights(weights, size, v.shape[1] - size)
         x = None if weights is None else torch.bmm(weights, v)
-        if walk.alpha is not None:
-            q = q * walk.cut(walk.alpha, size)
+        if groups.alpha is not None:
+            q = q * groups.cut(groups.alpha, size)
             x = torch.bmm(q, total) if x is None else x.baddbmm_(q, total)
             total.baddbmm_(k.mT, v[:, -size:])
         place = out[:, :, start : start + size]
@@ -84,91 +86,43 @@ def backward(
     before: int = 0,
 ) -> tuple[Tensor | None, ...]:
     """Gradients of `forward`'s query, key, value, alpha, local_scale, conv_weight, local_bias and state."""
-    walk = _Walk(query, key, value, alpha, local_scale, conv_weight, local_bias, group_size, before)
-    act = ACTIVATIONS[activation]
-    dquery, dkey = query.new_empty(query.shape), key.new_empty(key.shape)
-    dvalue = walk.zeros(value.shape[2], value.shape[3])
-    rows = walk.repeats * group_size
-    dalpha, dlocal = walk.zeros(rows, 1), walk.zeros(rows, 1)
-    dband = walk.zeros(rows, walk.reach + group_size)
-    dtotal = walk.new_state(None)
-    saved = {} if alpha is None else _anchors(walk, key, value, state, normalize)
-    total = dtotal
-
-    for start, size in reversed(list(walk.groups())):
-        q, q_norm = walk.rows(query, start, normalize)
-        k, k_norm = walk.rows(key, start, normalize)
-        v = walk.window(value, start)
-        do, _ = walk.rows(grad, start, False)
-        dq = dk = None
-        end = before + start + size
-        dweights = torch.bmm(do, v.mT) if walk.has_weights else None
-        weights = None
-        if walk.factor is not None and dweights is not None:
-            weights = torch.bmm(q, k.mT)
-            slope = act.derivative(weights)
-            weights = act.overwrite(weights)
-            visible = dweights[..., -size:] * walk.cut(walk.visible, size)[..., :size]
-            walk.add(dlocal, (weights * visible).sum(-1, keepdim=True), size)
-            ds = slope.mul_(visible).mul_(walk.cut(walk.scale, size))
-            dq, dk = torch.bmm(ds, k), torch.bmm(ds.mT, q)
-        weights = walk.weights(weights, size, v.shape[1] - size)
-        if weights is not None:
-            dvalue[:, end - v.shape[1] : end].baddbmm_(weights.mT, do)
-        if walk.band is not None and dweights is not None:
-            walk.add(dband[..., walk.reach + size - v.shape[1] : walk.reach + size], dweights, size)
-        if walk.alpha is not None:
-            scale = walk.cut(walk.alpha, size)
-            total = saved.get(start + group_size, total)
-            # A saved state is exact where one stands; an empty one would otherwise be rounding noise.
-            total = saved[start] if start in saved else total.baddbmm(k.mT, v[:, -size:], alpha=-1)
-            through = torch.bmm(do, total.mT)
-            walk.add(dalpha, (through * q).sum(-1, keepdim=True), size)
-            dq = through * scale if dq is None else dq.addcmul_(through, scale)
-            seen = (v[:, -size:], dtotal.mT)
-            dk = torch.bmm(*seen) if dk is None else dk.baddbmm_(*seen)
-            dvalue[:, end - size : end].baddbmm_(k, dtotal)
-            dtotal.baddbmm_((q * scale).mT, do)
-        for out, x, unit, norm in ((dquery, dq, q, q_norm), (dkey, dk, k, k_norm)):
-            place = out[:, :, start : start + size]
-            place.zero_() if x is None else place.copy_(_through_norm(x, unit, norm).view(place.shape))
-
-    band = walk.per_head(dband)
+    groups = _Groups(query, key, value, alpha, local_scale, conv_weight, local_bias, group_size, before)
+    found = _Gradients(groups, query, key, value, activation)
+    anchors = {} if alpha is None else _anchors(groups, key, value, state, normalize)
+    for start, size in reversed(list(groups.each())):
+        do, _ = groups.rows(grad, start, False)
+        found.add_group(do, query, key, value, start, size, normalize, anchors)
+    band = groups.per_head(found.band)
     return (
-        dquery,
-        dkey,
-        dvalue.view(value.shape).to(value.dtype),
-        None if alpha is None else walk.per_head(dalpha).sum((1, 2)).to(alpha.dtype),
-        None if local_scale is None else walk.per_head(dlocal).sum((1, 2)).to(local_scale.dtype),
-        None if conv_weight is None else _by_lag(band, walk.reach, conv_weight),
-        None if local_bias is None else _by_lag(band[..., walk.reach :], 0, local_bias),
-        None if state is None else dtotal.view(state.shape).to(state.dtype),
+        found.query,
+        found.key,
+        found.value.view(value.shape).to(value.dtype),
+        None if alpha is None else groups.per_head(found.alpha).sum((1, 2)).to(alpha.dtype),
+        None if local_scale is None else groups.per_head(found.local).sum((1, 2)).to(local_scale.dtype),
+        None if conv_weight is None else _by_lag(band, groups.reach, conv_weight),
+        None if local_bias is None else _by_lag(band[..., groups.reach :], 0, local_bias),
+        None if state is None else found.total.view(state.shape).to(state.dtype),
     )
 
 
-class Walk(torch.autograd.Function):
+class Chunk(torch.autograd.Function):
     """`forward` and `backward` as one differentiable function; arguments as in `forward`, by position."""
 
     @staticmethod
     def forward(ctx: Any, *args: Any) -> Tensor:
-        ctx.tensors = [index for index, item in enumerate(args) if isinstance(item, Tensor)]
-        ctx.args = [None if isinstance(item, Tensor) else item for item in args]
-        ctx.save_for_backward(*(args[index] for index in ctx.tensors))
+        save(ctx, args)
         *first, local_bias, state, before = args
         return forward(*first, local_bias=local_bias, state=state, before=before)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        args = list(ctx.args)
-        for index, tensor in zip(ctx.tensors, ctx.saved_tensors, strict=True):
-            args[index] = tensor
-        *first, local_bias, state, before = args
+        *first, local_bias, state, before = saved(ctx)
         grads = backward(grad, *first, local_bias=local_bias, state=state, before=before)
         return (*grads[:6], None, None, None, *grads[6:], None)
 
 
-class _Walk:
+class _Groups:
     """The tables that all groups share, as rows [B * Hkv, R * G, ...], and the slices of one group."""
 
     def __init__(
@@ -201,10 +155,10 @@ class _Walk:
             lag = place[:, None] - torch.arange(-self.reach, group_size, device=self.device)
             band = torch.zeros(1, device=self.device)
             if conv_weight is not None:
-                band = _at_lag(conv_weight, lag)
+                band = at_lag(conv_weight, lag)
             if local_bias is not None:
                 own = torch.arange(-self.reach, group_size, device=self.device) >= 0
-                band = band + _at_lag(local_bias, lag) * own
+                band = band + at_lag(local_bias, lag) * own
             self.band = self._table(band)
             self._work = self.band.clone()
         self.has_weights = self.factor is not None or self.band is not None
@@ -222,7 +176,7 @@ class _Walk:
             return self.zeros(self.head_dim, self.value_dim)
         return state.to(self.dtype).reshape(-1, *state.shape[2:]).clone()
 
-    def groups(self) -> Iterator[tuple[int, int]]:
+    def each(self) -> Iterator[tuple[int, int]]:
         """First token and number of tokens of each group."""
         for start in range(0, self.length, self.group):
             yield start, min(self.group, self.length - start)
@@ -274,23 +228,104 @@ class _Walk:
         return table.view(self.batch, self.heads, self.group, -1).sum(0)
 
 
+class _Gradients:
+    """The gradients of all arguments, filled group by group from the last to the first.
+
+    total [B * Hkv, D, Dv]: the gradient of the state after the group at hand, and in the end of the first.
+    """
+
+    def __init__(self, groups: _Groups, query: Tensor, key: Tensor, value: Tensor, activation: str) -> None:
+        self.groups, self.act = groups, ACTIVATIONS[activation]
+        self.query, self.key = query.new_empty(query.shape), key.new_empty(key.shape)
+        self.value = groups.zeros(value.shape[2], value.shape[3])
+        rows = groups.repeats * groups.group
+        self.alpha, self.local = groups.zeros(rows, 1), groups.zeros(rows, 1)
+        self.band = groups.zeros(rows, groups.reach + groups.group)
+        self.total = groups.new_state(None)
+        self._before = self.total  # the state before the group that was added last
+
+    def add_group(
+        self,
+        do: Tensor,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        start: int,
+        size: int,
+        normalize: bool,
+        anchors: dict[int, Tensor],
+    ) -> None:
+        """One group: do [B * Hkv, R * size, Dv] is the gradient of its outputs; anchors: see `_anchors`."""
+        groups = self.groups
+        q, q_norm = groups.rows(query, start, normalize)
+        k, k_norm = groups.rows(key, start, normalize)
+        v = groups.window(value, start)
+        end = groups.before + start + size
+        dq = dk = weights = None
+        if groups.has_weights:
+            dweights = torch.bmm(do, v.mT)
+            if groups.factor is not None:
+                weights, dq, dk = self._local(q, k, dweights, size)
+            weights = groups.weights(weights, size, v.shape[1] - size)
+            assert weights is not None
+            self.value[:, end - v.shape[1] : end].baddbmm_(weights.mT, do)
+            if groups.band is not None:
+                lags = slice(groups.reach + size - v.shape[1], groups.reach + size)
+                groups.add(self.band[..., lags], dweights, size)
+        if groups.alpha is not None:
+            v = v[:, -size:]
+            self._before = anchors.get(start + groups.group, self._before)
+            # A saved state is exact where one stands; an empty one would otherwise be rounding noise.
+            before = anchors[start] if start in anchors else self._before.baddbmm(k.mT, v, alpha=-1)
+            self._before = before
+            dq, dk = self._earlier(do, q, k, v, dq, dk, size)
+            self.value[:, end - size : end].baddbmm_(k, self.total)
+            self.total.baddbmm_((q * groups.cut(groups.alpha, size)).mT, do)
+        for out, x, rows, norm in ((self.query, dq, q, q_norm), (self.key, dk, k, k_norm)):
+            place = out[:, :, start : start + size]
+            place.zero_() if x is None else place.copy_(_through_norm(x, rows, norm).view(place.shape))
+
+    def _local(self, q: Tensor, k: Tensor, dweights: Tensor, size: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Of the part inside the group: its activated scores, and the gradients of q and k."""
+        groups = self.groups
+        weights = torch.bmm(q, k.mT)
+        slope = self.act.derivative(weights)
+        weights = self.act.overwrite(weights)
+        visible = dweights[..., -size:] * groups.cut(groups.visible, size)[..., :size]
+        groups.add(self.local, (weights * visible).sum(-1, keepdim=True), size)
+        ds = slope.mul_(visible).mul_(groups.cut(groups.scale, size))
+        return weights, torch.bmm(ds, k), torch.bmm(ds.mT, q)
+
+    def _earlier(
+        self, do: Tensor, q: Tensor, k: Tensor, v: Tensor, dq: Tensor | None, dk: Tensor | None, size: int
+    ) -> tuple[Tensor, Tensor]:
+        """dq and dk with what comes through the state before the group, and goes into the one after it."""
+        groups = self.groups
+        scale = groups.cut(groups.alpha, size)
+        through = torch.bmm(do, self._before.mT)
+        groups.add(self.alpha, (through * q).sum(-1, keepdim=True), size)
+        dq = through * scale if dq is None else dq.addcmul_(through, scale)
+        dk = torch.bmm(v, self.total.mT) if dk is None else dk.baddbmm_(v, self.total.mT)
+        return dq, dk
+
+
 def _anchors(
-    walk: _Walk, key: Tensor, value: Tensor, state: Tensor | None, normalize: bool
+    groups: _Groups, key: Tensor, value: Tensor, state: Tensor | None, normalize: bool
 ) -> dict[int, Tensor]:
     """The state before token n, for n every `_ANCHOR` groups from 0 to the end (rounded up to a group)."""
-    step = _ANCHOR * walk.group
-    total = walk.new_state(state)
-    saved = {0: total}
-    for start in range(0, walk.length, step):
-        k = key[:, :, start : start + step].to(walk.dtype)
+    step = _ANCHOR * groups.group
+    total = groups.new_state(state)
+    anchors = {0: total}
+    for start in range(0, groups.length, step):
+        k = key[:, :, start : start + step].to(groups.dtype)
         if normalize:
             norm = torch.linalg.vector_norm(k, dim=-1, keepdim=True)
             k = k / norm.masked_fill_(norm == 0, 1)
-        v = value[:, :, walk.before + start : walk.before + start + step].to(walk.dtype)
+        v = value[:, :, groups.before + start : groups.before + start + step].to(groups.dtype)
         total = total + (k.mT @ v).flatten(0, 1)
-        groups = -(-k.shape[2] // walk.group)
-        saved[start + groups * walk.group] = total
-    return saved
+        whole = -(-k.shape[2] // groups.group)
+        anchors[start + whole * groups.group] = total
+    return anchors
 
 
 def _through_norm(grad: Tensor, unit: Tensor, norm: Tensor | None) -> Tensor:
@@ -300,14 +335,8 @@ def _through_norm(grad: Tensor, unit: Tensor, norm: Tensor | None) -> Tensor:
     return torch.addcmul(grad, unit, (grad * unit).sum(-1, keepdim=True), value=-1).div_(norm)
 
 
-def _at_lag(weight: Tensor, lag: Tensor) -> Tensor:
-    """weight [H, n] at lags of any shape: [H, ...], zero outside 0..n-1."""
-    inside = (lag >= 0) & (lag < weight.shape[1])
-    return weight[:, lag.clamp(0, weight.shape[1] - 1)] * inside
-
-
 def _by_lag(band: Tensor, reach: int, like: Tensor) -> Tensor:
-    """Adjoint of `_at_lag`: sums of band [H, G, reach + G] along its diagonals, in the shape of `like`."""
+    """Adjoint of `at_lag`: sums of band [H, G, reach + G] along its diagonals, in the shape of `like`."""
     place = torch.arange(band.shape[1], device=band.device)[:, None]
     column = place + reach - torch.arange(like.shape[1], device=band.device)
     picked = band.gather(2, column.clamp_min(0).expand(band.shape[0], -1, -1))

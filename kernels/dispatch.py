@@ -35,7 +35,7 @@ def choose(
     causal: bool,
     form: str | None = None,
 ) -> Choice:
-    """The form for one call (shapes as in `walk.forward`). Reads no data.
+    """The form for one call (shapes as in `chunk.forward`). Reads no data.
 
     causal: queries are the keys' own tokens, or follow a state. form: the one that must be taken; raises
     ValueError, with the reason, when it cannot take the call.

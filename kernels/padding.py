@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from .tensors import take_rows
+
 
 class Ranks:
     """The two orders of the tokens under key_mask, bool [B, T], True for real tokens."""
@@ -16,18 +18,14 @@ class Ranks:
         self.real = key_mask[:, None, :, None]
         self.count = key_mask.sum(1)  # [B]
         columns = (~key_mask).to(key_mask.device).argsort(dim=1, stable=True)  # rank -> column
-        self._columns = columns[:, None, :, None]
-        self._ranks = (key_mask.cumsum(1) - 1).clamp_min(0)[:, None, :, None]  # column -> rank
+        self._columns = columns
+        self._ranks = (key_mask.cumsum(1) - 1).clamp_min(0)  # column -> rank
         self._front = columns.new_ones(columns.shape).cumsum(1) <= self.count[:, None]
 
     def to_front(self, x: Tensor) -> Tensor:
         """x [B, n, T, D] by rank; rows past the last real token are zero, whatever they held."""
-        return _take(x, self._columns).masked_fill_(~self._front[:, None, :, None], 0)
+        return take_rows(x, self._columns).masked_fill_(~self._front[:, None, :, None], 0)
 
     def to_columns(self, x: Tensor) -> Tensor:
         """Inverse of `to_front`; rows of padded tokens are zero."""
-        return _take(x, self._ranks).masked_fill_(~self.real, 0)
-
-
-def _take(x: Tensor, index: Tensor) -> Tensor:
-    return x.gather(2, index.expand(-1, x.shape[1], -1, x.shape[3]))
+        return take_rows(x, self._ranks).masked_fill_(~self.real, 0)

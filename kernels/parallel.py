@@ -1,4 +1,4 @@
-"""Augmented linear attention composed of PyTorch operators: the formula of `oracle.py`, linear in length.
+"""Augmented linear attention composed of PyTorch operators: the formula of `naive.py`, linear in length.
 
 Every form of it, causal or not, padded or not, late queries or not; and differentiable as often as wanted.
 Three routes to the same numbers, without branches on data:
@@ -8,7 +8,7 @@ Three routes to the same numbers, without branches on data:
 - gathered   anything else (padding, a chunk of queries after cached keys, cross-attention): whole groups are
              collected by index first, then the same group products run.
 
-Causal groups are left to `walk.py`, which carries one state from group to group; only for second derivatives
+Causal groups are left to `chunk.py`, which carries one state from group to group; only for second derivatives
 (`composed`) are the states of all groups formed at once.
 
 Padding is removed by *rank*: a real token's rank is the number of real tokens before it, and groups,
@@ -28,7 +28,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .activations import ACTIVATIONS
-from .chunk import Walk
+from .chunk import Chunk
+from .tensors import at_lag, norm_or_one, take_rows, unit
 
 Index = Any
 """A position along an axis: an int, a 0-d tensor, or a tensor `[B, 1]` when rows differ."""
@@ -82,16 +83,6 @@ def augmented_attention(
     return out.reshape(query.shape[0], heads, length, value.shape[3]).to(value.dtype)
 
 
-def unit(x: Tensor) -> Tensor:
-    """x / |x| along the last axis. A row of zeros stays zero, with a gradient of one, not of 1 / epsilon."""
-    return x / _norm(x)
-
-
-def _norm(x: Tensor) -> Tensor:
-    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-    return torch.where(norm > 0, norm, torch.ones_like(norm))
-
-
 class _Core:
     """The formula's constants [Hkv, R, ...], and its products on whole groups."""
 
@@ -113,7 +104,7 @@ class _Core:
     def taps_at(self, lag: Tensor) -> Tensor:
         """Convolution weights at lags t - j of any shape [...]: [Hkv, R, ...], zero outside the taps."""
         assert self.conv is not None
-        return _at_lag(self.conv, lag + self.after)
+        return at_lag(self.conv, lag + self.after)
 
     def local(self, scores: Tensor, scale: Tensor | None, bias: Tensor | None) -> Tensor | None:
         """Weights inside a group, from its scores and the two terms in a shape that fits them."""
@@ -128,7 +119,7 @@ class _Core:
         """Relative position bias at lags t - j inside one group: [Hkv, R, ...]."""
         if self.bias is None:
             return None
-        return _at_lag(self.bias, lag if self.causal else lag + self.group - 1)
+        return at_lag(self.bias, lag if self.causal else lag + self.group - 1)
 
     def groups(self, q: Tensor, k: Tensor, v: Tensor, state: Tensor | None) -> Tensor:
         """Whole groups: q [B, Hkv, R, N*G, D], k [B, Hkv, N*G, D] -> [B, Hkv, R, N*G, Dv].
@@ -137,7 +128,7 @@ class _Core:
         is the sum of k^T v over everything earlier (causal; None: nothing) or over all keys (otherwise).
         """
         if self.causal and not self.composed:
-            return self._walk(q, k, v, state)
+            return self._chunked(q, k, v, state)
         size, repeats = self.group, q.shape[2]
         rows = q.unflatten(3, (-1, size)).transpose(2, 3).flatten(3, 4)  # [B, Hkv, N, R*G, D]
         k = k.unflatten(2, (-1, size))  # [B, Hkv, N, G, D]
@@ -176,20 +167,14 @@ class _Core:
         out = out.expand(*out.shape[:-1], v.shape[-1])
         return out.unflatten(3, (repeats, size)).transpose(2, 3).flatten(3, 4)
 
-    def _walk(self, q: Tensor, k: Tensor, v: Tensor, state: Tensor | None) -> Tensor:
+    def _chunked(self, q: Tensor, k: Tensor, v: Tensor, state: Tensor | None) -> Tensor:
         tables = (self.alpha, self.local_scale, self.conv)
         flat = [None if x is None else x.flatten(0, 1) for x in tables]
         bias = None if self.bias is None else self.bias.flatten(0, 1)
-        out = Walk.apply(
+        out = Chunk.apply(
             q.flatten(1, 2), k, v, *flat, self.activation, self.group, False, bias, state, self.before
         )
         return out.unflatten(1, q.shape[1:3])
-
-
-def _at_lag(weight: Tensor, tap: Tensor) -> Tensor:
-    """weight [..., n] at taps of any shape: [..., *taps], zero outside 0..n-1."""
-    inside = (tap >= 0) & (tap < weight.shape[-1])
-    return weight[..., tap.clamp(0, weight.shape[-1] - 1)] * inside
 
 
 def _aligned(core: _Core, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -232,13 +217,13 @@ def _gathered(
     query_index = block - start
     if query_real is not None and order is not None:
         query_index = _at(order, block, keys) - columns[0]
-    q_blocks = _take(q, query_index.clamp(0, length - 1))
+    q_blocks = take_rows(q, query_index.clamp(0, length - 1))
     window = torch.arange(-core.before, span + core.after, device=device) + first
     present = (window >= 0) & (window < count)
     source = window.clamp(0, keys - 1) if order is None else _at(order, window, keys)
-    v_window = _take(v, source) * _rows(present)
+    v_window = take_rows(v, source) * _rows(present)
     inner = slice(core.before, core.before + span)
-    k_blocks = _take(k, source[..., inner]) * _rows(present[..., inner])
+    k_blocks = take_rows(k, source[..., inner]) * _rows(present[..., inner])
 
     state = None
     if core.alpha is not None:
@@ -247,7 +232,7 @@ def _gathered(
             known = known & key_mask
         state = (k * _rows(known)).mT @ v
     out = core.groups(q_blocks, k_blocks, v_window, state)
-    out = _take(out, (query_rank - first).clamp(0, span - 1))
+    out = take_rows(out, (query_rank - first).clamp(0, span - 1))
     return out if query_real is None else out * _rows(query_real).unsqueeze(2)
 
 
@@ -277,7 +262,7 @@ def _row(
 
     scores = q.squeeze(3) @ k.mT
     if normalize:
-        scores = scores / _norm(k).mT
+        scores = scores / norm_or_one(k).mT
     bias = core.bias_at(lag)
     scale = None if core.local_scale is None else core.local_scale.unsqueeze(2)
     local = core.local(scores, scale, None if bias is None else _by_row(bias))
@@ -301,14 +286,6 @@ def _at(table: Tensor, index: Tensor, size: Any) -> Tensor:
     """table [B, S] read at index [n] or [B, n], out-of-range places clamped -> [B, n]."""
     index = index.clamp(0, size - 1)
     return table.index_select(1, index) if index.dim() == 1 else table.gather(1, index)
-
-
-def _take(x: Tensor, index: Tensor) -> Tensor:
-    """Rows `index` ([n], or [B, n] when the rows of the batch differ) of x [B, ..., L, D]."""
-    if index.dim() == 1:
-        return x.index_select(-2, index)
-    index = index.reshape(index.shape[0], *(1,) * (x.dim() - 3), index.shape[1], 1)
-    return x.gather(-2, index.expand(*x.shape[:-2], index.shape[-2], x.shape[-1]))
 
 
 def _rows(keep: Tensor) -> Tensor:

@@ -15,14 +15,19 @@ through the activation, and the last K tokens through the convolution, in whatev
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from . import chunk as walk
+from . import chunk
 from .activations import ACTIVATIONS
 from .padding import Ranks
+from .tensors import take_rows, unit
+
+Fold = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+"""Rows that leave the window, key [B, Hkv, n, D] and value -> factors k and v of what `recurrent` sums."""
 
 
 class State(NamedTuple):
@@ -94,7 +99,7 @@ def tree(
     kv_heads, window = key.shape[1], key_window.shape[2]
     dtype = torch.float64 if value.dtype == torch.float64 else torch.float32
     act = ACTIVATIONS[activation].value
-    q, k = _unit(query.to(dtype), normalize), _unit(key.to(dtype), normalize)
+    q, k = _normalized(query, dtype, normalize), _normalized(key, dtype, normalize)
     q = q.unflatten(1, (kv_heads, -1))  # [B, Hkv, R, N, D]
     k = torch.cat([key_window.to(dtype), k], 2)
     v = torch.cat([value_window.to(dtype), value.to(dtype)], 2)
@@ -134,7 +139,7 @@ def append(
     if ranks is not None:
         key, value = ranks.to_front(key), ranks.to_front(value)
     count = torch.full_like(state.length, key.shape[2]) if ranks is None else ranks.count
-    _commit(_unit(key.to(state.recurrent.dtype), normalize), value, count, state, group_size)
+    commit(_normalized(key, state.recurrent.dtype, normalize), value, count, state, group_size)
 
 
 def along(path: Tensor | None, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -143,7 +148,7 @@ def along(path: Tensor | None, key: Tensor, value: Tensor) -> tuple[Tensor, Tens
     if path is None:
         return key, value, None
     index = path.clamp_min(0)
-    return _take(key, index), _take(value, index), path >= 0
+    return take_rows(key, index), take_rows(value, index), path >= 0
 
 
 def extend(
@@ -159,7 +164,7 @@ def extend(
     normalize: bool,
     real: Tensor | None,
 ) -> Tensor:
-    """Any number of tokens after the state, as `walk.forward` would compute them after all earlier ones.
+    """Any number of tokens after the state, as `chunk.forward` would compute them after all earlier ones.
 
     real: bool [B, T], True for tokens that count; the others change nothing and their output is zero.
     """
@@ -168,7 +173,7 @@ def extend(
         query, key, value = (ranks.to_front(x) for x in (query, key, value))
     count = torch.full_like(state.length, key.shape[2]) if ranks is None else ranks.count
     dtype = state.recurrent.dtype
-    q, k = _unit(query.to(dtype), normalize), _unit(key.to(dtype), normalize)
+    q, k = _normalized(query, dtype, normalize), _normalized(key, dtype, normalize)
 
     # One sequence per row of the batch that starts at a group border: window tokens, then the new ones.
     window, reach = state.key_window.shape[2], 0 if conv_weight is None else conv_weight.shape[1] - 1
@@ -178,7 +183,7 @@ def extend(
     queries = _at(position, q, None, state.length, count)
     before = state.folded[:, None] + torch.arange(-reach, window + query.shape[2], device=query.device)
     values = _at(before, value.to(dtype), state.value_window.to(dtype), state.length, count)
-    out = walk.forward(
+    out = chunk.forward(
         queries,
         keys,
         values,
@@ -193,35 +198,52 @@ def extend(
     )
     first = (state.length - state.folded)[:, None] + torch.arange(query.shape[2], device=query.device)
     out = out.gather(2, first[:, None, :, None].expand(-1, out.shape[1], -1, out.shape[3])).to(value.dtype)
-    _commit(k, value, count, state, group_size)
+    commit(k, value, count, state, group_size)
     return out if ranks is None else ranks.to_columns(out)
 
 
-def _commit(key: Tensor, value: Tensor, count: Tensor, state: State, group_size: int) -> None:
-    """Write the first `count` [B] tokens (unit keys) after the state, folding what the window cannot hold."""
-    window, dtype = state.key_window.shape[2], state.recurrent.dtype
-    row = torch.arange(window, device=key.device)
+def commit(
+    key: Tensor, value: Tensor, count: Tensor, state: State, group_size: int, fold: Fold | None = None
+) -> None:
+    """Write the first `count` [B] tokens (keys as they are stored) after the state, in place.
+
+    What the window cannot hold any more leaves it for `recurrent`, in whole groups. fold: what is summed of
+    a token that leaves, by default its key and value themselves.
+    """
+    new, rows = key.shape[2], state.key_window.shape[2]
     end = state.length + count
-    groups = (end - window + group_size - 1).div(group_size, rounding_mode="floor")
-    folded = torch.maximum(state.folded, groups * group_size)
-    # On a GPU asking whether anything is folded would cost a synchronisation.
-    if key.device.type != "cpu" or bool((folded > state.folded).any()):
-        last = state.length[:, None] - 1
-        held = last - (last - row) % window
-        out = (held >= state.folded[:, None]) & (held < folded[:, None])
-        new = state.length[:, None] + torch.arange(key.shape[2], device=key.device) < folded[:, None]
-        for k, v, keep in ((state.key_window, state.value_window, out), (key, value, new)):
-            k = k.to(dtype).masked_fill(~keep[:, None, :, None], 0)
-            state.recurrent.add_(k.mT @ v.to(dtype))
-    last = end[:, None] - 1
-    source = last - (last - row) % window - state.length[:, None]  # new token for each row of the window
-    fresh = (source >= 0)[:, None, :, None]
-    source = source.clamp_min(0)[:, None, :, None]
+    leaving = end - rows
+    if group_size > 1:
+        leaving = (leaving + group_size - 1).div(group_size, rounding_mode="floor") * group_size
+    folded = torch.maximum(state.folded, leaving)
+    # Single tokens leave at nearly every call. On a GPU asking whether any does would cost a synchronisation.
+    if group_size == 1 or not key.is_cpu or bool((folded > state.folded).any()):
+        _fold(key, value, folded, state, new + group_size - 1, fold)
+
+    # As many tokens as lie in different rows: the last ones, of which those before `length` are there.
+    position = end[:, None] + torch.arange(-min(new, rows), 0, device=key.device)
+    source = position - state.length[:, None]
+    place = position % rows
     for ring, x in ((state.key_window, key), (state.value_window, value)):
-        x = x.to(ring.dtype).gather(2, source.expand(-1, x.shape[1], -1, x.shape[3]))
-        ring.copy_(torch.where(fresh, x, ring))
+        fresh = take_rows(x, source.clamp_min(0)).to(ring.dtype)
+        written = torch.where((source >= 0)[:, None, :, None], fresh, take_rows(ring, place))
+        ring.scatter_(2, place[:, None, :, None].expand_as(written), written)
     state.length.copy_(end)
     state.folded.copy_(folded)
+
+
+def _fold(key: Tensor, value: Tensor, folded: Tensor, state: State, most: int, fold: Fold | None) -> None:
+    """Add the tokens from `state.folded` up to `folded`, `most` of them at most, to `recurrent`."""
+    rows, dtype = state.key_window.shape[2], state.recurrent.dtype
+    oldest = state.folded[:, None] + torch.arange(min(most, rows), device=key.device)
+    held = (take_rows(ring, oldest % rows) for ring in (state.key_window, state.value_window))
+    leaving = [(*held, oldest < torch.minimum(folded, state.length)[:, None])]
+    if most > rows:  # the first of the new tokens never see the window
+        first = state.length[:, None] + torch.arange(most - rows, device=key.device)
+        leaving.append((key[:, :, : most - rows], value[:, :, : most - rows], first < folded[:, None]))
+    for k, v, leaves in leaving:
+        k, v = (k.to(dtype), v.to(dtype)) if fold is None else fold(k, v)
+        state.recurrent.add_(k.masked_fill(~leaves[:, None, :, None], 0).mT @ v)
 
 
 def _at(position: Tensor, new: Tensor, ring: Tensor | None, length: Tensor, count: Tensor) -> Tensor:
@@ -230,24 +252,18 @@ def _at(position: Tensor, new: Tensor, ring: Tensor | None, length: Tensor, coun
     Positions that the ring no longer holds give other rows of it; only outputs that are dropped read those.
     """
     index = (position - length[:, None]).clamp(0, new.shape[2] - 1)
-    out = _take(new, index)
+    out = take_rows(new, index)
     first = length[:, None] if ring is None else torch.zeros_like(length)[:, None]
     if ring is not None:
         old = (position < length[:, None])[:, None, :, None]
-        out = torch.where(old, _take(ring, position % ring.shape[2]), out)
+        out = torch.where(old, take_rows(ring, position % ring.shape[2]), out)
     outside = (position < first) | (position >= (length + count)[:, None])
     return out.masked_fill(outside[:, None, :, None], 0)
 
 
-def _take(x: Tensor, index: Tensor) -> Tensor:
-    return x.gather(2, index[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3]))
-
-
-def _unit(x: Tensor, normalize: bool) -> Tensor:
-    if not normalize:
-        return x
-    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-    return x / norm.masked_fill(norm == 0, 1)
+def _normalized(x: Tensor, dtype: torch.dtype, normalize: bool) -> Tensor:
+    x = x.to(dtype)
+    return unit(x) if normalize else x
 
 
 def _heads(table: Tensor, kv_heads: int, dtype: torch.dtype) -> Tensor:

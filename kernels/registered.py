@@ -7,17 +7,15 @@ for short inputs only. Training keeps the arguments alone, nothing of size [T, G
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from . import chunk as walk
-from . import dispatch
-from . import parallel as reference
+from . import chunk, dispatch, parallel
 from .padding import Ranks
+from .saved import save, saved
+from .tensors import full_precision
 
 _SCHEMA = (
     "Tensor query, Tensor key, Tensor value, Tensor? alpha, Tensor? local_scale, Tensor? conv_weight, "
@@ -30,9 +28,8 @@ _DIFFERENTIABLE = 7
 """The first arguments: query to local_bias."""
 
 
-@dataclass(frozen=True)
-class Arguments:
-    """One call, in the order of the schema; tables are [H, ...], heads interleaved (see `walk.forward`)."""
+class Arguments(NamedTuple):
+    """One call, in the order of the schema; tables are [H, ...], heads interleaved (see `chunk.forward`)."""
 
     query: Tensor
     key: Tensor
@@ -131,15 +128,8 @@ def _backward_fake(grad: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
     return tuple(grad.new_empty(0) if x is None else x.new_empty(x.shape) for x in inputs[:_DIFFERENTIABLE])
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.is_tensor = [isinstance(item, Tensor) for item in inputs]
-    ctx.others = [None if isinstance(item, Tensor) else item for item in inputs]
-    ctx.save_for_backward(*(item for item in inputs if isinstance(item, Tensor)))
-
-
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    saved = iter(ctx.saved_tensors)
-    inputs = [next(saved) if there else other for there, other in zip(ctx.is_tensor, ctx.others, strict=True)]
+    inputs = saved(ctx)
     rest = [None] * (len(inputs) - _DIFFERENTIABLE)
     if torch.is_grad_enabled():  # the caller will differentiate the gradients again
         wanted = [x for x, needed in zip(inputs, ctx.needs_input_grad, strict=True) if needed]
@@ -151,7 +141,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return (*(g if needed else None for g, needed in zip(grads, ctx.needs_input_grad, strict=False)), *rest)
 
 
-augmented_attention.register_autograd(_backward, setup_context=_save)
+augmented_attention.register_autograd(_backward, setup_context=save)
 
 
 @augmented_attention.register_vmap
@@ -207,7 +197,7 @@ def compute_causal(
     ranks = _ranks(key_mask)
     q, k, v = _to_front(ranks, query, key, value)
     if choice.form == "torch":
-        out = walk.forward(q, k, v, *tables, *options, local_bias=local_bias)
+        out = chunk.forward(q, k, v, *tables, *options, local_bias=local_bias)
     else:
         out = dispatch.module(choice).forward(q, k, v, *floats(tables), *options)
     return out if ranks is None else ranks.to_columns(out)
@@ -217,7 +207,7 @@ def _causal_backward(grad: Tensor, call: Arguments) -> list[Tensor | None]:
     choice, ranks = call.choose(), _ranks(call.key_mask)
     do, q, k, v = _to_front(ranks, grad, call.query, call.key, call.value)
     if choice.form == "torch":
-        found = [*walk.backward(do, q, k, v, *call.tables, *call.options, local_bias=call.local_bias)]
+        found = [*chunk.backward(do, q, k, v, *call.tables, *call.options, local_bias=call.local_bias)]
         found = found[:_DIFFERENTIABLE]
     else:
         compiled = dispatch.module(choice)
@@ -228,7 +218,7 @@ def _causal_backward(grad: Tensor, call: Arguments) -> list[Tensor | None]:
 
 
 def _composed(call: Arguments, twice: bool = False) -> Tensor:
-    return reference.augmented_attention(
+    return parallel.augmented_attention(
         call.query,
         call.key,
         call.value,
@@ -264,10 +254,3 @@ def _to_front(ranks: Ranks | None, *tensors: Tensor) -> Any:
     if ranks is not None:
         return tuple(ranks.to_front(x) for x in tensors)
     return tuple(x if x.stride(-1) == 1 else x.contiguous() for x in tensors)
-
-
-def full_precision(device: torch.device) -> AbstractContextManager[Any]:
-    """Keep autocast from rounding the state; entered only when needed, so that plain graphs stay plain."""
-    if torch.is_autocast_enabled(device.type):
-        return torch.autocast(device.type, enabled=False)
-    return nullcontext()

@@ -40,8 +40,9 @@ def product(sizes: Sequence[sympy.Expr]) -> sympy.Expr:
 
 
 def is_one(size: sympy.Expr) -> bool:
-    """One, as a number or as an expression (a slice clamped to its buffer) that is one at two sets of
-    sizes.
+    """Whether a size is one: as a number, or as an expression that is one at two sets of sizes.
+
+    A slice that is clamped to its buffer gives such an expression.
     """
     symbols = sorted(size.free_symbols, key=str)
     trials = ({symbol: start + 2 * i for i, symbol in enumerate(symbols)} for start in (11, 29))

@@ -1,9 +1,8 @@
 """The exact canonical attention that every matched site is raised to.
 
-`torch.ops.linearize.attention(query, key, value, terms, program, tiled)` runs the site's own program, step
-by step
-in the original order and dtypes, on canonical layout. It is built from ATen operators, so autograd, export,
-`torch.compile` and every decomposition see through it.
+`torch.ops.linearize.attention(query, key, value, terms, program, tiled)` runs the program of the site, step
+by step in the original order and dtypes, on canonical layout. It is built from ATen operators, so autograd,
+export, `torch.compile` and every decomposition see through it.
 """
 
 from __future__ import annotations

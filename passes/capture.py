@@ -60,11 +60,20 @@ def capture(
 ) -> GraphModule:
     """Bring a model, a GraphModule or an ExportedProgram to the dialect.
 
-    args, kwargs: example inputs; their shapes decide which sizes are symbolic.
-    dynamic: True offers batch and length axes as dynamic (one that the model fixes becomes static and is
-        listed in `gm.meta["capture"].specialised`; an axis of size 1 is never offered); False keeps all sizes
-        static; anything else goes to `torch.export` as `dynamic_shapes`.
-    Raises CaptureError when no attempt succeeds. The model is not changed.
+    Args:
+        obj: An `nn.Module`, a GraphModule or an ExportedProgram. It is not changed.
+        args: Positional example inputs; their shapes decide which sizes become symbolic.
+        kwargs: Example inputs by name.
+        dynamic: True offers batch and length axes as dynamic. One that the model fixes becomes static and
+            is listed in `gm.meta["capture"].specialised`; an axis of size 1 is never offered. False keeps
+            all sizes static. Anything else goes to `torch.export` as `dynamic_shapes`.
+
+    Returns:
+        A graph over the parameters of the model, which runs like the model. A graph that is in the dialect
+        already is returned as it is.
+
+    Raises:
+        CaptureError: `obj` is none of the three, the example inputs do not fit, or no attempt succeeds.
     """
     kwargs = dict(kwargs or {})
     if isinstance(obj, ExportedProgram):
@@ -110,9 +119,17 @@ def capture(
 
 
 def to_dialect(gm: GraphModule, example_inputs: Sequence[Any] | None = None) -> GraphModule:
-    """Bring a GraphModule of any front door to the dialect; `gm` itself when it is already there.
+    """Bring a GraphModule of any front door to the dialect.
 
-    example_inputs: the positional inputs of the graph; needed unless it is already in the dialect.
+    Args:
+        gm: The graph. It is not changed.
+        example_inputs: Its positional inputs; needed unless it is in the dialect already.
+
+    Returns:
+        The graph in the dialect; `gm` itself where it is there already.
+
+    Raises:
+        CaptureError: The graph cannot be traced, or needs example inputs.
     """
     if in_dialect(gm):
         return gm

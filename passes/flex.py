@@ -1,5 +1,4 @@
-"""Spell a `flex_attention` node out: scores, its score_mod and mask_mod as tensor operators, softmax,
-product.
+"""Spell a `flex_attention` node out: scores, score_mod and mask_mod as operators, softmax, product.
 
 The two sub-graphs work on one score and its (batch, head, query, key) indices. Where they hold nothing but
 point-wise operators and reads of captured tensors, they mean the same on whole axes by broadcasting, and the

@@ -11,9 +11,9 @@ from torch.fx import Node
 
 from .anchors import Refused
 from .axes import Atom, Axis, Layout, leaves, pair, provenance, quotient, resolve, shape_of
-from .match import Traced, Walk
 from .site import Reason
 from .steps import Effect
+from .walk import PlacedEffect, Walk, join_axes
 
 aten = torch.ops.aten
 FUSED = aten.scaled_dot_product_attention.default
@@ -63,7 +63,7 @@ def read_fused(node: Node) -> Walk:
         "causal": bool(given["is_causal"]),
         "dropout": float(given["dropout_p"]),
     }
-    trace = [Traced(Effect("sdpa", options, mask), (*layout, leaves(q[-2]), leaves(k[-2])))]
+    effects = [PlacedEffect(Effect("sdpa", options, mask), (*layout, leaves(q[-2]), leaves(k[-2])))]
     return Walk(
         anchor=node,
         query=query,
@@ -83,7 +83,7 @@ def read_fused(node: Node) -> Walk:
         key_feature=k[-1],
         value_feature=v[-1],
         output_layout=(*layout, leaves(q[-2]), leaves(v[-1])),
-        trace=trace,
+        effects=effects,
         body=[],
         spelling=["scaled_dot_product_attention"],
         contractions=(node,),
@@ -108,8 +108,7 @@ def _batch_pairs(node: Node, lead: list[Axis], follow: list[Axis]) -> tuple[list
     for position in range(rank, 0, -1):
         first = lead[-2 - position] if len(lead) >= position + 2 else ()
         second = follow[-2 - position] if len(follow) >= position + 2 else ()
-        if leaves(first) and leaves(second) and pair(first, second) is None:
-            raise Refused(Reason.AXES, node, "the batch and head axes of the operands do not line up", "axes")
-        pairs.append((leaves(first), leaves(second)))
-        layout.append(leaves(first) or leaves(second))
+        both, joined = join_axes(node, first, second)
+        pairs.append(both)
+        layout.append(joined)
     return pairs, tuple(layout)

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from typing import Any
 
 from torch._ops import OpOverload
 from torch.fx import Graph, GraphModule, Node
 
 
 def clone(graph_module: GraphModule) -> GraphModule:
-    """A graph of its own over the same parameters and buffers, with the same calling convention and
-    metadata.
-    """
+    """A copy of the graph over the same parameters and buffers, with the same signature and metadata."""
     graph = Graph(tracer_cls=graph_module.graph._tracer_cls)
     copies: dict[Node, Node] = {}
     output = graph.graph_copy(graph_module.graph, copies, return_output_node=True)
@@ -23,6 +22,26 @@ def clone(graph_module: GraphModule) -> GraphModule:
     twin = GraphModule(graph_module, graph)
     twin.meta.update(graph_module.meta)
     return twin
+
+
+def ancestors(nodes: Iterable[Node], inputs_of: Callable[[Node], Iterable[Node]] | None = None) -> set[Node]:
+    """The nodes and everything that they are computed from.
+
+    inputs_of: the inputs that count of a node; all of them by default.
+    """
+    found: set[Node] = set()
+    waiting = list(nodes)
+    while waiting:
+        node = waiting.pop()
+        if node not in found:
+            found.add(node)
+            waiting += node.all_input_nodes if inputs_of is None else inputs_of(node)
+    return found
+
+
+def attribute(node: Node) -> Any:
+    """The object that a `get_attr` node of an owned graph reads."""
+    return operator.attrgetter(str(node.target))(node.graph.owning_module)
 
 
 def written_arguments(node: Node) -> list[Node]:
@@ -41,9 +60,7 @@ def written_arguments(node: Node) -> list[Node]:
 
 
 def aliased(node: Node) -> Node | None:
-    """The argument whose memory the result of `node` shares by its schema (a slice, a write's result), if
-    any.
-    """
+    """The argument whose memory the result of `node` shares by its schema, as of a slice or a write."""
     source = node.args[0] if node.op == "call_function" and node.args else None
     schema = getattr(node.target, "_schema", None)
     shares = schema is not None and any(result.alias_info is not None for result in schema.returns)
@@ -82,12 +99,15 @@ def has_effect(node: Node) -> bool:
     return bool(written_arguments(node)) or "assert" in name or "sym_constrain" in name
 
 
-def prune(graph: Graph) -> None:
-    """Erase operators whose results nobody uses (a trace keeps averaged weights that the caller threw
-    away).
+def prune(graph: Graph) -> int:
+    """Erase operators whose results nobody uses; returns how many nodes went.
+
+    A trace keeps, for example, averaged weights that the caller threw away.
     """
+    before = len(graph.nodes)
     plain = [n for n in graph.nodes if isinstance(n.target, OpOverload) or n.target is operator.getitem]
     remove_dead(graph, [n for n in plain if not n.users and not has_effect(n)])
+    return before - len(graph.nodes)
 
 
 def _only_serves(user: Node, node: Node) -> bool:

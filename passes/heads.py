@@ -1,6 +1,4 @@
-"""Which pieces of a walk are batch and which are heads, how key/value heads are shared, and the operands
-that follow.
-"""
+"""Which pieces of a walk are batch and which are heads, how key/value heads are shared, and the operands."""
 
 from __future__ import annotations
 
@@ -11,9 +9,9 @@ from torch.fx import Node
 
 from .anchors import Refused
 from .axes import Atom, Axis, Layout, leaves, pair, resolve
-from .match import Walk, term_layout
-from .relayout import plan_relayout
+from .relayout import find_relayout
 from .site import KVKind, KVMap, Operand, Reason, Relayout
+from .walk import Walk, term_layout
 
 Partner = dict[Atom, Atom | None]
 """Canonical piece -> the piece of one operand that holds the same data, None where the operand has none."""
@@ -120,7 +118,7 @@ class Heads:
     def restore(self) -> Relayout:
         """From `[B, H, T, Dv]` to the layout of the output."""
         layout = (self.batch, self.heads, self.sequence, leaves(self.walk.value_feature))
-        relayout = plan_relayout(layout, resolve(self.walk.output_layout))
+        relayout = find_relayout(layout, resolve(self.walk.output_layout))
         if relayout is None:
             raise Refused(
                 Reason.AXES, self.walk.output, "the output of the attention repeats or drops an axis", "axes"
@@ -130,7 +128,7 @@ class Heads:
     def term(self, term: Node, layout: Layout) -> Operand:
         """A score term brought to axes that broadcast to `[B, H, T, S]`; `layout` is that of the scores."""
         target = (self.batch, self.heads, self.sequence, leaves(self.walk.key_axis))
-        relayout = plan_relayout(term_layout(self.walk.anchor, term, layout), target)
+        relayout = find_relayout(term_layout(self.walk.anchor, term, layout), target)
         if relayout is None:
             raise Refused(
                 Reason.AXES, self.walk.anchor, f"the axes of {term} do not belong to the scores", "axes"
@@ -139,10 +137,10 @@ class Heads:
 
 
 def _sequence(own: list[Atom], keys: Axis) -> Axis:
-    """The query axis among the pieces only the query has: the one of variable size, else one as long as the
-    keys.
+    """The query axis among the pieces that only the query has.
 
-    Pieces of one source axis stay together (an image's rows and columns). A single query has no axis at all.
+    That is the one of variable size, else one as long as the keys. Pieces of one source axis stay together
+    (the rows and columns of an image). A single query has no axis at all.
     """
     if not own:
         return ()
@@ -153,8 +151,7 @@ def _sequence(own: list[Atom], keys: Axis) -> Axis:
 
 
 def _likely_heads(rest: list[Atom], layout: Layout) -> list[Atom]:
-    """Which batch-like pieces are the heads when nothing tells: the only one of fixed size, else the last
-    one.
+    """Which batch-like pieces are the heads when nothing tells: the only one of fixed size, or the last.
 
     A single piece is the heads only when it is not the leading axis.
     """
@@ -206,15 +203,13 @@ def _operand(
     node: Node,
     dropped: set[Atom | None] | frozenset[Atom | None] = frozenset(),
 ) -> Operand:
-    """The latest tensor of the chain without `dropped` pieces, preferring one whose axes need no
-    splitting.
-    """
+    """The latest tensor of the chain without `dropped` pieces, if possible one whose axes stay whole."""
     best: Operand | None = None
     for current, layout in reversed(chain):
         held = resolve(layout)
         if any(leaf in dropped for axis in held for leaf in axis):
             continue
-        relayout = plan_relayout(held, target, full_axes=(0, 1))
+        relayout = find_relayout(held, target, full_axes=(0, 1))
         if relayout is None:
             continue
         if all(len(axis) <= 1 for axis in held):

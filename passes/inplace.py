@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import torch
 from torch._ops import OpOverload
-from torch.fx import GraphModule, Node
+from torch.fx import Graph, Node
 
 from .axes import view_source
-from .graphs import clone
 
 aten = torch.ops.aten
 
@@ -25,8 +24,9 @@ def _twin(node: Node) -> OpOverload | None:
 
 
 def _is_private(written: Node, writer: Node) -> bool:
-    """Nothing but `written` itself can see the write: it is a computed tensor, no view, and no view of it
-    is used later.
+    """Whether nothing but `written` itself can see the write.
+
+    It is a computed tensor, no view, and no view of it is used later.
     """
     if written.op != "call_function" or view_source(written) is not None:
         return False
@@ -38,18 +38,15 @@ def _is_private(written: Node, writer: Node) -> bool:
     )
 
 
-def functionalise(graph_module: GraphModule) -> GraphModule:
-    """`graph_module` itself when nothing is written in place, else a new graph with the private writes
-    replaced.
+def functionalise(graph: Graph) -> int:
+    """Replace the private writes of a graph, in the graph itself; returns how many.
 
     A write that something else could see (a cache, a slice of a tensor) stays, and refuses the site it
     touches.
     """
-    if not any(_twin(node) is not None for node in graph_module.graph.nodes):
-        return graph_module
-    twin = clone(graph_module)
-    position = {node: i for i, node in enumerate(twin.graph.nodes)}
-    for node in list(twin.graph.nodes):
+    count = 0
+    position = {node: i for i, node in enumerate(graph.nodes)}
+    for node in list(graph.nodes):
         functional = _twin(node)
         if functional is None:
             continue
@@ -61,6 +58,5 @@ def functionalise(graph_module: GraphModule) -> GraphModule:
         later = [user for user in written.users if position[user] > position[node]]
         for user in later:
             user.replace_input_with(written, node)
-    twin.graph.lint()
-    twin.recompile()
-    return twin
+        count += 1
+    return count

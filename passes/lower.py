@@ -1,6 +1,4 @@
-"""Lower: replace a site by a call of its attention module. The only step that changes what the model
-computes.
-"""
+"""Lower: replace a site by a call of its module, the only step that changes what the model computes."""
 
 from __future__ import annotations
 
@@ -21,9 +19,9 @@ aten = torch.ops.aten
 def lower_site(graph_module: GraphModule, site: Site, module: nn.Module, name: str) -> None:
     """Replace one site in place by `module(query, key, value, key_mask=..., query_start=...)`.
 
-    query `[B, H, T, D]`, key `[B, Hkv, S, D]`, value `[B, Hkv, S, Dv]`. key_mask: bool `[B, S]`, True for a
-    real token, only when the site's mask has padding. query_start: 0 when queries stand at the first keys
-    although there may be more (`Mask.top_left`), else left to the module's default.
+    query is `[B, H, T, D]`, key `[B, Hkv, S, D]`, value `[B, Hkv, S, Dv]`. key_mask, bool `[B, S]`, is True
+    for a real token; it is given only where the mask of the site has padding. query_start is given as 0 where
+    queries stand at the first keys although there may be more (`Mask.top_left`).
     """
     emitter = emitter_for(graph_module, site)
     query, key, value = canonical_operands(emitter, site)

@@ -1,9 +1,8 @@
 """What a mask means, by evaluation: run the score terms on sizes alone and read the pattern off the result.
 
 Integers that positions are compared with (a window of 4096) are replaced by small ones first, so that
-lengths of
-a few dozen tokens show what thousands would. Inputs that take part are tried in the roles an input can have
-in a mask: all tokens real, ordinary positions, and then with some keys switched off.
+lengths of a few dozen tokens show what thousands would. Inputs that take part are tried in the roles that an
+input can have in a mask: all tokens real, ordinary positions, and then with some keys switched off.
 """
 
 from __future__ import annotations
@@ -18,10 +17,10 @@ from torch import Tensor
 from torch.fx import Graph, Node
 
 from .axes import overloads
-from .cone import Sizes, cone, evaluate, leaves
 from .contraction import read_contraction
+from .evaluate import Sizes, evaluate, value_ancestors, value_leaves
 from .relayout import move_tensor
-from .site import Mask, Operand, Pattern, Step
+from .site import Mask, Operand, Pattern, Step, term_operands
 
 aten = torch.ops.aten
 
@@ -87,9 +86,11 @@ class MaskReader:
         return self._cache[identity]
 
     def is_gate(self, term: Operand) -> bool:
-        """A factor of the scores that is zero or one and depends on sizes alone: half of a mask such as
-        `scores * m - 1e4 * (1 - m)`."""
-        if any(leaf.op == "placeholder" and _known(leaf) is None for leaf in leaves(term.node)):
+        """Whether a factor of the scores is zero or one and depends on sizes alone.
+
+        Such a factor is half of a mask such as `scores * m - 1e4 * (1 - m)`.
+        """
+        if any(leaf.op == "placeholder" and _known(leaf) is None for leaf in value_leaves(term.node)):
             return False
         trials = _trials(self._hints, term.relayout.merged[2], term.relayout.merged[3])
         try:
@@ -139,7 +140,7 @@ def _no_feed(node: Node, shape: tuple[int, ...]) -> Tensor:
 
 
 def _terms(steps: Sequence[Step]) -> list[Node]:
-    return [step.term.node for step in steps if step.term is not None]
+    return [term.node for term in term_operands(steps)]
 
 
 def _inputs(steps: Sequence[Step]) -> tuple[list[Node], tuple[str, ...], bool]:
@@ -147,13 +148,13 @@ def _inputs(steps: Sequence[Step]) -> tuple[list[Node], tuple[str, ...], bool]:
     found: dict[Node, None] = {}
     computed = False
     for term in _terms(steps):
-        ancestors = cone(term)
-        own = [leaf for leaf in leaves(term) if leaf.op == "placeholder" and _known(leaf) is None]
+        ancestors = value_ancestors(term)
+        own = [leaf for leaf in value_leaves(term) if leaf.op == "placeholder" and _known(leaf) is None]
         found.update(dict.fromkeys(own))
         projected = any(n.target is aten.linear.default or read_contraction(n) is not None for n in ancestors)
         computed |= len(ancestors) > MAX_NODES or bool(own and projected)
         computed |= any(leaf.meta["val"].is_floating_point() for leaf in own)
-    names = sorted({str(leaf.target) for term in _terms(steps) for leaf in leaves(term)})
+    names = sorted({str(leaf.target) for term in _terms(steps) for leaf in value_leaves(term)})
     return list(found), tuple(names), computed
 
 
@@ -186,7 +187,7 @@ def _large_integers(steps: Sequence[Step]) -> dict[int, int]:
     """Compared integers that are too large to try, and small stand-ins, in the same order of size."""
     found = set()
     for term in _terms(steps):
-        for node in cone(term):
+        for node in value_ancestors(term):
             if node.target in COMPARES:
                 found |= {abs(a) for a in node.args[1:] if type(a) is int and SMALL <= abs(a) < 2**31}
     return {large: 5 + 3 * i for i, large in enumerate(sorted(found))}
@@ -328,9 +329,7 @@ def _padding(
     roles: dict[Node, Role],
     replaced: dict[int, int],
 ) -> bool | None:
-    """Whether switching input entries switches keys off, whole columns at a time; None if it does anything
-    else.
-    """
+    """Whether switching input entries switches keys off, whole columns at a time; None if it does more."""
     found = False
     for node, role in roles.items():
         for sizes, before in ran:

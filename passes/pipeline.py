@@ -1,156 +1,184 @@
-"""The passes as calls: find, raise, lower. Each takes a graph, gives a new one, and changes nothing else."""
+"""What a pass is, and how passes run: in order, each only where what it needs is known, all or nothing.
+
+The passes themselves, and their order, are in `sequence.py`.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from torch import nn
 from torch.fx import GraphModule, Node
 
-from .anchors import Refused, find_anchors
-from .capture import source_line, to_dialect
-from .flex import expand_flex, find_flex
-from .fused import FUSED, read_fused
-from .graphs import clone, prune
-from .inplace import functionalise
-from .lower import lower_site
-from .mask import MaskReader
-from .match import Walk, find_lookalikes, walk
-from .raise_ import raise_site
-from .site import MatchReport, Reason, Refusal, Site
-from .steps import SCORE_STEPS, Row
-from .verify import find_owner, number_sites, verify
+from .anchors import Refused
+from .site import Refusal, Site
+from .steps import SCORE_STEPS, StepRule
+from .walk import Walk
+
+SiteFactory = Callable[[Site], nn.Module | None]
+"""The module that a site is lowered to; None leaves the site as it is."""
 
 
-def find_attention(
-    graph_module: GraphModule,
-    example_inputs: Sequence[Any] | None = None,
-    *,
-    score_steps: Sequence[Row] = SCORE_STEPS,
-) -> MatchReport:
-    """Every attention candidate of a graph from any front door, proved or refused; the graph is not changed.
+class PassError(ValueError):
+    """A pass was run where something that it needs is not known; the message names both."""
 
-    example_inputs: the positional inputs, needed for a graph that is not ATen yet
-    (`torch.fx.symbolic_trace`).
-    score_steps: the table of spellings; add rows of your own with `(*SCORE_STEPS, Row(...))`.
-    Raises CaptureError if the graph cannot be brought to pre-dispatch ATen.
+
+@dataclass(frozen=True)
+class Candidate:
+    """What the match found at one anchor: a walk that is still to be proved, or why there is none."""
+
+    anchor: Node
+    found: Walk | Refused
+
+
+@dataclass
+class Work:
+    """What the passes read and write: one graph, and what is known about it.
+
+    A field that is None is not known: it was not given, or no pass has found it out.
+
+    Attributes:
+        source: The graph as it was given. No pass changes it.
+        example_inputs: Positional inputs of `source`.
+        score_steps: The table of spellings.
+        factory: From a site to the module that it is lowered to.
+        graph: A copy of `source` in the dialect, which the passes rewrite.
+        candidates: Every anchor of `graph` with its walk.
+        sites: The candidates that are proved; their nodes belong to `graph`.
+        refusals: The candidates that are not.
+        flex_refusals: By node name, why a flex_attention node of `graph` is not spelled out.
     """
-    return _analyse(graph_module, example_inputs, score_steps)
+
+    source: GraphModule
+    example_inputs: Sequence[Any] | None = None
+    score_steps: Sequence[StepRule] = SCORE_STEPS
+    factory: SiteFactory | None = None
+    graph: GraphModule | None = None
+    candidates: tuple[Candidate, ...] | None = None
+    sites: tuple[Site, ...] | None = None
+    refusals: tuple[Refusal, ...] = ()
+    flex_refusals: Mapping[str, Refused] = field(default_factory=dict)
 
 
-def _analyse(
-    graph_module: GraphModule, example_inputs: Sequence[Any] | None, score_steps: Sequence[Row]
-) -> MatchReport:
-    """The report over a graph in the dialect with private writes and understood flex nodes spelled out.
+@dataclass(frozen=True)
+class Change:
+    """The record that a pass leaves: how many of what it changed or found."""
 
-    A flex node that the walk cannot explain once spelled out is put back and refused as itself.
+    name: str
+    count: int
+    what: str
+
+    def __str__(self) -> str:
+        return f"{self.name}: {self.count} {self.what}"
+
+
+@dataclass(frozen=True)
+class Pass:
+    """One pass over a graph.
+
+    Attributes:
+        name: What the history calls it.
+        needs: The fields of `Work` that it reads; each must be known.
+        gives: The fields of `Work` that it sets. One that gives the graph may have rewritten it, so that
+            candidates and sites found before are no longer known afterwards.
+        does: What it does, in one sentence.
+        counts: What the number counts that `run` returns.
+        run: The pass itself; it returns how much it changed or found.
+        last: Whether it ends a run.
     """
-    base = clone(functionalise(to_dialect(graph_module, example_inputs)))
-    prune(base.graph)
-    names = [node.name for node in find_flex(base.graph)]
-    refused: dict[str, Refused] = {}
-    while True:
-        work = clone(base) if names else base
-        spelled: dict[Node, str] = {}
-        for node in find_flex(work.graph):
-            if node.name not in refused:
-                try:
-                    name = node.name
-                    spelled[expand_flex(node)] = name
-                except Refused as reason:
-                    refused[node.name] = reason
-        report = _match(work, score_steps)
-        failed = {spelled[r.anchor]: r for r in report.refusals if r.anchor in spelled}
-        if not failed:
-            break
-        refused.update({name: Refused(Reason.FLEX, r.node, r.message, "flex") for name, r in failed.items()})
-    left = [_refusal(refused[node.name], node, node) for node in find_flex(work.graph)]
-    return MatchReport(work, report.sites, (*report.refusals, *left))
+
+    name: str
+    needs: tuple[str, ...]
+    gives: tuple[str, ...]
+    does: str
+    counts: str
+    run: Callable[[Work], int] = field(repr=False)
+    last: bool = False
+
+    def __post_init__(self) -> None:
+        unknown = {*self.needs, *self.gives} - {known.name for known in fields(Work)}
+        if unknown:
+            raise PassError(
+                f"pass {self.name!r} names {', '.join(sorted(unknown))}, which Work does not have"
+            )
 
 
-def _refusal(refused: Refused, anchor: Node, culprit: Node | None = None) -> Refusal:
-    path, _, _ = find_owner([anchor])
-    return Refusal(
-        refused.reason,
-        refused.message,
-        culprit or refused.node,
-        anchor,
-        refused.reached,
-        path,
-        source=source_line(anchor),
-    )
+class Pipeline(tuple[Pass, ...]):
+    """Passes in the order in which they run; `print` shows them, one a line."""
+
+    __slots__ = ()
+
+    def to(self, name: str) -> Pipeline:
+        """The passes that lead up to `name`, itself included.
+
+        Args:
+            name: The pass to end with. Those before it that end a run themselves are left out.
+
+        Raises:
+            KeyError: There is no pass of that name.
+        """
+        names = [one.name for one in self]
+        if name not in names:
+            raise KeyError(f"no pass {name!r}; there are {', '.join(names)}")
+        end = names.index(name)
+        return Pipeline((*(one for one in self[:end] if not one.last), self[end]))
+
+    def __str__(self) -> str:
+        rows = [(one.name, ", ".join(one.needs), ", ".join(one.gives), one.does) for one in self]
+        widths = [max((len(row[column]) for row in rows), default=0) for column in range(3)]
+        return "\n".join(
+            f"{number}. {name:{widths[0]}}  {needs:{widths[1]}} -> {gives:{widths[2]}}  {does}"
+            for number, (name, needs, gives, does) in enumerate(rows, start=1)
+        )
 
 
-def _match(graph_module: GraphModule, score_steps: Sequence[Row]) -> MatchReport:
-    masks = MaskReader(graph_module.graph)
-    sites: list[Site] = []
-    refusals: list[Refusal] = []
+def run_passes(passes: Sequence[Pass], work: Work) -> tuple[Change, ...]:
+    """Run passes in order, each only where what it needs is known.
 
-    def attempt(anchor: Node, read: Callable[[], Walk]) -> None:
-        try:
-            sites.append(verify(read(), masks))
-        except Refused as refused:
-            refusals.append(_refusal(refused, anchor))
+    `work.source` stays as it is: the first pass copies it, and the others rewrite the copy. Where a pass
+    fails, the copy is dropped and `work` is as it was before the call.
 
-    anchors = {anchor.node: anchor for anchor in find_anchors(graph_module.graph)}
-    for node in graph_module.graph.nodes:
-        if node.target is FUSED:
-            attempt(node, partial(read_fused, node))
-        elif node in anchors:
-            attempt(node, partial(walk, anchors[node], score_steps))
-    for node in find_lookalikes(graph_module.graph, score_steps):
-        message = "the scores go through a sigmoid, not a softmax"
-        refusals.append(_refusal(Refused(Reason.NOT_ATTENTION, node, message, "softmax"), node))
-    return MatchReport(graph_module, number_sites(sites), tuple(refusals))
+    Args:
+        passes: The passes in order, for example `PIPELINE.to("raise")`.
+        work: The graph and what is known of it; set as the passes say.
 
+    Returns:
+        The record of each pass, in order. They are also appended to `work.graph.meta["history"]`.
 
-def raise_attention(
-    graph_module: GraphModule,
-    example_inputs: Sequence[Any] | None = None,
-    *,
-    score_steps: Sequence[Row] = SCORE_STEPS,
-) -> GraphModule:
-    """A graph in which every proved site is one exact `linearize::attention` call; refused sites are
-    untouched.
-
-    Outputs and gradients equal the original's within the dtype's tolerance. Arguments as `find_attention`.
+    Raises:
+        PassError: A pass needs something that is not known where it stands.
+        Exception: Whatever a pass raises, with a note that names the pass.
     """
-    report = _analyse(graph_module, example_inputs, score_steps)
-    for site in report.sites:
-        raise_site(report.graph_module, site)
-    return finish(
-        report.graph_module, {"pass": "raise", "sites": len(report.sites), "refusals": len(report.refusals)}
-    )
-
-
-def lower_attention(
-    graph_module: GraphModule,
-    factory: Callable[[Site], nn.Module | None],
-    example_inputs: Sequence[Any] | None = None,
-    *,
-    score_steps: Sequence[Row] = SCORE_STEPS,
-) -> GraphModule:
-    """A graph in which each proved site calls `factory(site)`; where that is None the site stays as it is.
-
-    The module is added as `attention_<n>` and called as `module(query, key, value, key_mask=...,
-    query_start=...)` on canonical layout, see `lower.lower_site`.
-    """
-    report = _analyse(graph_module, example_inputs, score_steps)
-    lowered = report.graph_module
-    count = 0
-    for site in report.sites:
-        module = factory(site)
-        if module is not None:
-            lower_site(lowered, site, module, f"attention_{count}")
-            count += 1
-    return finish(lowered, {"pass": "lower", "sites": count, "refusals": len(report.refusals)})
-
-
-def finish(graph_module: GraphModule, record: dict[str, Any]) -> GraphModule:
-    """Check the rewritten graph and append `record` to its history (`gm.meta["history"]`)."""
-    graph_module.graph.lint()
-    graph_module.recompile()
-    graph_module.meta["history"] = (*graph_module.meta.get("history", ()), record)
-    return graph_module
+    before = dict(vars(work))
+    work.graph = work.candidates = work.sites = None
+    work.refusals = ()
+    changes: list[Change] = []
+    rewritten = False
+    try:
+        for one in passes:
+            missing = [need for need in one.needs if getattr(work, need) is None]
+            if missing:
+                raise PassError(
+                    f"pass {one.name!r} needs {' and '.join(missing)}, which is not known there: give it, or "
+                    "run a pass before it that does"
+                )
+            try:
+                count = one.run(work)
+            except Exception as error:
+                error.add_note(f"in the graph pass {one.name!r}")
+                raise
+            if "graph" in one.gives:
+                work.candidates = work.sites = None
+                rewritten = rewritten or count > 0
+            changes.append(Change(one.name, count, one.counts))
+        if work.graph is not None:
+            if rewritten:
+                work.graph.graph.lint()
+                work.graph.recompile()
+            work.graph.meta["history"] = (*work.graph.meta.get("history", ()), *changes)
+    except BaseException:
+        vars(work).update(before)
+        raise
+    return tuple(changes)

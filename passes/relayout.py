@@ -1,4 +1,4 @@
-"""Planning and emitting the data movement between a traced layout and the canonical one."""
+"""Finding and emitting the data movement between a traced layout and the canonical one."""
 
 from __future__ import annotations
 
@@ -12,19 +12,18 @@ from torch import Tensor
 from torch.fx import Graph, Node
 
 from .axes import Atom, Axis, Layout, expr, product, quotient, resolve, shape_of
-from .cone import Sizes
+from .evaluate import Sizes
 from .site import Relayout
 
 aten = torch.ops.aten
 ONE = sympy.Integer(1)
 
 
-def plan_relayout(layout: Layout, target: Sequence[Axis], full_axes: Iterable[int] = ()) -> Relayout | None:
+def find_relayout(layout: Layout, target: Sequence[Axis], full_axes: Iterable[int] = ()) -> Relayout | None:
     """How to bring a tensor laid out as `layout` to the axes `target`.
 
-    A target atom the tensor does not hold becomes size one, except that a target axis which is partly held,
-    or is
-    named in `full_axes`, is expanded to its full size. None if the tensor holds an atom the target does not.
+    A target atom that the tensor does not hold becomes size one. A target axis that is partly held, or named
+    in `full_axes`, is expanded to its full size. None if the tensor holds an atom that the target does not.
     """
     held: list[Atom] = [leaf for axis in resolve(layout) for leaf in axis]
     wanted: list[Atom] = [leaf for axis in target for leaf in axis]

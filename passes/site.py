@@ -7,6 +7,7 @@ a record depends on torch.fx.
 from __future__ import annotations
 
 import enum
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +19,7 @@ Size = int | str
 
 
 class Reason(str, enum.Enum):
-    """Why a candidate was refused. The value is the public reason code."""
+    """Why a candidate was refused. The value is the public reason code, and compares equal to it."""
 
     NOT_ATTENTION = "not-attention"
     WEIGHTS_ESCAPE = "weights-escape"
@@ -47,8 +48,15 @@ class Reason(str, enum.Enum):
 class Refusal:
     """A candidate that was left untouched.
 
-    `node` is the culprit, `anchor` the softmax or fused node the walk started from, `reached` the name of the
-    stage or step the walk had come to, `message` one sentence for a human.
+    Attributes:
+        reason: The reason code.
+        message: One sentence for a human.
+        node: The node that could not be explained.
+        anchor: The softmax or fused node from which the walk started.
+        reached: The stage or step that the walk had come to.
+        path: Dotted path of the module that computes the anchor; "" for the root.
+        ordinal: 0; the passes number sites, not refusals.
+        source: `file.py:line` of the anchor; "" where the tracer kept none.
     """
 
     reason: Reason
@@ -76,12 +84,17 @@ class Pattern(str, enum.Enum):
 class Mask:
     """What the mask of a site means, by evaluation.
 
-    pattern: positional part. width: its parameter in tokens (None for full, causal, other).
-    padding: a key-padding input takes part (keys switched off by data, the same for every query).
-    bias: finite non-zero values are added to visible scores. per_head: they, or the mask, differ by head.
-    top_left: query i stands at key i although there may be more keys (else the last query at the last key).
-    lengths: the (query, key) lengths at which the mask was evaluated: evidence, not proof, elsewhere.
-    leaves: names of the graph inputs, buffers and parameters whose values take part.
+    Attributes:
+        pattern: The positional part.
+        width: The parameter of the pattern in tokens; None for full, causal and other.
+        padding: Whether an input switches keys off by its data, the same keys for every query.
+        bias: Whether finite values other than zero are added to visible scores.
+        per_head: Whether the mask, or the bias, differs from head to head.
+        top_left: Query i stands at key i although there may be more keys; otherwise the last query stands
+            at the last key.
+        lengths: The (query, key) lengths at which the mask was evaluated. At other lengths they are
+            evidence, not proof.
+        leaves: Names of the graph inputs, buffers and parameters whose values take part.
     """
 
     pattern: Pattern
@@ -95,11 +108,14 @@ class Mask:
 
     @property
     def label(self) -> str:
+        """The mask in a word, for example `window(128)+padding`."""
         text = self.pattern.value if self.width is None else f"{self.pattern.value}({self.width})"
         return "+".join([text, *(["padding"] if self.padding else []), *(["bias"] if self.bias else [])])
 
 
 class KVKind(str, enum.Enum):
+    """Which key/value head a query head reads."""
+
     EQUAL = "equal"  # one key/value head per query head
     INTERLEAVED = "interleaved"  # query head h reads kv head h // groups (transformers' repeat_kv)
     TILED = "tiled"  # query head h reads kv head h % num_key_value_heads
@@ -115,9 +131,11 @@ class KVMap:
 
 @dataclass(frozen=True)
 class Relayout:
-    """Data movement between two layouts: reshape to `split`, permute by `order`, reshape to `spread`,
-    expand to
-    `full`, reshape to `merged`. Sizes are sympy expressions over the graph's symbols."""
+    """Data movement between two layouts, in five moves.
+
+    Reshape to `split`, permute by `order`, reshape to `spread`, expand to `full`, reshape to `merged`. Sizes
+    are sympy expressions over the symbols of the graph.
+    """
 
     split: tuple[sympy.Expr, ...]
     order: tuple[int, ...]
@@ -130,8 +148,12 @@ class Relayout:
 class Operand:
     """A tensor of the site and how to bring it to canonical layout.
 
-    query `[B, H, T, D]`, key `[B, Hkv, S, D]`, value `[B, Hkv, S, Dv]`, score terms broadcastable to `[B,
-    H, T, S]`.
+    That is `[B, H, T, D]` for the query, `[B, Hkv, S, D]` for the key, `[B, Hkv, S, Dv]` for the value; a
+    score term broadcasts to `[B, H, T, S]`.
+
+    Attributes:
+        node: The tensor in the graph.
+        relayout: The data movement to canonical layout.
     """
 
     node: Node
@@ -139,6 +161,7 @@ class Operand:
 
     @property
     def shape(self) -> tuple[Size, ...]:
+        """The shape in canonical layout."""
         return tuple(int(s) if s.is_Integer else str(s) for s in self.relayout.merged)
 
 
@@ -146,14 +169,24 @@ class Operand:
 class Step:
     """One step of the program, in execution order from `q @ k^T` to the weights that multiply v.
 
-    kind is one of
-    `scale`, `div` (by value, or element-wise by term), `tanh`, `offset` (add value),
-    `add` (value times term), `fill` (where bool term is True write value), `keep` (where it is False write
-    value), `causal` (top-left aligned lower triangle), `cast` (value: dtype name),
-    `sink` (term: logits prepended or appended as a column, value "first" or "last"),
-    `softmax` (value: dtype name or None; over the keys), `safe_softmax` (fully masked rows give zero),
-    `drop_sink`, `dropout` (value: p), `nan_to_num`;
-    a fused node is the single step `sdpa` (value: {"scale", "causal", "dropout"}, term: its mask).
+    A fused node is the single step `sdpa`.
+
+    Attributes:
+        kind: What happens to the scores or weights:
+
+            - `scale`, `div`: times, or divided by, the value; element by element where there is a term.
+            - `offset`: plus the value. `add`: plus the value times the term.
+            - `fill`, `keep`: the value is written where the bool term is True (`fill`) or False (`keep`).
+            - `causal`: the lower triangle, aligned at the top left.
+            - `tanh`. `cast`: to the dtype that the value names.
+            - `sink`: the term is joined on as one column of logits, "first" or "last" by the value.
+              `drop_sink`: that column is cut off again.
+            - `softmax`: over the keys, in the dtype that the value names, if any. `safe_softmax`: rows that
+              are fully masked give zero.
+            - `dropout`: with probability value. `nan_to_num`.
+            - `sdpa`: the value holds "scale", "causal" and "dropout"; the term is the mask.
+        value: The constant that belongs to the step.
+        term: The tensor that belongs to the step.
     """
 
     kind: str
@@ -161,20 +194,39 @@ class Step:
     term: Operand | None = None
 
 
+def term_operands(program: Sequence[Step]) -> list[Operand]:
+    """The terms of a program, in order."""
+    return [step.term for step in program if step.term is not None]
+
+
 @dataclass(frozen=True)
 class Site:
     """One proved attention: `output = softmax(program(query @ key^T)) @ value`.
 
-    path: dotted path of the owner, the lowest module that holds both contractions and the softmax ("" =
-    root).
-    ordinal: 0, 1, ... over the sites of one owner in execution order; call: which call of the owner it is in.
-    query, key, value: operands; key and value are *before* any repeat of grouped heads where that can be
-    peeled. output: the node the canonical call replaces; `restore` brings `[B, H, T, Dv]` to its layout.
-    program: the exact steps. mask: what they mean, by evaluation.
-    scale: product of the constant scales on the scores, None if one is a tensor (a per-head learned scale).
-    softcap: c of `c * tanh(s / c)`. dropout: p in this trace. score_dtype: dtype in which softmax runs.
-    body: the nodes the canonical call makes unnecessary. spelling: fingerprint such as
-    `matmul>scale>add>softmax>matmul`. source: `file.py:line` of the anchor.
+    Attributes:
+        path: Dotted path of the owner, the lowest module that holds both contractions and the softmax; ""
+            for the root.
+        ordinal: 0, 1, ... over the sites of one owner in execution order.
+        anchor: The softmax or fused node.
+        query: Operand `[B, H, T, D]`.
+        key: Operand `[B, Hkv, S, D]`, before grouped heads are repeated, where the repeat can be peeled off.
+        value: Operand `[B, Hkv, S, Dv]`, as the key.
+        output: The node that the canonical call replaces.
+        restore: The data movement from `[B, H, T, Dv]` to the layout of the output.
+        program: The exact steps from the scores to the weights.
+        mask: What the program hides, by evaluation.
+        scale: Product of the constant scales on the scores; None where one is a tensor, as a scale learned
+            per head.
+        softcap: c of `c * tanh(s / c)`, if there is one.
+        sinks: Whether a column of sink logits takes part in the softmax.
+        kv_map: How the query heads share key/value heads.
+        dropout: Probability in this graph.
+        score_dtype: Name of the dtype in which the softmax runs.
+        body: The nodes that the canonical call makes unnecessary.
+        spelling: Fingerprint such as `matmul>scale>add>softmax>matmul`.
+        source: `file.py:line` of the anchor; "" where the tracer kept none.
+        owner_type: Class name of the owner.
+        call: In which call of the owner the site is, 0 for the first.
     """
 
     path: str
@@ -201,26 +253,30 @@ class Site:
 
     @property
     def shapes(self) -> dict[str, Size]:
-        """B, H, Hkv, T (queries), S (keys), D (query/key features), Dv (value features)."""
+        """Sizes by letter: B, H, Hkv, T (queries), S (keys), D (query/key features), Dv (value features)."""
         b, h, t, d = self.query.shape
         hkv, s = self.key.shape[1], self.key.shape[2]
         return {"B": b, "H": h, "Hkv": hkv, "T": t, "S": s, "D": d, "Dv": self.value.shape[3]}
 
     @property
     def causal(self) -> bool:
+        """Whether no query sees a later key."""
         return self.mask.pattern in (Pattern.CAUSAL, Pattern.WINDOW, Pattern.CHUNK)
 
     @property
     def cross(self) -> bool:
-        """Queries and keys have lengths that are not known to be equal."""
+        """Whether queries and keys have lengths that are not known to be equal."""
         return self.query.shape[2] != self.key.shape[2]
 
 
 @dataclass(frozen=True)
 class MatchReport:
-    """Every candidate of one graph: `sites` proved, `refusals` left alone with a reason.
+    """Every candidate of one graph.
 
-    graph_module: the pre-dispatch ATen graph whose nodes the records refer to.
+    Attributes:
+        graph_module: The pre-dispatch ATen graph whose nodes the records name.
+        sites: The candidates that are proved, in execution order.
+        refusals: The candidates that are left alone, each with its reason.
     """
 
     graph_module: GraphModule

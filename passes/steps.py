@@ -1,8 +1,8 @@
-"""The table of score steps: what may stand between `q @ k^T` and softmax, one row per spelling.
+"""The table of score steps: what may stand between `q @ k^T` and softmax, one rule per spelling.
 
-A row says which argument carries the scores and what the operator does to them. The walker tries every
+A rule says which argument carries the scores and what the operator does to them. The walk tries every
 carrying argument, so `a + b` finds the scores on either side. To teach the matcher a spelling of your own,
-pass `find_attention(graph, score_steps=(*SCORE_STEPS, Row(...)))`.
+pass `find_attention(graph, score_steps=(*SCORE_STEPS, StepRule(...)))`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 from torch.fx import Node
 
 from .axes import CASTS, VIEWS, overloads
-from .cone import constant
+from .evaluate import constant
 
 aten = torch.ops.aten
 
@@ -25,7 +25,13 @@ GUARD = -1e30
 
 @dataclass(frozen=True)
 class Effect:
-    """What one node does to the scores. kind and value as in `site.Step`; term is a raw graph node."""
+    """What one node does to the scores.
+
+    Attributes:
+        kind: As in `site.Step`; `shift` besides, a row maximum that is subtracted.
+        value: As in `site.Step`.
+        term: The tensor that takes part, as it stands in the graph.
+    """
 
     kind: str
     value: Any = None
@@ -37,8 +43,15 @@ Reader = Callable[[Node, Node], list[Effect] | str]
 
 
 @dataclass(frozen=True)
-class Row:
-    """One spelling. targets: operator overloads. carriers: argument positions that may hold the scores."""
+class StepRule:
+    """How to read one spelling of a step.
+
+    Attributes:
+        targets: Operator overloads.
+        carriers: Positions of the arguments that may hold the scores.
+        read: From a node and the scores that it reads, to its effects in order, or to a sentence that says
+            why the spelling is not understood.
+    """
 
     targets: tuple[Any, ...]
     carriers: tuple[int, ...]
@@ -179,23 +192,31 @@ def _tanh(node: Node, scores: Node) -> list[Effect] | str:
     return [Effect("tanh")]
 
 
-SCORE_STEPS: tuple[Row, ...] = (
-    Row(CASTS, (0,), _cast),
-    Row(tuple(target for target in VIEWS if target not in CASTS), (0,), _view),
-    Row(tuple(overloads("mul.Tensor", "mul.Scalar")), (0, 1), _multiply("scale")),
-    Row(tuple(overloads("div.Tensor", "div.Scalar", "true_divide.Tensor")), (0,), _multiply("div")),
-    Row(tuple(overloads("tanh.default")), (0,), _tanh),
-    Row(tuple(overloads("add.Tensor", "add.Scalar")), (0, 1), _add(1.0)),
-    Row(tuple(overloads("sub.Tensor", "sub.Scalar")), (0,), _add(-1.0)),
-    Row(tuple(overloads("masked_fill.Scalar", "masked_fill.Tensor")), (0,), _fill),
-    Row(
+_MOVES = (
+    StepRule(CASTS, (0,), _cast),
+    StepRule(tuple(target for target in VIEWS if target not in CASTS), (0,), _view),
+)
+_FILLS = (
+    StepRule(tuple(overloads("masked_fill.Scalar", "masked_fill.Tensor")), (0,), _fill),
+    StepRule(
         tuple(overloads("where.self", "where.ScalarSelf", "where.ScalarOther", "where.Scalar")),
         (1, 2),
         _where,
     ),
-    Row(tuple(overloads("clamp.default", "clamp_min.default")), (0,), _lower_clamp),
-    Row(tuple(overloads("maximum.default", "max.other")), (0, 1), _maximum),
 )
+
+SCORE_STEPS: tuple[StepRule, ...] = (
+    *_MOVES,
+    StepRule(tuple(overloads("mul.Tensor", "mul.Scalar")), (0, 1), _multiply("scale")),
+    StepRule(tuple(overloads("div.Tensor", "div.Scalar", "true_divide.Tensor")), (0,), _multiply("div")),
+    StepRule(tuple(overloads("tanh.default")), (0,), _tanh),
+    StepRule(tuple(overloads("add.Tensor", "add.Scalar")), (0, 1), _add(1.0)),
+    StepRule(tuple(overloads("sub.Tensor", "sub.Scalar")), (0,), _add(-1.0)),
+    *_FILLS,
+    StepRule(tuple(overloads("clamp.default", "clamp_min.default")), (0,), _lower_clamp),
+    StepRule(tuple(overloads("maximum.default", "max.other")), (0, 1), _maximum),
+)
+"""What may stand between `q @ k^T` and softmax."""
 
 
 def _dropout(node: Node, weights: Node) -> list[Effect] | str:
@@ -208,16 +229,10 @@ def _nan_to_num(node: Node, weights: Node) -> list[Effect] | str:
     return [Effect("nan_to_num")] if nan in (None, 0, 0.0) else "nan_to_num writes a number other than zero"
 
 
-WEIGHT_STEPS: tuple[Row, ...] = (
-    Row(CASTS, (0,), _cast),
-    Row(tuple(target for target in VIEWS if target not in CASTS), (0,), _view),
-    Row(tuple(overloads("dropout.default")), (0,), _dropout),
-    Row(tuple(overloads("nan_to_num.default")), (0,), _nan_to_num),
-    Row(tuple(overloads("masked_fill.Scalar", "masked_fill.Tensor")), (0,), _fill),
-    Row(
-        tuple(overloads("where.self", "where.ScalarSelf", "where.ScalarOther", "where.Scalar")),
-        (1, 2),
-        _where,
-    ),
+WEIGHT_STEPS: tuple[StepRule, ...] = (
+    *_MOVES,
+    StepRule(tuple(overloads("dropout.default")), (0,), _dropout),
+    StepRule(tuple(overloads("nan_to_num.default")), (0,), _nan_to_num),
+    *_FILLS,
 )
 """What may stand between softmax and the product with v."""

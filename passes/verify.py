@@ -1,6 +1,4 @@
-"""Prove a walk: which axes are heads, nothing escapes, nothing is mutated, what the mask means. Gives a
-`Site`.
-"""
+"""Prove a walk and make it a `Site`: what are heads, that nothing escapes or is mutated, the mask."""
 
 from __future__ import annotations
 
@@ -14,13 +12,13 @@ from torch.fx import Node
 from .anchors import Refused
 from .axes import overloads, view_source
 from .capture import module_path, source_line
-from .cone import cone
+from .evaluate import value_ancestors
 from .fused import FUSED, arguments
 from .graphs import aliased, written_arguments
 from .heads import Heads
 from .mask import MaskReader
-from .match import Traced, Walk, reads_shape_only, short_name
-from .site import Operand, Reason, Site, Step
+from .site import Operand, Reason, Site, Step, term_operands
+from .walk import PlacedEffect, Walk, reads_shape_only, short_name
 
 aten = torch.ops.aten
 
@@ -95,17 +93,11 @@ def check_containment(walk: Walk) -> None:
 def check_terms(walk: Walk, program: Sequence[Step]) -> None:
     """Masks and biases do not depend on the scores they change, nor on chance."""
     body = set(walk.body)
-    for step in program:
-        if step.term is None:
-            continue
-        for node in cone(step.term.node):
+    for term in term_operands(program):
+        for node in value_ancestors(term.node):
             if node in body:
-                raise Refused(
-                    Reason.SCORE_STEP,
-                    step.term.node,
-                    "a mask or bias of the scores is computed from the scores",
-                    "terms",
-                )
+                message = "a mask or bias of the scores is computed from the scores"
+                raise Refused(Reason.SCORE_STEP, term.node, message, "terms")
             if _is_random(node):
                 raise Refused(Reason.SCORE_STEP, node, "a random tensor is added to the scores", "terms")
 
@@ -141,7 +133,7 @@ def check_mutation(walk: Walk, program: Sequence[Step], operands: Sequence[Opera
     for operand, original in zip(operands, (walk.query, walk.key, walk.value), strict=True):
         copied = [order[node] for node in _chain(original, operand.node) if node.target in _COPIES]
         read_from[_root(original)] = min([start, *copied])
-    for node in [*walk.body, *(step.term.node for step in program if step.term is not None)]:
+    for node in [*walk.body, *(term.node for term in term_operands(program))]:
         read_from.setdefault(_root(node), start)
     for node, position in order.items():
         for target in written_arguments(node) if position < end else ():
@@ -168,9 +160,9 @@ def _chain(node: Node, source: Node) -> list[Node]:
 
 def _program(walk: Walk, heads: Heads, masks: MaskReader) -> tuple[Step, ...]:
     steps = []
-    for traced in walk.trace:
-        effect = traced.effect
-        term = None if effect.term is None else _term(walk, heads, traced, effect.term)
+    for placed in walk.effects:
+        effect = placed.effect
+        term = None if effect.term is None else _term(heads, placed, effect.term)
         per_key = term is not None and effect.kind in ("scale", "div") and term.relayout.merged[3] != 1
         if term is not None and per_key and not masks.is_gate(term):
             raise Refused(
@@ -183,16 +175,15 @@ def _program(walk: Walk, heads: Heads, masks: MaskReader) -> tuple[Step, ...]:
     return tuple(steps)
 
 
-def _term(walk: Walk, heads: Heads, traced: Traced, term: Node) -> Operand:
-    if traced.effect.kind == "sink":
-        layout = (*traced.layout[:-1], ())
-        return heads.term(term, layout)
-    return heads.term(term, traced.layout)
+def _term(heads: Heads, placed: PlacedEffect, term: Node) -> Operand:
+    column = placed.effect.kind == "sink"
+    return heads.term(term, (*placed.layout[:-1], ()) if column else placed.layout)
 
 
 def read_scale(program: Sequence[Step], walk: Walk) -> tuple[float | None, float | None]:
-    """(product of the constant scales, None if a tensor takes part; c of the softcap, None if there is
-    none).
+    """The product of the constant scales and c of the softcap.
+
+    The first is None where a tensor takes part, the second where there is no softcap.
     """
     scale: float | None = 1.0
     outer: float | None = None

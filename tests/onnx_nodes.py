@@ -64,7 +64,7 @@ def write_node(
 
 @dataclass(frozen=True)
 class Case:
-    """Tokens of one operator call, float64, and what they give by `kernels/oracle.py`."""
+    """Tokens of one operator call, float64, and what they give by `kernels/naive.py`."""
 
     query: Tensor
     key: Tensor

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib.util
 import os
 import shutil
 import subprocess
@@ -12,9 +13,13 @@ import tomllib
 import zipfile
 from importlib.metadata import entry_points, requires, version
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 from linearize.kernels import cpu
+
+import linearize
+import linearize.onnx
 
 ROOT = Path(__file__).resolve().parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
@@ -81,6 +86,46 @@ def imports_point_one_way(top: str, allowed: set[str]) -> None:
 def test_passes_know_graphs_only_and_kernels_know_tensors_only() -> None:
     imports_point_one_way("passes", {"torch", "sympy"})
     imports_point_one_way("kernels", {"torch", "triton"})
+
+
+def test_nothing_inside_the_package_uses_a_public_name_that_is_loaded_on_first_use() -> None:
+    """Import-linter would not see where such an import leads; within a package that does not matter."""
+    lazy = {"linearize": linearize.__all__, "linearize.onnx": linearize.onnx.__all__}
+    for path in (ROOT / "linearize").rglob("*.py"):
+        package = path.relative_to(ROOT).parent.parts
+        for node in ast.walk(ast.parse(path.read_text())):
+            if not isinstance(node, ast.ImportFrom):
+                continue
+            base = package[: len(package) - node.level + 1] if node.level else ()
+            source = ".".join([*base, *filter(None, [node.module])])
+            if source == ".".join(package):
+                continue
+            names = {alias.name for alias in node.names} & set(lazy.get(source, ()))
+            files = {name for name in names if importlib.util.find_spec(f"{source}.{name}")}
+            assert names == files, f"{path}:{node.lineno} imports {names - files} from {source}"
+
+
+NAMES_OF_0_1_0 = """
+    AttentionModule Backend DraftModel Evaluation LinearizeConfig LinearizeError Medusa MedusaHeads
+    PromptLookup RECIPES Recipe Report Sensitivity Tree TreeSpeculation Typical __version__ backend
+    calibrate distill errors evaluate export_onnx fit_tree inspect linearize load load_demo load_released
+    load_released_heads lora_config merge onnx ops passes plan save train_heads transfer tune
+"""
+ONNX_NAMES_OF_0_1_0 = """
+    Exported OrtModel Quantized StateNames build_cuda_library build_library export_onnx quantize register
+    write_genai
+"""
+
+
+@pytest.mark.parametrize(
+    "package, names", [(linearize, NAMES_OF_0_1_0), (linearize.onnx, ONNX_NAMES_OF_0_1_0)], ids=["", "onnx"]
+)
+def test_public_names_are_listed_and_there_those_of_before_too(package: ModuleType, names: str) -> None:
+    assert set(names.split()) <= {*dir(package), "__version__"} and set(package.__all__) <= set(dir(package))
+    for name in {*package.__all__, *names.split()}:
+        getattr(package, name)
+    with pytest.raises(AttributeError, match="linearise"):
+        package.linearise  # noqa: B018
 
 
 LAYOUT = """
@@ -172,7 +217,7 @@ def test_the_wheel_holds_one_top_level_package_with_its_data(wheel: Path) -> Non
             parts = path.relative_to(ROOT).parts
             want.add("/".join(parts if top == "linearize" else ("linearize", *parts)))
     assert code == want
-    assert "linearize/py.typed" in names
+    assert {"linearize/py.typed", "linearize/__init__.pyi", "linearize/onnx/__init__.pyi"} <= set(names)
     data = {path for path in (ROOT / "linearize" / "demo" / "model").rglob("*") if path.is_file()}
     assert {path.relative_to(ROOT).as_posix() for path in data} <= set(names)
 
@@ -219,6 +264,50 @@ def test_an_installed_wheel_works_away_from_the_checkout(wheel: Path, tmp_path: 
     zipfile.ZipFile(wheel).extractall(target)
     out = python(LAYOUT, tmp_path, target).split()
     assert out == ["linearize.passes.site", str(target / "linearize" / "kernels")]
+
+
+USE = """
+from torch import nn
+import linearize as lz
+
+class Mine(nn.Module): ...
+
+reveal_type(lz.linearize(Mine()))
+reveal_type(lz.load("folder", Mine()))
+lz.linearise(Mine())
+lz.onnx.quantise
+"""
+MYPY = """
+[mypy]
+follow_imports = silent
+[mypy-torch.*,transformers.*,sympy.*,numpy.*,onnx.*,onnx_ir.*,onnxruntime.*,onnxscript.*,triton.*,peft.*,accelerate.*]
+follow_imports = skip
+ignore_missing_imports = True
+"""
+
+
+def test_type_checkers_see_typos_in_public_names_and_that_a_model_keeps_its_type(
+    wheel: Path, tmp_path: Path
+) -> None:
+    zipfile.ZipFile(wheel).extractall(tmp_path / "target")
+    (tmp_path / "use.py").write_text(USE)
+    (tmp_path / "mypy.ini").write_text(MYPY)
+    done = subprocess.run(
+        [sys.executable, "-m", "mypy", "--config-file", "mypy.ini", "--cache-dir", os.devnull, "use.py"],
+        cwd=tmp_path,
+        env={**os.environ, "MYPYPATH": str(tmp_path / "target")},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    said = done.stdout.splitlines()
+    wanted = ['type is "use.Mine"'] * 2 + [
+        'no attribute "linearise"',
+        'no attribute "quantise"',
+        "Found 2 errors",
+    ]
+    assert len(said) == len(wanted), done.stdout + done.stderr
+    assert all(text in line for text, line in zip(wanted, said, strict=True)), done.stdout
 
 
 BLOCKED = """

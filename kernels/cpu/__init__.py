@@ -1,6 +1,6 @@
 """Augmented linear attention in C++ for x86-64 with AVX2 or AVX512: forward, backward, cached step and tree.
 
-The formula is `oracle.py`'s in its causal form, for aligned queries and keys without padding. One shared
+The formula is `naive.py`'s in its causal form, for aligned queries and keys without padding. One shared
 library lies beside this file, built by `setup.py` where a compiler is found; it has a plain C interface and
 is called through ctypes, which lets go of the GIL. Numbers come in as float32, bfloat16 or float16 and are
 computed in float32.
@@ -155,7 +155,7 @@ def step(
     *,
     isa: str | None = None,
 ) -> Tensor:
-    """One token after a state (see `state.py`), changed in place: query [B, H, 1, D] -> [B, H, 1, Dv].
+    """One token after a state (see `recurrent.py`), changed in place: query [B, H, 1, D] -> [B, H, 1, Dv].
 
     key and value [B, Hkv, 1, D or Dv]; rows may differ in length. active: bool [B]; the others keep their
     state and their output is zero. The windows may have another dtype than query. ValueError for shapes,

@@ -14,7 +14,7 @@ struct Tensor {
   int64_t batch, head, row;
 };
 
-// The operator of kernels/oracle.py in its causal form. A null pointer leaves that part out.
+// The operator of kernels/naive.py in its causal form. A null pointer leaves that part out.
 struct Core {
   int64_t dtype, batch, heads, kv_heads, length, dim, value_dim;
   int64_t group, taps, activation, normalize;
@@ -32,7 +32,7 @@ struct Backward {
   float *dalpha, *dlocal, *dconv;  // [heads], [heads], [heads, taps]
 };
 
-// What is kept between calls; see kernels/state.py. The windows are rings of `window` rows.
+// What is kept between calls; see kernels/recurrent.py. The windows are rings of `window` rows.
 struct State {
   Tensor recurrent, key_window, value_window;
   int64_t window_dtype, window;

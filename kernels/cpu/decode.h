@@ -1,6 +1,6 @@
 // After a state of constant size: one token (step), tokens whose outputs are known (append) or a tree of N
 // draft nodes. The state is that of
-// kernels/state.py: `recurrent` holds tokens before `folded`, position p of the rest is row p % window of the
+// kernels/recurrent.py: `recurrent` holds tokens before `folded`, position p of the rest is row p % window of the
 // two rings, keys already divided by their norms. The output at position t is one row of weights x:
 //
 //   o = alpha q recurrent + sum of x[p] v[p]

@@ -1,6 +1,6 @@
 """The GPU form: causal forward, backward, decode step and tree as Triton kernels.
 
-`forward`, `backward`, `step` and `tree` compute the causal form of `kernels/oracle.py`; `supports` says
+`forward`, `backward`, `step` and `tree` compute the causal form of `kernels/naive.py`; `supports` says
 whether a call can take this form and `unavailable_reason` whether this machine can. Nothing outside this
 folder imports triton, and nothing imports this folder before it is needed: without triton that raises
 ImportError.

@@ -14,7 +14,7 @@ from torch import Tensor
 
 import triton
 
-from .forward import scan_kernel, splits_for, state_kernel
+from .forward import scans, splits_for, state_kernel
 from .gradients import (
     grad_state_kernel,
     key_grad_kernel,
@@ -22,7 +22,18 @@ from .gradients import (
     taps_grad_kernel,
     value_grad_kernel,
 )
-from .launch import Launch, Target, describable, described, padded, readable, run, target_of, tile_rows
+from .launch import (
+    Launch,
+    Target,
+    describable,
+    described,
+    padded,
+    readable,
+    run,
+    strides,
+    target_of,
+    tile_rows,
+)
 from .normalize import unit_rows, unit_rows_backward
 
 
@@ -161,170 +172,211 @@ def plan(
     tiles: Tiles | None = None,
 ) -> tuple[list[Launch], Gradients]:
     """The launches of `backward`, and the tensors they fill. `tiles` replaces `backward_tiles`'s choice."""
-    batch, heads, length, dim = query.shape
-    kv_heads, value_dim, device = key.shape[1], value.shape[3], query.device
-    repeats = heads // kv_heads
-    tile, used = tile_rows(group_size)
     launches: list[Launch] = []
-    matrix = query.dtype != torch.float32
     given_query, given_key = query, key
     grad, value = readable(grad.to(value.dtype)), readable(value)
     query, key = readable(query), readable(key)
     if normalize:
-        before, query = unit_rows(query)
-        launches.append(before)
-        before, key = unit_rows(key)
-        launches.append(before)
+        of_query, query = unit_rows(query)
+        of_key, key = unit_rows(key)
+        launches += [of_query, of_key]
+    call = _Call(
+        grad, query, key, value, alpha, local_scale, conv_weight, activation, group_size, target, tiles
+    )
+    if call.splits > 1 and alpha is not None:
+        launches += call.border_states()
+    scored = alpha is not None or local_scale is not None
+    if scored:
+        launches += [call.query_gradient(), call.key_gradient()]
+    else:
+        call.found.query.zero_()
+        call.found.key.zero_()
+    launches.append(call.value_gradient())
+    if conv_weight is not None:
+        launches.append(call.taps_gradient())
+    found = call.found
+    if normalize and scored:
+        of_query, dquery = unit_rows_backward(given_query, found.query)
+        of_key, dkey = unit_rows_backward(given_key, found.key)
+        launches += [of_query, of_key]
+        found = found._replace(query=dquery, key=dkey)
+    return launches, found
 
-    def buffer(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        return torch.empty(shape, dtype=dtype, device=device)
 
-    def strides(**tensors: Tensor) -> dict[str, int]:
-        return {f"{name}_{axis}": x.stride(n) for name, x in tensors.items() for n, axis in enumerate("bht")}
+class _Call:
+    """One backward: its tensors (rows of query and key already divided by their norms), its sizes, how it is
+    split, and the launches made from them.
 
-    taps = 0 if conv_weight is None else conv_weight.shape[1]
-    # A descriptor reads whole tiles: it cannot leave out rows between the used ones and the next tile's.
-    by_descriptor = used == tile and query.dtype != torch.float32
-    by_descriptor = by_descriptor and describable(target, query, key, value, grad)
-    if tiles is None:
-        tiles = backward_tiles(target, dim, value_dim, query.dtype, tile, repeats, taps, by_descriptor)
-    by_descriptor = by_descriptor and not any(x.chunk for x in tiles)
+    state, grad_state [B * Hkv, splits - 1, D * Dv]: sums at the borders of the splits, once `border_states`
+    was called. found: what the launches fill.
+    """
 
-    def read(x: Tensor, columns: int) -> Any:
-        return described(x, tile, columns) if by_descriptor else x
+    def __init__(
+        self,
+        grad: Tensor,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        alpha: Tensor | None,
+        local_scale: Tensor | None,
+        conv_weight: Tensor | None,
+        activation: str,
+        group_size: int,
+        target: Target,
+        tiles: Tiles | None,
+    ) -> None:
+        self.grad, self.query, self.key, self.value = grad, query, key, value
+        self.alpha, self.local_scale, self.conv_weight, self.target = alpha, local_scale, conv_weight, target
+        self.batch, self.heads, self.length, self.dim = query.shape
+        self.kv_heads, self.value_dim = key.shape[1], value.shape[3]
+        self.repeats = self.heads // self.kv_heads
+        self.tile, self.used = tile_rows(group_size)
+        self.taps = 0 if conv_weight is None else conv_weight.shape[1]
+        self.matrix = query.dtype != torch.float32
+        # A descriptor reads whole tiles: it cannot leave out rows between the used ones and the next tile's.
+        described_ = self.used == self.tile and self.matrix and describable(target, query, key, value, grad)
+        if tiles is None:
+            sizes = (self.dim, self.value_dim, query.dtype, self.tile, self.repeats, self.taps)
+            tiles = backward_tiles(target, *sizes, described_)
+        self.tiles = tiles
+        self.by_descriptor = described_ and not any(x.chunk for x in tiles)
 
-    slices = triton.cdiv(dim, tiles.key.columns)
-    parts = triton.cdiv(length, used)
-    span = triton.cdiv(parts, splits_for(batch * kv_heads * slices, parts, target.processors))
-    splits = triton.cdiv(parts, span)
-    walk = dict(length=length, splits=splits, span=span)
-    shape = dict(D=dim, BD=padded(dim), DV=value_dim, TILE=tile, USED=used)
-    options = dict(GROUP=group_size, RELU2=activation == "relu2", DESCRIBED=by_descriptor)
-    wide = dict(BV=padded(value_dim), **options)
-    weights = dict(ALPHA=alpha, SCALE=local_scale)
-    dquery, dkey, dvalue = (buffer(*x.shape, dtype=x.dtype) for x in (query, key, value))
+        slices = triton.cdiv(self.dim, tiles.key.columns)
+        parts = triton.cdiv(self.length, self.used)
+        programs = self.batch * self.kv_heads * slices
+        span = triton.cdiv(parts, splits_for(programs, parts, target.processors))
+        self.splits = triton.cdiv(parts, span)
+        self.walk = dict(length=self.length, splits=self.splits, span=span)
+        self.shape = dict(D=self.dim, BD=padded(self.dim), DV=self.value_dim, TILE=self.tile, USED=self.used)
+        self.options = dict(GROUP=group_size, RELU2=activation == "relu2", DESCRIBED=self.by_descriptor)
+        self.weights = dict(ALPHA=alpha, SCALE=local_scale)
+        self.state: Tensor | None = None
+        self.grad_state: Tensor | None = None
+        outputs = (self.buffer(*x.shape, dtype=x.dtype) for x in (query, key, value))
+        self.found = Gradients(*outputs, None, None, None)
 
-    state = grad_state = None
-    if splits > 1 and alpha is not None:
-        count, size = batch * kv_heads, dim * value_dim
-        state, grad_state = buffer(count, splits - 1, size), buffer(count, splits - 1, size)
-        columns, warps, stages, _ = tiles.sums
-        grid = (count * triton.cdiv(value_dim, columns), splits - 1)
-        launches += [
+    def buffer(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device=self.query.device)
+
+    def read(self, x: Tensor, columns: int) -> Any:
+        """x as a kernel loads it, `columns` at a time."""
+        return described(x, self.tile, columns) if self.by_descriptor else x
+
+    def whole_rows(self) -> dict[str, Any]:
+        """Query, key, value and gradient as the kernels of dq and dk read them, whole rows at a time."""
+        dim, value_dim = padded(self.dim), padded(self.value_dim)
+        tensors = dict(Q=self.read(self.query, dim), K=self.read(self.key, dim))
+        tensors |= dict(V=self.read(self.value, value_dim), GRAD=self.read(self.grad, value_dim))
+        rows = strides(q=self.query, k=self.key, v=self.value, g=self.grad)
+        return {**tensors, **self.weights, **rows, **self.walk}
+
+    def border_states(self) -> list[Launch]:
+        """Sums of k^T v before, and of the gradients of the state after, every split."""
+        count, size = self.batch * self.kv_heads, self.dim * self.value_dim
+        self.state = self.buffer(count, self.splits - 1, size)
+        self.grad_state = self.buffer(count, self.splits - 1, size)
+        columns, warps, stages, _ = self.tiles.sums
+        grid = (count * triton.cdiv(self.value_dim, columns), self.splits - 1)
+        # Below 64 rows no wgmma: narrower states take the older instructions.
+        matrix = self.matrix and self.dim > 32
+        forward = dict(K=self.key, V=self.value, STATE=self.state, heads=self.kv_heads)
+        reverse = dict(Q=self.query, GRAD=self.grad, ALPHA=self.alpha, STATE=self.grad_state)
+        return [
             Launch(
                 state_kernel,
                 grid,
-                {**dict(K=key, V=value, STATE=state, heads=kv_heads), **walk, **strides(k=key, v=value)},
-                {**shape, "BV": columns},
+                {**forward, **self.walk, **strides(k=self.key, v=self.value)},
+                {**self.shape, "BV": columns},
                 warps,
                 stages,
-                # Below 64 rows no wgmma: narrower states take the older instructions.
-                matrix and dim > 32,
+                matrix,
             ),
             Launch(
                 grad_state_kernel,
                 grid,
-                {**dict(Q=query, GRAD=grad, ALPHA=alpha, STATE=grad_state, heads=kv_heads), **walk}
-                | strides(q=query, g=grad),
-                {**shape, **dict(BS=columns, REPEATS=repeats, STAGES=stages)},
+                {**reverse, "heads": self.kv_heads, **self.walk, **strides(q=self.query, g=self.grad)},
+                {**self.shape, **dict(BS=columns, REPEATS=self.repeats, STAGES=stages)},
                 warps,
                 stages,
-                matrix and dim > 32,
+                matrix,
             ),
+            *scans(self.state, self.grad_state),
         ]
-        if splits > 2:
-            for x in (state, grad_state):
-                grid = (count, triton.cdiv(size, _SCAN))
-                arguments = dict(STATE=x, count=splits - 1)
-                launches.append(
-                    Launch(scan_kernel, grid, arguments, dict(SIZE=size, BLOCK=_SCAN), matrix=False)
-                )
 
-    d_alpha = d_scale = d_taps = None
-    if alpha is None and local_scale is None:
-        dquery.zero_()
-        dkey.zero_()
-    else:
-        wide_dim, wide_value = padded(dim), padded(value_dim)
-        tensors = dict(Q=read(query, wide_dim), K=read(key, wide_dim), V=read(value, wide_value))
-        tensors["GRAD"] = read(grad, wide_value)
-        row_strides = strides(q=query, k=key, v=value, g=grad)
-        columns, warps, stages, chunk = tiles.query
-        slices = triton.cdiv(dim, columns)
-        d_alpha = None if alpha is None else buffer(batch, heads, splits, slices)
-        d_scale = None if local_scale is None else buffer(batch, heads, splits, slices)
-        launches.append(
-            Launch(
-                query_grad_kernel,
-                (batch * heads * slices, splits),
-                {**tensors, **weights, **row_strides, **walk}
-                | dict(Q_SLICE=read(query, columns), K_SLICE=read(key, columns), OUT=dquery, STATE=state)
-                | dict(D_ALPHA=d_alpha, D_SCALE=d_scale)
-                | dict(heads=heads, repeats=repeats),
-                {**shape, **wide, **dict(BS=columns, STAGES=stages, CHUNK=chunk)},
-                warps,
-                stages,
-                matrix,
-            )
+    def query_gradient(self) -> Launch:
+        """dq, and the gradients of alpha and local_scale, still to be summed."""
+        columns, warps, stages, chunk = self.tiles.query
+        slices = triton.cdiv(self.dim, columns)
+        sums = (self.batch, self.heads, self.splits, slices)
+        d_alpha = None if self.alpha is None else self.buffer(*sums)
+        d_scale = None if self.local_scale is None else self.buffer(*sums)
+        self.found = self.found._replace(alpha=d_alpha, scale=d_scale)
+        return Launch(
+            query_grad_kernel,
+            (self.batch * self.heads * slices, self.splits),
+            self.whole_rows()
+            | dict(Q_SLICE=self.read(self.query, columns), K_SLICE=self.read(self.key, columns))
+            | dict(OUT=self.found.query, STATE=self.state, D_ALPHA=d_alpha, D_SCALE=d_scale)
+            | dict(heads=self.heads, repeats=self.repeats),
+            {**self.shape, "BV": padded(self.value_dim), **self.options}
+            | dict(BS=columns, STAGES=stages, CHUNK=chunk),
+            warps,
+            stages,
+            self.matrix,
         )
-        columns, warps, stages, chunk = tiles.key
-        launches.append(
-            Launch(
-                key_grad_kernel,
-                (batch * kv_heads * triton.cdiv(dim, columns), splits),
-                {**tensors, **weights, **row_strides, **walk}
-                | dict(Q_SLICE=read(query, columns), OUT=dkey, STATE=grad_state, heads=kv_heads),
-                {**shape, **wide, **dict(BS=columns, REPEATS=repeats, STAGES=stages, CHUNK=chunk)},
-                warps,
-                stages,
-                matrix,
-            )
+
+    def key_gradient(self) -> Launch:
+        columns, warps, stages, chunk = self.tiles.key
+        return Launch(
+            key_grad_kernel,
+            (self.batch * self.kv_heads * triton.cdiv(self.dim, columns), self.splits),
+            self.whole_rows()
+            | dict(Q_SLICE=self.read(self.query, columns), OUT=self.found.key, STATE=self.grad_state)
+            | dict(heads=self.kv_heads),
+            {**self.shape, "BV": padded(self.value_dim), **self.options}
+            | dict(BS=columns, REPEATS=self.repeats, STAGES=stages, CHUNK=chunk),
+            warps,
+            stages,
+            self.matrix,
         )
-    columns, warps, stages, chunk = tiles.value
-    launches.append(
-        Launch(
+
+    def value_gradient(self) -> Launch:
+        columns, warps, stages, chunk = self.tiles.value
+        dim = padded(self.dim)
+        return Launch(
             value_grad_kernel,
-            (batch * kv_heads * triton.cdiv(value_dim, columns), splits),
-            {**weights, **strides(q=query, k=key, g=grad), **walk}
-            | dict(Q=read(query, padded(dim)), K=read(key, padded(dim)), GRAD=read(grad, columns))
-            | dict(OUT=dvalue, TAPS=conv_weight, STATE=grad_state)
-            | dict(heads=kv_heads),
-            {**shape, **options, **dict(BS=columns, REPEATS=repeats, N_TAPS=taps)}
+            (self.batch * self.kv_heads * triton.cdiv(self.value_dim, columns), self.splits),
+            {**self.weights, **strides(q=self.query, k=self.key, g=self.grad), **self.walk}
+            | dict(Q=self.read(self.query, dim), K=self.read(self.key, dim))
+            | dict(GRAD=self.read(self.grad, columns), OUT=self.found.value, TAPS=self.conv_weight)
+            | dict(STATE=self.grad_state, heads=self.kv_heads),
+            {**self.shape, **self.options, **dict(BS=columns, REPEATS=self.repeats, N_TAPS=self.taps)}
             | dict(STAGES=stages, CHUNK=chunk),
             warps,
             stages,
-            matrix,
+            self.matrix,
         )
-    )
-    if taps:
-        blocks = triton.cdiv(taps - 1, tile) + 1
-        parts = triton.cdiv(length, tile)
-        programs = batch * heads * triton.cdiv(blocks, 2)
-        span = triton.cdiv(parts, splits_for(programs, parts, target.processors))
+
+    def taps_gradient(self) -> Launch:
+        """The gradient of the convolution by place in a tile, still to be summed along diagonals."""
+        blocks = triton.cdiv(self.taps - 1, self.tile) + 1
+        parts = triton.cdiv(self.length, self.tile)
+        programs = self.batch * self.heads * triton.cdiv(blocks, 2)
+        span = triton.cdiv(parts, splits_for(programs, parts, self.target.processors))
         splits = triton.cdiv(parts, span)
-        d_taps = buffer(batch, heads, splits, tile, blocks * tile)
-        columns, warps, stages, _ = tiles.sums
-        launches.append(
-            Launch(
-                taps_grad_kernel,
-                (batch * heads, splits, triton.cdiv(blocks, 2)),
-                dict(V=value, GRAD=grad, OUT=d_taps, length=length, heads=heads, repeats=repeats)
-                | dict(splits=splits, span=span, **strides(v=value, g=grad)),
-                dict(DV=value_dim, CHUNK=columns, TILE=tile, BLOCKS=blocks, STAGES=stages),
-                warps,
-                stages,
-                matrix,
-            )
+        d_taps = self.buffer(self.batch, self.heads, splits, self.tile, blocks * self.tile)
+        self.found = self.found._replace(taps=d_taps)
+        columns, warps, stages, _ = self.tiles.sums
+        return Launch(
+            taps_grad_kernel,
+            (self.batch * self.heads, splits, triton.cdiv(blocks, 2)),
+            dict(V=self.value, GRAD=self.grad, OUT=d_taps, length=self.length, heads=self.heads)
+            | dict(repeats=self.repeats, splits=splits, span=span, **strides(v=self.value, g=self.grad)),
+            dict(DV=self.value_dim, CHUNK=columns, TILE=self.tile, BLOCKS=blocks, STAGES=stages),
+            warps,
+            stages,
+            self.matrix,
         )
-    if normalize and (alpha is not None or local_scale is not None):
-        after, dquery = unit_rows_backward(given_query, dquery)
-        launches.append(after)
-        after, dkey = unit_rows_backward(given_key, dkey)
-        launches.append(after)
-    return launches, Gradients(dquery, dkey, dvalue, d_alpha, d_scale, d_taps)
-
-
-_SCAN = 1024
 
 
 def _by_lag(blocks: Tensor, taps: int) -> Tensor:

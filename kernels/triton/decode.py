@@ -1,5 +1,5 @@
 # mypy: allow-untyped-defs
-"""One token after a state of constant size (its layout and rules: `kernels/state.py`), as two launches.
+"""One token after a state of constant size (its layout and rules: `kernels/recurrent.py`), as two launches.
 
 `step_kernel` computes the outputs, and folds the oldest group into `recurrent` where the window is full:
 
@@ -12,6 +12,9 @@ programs may still be reading, and so with the lengths: `commit_kernel` writes b
 
 Lengths stay on the device and the host asks for none, so the launches can be captured in a graph. Bytes per
 key/value head, D = DV, a window of W rows: 4 D^2 + 2 W D e, plus W D e for each further BV columns.
+
+A kernel here is longer than a function should be: its stages share the tiles and sums that it keeps in
+registers, and a helper would take and give back all of them.
 """
 
 from __future__ import annotations
@@ -189,7 +192,7 @@ def step(
     *,
     target: Target | None = None,
 ) -> Tensor:
-    """`state.step`: query [B, H, 1, D], key [B, Hkv, 1, D], value [B, Hkv, 1, Dv] -> [B, H, 1, Dv].
+    """`recurrent.step`: query [B, H, 1, D], key [B, Hkv, 1, D], value [B, Hkv, 1, Dv] -> [B, H, 1, Dv].
 
     The five tensors of the state are changed in place, except for sequences that are not `active` (bool [B]),
     whose output is zero. float32, bfloat16 or float16; alpha, local_scale [H], conv_weight [H, K] float32 or

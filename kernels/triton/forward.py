@@ -1,5 +1,5 @@
 # mypy: allow-untyped-defs
-"""Causal augmented linear attention, forward (the formula: `kernels/oracle.py`).
+"""Causal augmented linear attention, forward (the formula: `kernels/naive.py`).
 
 A program owns one query head and BV columns of the value, walks the tokens in tiles of whole groups and keeps
 the state S = sum of k^T v over the tiles behind it, [D, BV] float32, in registers:
@@ -19,6 +19,9 @@ Everything is computed transposed (S^T, o^T, p^T): S^T then goes from the accumu
 left operand of the next without leaving the registers, and only p, [64, 64], passes through shared memory.
 
 Shared memory per stage: q, k [TILE, D], v and its neighbour [TILE, BV]; beside them p and T_1, [TILE, TILE].
+
+A kernel here is longer than a function should be: its stages share the tiles and sums that it keeps in
+registers, and a helper would take and give back all of them.
 """
 
 from __future__ import annotations
@@ -43,6 +46,7 @@ from .launch import (
     readable,
     run,
     store_rows,
+    strides,
     target_of,
     tile_rows,
 )
@@ -232,7 +236,7 @@ def forward(
     *,
     target: Target | None = None,
 ) -> Tensor:
-    """The causal core of `oracle.augmented_attention` on aligned, unpadded tokens.
+    """The causal core of `naive.augmented_attention` on aligned, unpadded tokens.
 
     query [B, H, T, D], key [B, Hkv, T, D], value [B, Hkv, T, Dv], float32, bfloat16 or float16, any strides;
     alpha, local_scale [H] and conv_weight [H, K] float32, or None to leave that part out
@@ -268,10 +272,9 @@ def plan(
     launches: list[Launch] = []
     query, key, value = readable(query), readable(key), readable(value)
     if normalize:
-        before, query = unit_rows(query)
-        launches.append(before)
-        before, key = unit_rows(key)
-        launches.append(before)
+        of_query, query = unit_rows(query)
+        of_key, key = unit_rows(key)
+        launches += [of_query, of_key]
     # A descriptor reads whole tiles: it cannot leave out rows between the used ones and the next tile's.
     whole = used == rows and query.dtype != torch.float32
     by_descriptor = whole and describable(target, query, key, value)
@@ -281,36 +284,11 @@ def plan(
     slices, tiles = triton.cdiv(value_dim, tile.columns), triton.cdiv(length, used)
     span = triton.cdiv(tiles, splits_for(batch * heads * slices, tiles, target.processors))
     splits = triton.cdiv(tiles, span)
-    q_strides = dict(q_b=query.stride(0), q_h=query.stride(1), q_t=query.stride(2))
-    k_strides = dict(k_b=key.stride(0), k_h=key.stride(1), k_t=key.stride(2))
-    v_strides = dict(v_b=value.stride(0), v_h=value.stride(1), v_t=value.stride(2))
     shape = dict(D=dim, BD=padded(dim), DV=value_dim, BV=tile.columns, TILE=rows, USED=used)
     state = None
     if splits > 1 and alpha is not None:
-        count, size = batch * kv_heads, dim * value_dim
-        state = torch.empty((count, splits - 1, size), dtype=torch.float32, device=value.device)
-        numbers = dict(length=length, heads=kv_heads, splits=splits, span=span)
-        launches.append(
-            Launch(
-                state_kernel,
-                (count * slices, splits - 1),
-                {**dict(K=key, V=value, STATE=state), **k_strides, **v_strides, **numbers},
-                shape,
-                tile.warps,
-                tile.stages,
-                matrix=key.dtype != torch.float32 and dim >= 64,
-            )
-        )
-        if splits > 2:
-            launches.append(
-                Launch(
-                    scan_kernel,
-                    (count, triton.cdiv(size, _SCAN)),
-                    dict(STATE=state, count=splits - 1),
-                    dict(SIZE=size, BLOCK=_SCAN),
-                    matrix=False,
-                )
-            )
+        before, state = _border_states(key, value, splits, span, shape, tile)
+        launches += before
     tensors: dict[str, Any] = dict(Q=query, K=key, V=value, OUT=out, STATE=state)
     if by_descriptor:
         wide = padded(dim)
@@ -324,7 +302,7 @@ def plan(
         Launch(
             forward_kernel,
             (batch * heads * slices, splits),
-            {**tensors, **weights, **q_strides, **k_strides, **v_strides, **numbers},
+            {**tensors, **weights, **strides(q=query, k=key, v=value), **numbers},
             {**shape, **options},
             tile.warps,
             tile.stages,
@@ -334,7 +312,45 @@ def plan(
     return launches, out
 
 
+def _border_states(
+    key: Tensor, value: Tensor, splits: int, span: int, shape: dict[str, int], tile: Tile
+) -> tuple[list[Launch], Tensor]:
+    """The launches that sum k^T v up to the end of every split but the last, and the sums that they fill,
+    [B * Hkv, splits - 1, D * Dv]."""
+    batch, kv_heads, length, dim = key.shape
+    count, value_dim = batch * kv_heads, value.shape[3]
+    state = torch.empty((count, splits - 1, dim * value_dim), dtype=torch.float32, device=value.device)
+    numbers = dict(length=length, heads=kv_heads, splits=splits, span=span)
+    launches = [
+        Launch(
+            state_kernel,
+            (count * triton.cdiv(value_dim, tile.columns), splits - 1),
+            {**dict(K=key, V=value, STATE=state), **strides(k=key, v=value), **numbers},
+            shape,
+            tile.warps,
+            tile.stages,
+            matrix=key.dtype != torch.float32 and dim >= 64,
+        )
+    ]
+    return launches + scans(state), state
+
+
 _SCAN = 1024
+
+
+def scans(*states: Tensor) -> list[Launch]:
+    """Turn the sums of single splits, [N, splits - 1, size], into sums of all splits up to each, in place."""
+    return [
+        Launch(
+            scan_kernel,
+            (state.shape[0], triton.cdiv(state.shape[2], _SCAN)),
+            dict(STATE=state, count=state.shape[1]),
+            dict(SIZE=state.shape[2], BLOCK=_SCAN),
+            matrix=False,
+        )
+        for state in states
+        if state.shape[1] > 1
+    ]
 
 
 def splits_for(programs: int, tiles: int, processors: int) -> int:

@@ -17,6 +17,9 @@ inside each tile, so that their sum stays in registers and has one order: no ato
 
 Bytes per token and head, D = DV, element size e, one slice, H = Hkv: dq 5De, dk 5De, dv 4De (the do of a
 neighbour tile comes from L2), taps 2De. Shared memory: the tiles q, k, v, do, [TILE, D] each, per stage.
+
+A kernel here is longer than a function should be: its stages share the tiles and sums that it keeps in
+registers, and a helper would take and give back all of them.
 """
 
 from __future__ import annotations

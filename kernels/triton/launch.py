@@ -95,6 +95,11 @@ def padded(dim: int) -> int:
     return max(16, triton.next_power_of_2(dim))
 
 
+def strides(**tensors: Tensor) -> dict[str, int]:
+    """Strides of the first three axes of tensors [B, H, T, D], as kernels name them: `q_b`, `q_h`, `q_t`."""
+    return {f"{name}_{axis}": x.stride(n) for name, x in tensors.items() for n, axis in enumerate("bht")}
+
+
 def readable(x: Tensor) -> Tensor:
     """x [B, H, T, D], copied if its last stride is not 1 or the rows of a tile lie 2^31 elements apart."""
     fits = (x.stride(-1) == 1 or x.shape[-1] == 1) and abs(x.stride(-2)) * 128 < 2**31

@@ -16,6 +16,9 @@ A query reaches R tokens back, which holds its group and the taps. Pasts are rea
 elsewhere: nothing is changed in place. Bytes per program: 4 D BV twice, and the tiles' rows (D + BV) e for
 each tile of queries that has them in reach. Numbers are arguments and not constants, so that code compiled
 ahead of time serves every group, window and number of taps. NEVER RUN ON A GPU.
+
+A kernel here is longer than a function should be: its stages share the tiles and sums that it keeps in
+registers, and a helper would take and give back all of them.
 """
 
 from __future__ import annotations

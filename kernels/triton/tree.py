@@ -1,5 +1,5 @@
 # mypy: allow-untyped-defs
-"""Draft nodes after a state of constant size (its layout and rules: `kernels/state.py`), in one launch.
+"""Draft nodes after a state of constant size (its layout and rules: `kernels/recurrent.py`), in one launch.
 
 For the nodes u of a program, weights against three kinds of rows, each one product:
 
@@ -9,6 +9,9 @@ For the nodes u of a program, weights against three kinds of rows, each one prod
 
 Positions decide what is the same group, so a branch may cross a border anywhere. The state is only read.
 Bytes per query head, D = DV, N nodes, a window of W rows: 4 D^2 + 2 W D e + 4 N D e + N^2.
+
+A kernel here is longer than a function should be: its stages share the tiles and sums that it keeps in
+registers, and a helper would take and give back all of them.
 """
 
 from __future__ import annotations
@@ -21,7 +24,18 @@ from torch import Tensor
 import triton
 import triton.language as tl
 
-from .launch import Launch, Target, load_band, load_rows, padded, readable, run, store_rows, target_of
+from .launch import (
+    Launch,
+    Target,
+    load_band,
+    load_rows,
+    padded,
+    readable,
+    run,
+    store_rows,
+    strides,
+    target_of,
+)
 from .normalize import _unit
 
 
@@ -183,7 +197,7 @@ def tree(
     *,
     target: Target | None = None,
 ) -> Tensor:
-    """`state.tree`: query [B, H, N, D], key [B, Hkv, N, D], value [B, Hkv, N, Dv] -> [B, H, N, Dv].
+    """`recurrent.tree`: query [B, H, N, D], key [B, Hkv, N, D], value [B, Hkv, N, Dv] -> [B, H, N, Dv].
 
     depth int64 [B, N], ancestors bool [B, N, N]; any N, made for up to 64. float32, bfloat16 or float16;
     alpha, local_scale [H], conv_weight [H, K] float32 or None. Nothing is checked or awaited.
@@ -225,16 +239,11 @@ def plan(
     block, columns, rows, warps = tree_tile(target, dim, value_dim, query.dtype, nodes)
     state = dict(RECURRENT=recurrent, KEYS=key_window, VALUES=value_window, LENGTH=length, FOLDED=folded)
     tensors = dict(Q=query, K=key, V=value, OUT=out, DEPTH=depth, ANCESTORS=ancestors, **state)
-    strides = {
-        f"{name}_{axis}": x.stride(place)
-        for name, x in dict(q=query, k=key, v=value).items()
-        for place, axis in enumerate("bht")
-    }
     launch = Launch(
         tree_kernel,
         (batch * heads * triton.cdiv(value_dim, columns), triton.cdiv(nodes, block)),
         {name: x.contiguous() if name not in "QKV" else x for name, x in tensors.items()}
-        | dict(ALPHA=alpha, SCALE=local_scale, TAPS=conv_weight, **strides)
+        | dict(ALPHA=alpha, SCALE=local_scale, TAPS=conv_weight, **strides(q=query, k=key, v=value))
         | dict(nodes=nodes, heads=heads, repeats=heads // key.shape[1]),
         dict(D=dim, BD=padded(dim), DV=value_dim, BV=columns, WINDOW=window, NODES=block)
         | dict(ROWS=min(rows, padded(window)), GROUP=group_size, RELU2=activation == "relu2", UNIT=normalize)

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from torch._dynamo.backends.registry import lookup_backend
 from torch.fx import GraphModule
 
-from ..convert.report import REFUSED, Report, Row, describe, rows
+from ..convert.report import REFUSED, Candidate, Report, candidates, describe
 from ..errors import ConfigError, RefusedError
 from ..mechanisms.module import AttentionModule
 from ..mechanisms.spec import SiteSpec
@@ -40,7 +40,7 @@ from ..passes.dynamo import fake, fake_mode, retrace
 from ..passes.site import MatchReport, Reason, Site
 from ..planning.build import build_attention
 from ..planning.config import LinearizeConfig
-from ..planning.plan import child_name, kept, problem_of, site_spec
+from ..planning.plan import child_name, problem_of, site_spec, stays_softmax
 from .decode import is_cached_decode
 from .owners import Entry, Place, anchors_of, graph_values
 
@@ -50,15 +50,21 @@ log = logging.getLogger(__name__)
 class Backend:
     """A dynamo backend that rewrites attention, and the owner of the parameters this adds.
 
-    config: a `LinearizeConfig` or a mapping of its fields; further fields as keyword arguments. Unless it is
-        a `LinearizeConfig`, `on_refusal` is "keep": what cannot be rewritten stays softmax, and in `report`.
-        `layers` and `keep_softmax` go by the paths that dynamo shows: complete ones, unless a graph break
-        inside a layer makes it start from that layer.
-    inner: the backend that compiles the rewritten graph: a registered name such as "inductor", "aot_eager" or
-        "eager", or a callable.
-    trainable: False makes the new parameters constants.
+    Args:
+        Args:
+        config: a `LinearizeConfig` or a mapping of its fields. Unless it is a `LinearizeConfig`, `on_refusal`
+            is "keep": what cannot be rewritten stays softmax, and in `report`. `layers` and `keep_softmax` go
+            by the paths that dynamo shows: complete ones, unless a graph break inside a layer makes it start
+            from that layer.
+        inner: the backend that compiles the rewritten graph: a registered name such as "inductor",
+            "aot_eager" or "eager", or a callable.
+        trainable: False makes the new parameters constants.
+        **settings: further fields of `LinearizeConfig`.
 
-    With mechanism "softmax" the compiled function computes what the model computes. Raises ConfigError.
+    Raises:
+        ConfigError: the config has an unknown field or a wrong value, or `inner` is no backend.
+
+    With mechanism "softmax" the compiled function computes what the model computes.
     """
 
     def __init__(
@@ -84,7 +90,7 @@ class Backend:
         self.notes: list[str] = []
         self._entries: list[Entry] = []
         self._hints: dict[tuple[str, int, int], Entry] = {}
-        self._rows: dict[tuple[str, int, str], Row] = {}
+        self._rows: dict[tuple[str, int, str], Candidate] = {}
         self._holder = nn.Module()
         self._pending: dict[str, Tensor] = {}
 
@@ -180,7 +186,7 @@ class Backend:
             key = (site.path, site.ordinal)
             slot = slots[site.path, site.call]
             slots[site.path, site.call] += 1
-            if kept(self.config, site.path, _layer_index(site.path)):
+            if stays_softmax(self.config, site.path, _layer_index(site.path)):
                 continue
             problem = problem_of(site, self.config)
             if problem is None:
@@ -191,7 +197,7 @@ class Backend:
                 problem = found
             refused[key] = problem
         becomes = dict.fromkeys(places, describe(self.config))
-        for row in rows(match, refused, becomes):
+        for row in candidates(match, refused, becomes):
             name = (row.path, row.ordinal, row.source)
             if row.verdict == REFUSED and row.reason != Reason.NOT_ATTENTION.value and name not in self._rows:
                 log.warning("left as softmax: %s (%s): %s", row.path or "the model", row.source, row.message)
@@ -330,11 +336,20 @@ def linearize_backend(
 ) -> Callable[..., Any]:
     """The entry point behind `torch.compile(model, backend="linearize", options={...})`.
 
-    options: fields of `LinearizeConfig`, and `inner` as for `Backend`. The dict is where this compiled
-    function keeps its state: after the first call `options["backend"]` is its `Backend`, with `parameters()`
-    and `report`; a `Backend` may also be put there beforehand. Without options there is no such place, and
-    the new parameters are constants at their initial values.
-    Raises ConfigError for an unknown option.
+    Args:
+        gm: the graph that dynamo captured.
+        example_inputs: its inputs, real or fake tensors.
+        options: fields of `LinearizeConfig`, and `inner` as for `Backend`. The dict is where this compiled
+            function keeps its state: after the first call `options["backend"]` is its `Backend`, with
+            `parameters()` and `report`; a `Backend` may also be put there beforehand. Without options there
+            is no such place, and the new parameters are constants at their initial values.
+        mode: None or "default".
+
+    Returns:
+        The compiled graph.
+
+    Raises:
+        ConfigError: an unknown option or mode.
     """
     if mode not in (None, "default"):
         raise ConfigError(

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
+from ..passes.graphs import ancestors
 from ..passes.site import Site
 
 _aten = torch.ops.aten
@@ -20,7 +21,7 @@ def is_cached_decode(site: Site) -> bool:
     source = _projected(site.query.node)
     if source is None:
         return False
-    for node in _cone(site.key.node):
+    for node in ancestors([site.key.node]):
         if (
             node.target is _aten.cat.default
             and isinstance(node.args[0], list | tuple)
@@ -28,9 +29,9 @@ def is_cached_decode(site: Site) -> bool:
         ):
             first, *_, last = node.args[0]
             assert isinstance(first, Node) and isinstance(last, Node)
-            past = _cone(first)
+            past = ancestors([first])
             cached = any(leaf.op == "placeholder" and _is_activation(leaf) for leaf in past)
-            if cached and source not in past and source in _cone(last):
+            if cached and source not in past and source in ancestors([last]):
                 return True
     return False
 
@@ -54,14 +55,3 @@ def _projected(node: Node) -> Node | None:
 def _is_activation(node: Node) -> bool:
     leaf, value = node.meta.get("leaf"), node.meta.get("val")
     return (leaf is None or leaf.kind == "input") and isinstance(value, Tensor) and value.is_floating_point()
-
-
-def _cone(node: Node) -> set[Node]:
-    """`node` and all it is computed from."""
-    seen, todo = set(), [node]
-    while todo:
-        current = todo.pop()
-        if current not in seen:
-            seen.add(current)
-            todo.extend(current.all_input_nodes)
-    return seen

@@ -6,7 +6,7 @@ import torch
 
 from ..errors import InputError
 from ..mechanisms.module import AttentionModule
-from .lookup import _of_decoder, self_layer
+from .lookup import decoder_part, self_layer
 
 if TYPE_CHECKING:
     from .cross_layer import CrossLayer
@@ -26,7 +26,7 @@ def state_layer(
     from .state_layer import StateLayer, adopt
 
     if not torch.is_grad_enabled():
-        return adopt(_of_decoder(cache), index, module, max_length)
+        return adopt(decoder_part(cache), index, module, max_length)
     layer = self_layer(cache, index)
     if isinstance(layer, StateLayer):
         if layer.is_initialized and int(layer.get_seq_length()) > 0:
@@ -56,5 +56,5 @@ def cross_layer(cache: Any, index: int | None, module: AttentionModule | None) -
 
 def give_up_state(cache: Any, index: int) -> None:
     """Put back the layer whose place an empty state took."""
-    layers = _of_decoder(cache).layers
+    layers = decoder_part(cache).layers
     layers[index] = layers[index].instead_of

@@ -41,7 +41,7 @@ def self_layer(cache: Any, index: int | None) -> Any | None:
     """The self-attention layer `index` of `cache`; None when it does not exist yet or cannot be told."""
     if cache is None or index is None:
         return None
-    return _layer(_of_decoder(cache), index)
+    return _layer(decoder_part(cache), index)
 
 
 def own_layer(cache: Any, index: int | None, module: AttentionModule | None) -> Any | None:
@@ -58,7 +58,7 @@ def _layer(cache: Any, index: int) -> Any | None:
     return layers[index] if layers is not None and index < len(layers) else None
 
 
-def _of_decoder(cache: Any) -> Any:
+def decoder_part(cache: Any) -> Any:
     """The part of an encoder-decoder cache that self-attention fills; any other cache is that part itself."""
     return getattr(cache, "self_attention_cache", cache)
 
@@ -89,7 +89,7 @@ def keep_everything(cache: Any, index: int | None) -> None:
         return
     from transformers.cache_utils import DynamicLayer
 
-    _of_decoder(cache).layers[index] = DynamicLayer()
+    decoder_part(cache).layers[index] = DynamicLayer()
 
 
 def start_of_queries(layer: Any | None, whole: bool = False) -> int | Tensor | None:

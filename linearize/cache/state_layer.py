@@ -45,6 +45,8 @@ class StateLayer(CacheLayerMixin):
         self.record_past = False
         self.states: States | None = None
         self.expected = False  # a converted owner is about to call `update`
+        self._pending = 0  # tokens that `update` counted and `extend` has not seen
+        self._writing = False  # stays true when the state's tensors were left half written
         self._module: weakref.ref[AttentionModule] | None = weakref.ref(module)
         self.tree: Lineage | None = None  # of the draft nodes that come next, see `draft`
         self._drafted: tuple[Tensor, Tensor] | None = None
@@ -80,6 +82,11 @@ class StateLayer(CacheLayerMixin):
                 "from an empty one"
             )
         self.expected = False
+        if self._writing:
+            raise InputError(
+                "the cache's state was left half written by a call that ended midway (an exception or an "
+                "interrupt); start from an empty cache and run the text again"
+            )
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         assert self.states is not None
@@ -95,6 +102,7 @@ class StateLayer(CacheLayerMixin):
             )
         if self.tree is None:
             self.cumulative_length += key_states.shape[-2]
+            self._pending = key_states.shape[-2]
         return key_states, value_states
 
     def extend(self, module: Any, query: Tensor, key: Tensor, value: Tensor, real: Tensor | None) -> Tensor:
@@ -106,7 +114,10 @@ class StateLayer(CacheLayerMixin):
             return module.tree(query, key, value, self.states, self.tree)
         if self.record_past:
             self._recorded.append((key, value, real))
-        return module.extend(query, key, value, self.states, key_mask=real)
+        self._writing = True
+        output = module.extend(query, key, value, self.states, key_mask=real)
+        self._writing, self._pending = False, 0
+        return output
 
     @property
     def keys(self) -> Tensor | None:
@@ -160,17 +171,18 @@ class StateLayer(CacheLayerMixin):
         module = self.module
         if self._drafted is None or self.states is None or module is None:
             raise InputError("no draft tree was run on this cache since the last accepted one")
+        self._writing = True
         module.commit(*self._drafted, self.states, path)
         self.cumulative_length += path.shape[1]
         self._drafted = None
+        self._writing = False
 
-    def forget_since(self, length: int | Tensor) -> None:
-        """Count `length` tokens again: a call failed after `update`, before the state was changed."""
+    def call_failed(self) -> None:
+        """A call ended with an exception: take back what was counted and never reached the state."""
         self.expected = False
-        if isinstance(self.cumulative_length, Tensor):
-            self.cumulative_length.copy_(torch.as_tensor(length))
-        else:
-            self.cumulative_length = int(length)
+        if not self._writing:
+            self.cumulative_length -= self._pending
+            self._pending = 0
 
     def get_seq_length(self) -> int | Tensor:
         return self.cumulative_length if self.is_initialized else 0

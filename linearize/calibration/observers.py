@@ -70,7 +70,7 @@ def watching(model: nn.Module, watchers: Mapping[SitePlan, Watcher]) -> Iterator
 
 def observer(watcher: Watcher, site: SitePlan) -> AttentionModule:
     """Exact softmax for a site, which shows each call to `watcher`."""
-    kind = _InterfaceObserver if site.rung == "seam" else _PlainObserver
+    kind = _InterfaceObserver if site.route == "interface" else _PlainObserver
     made = kind(watcher.module.spec)
     object.__setattr__(made, "watcher", watcher)  # not a child: it holds the replaced module
     return made.train(watcher.module.training)
@@ -80,7 +80,7 @@ def why_unseen(module: Any, site: SitePlan) -> str:
     """Why an observer misses something that the site's softmax depends on; empty if it does not."""
     if module.keeps_bias:
         return "position_bias='local' is not fitted"
-    if site.rung == "graft" and not site.plain:
+    if site.route == "graph" and not site.plain:
         return "its scores are more than a scaled product, and only its graph computes them"
     return ""
 

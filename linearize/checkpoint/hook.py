@@ -1,13 +1,10 @@
+"""The hook by which transformers' `from_pretrained` restores a converted model before it reads weights."""
+
 from __future__ import annotations
 
 import dataclasses
 from typing import TYPE_CHECKING, Any
 
-from transformers.quantizers.auto import (
-    AUTO_QUANTIZER_MAPPING,
-    register_quantization_config,
-    register_quantizer,
-)
 from transformers.quantizers.base import HfQuantizer
 
 from ..errors import CheckpointError
@@ -16,12 +13,7 @@ from ..planning.record import METHOD, LinearizeHookConfig, measured_in, parse
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    # What `SavesPlan` extends at run time is the model class that `saving_class` puts after it.
-    from transformers import PreTrainedModel as _Model
-
     from ..planning.plan import Plan
-else:
-    _Model = object
 
 
 def relocate(plan: Plan, model: PreTrainedModel) -> Plan:
@@ -75,6 +67,9 @@ class LinearizeHook(HfQuantizer):
 
 def register() -> None:
     """Make the hook known to transformers. Idempotent."""
-    if METHOD not in AUTO_QUANTIZER_MAPPING:
-        register_quantization_config(METHOD)(LinearizeHookConfig)
-        register_quantizer(METHOD)(LinearizeHook)
+    # Here and not above: a reload of that module makes new mappings.
+    from transformers.quantizers import auto
+
+    if METHOD not in auto.AUTO_QUANTIZER_MAPPING:
+        auto.register_quantization_config(METHOD)(LinearizeHookConfig)
+        auto.register_quantizer(METHOD)(LinearizeHook)

@@ -59,16 +59,18 @@ def load_released(
 ) -> PreTrainedModel:
     """A converted LLaMA from one of the paper's checkpoints; `save` writes it like any other.
 
-    source: a folder (whole weights, sharded or not, safetensors or .bin; or a PEFT LoRA adapter, which is
-        merged), a file, or tensors by name.
-    base: the LLaMA that the checkpoint was made from: a model, which is converted in place and returned, or
-        a folder. Not needed when `source` is a folder with whole weights and a config.json.
-    extra: more tensors, as `source`. The reference trains convolution and factors outside of the adapter, so
-        an adapter folder does not hold them.
-    group_size: tokens per group, which the checkpoint does not say; 64 in the paper, 256 in its 8K models.
-    alpha: weight of the grouped part where the checkpoint has no `global_factor`: 1.0 for grouped attention
-        without a factor, 0.0 for none.
-    dtype: of a model that is loaded here; default: as stored.
+    Args:
+        source: a folder (whole weights, sharded or not, safetensors or .bin; or a PEFT LoRA adapter, which is
+            merged), a file, or tensors by name.
+        base: the LLaMA that the checkpoint was made from: a model, which is converted in place and returned,
+            or a folder. Not needed when `source` is a folder with whole weights and a config.json.
+        extra: more tensors, as `source`. The reference trains convolution and factors outside of the adapter,
+            so an adapter folder does not hold them.
+        group_size: tokens per group, which the checkpoint does not say; 64 in the paper, 256 in its 8K
+            models.
+        alpha: weight of the grouped part where the checkpoint has no `global_factor`: 1.0 for grouped
+            attention without a factor, 0.0 for none.
+        dtype: of a model that is loaded here; default: as stored.
 
     Raises CheckpointError, naming the key, for what is missing, does not fit or is unknown; InvalidModelError
     for a base that cannot be converted; MissingExtraError when LoRA is there and PEFT is not. A given base is

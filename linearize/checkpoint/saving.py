@@ -8,7 +8,7 @@ import os
 import shutil
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar, overload
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_model, save_model
@@ -22,20 +22,31 @@ from ..rewrite.apply import apply_plan, check_unconverted
 
 if TYPE_CHECKING:
     import torch
+    from transformers import PreTrainedModel
 
+Model = TypeVar("Model", bound=nn.Module)
 RECORD = "linearize.json"
 WEIGHTS = "model.safetensors"
 
 
 def save(model: nn.Module, directory: str | os.PathLike[str]) -> Path:
-    """Write a converted model: weights (safetensors), plan and config, and a card. Returns the directory.
+    """Write a converted model to a folder: weights (safetensors), plan, config, and a model card.
 
-    A transformers model is written as `save_pretrained` does and can be read by `from_pretrained` too; any
-    other module as `model.safetensors` and `linearize.json`. Other files in the directory stay, a README.md
-    that is not our card too. Files appear whole: everything is written beside the directory first and moved
-    in at the end.
-    Raises InvalidModelError for a model that is not converted, CheckpointError when the directory cannot be
-    written.
+    A transformers model is written as its own `save_pretrained` does it, so `from_pretrained` can read it
+    once `linearize` is imported. Any other module becomes `model.safetensors` and `linearize.json`. Other
+    files in the folder stay, and so does a README.md that is not our card. Everything is written beside the
+    folder first and moved in at the end, so that no file is ever half written.
+
+    Args:
+        model: a model that `linearize` converted. Parameters and buffers of any dtype are stored as they are.
+        directory: the folder to write; it is created where there is none.
+
+    Returns:
+        The folder.
+
+    Raises:
+        InvalidModelError: the model is not converted, or wraps a converted one (as PEFT does).
+        CheckpointError: the folder cannot be written.
     """
     from transformers import PreTrainedModel
 
@@ -74,18 +85,41 @@ def save(model: nn.Module, directory: str | os.PathLike[str]) -> Path:
     return target
 
 
+@overload
+def load(
+    directory: str | os.PathLike[str], model: None = None, *, dtype: torch.dtype | None = None
+) -> PreTrainedModel: ...
+
+
+@overload
+def load(directory: str | os.PathLike[str], model: Model, *, dtype: None = None) -> Model: ...
+
+
 def load(
     directory: str | os.PathLike[str],
     model: nn.Module | None = None,
     *,
     dtype: torch.dtype | None = None,
 ) -> nn.Module:
-    """Read a converted model back, as it was saved; the plan is replayed, no graph is searched.
+    """Read a converted model back, as it was saved. The stored plan is applied again; no graph is searched.
 
-    A transformers checkpoint needs nothing else; `dtype` converts it while loading (default: as stored). For
-    any other module, give `model`: a fresh, unconverted one of the same architecture and dtype, which is
-    converted in place and returned; it is unchanged when an error is raised.
-    Raises CheckpointError for a directory that is not a complete, readable, converted checkpoint.
+    The folder of a transformers model is all that is needed. For any other module give `model`, an
+    unconverted module of the same architecture and dtype: it is converted in place and gets the stored
+    weights.
+
+    Args:
+        directory: the folder that `save` or `save_pretrained` wrote.
+        model: the module to fill, for the checkpoint of a plain `nn.Module`. Otherwise leave it out.
+        dtype: convert a transformers model to this floating dtype while loading; as stored by default.
+
+    Returns:
+        The converted transformers model, in evaluation mode, or `model` itself.
+
+    Raises:
+        CheckpointError: the folder is not a complete, readable, converted checkpoint, it does not fit
+            `model`, or `model` or `dtype` is given for the wrong kind of checkpoint. `model` is then as it
+            was.
+        InvalidModelError: `model` is converted already.
     """
     source = Path(directory)
     if not source.is_dir():

@@ -3,7 +3,7 @@
 A command is a function with typer's annotations in one of the modules here, and a line in `COMMANDS`; its
 docstring is its help. `sources` finds models, tokenizers and their files, `options` has the options of
 rewriting, `terminal` prints tables. Modules import torch, transformers and the package's own parts inside
-the functions that need them: `--help` and mistakes in typing then cost no more than they must.
+the functions that need them: `--help` and mistakes in typing import none of them.
 """
 
 from __future__ import annotations
@@ -51,10 +51,6 @@ for _name, _command in COMMANDS.items():
 
 def main() -> None:
     """Entry point. An error made by the package is one line on stderr and exit code 1."""
-    from transformers.utils import logging
-
-    # The bars of weights being read are noise in a terminal and worse in a pipe; this is our process.
-    logging.disable_progress_bar()
     try:
         app()
     except LinearizeError as error:

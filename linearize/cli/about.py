@@ -10,6 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ..common.version import __version__
+from .sources import hide_bars
 from .terminal import console
 
 
@@ -53,6 +54,7 @@ def demo(
 
     from ..demo.walkthrough import run
 
+    hide_bars()
     if threads:
         torch.set_num_threads(threads)
     run(console(120), plot)

@@ -11,7 +11,7 @@ import typer
 
 from ..errors import ConfigError, InvalidModelError, MissingExtraError
 from .options import numbers
-from .sources import Source, find_source, is_demo, load_source, load_tokenizer, to_device
+from .sources import Source, find_source, hide_bars, is_demo, load_source, load_tokenizer, to_device
 from .terminal import console
 
 if TYPE_CHECKING:
@@ -107,6 +107,7 @@ def lm_eval(context: typer.Context) -> None:
         raise MissingExtraError(
             "lm-evaluation-harness is not installed: pip install 'linearize[eval]'"
         ) from error
+    hide_bars()
     sys.argv = ["lm-eval", *context.args]
     cli_evaluate()
 

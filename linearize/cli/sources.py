@@ -23,6 +23,13 @@ def is_demo(name: str) -> bool:
     return name == "demo" and not Path(name).is_dir()
 
 
+def hide_bars() -> None:
+    """Let transformers draw no progress bars in this process: noise in a terminal, and worse in a pipe."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+
+
 def find_source(name: str) -> Path:
     """The folder of a model: an existing one, the shipped demo, or a download from the Hub."""
     folder = Path(name)
@@ -34,6 +41,7 @@ def find_source(name: str) -> Path:
         raise CheckpointError(f"{name}: no such folder")
     from huggingface_hub import snapshot_download
 
+    hide_bars()
     try:
         return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.model"]))
     except Exception as error:
@@ -49,6 +57,7 @@ def load_source(folder: Path, dtype: str = "auto") -> PreTrainedModel:
 
     from ..common.files import read_json
 
+    hide_bars()
     if dtype not in DTYPES:
         raise ConfigError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
     architectures = read_json(folder / "config.json").get("architectures") or []

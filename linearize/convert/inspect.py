@@ -1,44 +1,55 @@
+"""`inspect(model)`: what `linearize` would make of a model, without changing it."""
+
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from torch import nn
+
+from ..common.running import quiet_run
 from ..passes.site import Reason
-from .report import Report, _converted_rows, describe, rows
-
-if TYPE_CHECKING:
-    from torch import nn
-
-    from ..planning.config import LinearizeConfig
+from ..planning.config import LinearizeConfig
+from ..planning.plan import layer_index, problem_of, stays_softmax
+from ..planning.state import LinearizeState
+from .inputs import example_inputs
+from .linearize import check_model, resolve_config, search
+from .report import Report, candidates, converted_candidates, describe
 
 
 def inspect(
     model: nn.Module, inputs: Any = None, config: LinearizeConfig | Mapping[str, Any] | None = None
 ) -> Report:
-    """Every candidate attention site of `model`, and what `linearize` with these arguments would make of it.
+    """Report every candidate attention site of a model, and what `linearize` would make of it.
 
-    The model is only run, never changed. A refusal is a row, not an error. A model that is already converted
-    is reported from its plan. inputs, config: as for `linearize`.
-    Raises InvalidModelError, InputError, ConfigError.
+    The model is run on example inputs and not changed. A site that cannot be rewritten is a row of the report
+    with its reason, not an error. A model that is converted already is reported from its plan.
+
+    Args:
+        model: any `nn.Module` that `torch.export` can capture.
+        inputs: example inputs, as for `linearize`; made from the config of transformers models when omitted.
+        config: the conversion that is asked about, as for `linearize`; the default one when omitted.
+
+    Returns:
+        The report, which prints as a table.
+
+    Raises:
+        InvalidModelError: the model is no module, is compiled or scripted, or holds no values.
+        InputError: the model does not run on the inputs, or cannot be captured.
+        ConfigError: the config has an unknown field or a wrong value.
     """
-    from ..common.running import quiet_run
-    from ..planning.plan import kept, layer_index, problem_of
-    from ..planning.state import LinearizeState
-    from . import linearize as api
-    from .inputs import example_inputs
-
     name = type(model).__name__
     state = getattr(model, "_linearize", None)
     if isinstance(state, LinearizeState):
-        return Report(name, state.config.mechanism, _converted_rows(state))
-    settings = api.resolve_config(config, {})
-    api.check_model(model)
+        return Report(name, state.config.mechanism, converted_candidates(state))
+    settings = resolve_config(config, {})
+    check_model(model)
     examples = example_inputs(model, inputs)
     with quiet_run(model):
-        match = api.search(model, examples)
+        match = search(model, examples)
     refused, becomes = {}, {}
     for site in match.sites:
-        if kept(settings, site.path, layer_index(model, site.path)):
+        if stays_softmax(settings, site.path, layer_index(model, site.path)):
             continue
         found = problem_of(site, settings)
         if found is None:
@@ -52,4 +63,4 @@ def inspect(
         del becomes[path, ordinal]
         message = "another attention of this module cannot be rewritten"
         refused[path, ordinal] = (Reason.OWNER.value, message)
-    return Report(name, settings.mechanism, rows(match, refused, becomes))
+    return Report(name, settings.mechanism, candidates(match, refused, becomes))

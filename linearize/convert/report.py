@@ -29,14 +29,22 @@ _STYLE = {REWRITE: "green", KEEP: "cyan", REFUSED: "yellow", CONVERTED: "blue"}
 
 
 @dataclass(frozen=True)
-class Row:
-    """One candidate.
+class Candidate:
+    """One candidate site.
 
-    path: owner module ("" = the model itself). ordinal: 0, 1, ... for several sites of one owner.
-    source: `file:line` of the softmax or fused call. spelling: how the attention was written.
-    shapes: sizes by axis, B, H, Hkv, T, S, D, Dv; a dynamic one is its symbol; empty if not reached.
-    mask: class label, "" if unknown. scale: factor on the scores, None if unknown or a tensor.
-    reason: code of a refusal, "" otherwise. message: one sentence. becomes: what will stand in its place.
+    Attributes:
+        path: dotted path of the owner, "" for the model itself.
+        ordinal: 0, 1, ... where one owner has several sites.
+        owner: class of the owner, "" if unknown.
+        source: `file:line` of the softmax or fused call.
+        spelling: how the attention was written.
+        shapes: sizes by axis, B, H, Hkv, T, S, D, Dv; a dynamic one is its symbol; empty if not reached.
+        mask: what the mask means, "" if unknown.
+        scale: factor on the scores; None if unknown or a tensor.
+        verdict: "rewrite", "keep", "refused" or "converted".
+        reason: code of a refusal, "" otherwise.
+        message: one sentence about the verdict.
+        becomes: what stands in its place after a conversion.
     """
 
     path: str
@@ -68,29 +76,35 @@ class Row:
 
 @dataclass(frozen=True)
 class Report:
-    """Rows in order of execution. `model` is the class name, `mechanism` what rewritten sites become."""
+    """Every candidate attention site of a model. It prints as a table, in terminals and in notebooks.
+
+    Attributes:
+        model: class of the model.
+        mechanism: what rewritten sites become.
+        rows: the candidates, in order of execution.
+    """
 
     model: str
     mechanism: str
-    rows: tuple[Row, ...]
+    rows: tuple[Candidate, ...]
 
     @property
-    def sites(self) -> tuple[Row, ...]:
+    def sites(self) -> tuple[Candidate, ...]:
         """Proved attention, whether or not the config rewrites it."""
         return tuple(row for row in self.rows if row.verdict != REFUSED)
 
     @property
-    def refusals(self) -> tuple[Row, ...]:
+    def refusals(self) -> tuple[Candidate, ...]:
         return tuple(row for row in self.rows if row.verdict == REFUSED)
 
     @property
     def summary(self) -> str:
-        """For example `LlamaForCausalLM: 8 candidates, 7 rewrite, 1 refused (softcap-unsupported)`."""
+        """One line of text with the class of the model, counts by verdict and the reasons of refusals."""
         counts = Counter(row.verdict for row in self.rows)
         reasons = ", ".join(sorted({row.reason for row in self.refusals}))
         parts = [f"{counts[verdict]} {verdict}" for verdict in _STYLE if counts[verdict]]
-        candidates = f"{len(self.rows)} candidate{'' if len(self.rows) == 1 else 's'}"
-        return f"{self.model}: {', '.join([candidates, *parts])}{f' ({reasons})' if reasons else ''}"
+        total = f"{len(self.rows)} candidate{'' if len(self.rows) == 1 else 's'}"
+        return f"{self.model}: {', '.join([total, *parts])}{f' ({reasons})' if reasons else ''}"
 
     def to_dict(self) -> dict[str, Any]:
         return {
@@ -177,7 +191,7 @@ tr.converted td:nth-child(7), tr.keep td:nth-child(7) {{ color: #0550ae; }}
 """
 
 
-def _cells(row: Row) -> tuple[str, ...]:
+def _cells(row: Candidate) -> tuple[str, ...]:
     name = row.path or "(model)"
     if row.ordinal:
         name += f" #{row.ordinal}"
@@ -195,9 +209,9 @@ def describe(config: LinearizeConfig) -> str:
     return "softmax, exact" if config.mechanism == "softmax" else config.mechanism
 
 
-def _converted_rows(state: LinearizeState) -> tuple[Row, ...]:
+def converted_candidates(state: LinearizeState) -> tuple[Candidate, ...]:
     converted = [
-        Row(
+        Candidate(
             path=site.path,
             ordinal=site.slot,
             owner="",
@@ -216,13 +230,13 @@ def _converted_rows(state: LinearizeState) -> tuple[Row, ...]:
             scale=site.spec.scale,
             verdict=CONVERTED,
             reason="",
-            message=f"applied by {site.rung}",
+            message=f"applied by {site.route}",
             becomes=describe(state.config),
         )
         for site in state.plan.sites
     ]
     skipped = [
-        Row(
+        Candidate(
             path=skip.path,
             ordinal=skip.ordinal,
             owner="",
@@ -241,36 +255,36 @@ def _converted_rows(state: LinearizeState) -> tuple[Row, ...]:
     return (*converted, *skipped)
 
 
-def rows(
+def candidates(
     match: MatchReport, refused: Mapping[Key, tuple[str, str]], becomes: Mapping[Key, str]
-) -> tuple[Row, ...]:
+) -> tuple[Candidate, ...]:
     """Rows of a match in graph order.
 
     refused: reason code and sentence for proved sites that cannot be rewritten as configured.
     becomes: what each site that will be rewritten turns into. A site in neither is kept by the config.
     """
     order = {node: i for i, node in enumerate(match.graph_module.graph.nodes)}
-    candidates: list[Site | Refusal] = [*match.sites, *match.refusals]
-    candidates.sort(key=lambda candidate: order[candidate.anchor])
+    matched: list[Site | Refusal] = [*match.sites, *match.refusals]
+    matched.sort(key=lambda candidate: order[candidate.anchor])
     result = []
-    for candidate in candidates:
+    for candidate in matched:
         key = (candidate.path, candidate.ordinal)
         if isinstance(candidate, Refusal):
-            result.append(_refusal_row(candidate))
+            result.append(_of_refusal(candidate))
         elif key in refused:
             reason, message = refused[key]
-            result.append(_site_row(candidate, REFUSED, reason=reason, message=message))
+            result.append(_of_site(candidate, REFUSED, reason=reason, message=message))
         elif key in becomes:
-            result.append(_site_row(candidate, REWRITE, becomes=becomes[key]))
+            result.append(_of_site(candidate, REWRITE, becomes=becomes[key]))
         else:
             result.append(
-                _site_row(candidate, KEEP, becomes="softmax, as it is", message="the config keeps it")
+                _of_site(candidate, KEEP, becomes="softmax, as it is", message="the config keeps it")
             )
     return tuple(result)
 
 
-def _site_row(site: Site, verdict: str, reason: str = "", message: str = "", becomes: str = "") -> Row:
-    return Row(
+def _of_site(site: Site, verdict: str, reason: str = "", message: str = "", becomes: str = "") -> Candidate:
+    return Candidate(
         path=site.path,
         ordinal=site.ordinal,
         owner=site.owner_type,
@@ -286,8 +300,8 @@ def _site_row(site: Site, verdict: str, reason: str = "", message: str = "", bec
     )
 
 
-def _refusal_row(refusal: Refusal) -> Row:
-    return Row(
+def _of_refusal(refusal: Refusal) -> Candidate:
+    return Candidate(
         path=refusal.path,
         ordinal=refusal.ordinal,
         owner="",

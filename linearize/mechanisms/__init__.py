@@ -13,7 +13,7 @@ from importlib import import_module
 from types import MappingProxyType
 
 from ..errors import ConfigError
-from . import window_op as _window  # noqa: F401  registers its operator, which graphs saved earlier may call
+from ..kernels import window_chunk as _window_chunk  # noqa: F401  its operators may be in saved graphs
 from .base import Mechanism, Option
 
 __all__ = ["Mechanism", "Option", "available", "get"]

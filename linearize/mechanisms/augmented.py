@@ -1,7 +1,7 @@
 """The paper's augmented linear attention (arXiv 2406.07368), its default here, and its two ablations.
 
 o = local_scale * local + alpha * grouped + convolution(v); the formula and its source are in
-`kernels/oracle.py`, the forms beside it. All three weights are parameters per head. alpha and the convolution
+`kernels/naive.py`, the forms beside it. All three weights are parameters per head. alpha and the convolution
 start at zero and local_scale at one, so a fresh module computes the local part alone. (The paper's code has
 one alpha and one local factor per layer; a head of its own size is what `lz.calibrate` fits.)
 
@@ -15,9 +15,8 @@ does. Untuned it is a poor start: it was made for the exponent of a softmax.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -92,7 +91,6 @@ class AugmentedAttention(ComposedAttention):
         key_mask: Tensor | None = None,
         query_start: int | Tensor | None = None,
         mask: Tensor | None = None,
-        program: Sequence[tuple[str, Any, Tensor | None]] | None = None,
         sinks: Tensor | None = None,
         bias: Tensor | None = None,
     ) -> Tensor:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from ..errors import ConfigError
 from ..passes.site import Reason
+from .onnx_form import StateOperator
 
 if TYPE_CHECKING:
     from .module import AttentionModule
@@ -93,6 +94,7 @@ class Mechanism:
     options: what `LinearizeConfig.options` may set, by name.
     augmentation: whether the convolution of the paper is added unless the user says otherwise; None where it
     cannot be.
+    onnx: its own operator in ONNX files; None where it needs none (a sum of core calls) or has no such form.
     """
 
     name: str
@@ -101,6 +103,7 @@ class Mechanism:
     build: Callable[[SiteSpec, Settings], AttentionModule]
     options: Mapping[str, Option] = field(default_factory=lambda: MappingProxyType({}))
     augmentation: bool | None = False
+    onnx: StateOperator | None = None
 
     def check_options(self, options: Mapping[str, Any]) -> None:
         """Raise ConfigError, naming what is known, for an option this mechanism lacks or a wrong value."""

@@ -21,8 +21,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from ..kernels.tensors import unit_of_any_size, widen
 from .base import EVERYWHERE, Mechanism
-from .composed import ComposedAttention, Term, unit, widen
+from .composed import ComposedAttention, Term
 from .spec import SiteSpec
 
 if TYPE_CHECKING:
@@ -40,10 +41,10 @@ class CastlingAttention(ComposedAttention):
         return [self.over_all(widen(query), widen(key), widen(value), weight=1 / math.pi, **more)]
 
     def combine(self, outputs: Sequence[Tensor]) -> Tensor:
-        return unit(super().combine(outputs))
+        return unit_of_any_size(super().combine(outputs))
 
 
-def oracle(query: Tensor, key: Tensor, value: Tensor, *, causal: bool) -> Tensor:
+def naive(query: Tensor, key: Tensor, value: Tensor, *, causal: bool) -> Tensor:
     """float64 [B, H, T, D] with heads repeated."""
     query, key = query / query.norm(dim=-1, keepdim=True), key / key.norm(dim=-1, keepdim=True)
     scores = query @ key.mT

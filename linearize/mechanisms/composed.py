@@ -19,41 +19,24 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from ..kernels import parallel as reference
+from ..kernels.tensors import full_precision, unit, with_one
+from ..kernels.tensors import widen as widen
 from ..ops import attention as ops
 from ..ops.state import AttentionState, States
 from .module import AttentionModule
+from .onnx_form import Nodes
 from .spec import SiteSpec
 from .summary import Summary, block_of, summed
+from .term import Term as Term
 
 if TYPE_CHECKING:
     from .base import Settings
-
-
-@dataclass(frozen=True)
-class Term:
-    """Arguments of one call of `ops.augmented_attention`; None leaves that part out.
-
-    query [B, H, T, D], key [B, Hkv, S, D], value [B, Hkv, S, Dv], one dtype; alpha, local_scale: a number or
-    a tensor [1] or [H]; conv_weight [H, taps]; local_bias [H, lags].
-    """
-
-    query: Tensor
-    key: Tensor
-    value: Tensor
-    alpha: Tensor | float | None = None
-    local_scale: Tensor | float | None = None
-    conv_weight: Tensor | None = None
-    local_bias: Tensor | None = None
-    activation: str = "linear"
-    normalize: bool = False
 
 
 class ComposedAttention(AttentionModule):
@@ -105,7 +88,6 @@ class ComposedAttention(AttentionModule):
         key_mask: Tensor | None = None,
         query_start: int | Tensor | None = None,
         mask: Tensor | None = None,
-        program: Sequence[tuple[str, Any, Tensor | None]] | None = None,
         sinks: Tensor | None = None,
     ) -> Tensor:
         start = query_start if self.spec.causal or self.spec.cross else None
@@ -224,6 +206,19 @@ class ComposedAttention(AttentionModule):
             for term, part in zip(terms, state.parts, strict=True):
                 ops.augmented_commit(term.key, term.value, part, path, normalize=term.normalize)
 
+    def emit_onnx(self, nodes: Nodes, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        if type(self).mix_after is not ComposedAttention.mix_after:
+            return super().emit_onnx(nodes, query, key, value)  # more than the core calls of `terms`
+        terms = self.terms(query, key, value)
+        out = self.combine([nodes.core(term, self.group_size, self.spec.kv_layout) for term in terms])
+        return self.emit_apart(nodes, out, query, key, value)
+
+    def emit_apart(self, nodes: Nodes, out: Tensor, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """out [B, H, T, Dv] and, where it is a term of its own, the convolution, in ONNX."""
+        for term in self._apart(query, key, value):
+            out = out + nodes.core(term, self.group_size, self.spec.kv_layout)
+        return out
+
     @property
     def has_summary(self) -> bool:
         return self.spec.cross
@@ -257,7 +252,7 @@ class ComposedAttention(AttentionModule):
         if total is None or term.alpha is None:
             assert near is not None
             return near
-        query = reference.unit(term.query) if term.normalize else term.query
+        query = unit(term.query) if term.normalize else term.query
         if isinstance(term.alpha, Tensor):
             query = query * term.alpha.to(query.dtype).reshape(-1, 1, 1)
         else:
@@ -383,30 +378,6 @@ def _is_near(term: Term) -> bool:
     return term.local_scale is not None or term.alpha is None
 
 
-def widen(x: Tensor) -> Tensor:
-    """float32, or float64 where it is float64 already."""
-    return x if x.dtype == torch.float64 else x.float()
-
-
-def with_one(value: Tensor) -> Tensor:
-    """[..., Dv] -> [..., Dv + 1]: the last column counts, so one sum gives numerator and denominator."""
-    return torch.cat([value, ones(value)], dim=-1)
-
-
-def ones(x: Tensor) -> Tensor:
-    """[..., D] -> ones [..., 1]: a query and key whose product is 1."""
-    return x.new_ones(x.shape[:-1]).unsqueeze(-1)
-
-
-def unit(x: Tensor) -> Tensor:
-    """x / |x| along the last axis; a row of zeros stays zero, and its gradient finite."""
-    # Scaled first: the square of a large entry would overflow, of a small one vanish.
-    largest = x.detach().abs().amax(-1, keepdim=True)
-    x = x / torch.where(largest > 0, largest, torch.ones_like(largest))
-    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-    return x / torch.where(norm > 0, norm, torch.ones_like(norm))
-
-
 def orthogonal_gaussian(like: Tensor, seed: int) -> Tensor:
     """float32 of the shape of `like` [rows, columns], on the CPU: Gaussian vectors, orthogonal in blocks.
 
@@ -422,10 +393,3 @@ def orthogonal_gaussian(like: Tensor, seed: int) -> Tensor:
     blocks = [torch.linalg.qr(normal(columns)).Q.T for _ in range(math.ceil(rows / columns))]
     norms = normal(rows).norm(dim=1, keepdim=True)
     return (torch.cat(blocks)[:rows] * norms).float()
-
-
-def full_precision(device: torch.device) -> AbstractContextManager[Any]:
-    """Keep autocast from rounding maps and sums; entered only when needed, so that graphs stay plain."""
-    if torch.is_autocast_enabled(device.type):
-        return torch.autocast(device.type, enabled=False)
-    return nullcontext()

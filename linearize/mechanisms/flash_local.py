@@ -69,7 +69,7 @@ class FlashLocalAttention(FlashAttention):
         return f"{super().extra_repr()}, activation={self.activation}"
 
 
-def oracle(
+def naive(
     query: Tensor,
     key: Tensor,
     value: Tensor,

@@ -1,6 +1,6 @@
 """Ablation: the grouped linear part of `augmented` alone, q.k over earlier groups; alpha starts at one.
 
-Formula, source and oracle: `kernels/oracle.py`. State: [D, Dv] per key/value head, the sum of k^T v over
+Formula, source and naive form: `kernels/naive.py`. State: [D, Dv] per key/value head, the sum of k^T v over
 finished groups, and the keys and values of the open group.
 """
 

@@ -60,7 +60,7 @@ class HedgehogAttention(NormalizedAttention):
         return positive(query, self.query_map), positive(key, self.key_map)
 
 
-def oracle_weights(query: Tensor, key: Tensor, query_map: Tensor, key_map: Tensor) -> Tensor:
+def naive_weights(query: Tensor, key: Tensor, query_map: Tensor, key_map: Tensor) -> Tensor:
     """f(q).g(k) as float64 [B, H, T, S]; maps [H, D, D]."""
     query = torch.einsum("hij,bhtj->bhti", query_map, query)
     key = torch.einsum("hij,bhtj->bhti", key_map, key)
@@ -70,11 +70,11 @@ def oracle_weights(query: Tensor, key: Tensor, query_map: Tensor, key_map: Tenso
     return same + opposite
 
 
-def oracle(
+def naive(
     query: Tensor, key: Tensor, value: Tensor, query_map: Tensor, key_map: Tensor, *, causal: bool
 ) -> Tensor:
     """float64 [B, H, T, D] with heads repeated; maps [H, D, D]."""
-    weights = oracle_weights(query, key, query_map, key_map)
+    weights = naive_weights(query, key, query_map, key_map)
     if causal:
         weights = weights.tril()
     return weights @ value / weights.sum(-1, keepdim=True)

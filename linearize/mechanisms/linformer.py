@@ -20,8 +20,9 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import InputError
+from ..kernels.tensors import full_precision, widen
 from .base import EVERYWHERE, Mechanism, whole
-from .composed import ComposedAttention, full_precision, widen
+from .composed import ComposedAttention
 from .spec import SiteSpec
 from .summary import Summary
 
@@ -100,7 +101,7 @@ class LinformerAttention(ComposedAttention):
         return f"{super().extra_repr()}, max_length={longest}, rank={rank}, seed={self.seed}"
 
 
-def oracle(
+def naive(
     query: Tensor,
     key: Tensor,
     value: Tensor,

@@ -1,6 +1,6 @@
 """Ablation: the local part of `augmented` alone, relu(q.k)^2 inside each group.
 
-Formula, source and oracle: `kernels/oracle.py`. State: the keys and values of the open group.
+Formula, source and naive form: `kernels/naive.py`. State: the keys and values of the open group.
 """
 
 from __future__ import annotations

@@ -2,27 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from ..errors import InputError
+from ..errors import ExportError
 from ..ops.state import States
+from .onnx_form import Nodes
 from .spec import SiteSpec
 from .summary import Summary
-
-if TYPE_CHECKING:
-    pass
 
 
 class AttentionModule(nn.Module):
     """Attention as a function of query, key and value, whatever the mechanism.
 
     Child modules of a converted model are instances of this; `spec` says which site they stand for.
+    """
+
+    is_exact = False
+    """Whether this is the site's own softmax attention: every mask, bias and sink is honoured, nothing is
+    approximated, and the whole keys and values are needed.
     """
 
     keeps_bias = False
@@ -44,7 +46,6 @@ class AttentionModule(nn.Module):
         key_mask: Tensor | None = None,
         query_start: int | Tensor | None = None,
         mask: Tensor | None = None,
-        program: Sequence[tuple[str, Any, Tensor | None]] | None = None,
         sinks: Tensor | None = None,
     ) -> Tensor:
         """query [B, H, T, D], key [B, Hkv, S, D], value [B, Hkv, S, Dv], not repeated -> [B, H, T, Dv].
@@ -52,11 +53,10 @@ class AttentionModule(nn.Module):
         key_mask: bool [B, S], True for real tokens. query_start: causal sites, the key column of the first
         query (default: queries are the last columns); cross-attention, the position of the first query.
 
-        mask, program and sinks are for softmax only. mask: bool (True keeps) or float (added), broadcastable
-        to [B, H, T, S]. program: the score steps of `passes.site.Step` as (kind, value, term tensor). sinks:
-        one logit per head, [H]. Other mechanisms ignore them: what those carry of them (causality, padding)
-        reaches them as spec and key_mask, and a site that needs more was refused by the planner or is
-        approximated on the user's word. Every subclass gives it.
+        mask and sinks are for softmax only. mask: bool (True keeps) or float (added), broadcastable to
+        [B, H, T, S]. sinks: one logit per head, [H]. Other mechanisms ignore them: what those carry of them
+        (causality, padding) reaches them as spec and key_mask, and a site that needs more was refused by the
+        planner or is approximated on the user's word. Every subclass gives it.
         """
         raise NotImplementedError
 
@@ -73,6 +73,25 @@ class AttentionModule(nn.Module):
         dtype, device: of the query, key and value that will come. max_rewind: tokens that can be taken back.
         """
         return None
+
+    def emit_onnx(self, nodes: Nodes, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """`extend` written as nodes of an ONNX graph, which bring the state along.
+
+        Args:
+            nodes: Writes the nodes, in the order of the calls.
+            query: [B, H, T, D].
+            key: [B, Hkv, T, D].
+            value: [B, Hkv, T, Dv].
+
+        Returns:
+            [B, H, T, Dv].
+
+        Raises:
+            ExportError: This attention has no ONNX form with a state.
+        """
+        raise ExportError(
+            f"{type(self).__name__} has no ONNX form with a state; choose another mechanism for this model"
+        )
 
     @property
     def has_summary(self) -> bool:
@@ -111,6 +130,8 @@ class SoftmaxAttention(AttentionModule):
     (transformers' `finfo.min`) gives the average that those values imply.
     """
 
+    is_exact = True
+
     def forward(
         self,
         query: Tensor,
@@ -120,16 +141,17 @@ class SoftmaxAttention(AttentionModule):
         key_mask: Tensor | None = None,
         query_start: int | Tensor | None = None,
         mask: Tensor | None = None,
-        program: Sequence[tuple[str, Any, Tensor | None]] | None = None,
         sinks: Tensor | None = None,
+        dropout: float | None = None,
     ) -> Tensor:
+        """As every attention module; dropout: in training, in place of the one that the spec says."""
         spec = self.spec
-        dropout = spec.dropout if self.training else 0.0
+        dropout = (spec.dropout if dropout is None else dropout) if self.training else 0.0
         repeats = spec.num_heads // spec.num_key_value_heads
         if repeats > 1 and spec.kv_layout == "tiled":
             key, value = key.repeat(1, repeats, 1, 1), value.repeat(1, repeats, 1, 1)
         keep = None if key_mask is None else key_mask[:, None, None, :]
-        if program is None and mask is None:
+        if mask is None:
             if (
                 self._is_plain_causal(query, key, keep, query_start)
                 and spec.softcap is None
@@ -139,9 +161,9 @@ class SoftmaxAttention(AttentionModule):
                     query, key, value, None, dropout, True, scale=spec.scale, enable_gqa=repeats > 1
                 )
             keep = _both(keep, self._positional(query, key, query_start))
-        elif mask is not None and mask.dtype == torch.bool:
+        elif mask.dtype == torch.bool:
             keep, mask = _both(keep, mask), None
-        fused = program is None and sinks is None and spec.softcap is None
+        fused = sinks is None and spec.softcap is None
         if fused and (mask is None or (keep is None and mask.dtype == query.dtype)):
             return F.scaled_dot_product_attention(
                 query,
@@ -155,16 +177,12 @@ class SoftmaxAttention(AttentionModule):
 
         if repeats > 1 and spec.kv_layout == "interleaved":
             key, value = key.repeat_interleave(repeats, 1), value.repeat_interleave(repeats, 1)
-        scores = query @ key.mT
-        if program is None:
-            scores = scores * (spec.head_dim**-0.5 if spec.scale is None else spec.scale)
-            if spec.softcap is not None:
-                scores = spec.softcap * torch.tanh(scores / spec.softcap)
-            if mask is not None:
-                scores = scores + mask
-            weights = _softmax(scores, keep, sinks, sinks_first=False)
-        else:
-            weights = _run(program, scores, keep)
+        scores = query @ key.mT * (spec.head_dim**-0.5 if spec.scale is None else spec.scale)
+        if spec.softcap is not None:
+            scores = spec.softcap * torch.tanh(scores / spec.softcap)
+        if mask is not None:
+            scores = scores + mask
+        weights = _softmax(scores, keep, sinks)
         weights = F.dropout(weights.to(query.dtype), dropout, self.training)
         return (weights.to(value.dtype) @ value).to(value.dtype)
 
@@ -199,11 +217,34 @@ class SoftmaxAttention(AttentionModule):
         return (lag >= 0) & (lag < spec.window) if spec.causal else lag.abs() <= spec.window
 
 
+class PlainSoftmaxAttention(SoftmaxAttention):
+    """Softmax of what a linear form is shown: the key mask and where the queries start, and nothing else.
+
+    It stands in the place of plain sites while a conversion is proved: where it equals the original, these
+    two say all that the original's masks say.
+    """
+
+    is_exact = False
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *,
+        key_mask: Tensor | None = None,
+        query_start: int | Tensor | None = None,
+        **ignored: Any,
+    ) -> Tensor:
+        """As every attention module."""
+        return super().forward(query, key, value, key_mask=key_mask, query_start=query_start)
+
+
 def _both(a: Tensor | None, b: Tensor | None) -> Tensor | None:
     return b if a is None else a if b is None else a & b
 
 
-def _softmax(scores: Tensor, keep: Tensor | None, sinks: Tensor | None, sinks_first: bool) -> Tensor:
+def _softmax(scores: Tensor, keep: Tensor | None, sinks: Tensor | None) -> Tensor:
     """float32 (or wider) weights [B, H, T, S]; sinks [H] join the denominator only."""
     scores = scores if scores.dtype == torch.float64 else scores.float()
     if keep is not None:
@@ -211,34 +252,7 @@ def _softmax(scores: Tensor, keep: Tensor | None, sinks: Tensor | None, sinks_fi
         scores = scores.masked_fill(~keep, torch.finfo(scores.dtype).min)
     if sinks is not None:
         column = sinks.reshape(1, -1, 1, 1).to(scores.dtype).expand(scores.shape[0], -1, scores.shape[2], 1)
-        joined = torch.cat([column, scores] if sinks_first else [scores, column], dim=-1).softmax(-1)
-        weights = joined[..., 1:] if sinks_first else joined[..., :-1]
+        weights = torch.cat([scores, column], dim=-1).softmax(-1)[..., :-1]
     else:
         weights = scores.softmax(-1)
     return weights if keep is None else weights.masked_fill(~keep, 0.0)
-
-
-def _run(program: Sequence[tuple[str, Any, Tensor | None]], scores: Tensor, keep: Tensor | None) -> Tensor:
-    """Apply score steps in order, then softmax. Kinds and their values: `passes.site.Step`."""
-    sinks, sinks_first = None, False
-    for kind, value, term in program:
-        if kind == "scale":
-            scores = scores * (value if term is None else term)
-        elif kind == "cap":
-            scores = value * torch.tanh(scores / value)
-        elif kind == "cast":
-            scores = scores.to(getattr(torch, str(value).removeprefix("torch.")))
-        elif kind == "causal":
-            square = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device)
-            scores = scores.masked_fill(~square.tril(), -torch.inf)
-        elif kind == "add" and term is not None:
-            scores = scores + term
-        elif kind == "fill" and term is not None:
-            scores = scores.masked_fill(term, value)
-        elif kind == "keep" and term is not None:
-            scores = scores.masked_fill(~term, -torch.inf)
-        elif kind == "sink" and term is not None:
-            sinks, sinks_first = term, value == "first"
-        else:
-            raise InputError(f"score step {kind!r} (value {value!r}) is unknown or lacks its tensor")
-    return _softmax(scores, keep, sinks, sinks_first)

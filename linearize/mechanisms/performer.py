@@ -61,7 +61,7 @@ class PerformerAttention(NormalizedAttention):
         return f"{super().extra_repr()}, features={self.projection.shape[0]}, seed={self.seed}"
 
 
-def oracle(
+def naive(
     query: Tensor, key: Tensor, value: Tensor, projection: Tensor, *, scale: float, causal: bool
 ) -> Tensor:
     """float64 [B, H, T, D] with heads repeated; projection [m, D]."""

@@ -22,9 +22,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from ..kernels.window_chunk import EPSILON, power_weights, power_window, to_power
 from .base import Mechanism, Option, whole
 from .spec import SiteSpec
-from .window_op import EPSILON, power_weights, power_window, to_power
 from .windowed import WindowedAttention
 
 if TYPE_CHECKING:
@@ -52,7 +52,7 @@ class PowerWindowAttention(WindowedAttention):
         window, causal = self.window, self.spec.causal
         return power_window(query, key, value, key_mask, query_start, window, causal, self.power)
 
-    def weigh(self, scores: Tensor, hidden: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def weigh(self, scores: Tensor, hidden: Tensor | None) -> tuple[Tensor, Tensor]:
         return power_weights(scores, hidden, self.power)
 
     def features(self, x: Tensor, weight: Tensor) -> Tensor:
@@ -70,7 +70,7 @@ class PowerWindowAttention(WindowedAttention):
         return f"{super().extra_repr()}, power={self.power}"
 
 
-def oracle(
+def naive(
     query: Tensor,
     key: Tensor,
     value: Tensor,

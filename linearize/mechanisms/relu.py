@@ -33,7 +33,7 @@ class ReluAttention(NormalizedAttention):
         return query.relu(), key.relu()
 
 
-def oracle(query: Tensor, key: Tensor, value: Tensor, *, causal: bool) -> Tensor:
+def naive(query: Tensor, key: Tensor, value: Tensor, *, causal: bool) -> Tensor:
     """float64 [B, H, T, D] with heads repeated."""
     weights = query.clamp(min=0) @ key.clamp(min=0).mT
     if causal:

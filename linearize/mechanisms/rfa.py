@@ -21,8 +21,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from ..kernels.tensors import unit_of_any_size
 from .base import EVERYWHERE, Mechanism, whole
-from .composed import NormalizedAttention, orthogonal_gaussian, unit
+from .composed import NormalizedAttention, orthogonal_gaussian
 from .spec import SiteSpec
 
 if TYPE_CHECKING:
@@ -51,7 +52,7 @@ class RandomFeatureAttention(NormalizedAttention):
         projection = self.projection.to(query.dtype)
 
         def waves(x: Tensor, sigma: Tensor) -> Tensor:
-            angle = (unit(x) * sigma.to(x.dtype)[:, None]) @ projection.mT
+            angle = (unit_of_any_size(x) * sigma.to(x.dtype)[:, None]) @ projection.mT
             return torch.cat([angle.sin(), angle.cos()], dim=-1) * projection.shape[0] ** -0.5
 
         return waves(query, self.of_query_heads(self.sigma)), waves(key, self.sigma)
@@ -60,7 +61,7 @@ class RandomFeatureAttention(NormalizedAttention):
         return f"{super().extra_repr()}, features={self.projection.shape[0]}, seed={self.seed}"
 
 
-def oracle(
+def naive(
     query: Tensor, key: Tensor, value: Tensor, sigma: Tensor, projection: Tensor, *, causal: bool
 ) -> Tensor:
     """float64 [B, H, T, D] with heads repeated; sigma [H, D], projection [m, D]."""

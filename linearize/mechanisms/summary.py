@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..kernels.parallel import unit
+from ..kernels.tensors import unit, widen
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ def block_of(
 
 def summed(key: Tensor, value: Tensor, key_mask: Tensor | None, normalize: bool) -> Tensor:
     """Sum of k^T v over the real tokens: key [B, Hkv, S, D], value [B, Hkv, S, Dv] -> [B, Hkv, D, Dv]."""
-    key, value = (x if x.dtype == torch.float64 else x.float() for x in (key, value))
+    key, value = (widen(x) for x in (key, value))
     key = unit(key) if normalize else key
     if key_mask is not None:  # whatever padding holds, NaN included
         hidden = ~key_mask[:, None, :, None]

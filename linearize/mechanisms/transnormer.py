@@ -20,8 +20,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..kernels.tensors import widen
 from .base import EVERYWHERE, Mechanism
-from .composed import ComposedAttention, Term, widen
+from .composed import ComposedAttention, Term
 from .spec import SiteSpec
 
 if TYPE_CHECKING:
@@ -53,7 +54,7 @@ class TransnormerAttention(ComposedAttention):
         return total / norm * self.weight[:, None].to(total.dtype)
 
 
-def oracle(query: Tensor, key: Tensor, value: Tensor, weight: Tensor, *, causal: bool) -> Tensor:
+def naive(query: Tensor, key: Tensor, value: Tensor, weight: Tensor, *, causal: bool) -> Tensor:
     """float64 [B, H, T, D] with heads repeated; weight [H, Dv]."""
 
     def f(x: Tensor) -> Tensor:

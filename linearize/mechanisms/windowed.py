@@ -7,13 +7,13 @@
 
 Subclasses say what w, f and c are. Cross-attention has no near tokens and is refused.
 
-Parallel form: near in blocks of `window` queries, O(T window) memory, heads not repeated (`window.py`); the
-far part is one linear core call on keys and values delayed by `window` tokens (without causality a second one
-on the reversed sequence). The near sum comes divided by its weights and with their `size`, in whichever scale
-does not overflow; the two parts are joined by the far part's share of all weights.
+Parallel form: near in blocks of `window` queries, in O(T window) memory and without repeated heads
+(`kernels/window_chunk.py`). The far part is one linear core call on keys and values delayed by `window`
+tokens; without causality there is a second one on the reversed sequence. The near sum comes divided by its
+weights, together with their `size`, in whichever scale does not overflow; the two parts are joined by the far
+part's share of all weights.
 State: the last `window` keys and values (and as many more as can be taken back), and [2D, Dv + 1] per
-key/value head for the tokens that left them. A token leaves only when its row is needed, which makes taking
-tokens back exact; until then its features are made from its row where it is far.
+key/value head for the tokens that left them (`kernels/window_recurrent.py`).
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from ..kernels.padding import Ranks
-from ..kernels.recurrent import State, along
+from ..kernels import window_recurrent
+from ..kernels.tensors import full_precision, per_kv_head, take_rows, widen, with_one
 from ..ops.arguments import check_no_gradients, check_state
 from ..ops.attention import Lineage, checked_path, lineage
 from ..ops.state import AttentionState, States
-from .composed import ComposedAttention, Term, full_precision, widen, with_one
+from .composed import ComposedAttention, Term
 from .hedgehog import set_identity, square
 from .spec import SiteSpec
 
@@ -67,7 +67,7 @@ class WindowedAttention(ComposedAttention):
         """Of scaled queries [B, Hkv, R, T, D] over the window: [B, Hkv, R, T, Dv + 1], the last the size."""
         raise NotImplementedError
 
-    def weigh(self, scores: Tensor, hidden: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def weigh(self, scores: Tensor, hidden: Tensor | None) -> tuple[Tensor, Tensor]:
         """Weights [..., S] of scores [..., S], divided by their sum, and the size [..., 1] of that sum.
 
         hidden: bool, True for keys that weigh nothing. As in `near`.
@@ -106,7 +106,7 @@ class WindowedAttention(ComposedAttention):
         query, key = self.features(query, self.query_map), self.features(key, self.key_map)
         far = self._far(query, key, with_one(value), key_mask, query_start)
         if before is not None:
-            far = far + self.merge_heads(_per_kv_head(self.split_heads(query), before))
+            far = far + self.merge_heads(per_kv_head(self.split_heads(query), before))
         return self._join(near, size, far)
 
     def _join(self, near: Tensor, size: Tensor, far: Tensor) -> Tensor:
@@ -149,7 +149,7 @@ class WindowedAttention(ComposedAttention):
             rank = key_mask.cumsum(1) - 1
             source = torch.argsort(~key_mask, dim=1, stable=True).gather(1, (rank - self.window).clamp(min=0))
             there = (rank >= self.window)[:, None, :, None]
-            key, value = _rows(key, source) * there, _rows(value, source)
+            key, value = take_rows(key, source) * there, take_rows(value, source)
         term = Term(query, key, value, alpha=1.0, local_scale=1.0)
         return self.run(term, key_mask, query_start, causal=True)
 
@@ -188,236 +188,49 @@ class WindowedAttention(ComposedAttention):
         check_state(query, key, value, None, part, key_mask)
         check_no_gradients(self.query_map, self.key_map, self.far_weight)
         batch, _, count, _ = query.shape
+        state, rules = part.tensors, self._rules
         if parents is not None:
             tree = lineage(parents, batch, count, query.device)
-            even = _even(part.tensors, self.window)
-            if even is not None:
-                return self._even_tree(query, key, value, part.tensors, *tree, *even)
-            return self._tree(query, key, value, part.tensors, *tree)
+            return self._joined(window_recurrent.tree(query, key, value, state, rules, *tree))
         if key_mask is not None:  # whatever padding holds, NaN included
             real = key_mask[:, None, :, None]
             query, key, value = (x.masked_fill(~real, 0) for x in (query, key, value))
-        if count == 1 and key_mask is None and (even := _even(part.tensors, self.window)):
-            return self._step(query, key, value, part.tensors, *even)
         if count == 1:
-            alone = torch.ones(batch, 1, 1, dtype=torch.bool, device=query.device)
-            out = self._tree(query, key, value, part.tensors, torch.zeros_like(part.length)[:, None], alone)
-        elif not torch.compiler.is_compiling() and bool((part.length == 0).all()):
-            # Most prompts: about two thirds of the time (measured). A compiled graph cannot ask.
-            out = self.mix(query, key, value, key_mask, None)
+            out = self._joined(window_recurrent.step(query, key, value, state, rules, key_mask))
         else:
-            out = self._columns(query, key, value, part.tensors, key_mask)
-        self._append(key, value, part.tensors, key_mask)
+            if not torch.compiler.is_compiling() and bool((part.length == 0).all()):
+                # Most prompts: about two thirds of the time (measured). A compiled graph cannot ask.
+                out = self.mix(query, key, value, key_mask, None)
+            else:
+                columns = window_recurrent.after_window(key, value, state, key_mask)
+                out = self.mix(query, *columns, before=state.recurrent)
+            window_recurrent.append(key, value, state, rules, key_mask)
         return out if key_mask is None else out * real
+
+    @property
+    def _rules(self) -> window_recurrent.Rules:
+        return window_recurrent.Rules(
+            self.window,
+            self.weigh,
+            lambda query: self.split_heads(query * self.scale),
+            lambda query: self.split_heads(self.features(query, self.query_map)),
+            lambda key: self.features(key, self.key_map),
+        )
+
+    def _joined(self, parts: window_recurrent.Parts) -> Tensor:
+        near = self.merge_heads(parts.near)
+        if parts.far is None:
+            return near
+        return self._join(near, self.merge_heads(parts.size), self.merge_heads(parts.far))
 
     def commit(self, key: Tensor, value: Tensor, state: States, path: Tensor | None = None) -> None:
         part, *convolution = state.parts
         check_state(key, key, value, None, part, None)
         check_no_gradients(self.key_map)
         path = None if path is None else checked_path(path, key)
-        if path is not None and path.is_cpu and len(path) == 1:
-            nodes = path[0, path[0] >= 0]
-            new_key, new_value, real = key.index_select(2, nodes), value.index_select(2, nodes), None
-        else:
-            new_key, new_value, real = along(path, key, value)
         with full_precision(value.device):
-            self._append(new_key, new_value, part.tensors, real)
+            window_recurrent.append_along(path, key, value, part.tensors, self._rules)
         super().commit(key, value, States(tuple(convolution)), path)
-
-    def _step(
-        self, query: Tensor, key: Tensor, value: Tensor, state: State, length: int, folded: int
-    ) -> Tensor:
-        """One token after sequences of one length, where no mask is needed: a quarter of `_tree`'s time."""
-        slot = length % self.window
-        place = slice(slot, slot + 1)
-        if length - folded == self.window:
-            features = self.features(widen(state.key_window[:, :, place]), self.key_map)
-            state.recurrent.add_(features.mT @ with_one(widen(state.value_window[:, :, place])))
-            state.folded.add_(1)
-        state.key_window[:, :, place] = key
-        state.value_window[:, :, place] = value
-        state.length.add_(1)
-        keys, values = (widen(x[:, :, : length + 1]) for x in (state.key_window, state.value_window))
-        query = widen(query)
-        scores = _per_kv_head(self.split_heads(query * self.scale), keys.mT)
-        weights, size = self.weigh(scores)
-        near = self.merge_heads(_per_kv_head(weights, values))
-        if length < self.window:
-            return near
-        query = self.split_heads(self.features(query, self.query_map))
-        far = self.merge_heads(_per_kv_head(query, state.recurrent))
-        return self._join(near, self.merge_heads(size), far)
-
-    def _columns(
-        self, query: Tensor, key: Tensor, value: Tensor, state: State, key_mask: Tensor | None
-    ) -> Tensor:
-        """Many tokens after the state: the parallel form, with the window's rows as columns ahead of them."""
-        rows = state.key_window.shape[2]
-        position = state.length[:, None] + torch.arange(-rows, 0, device=key.device)
-        new = key.new_ones(key.shape[0], key.shape[2], dtype=torch.bool) if key_mask is None else key_mask
-        real = torch.cat([position >= state.folded[:, None], new], 1)
-        key, value = (
-            torch.cat([_rows(ring, position % rows).to(x.dtype), x], 2)
-            for ring, x in ((state.key_window, key), (state.value_window, value))
-        )
-        return self.mix(query, key, value, real, rows, before=state.recurrent)
-
-    def _tree(
-        self, query: Tensor, key: Tensor, value: Tensor, state: State, depth: Tensor, ancestors: Tensor
-    ) -> Tensor:
-        """Drafts after the state, which is only read; depth [B, N], ancestors [B, N, N] as in `lineage`."""
-        rows, count = state.key_window.shape[2], key.shape[2]
-        query, key, value = widen(query), widen(key), widen(value)
-        last = state.length[:, None] - 1
-        held = last - (last - torch.arange(rows, device=key.device)) % rows  # position in each row
-        node = state.length[:, None] + depth
-
-        def seen(committed: Tensor, there: Tensor, near: bool) -> Tensor:
-            """bool [B, 1, 1, N, n + N]: `there` of the tokens at `committed` [B, n], and the ancestors."""
-            lag = node[:, :, None] - torch.cat([committed, node], 1)[:, None]
-            all_ = torch.cat([there[:, None].expand(-1, count, -1), ancestors], 2)
-            return (all_ & ((lag < self.window) == near))[:, None, None]
-
-        keys, values = (
-            torch.cat([ring.to(x.dtype), x], 2)
-            for ring, x in ((state.key_window, key), (state.value_window, value))
-        )
-        scores = _per_kv_head(self.split_heads(query * self.scale), keys.mT)
-        weights, size = self.weigh(scores, ~seen(held, held >= 0, True))
-        near = self.merge_heads(_per_kv_head(weights, values))
-
-        # Of the window's rows only the oldest are far, one more for each token that a branch is long.
-        oldest = torch.arange(min(rows, rows - self.window + count), device=key.device)
-        position = state.folded[:, None] + oldest
-        far_keys, far_values = (
-            torch.cat([_rows(ring, position % rows).to(x.dtype), x], 2)
-            for ring, x in ((state.key_window, key), (state.value_window, value))
-        )
-        query = self.split_heads(self.features(query, self.query_map))
-        weights = _per_kv_head(query, self.features(far_keys, self.key_map).mT)
-        weights = weights * seen(position, position < state.length[:, None], False)
-        far = _per_kv_head(weights, with_one(far_values)) + _per_kv_head(query, state.recurrent)
-        return self._join(near, self.merge_heads(size), self.merge_heads(far))
-
-    def _even_tree(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        state: State,
-        depth: Tensor,
-        ancestors: Tensor,
-        length: int,
-        folded: int,
-    ) -> Tensor:
-        """`_tree` after sequences of one length: half of its operations."""
-        query, key, value = widen(query), widen(key), widen(value)
-        ring_keys, ring_values = (widen(x[:, :, :length]) for x in (state.key_window, state.value_window))
-        deepest = int(depth.max())
-        age = (length - 1 - torch.arange(ring_keys.shape[2], device=key.device)) % self.window + 1
-        beyond = age + depth[:, :, None] >= self.window
-        hidden = ~ancestors
-        if deepest >= self.window:
-            hidden = hidden | (depth[:, :, None] - depth[:, None] >= self.window)
-        hidden = torch.cat([beyond, hidden], 2)[:, None, None]
-        rows = self.split_heads(query * self.scale)
-        weights, size = self.weigh(_per_kv_head(rows, torch.cat([ring_keys, key], 2).mT), hidden)
-        near = self.merge_heads(_per_kv_head(weights, torch.cat([ring_values, value], 2)))
-        oldest = length + deepest + 1 - self.window - folded  # rows that are far from the deepest node
-        if oldest <= 0 and not folded:
-            return near
-        query = self.split_heads(self.features(query, self.query_map))
-        far = _per_kv_head(query, state.recurrent)
-        if oldest > 0:
-            place = (torch.arange(min(oldest, length - folded), device=key.device) + folded) % self.window
-            keys, values = ring_keys.index_select(2, place), ring_values.index_select(2, place)
-            outside = beyond.index_select(2, place)
-            if deepest >= self.window:
-                keys, values = torch.cat([keys, key], 2), torch.cat([values, value], 2)
-                lag = depth[:, :, None] - depth[:, None]
-                outside = torch.cat([outside, ancestors & (lag >= self.window)], 2)
-            weights = _per_kv_head(query, self.features(keys, self.key_map).mT) * outside[:, None, None]
-            far = far + _per_kv_head(weights, with_one(values))
-        return self._join(near, self.merge_heads(size), self.merge_heads(far))
-
-    def _append(self, key: Tensor, value: Tensor, state: State, real: Tensor | None) -> None:
-        """Write tokens into the state, and what its window cannot hold any more into its sums."""
-        even = _even(state, self.window) if real is None and key.shape[2] <= self.window else None
-        if even is not None:
-            return self._even_append(key, value, state, *even)
-        ranks = None if real is None else Ranks(real)
-        if ranks is not None:
-            key, value = ranks.to_front(key), ranks.to_front(value)
-        new, rows = key.shape[2], state.key_window.shape[2]
-        count = torch.full_like(state.length, new) if ranks is None else ranks.count
-        end = state.length + count
-        folded = torch.maximum(state.folded, end - rows)
-
-        oldest = state.folded[:, None] + torch.arange(min(new, rows), device=key.device)
-        leaving = [
-            (
-                _rows(state.key_window, oldest % rows),
-                _rows(state.value_window, oldest % rows),
-                oldest < torch.minimum(folded, state.length)[:, None],
-            )
-        ]
-        if new > rows:  # the first of the new tokens never see the window
-            first = state.length[:, None] + torch.arange(new - rows, device=key.device)
-            leaving.append((key[:, :, :-rows], value[:, :, :-rows], first < folded[:, None]))
-        for k, v, leaves in leaving:
-            features = self.features(widen(k), self.key_map) * leaves[:, None, :, None]
-            state.recurrent.add_(features.mT @ with_one(widen(v)))
-
-        # As many tokens as lie in different rows: the last ones, of which those before `length` are there.
-        position = end[:, None] + torch.arange(-min(new, rows), 0, device=key.device)
-        source = position - state.length[:, None]
-        for ring, x in ((state.key_window, key), (state.value_window, value)):
-            written = torch.where(
-                (source >= 0)[:, None, :, None],
-                _rows(x, source.clamp_min(0)).to(ring.dtype),
-                _rows(ring, position % rows),
-            )
-            index = (position % rows)[:, None, :, None].expand_as(written)
-            ring.scatter_(2, index, written)
-        state.length.copy_(end)
-        state.folded.copy_(folded)
-
-    def _even_append(self, key: Tensor, value: Tensor, state: State, length: int, folded: int) -> None:
-        """`_append` of no more tokens than the window holds, after sequences of one length."""
-        leaving = max(0, length + key.shape[2] - self.window - folded)
-        if leaving:
-            place = (torch.arange(leaving, device=key.device) + folded) % self.window
-            features = self.features(widen(state.key_window.index_select(2, place)), self.key_map)
-            state.recurrent.add_(features.mT @ with_one(widen(state.value_window.index_select(2, place))))
-            state.folded.add_(leaving)
-        place = (torch.arange(key.shape[2], device=key.device) + length) % self.window
-        state.key_window.index_copy_(2, place, key.to(state.key_window.dtype))
-        state.value_window.index_copy_(2, place, value.to(state.value_window.dtype))
-        state.length.add_(key.shape[2])
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, window={self.window}"
-
-
-def _even(state: State, window: int) -> tuple[int, int] | None:
-    """Length and folded of every sequence, where these are the same and the window has no row to spare.
-
-    None on other devices than the CPU and in compiled graphs, which cannot ask, or only by waiting.
-    """
-    if torch.compiler.is_compiling() or not state.length.is_cpu or state.key_window.shape[2] != window:
-        return None
-    found = set(zip(state.length.tolist(), state.folded.tolist(), strict=True))
-    length, folded = found.pop()
-    # Taken back after tokens left the window, a sequence has rows that hold nothing.
-    full = length - folded >= window - 1
-    return (length, folded) if not found and (full or folded == 0) else None
-
-
-def _per_kv_head(x: Tensor, matrix: Tensor) -> Tensor:
-    """x [B, Hkv, R, T, m] @ matrix [B, Hkv, m, n], which is not repeated -> [B, Hkv, R, T, n]."""
-    return (x.flatten(2, 3) @ matrix).unflatten(2, x.shape[2:4])
-
-
-def _rows(x: Tensor, index: Tensor) -> Tensor:
-    """Rows `index` [B, n] of x [B, heads, L, D]."""
-    return x.gather(2, index[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3]))

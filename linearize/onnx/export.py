@@ -16,7 +16,7 @@ from torch import nn
 
 from ..common.running import quiet_run
 from ..errors import ExportError, InvalidModelError
-from ..mechanisms.module import AttentionModule, SoftmaxAttention
+from ..mechanisms.module import AttentionModule
 from . import file as files
 from . import programs
 from .genai import write_genai
@@ -126,7 +126,7 @@ def export_onnx(
     return Exported(
         target,
         found,
-        sum(isinstance(m, AttentionModule) and not isinstance(m, SoftmaxAttention) for m in model.modules()),
+        sum(isinstance(m, AttentionModule) and not m.is_exact for m in model.modules()),
         nodes,
         sum(program.states for program in programs_.values()),
         sum(program.caches for program in programs_.values()),

@@ -5,16 +5,17 @@ These functions have a meaning only inside `torch.export`, where each becomes on
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..errors import ExportError
-from ..mechanisms.composed import Term
-from ..ops.arguments import from_interleaved, stateful_tables
-from .schema import DOMAIN, FAMILIES, OPERATORS, VERSION, WINDOW_SOFTMAX, window_rows
+from ..mechanisms.onnx_form import StateOperator
+from ..mechanisms.term import Term
+from ..ops.arguments import from_interleaved, interleaved_tables
+from .schema import DOMAIN, FAMILIES, OPERATORS, VERSION, window_rows
 
 
 class Past(NamedTuple):
@@ -40,23 +41,21 @@ class Call(NamedTuple):
     length: Tensor
 
 
-def empty_past(key: Tensor, value: Tensor, group_size: int, conv_weight: Tensor | None) -> Past:
-    """The state of a causal core call before the first token, of the batch size of key and value."""
-    taps = 1 if conv_weight is None else conv_weight.shape[1]
-    return _zeros(key, key.shape[3], value.shape[3], window_rows(group_size, taps), value.shape[3])
+def empty_past(key: Tensor, value: Tensor, rows: int, sums: tuple[int, int] | None = None) -> Past:
+    """The state of a node before the first token, of the batch size of key and value.
 
-
-def empty_window_past(key: Tensor, value: Tensor, window: int) -> Past:
-    """The state of `window_softmax` before the first token."""
-    return _zeros(key, 2 * key.shape[3], value.shape[3] + 1, window_rows(window), value.shape[3])
-
-
-def _zeros(key: Tensor, rows: int, columns: int, window: int, value_dim: int) -> Past:
+    rows: of the window. sums: size of `recurrent` per key/value head, by default that of a core call.
+    """
     batch, heads, _, dim = key.shape
     return Past(
-        key.new_zeros(batch, heads, rows, columns, dtype=torch.float32),
-        key.new_zeros(batch, heads, window, dim + value_dim),
+        key.new_zeros(batch, heads, *(sums or (dim, value.shape[3])), dtype=torch.float32),
+        key.new_zeros(batch, heads, rows, dim + value.shape[3]),
     )
+
+
+def core_rows(group_size: int, conv_weight: Tensor | None) -> int:
+    """Rows of the window of a causal core call."""
+    return window_rows(group_size, 1 if conv_weight is None else conv_weight.shape[1])
 
 
 def causal(term: Term, past: Past, call: Call, group_size: int, kv_layout: str) -> tuple[Tensor, Past]:
@@ -64,7 +63,7 @@ def causal(term: Term, past: Past, call: Call, group_size: int, kv_layout: str) 
     if term.local_bias is not None:
         raise no_bias()
     kv_heads, value = term.key.shape[1], term.value.to(term.key.dtype)
-    query, tables = stateful_tables(
+    query, tables = interleaved_tables(
         term.query, term.key, term.alpha, term.local_scale, term.conv_weight, kv_layout
     )
     out, *present = _node(
@@ -78,21 +77,21 @@ def causal(term: Term, past: Past, call: Call, group_size: int, kv_layout: str) 
     return from_interleaved(out, kv_heads) if kv_layout == "tiled" else out, Past(*present)
 
 
-def window_softmax(
+def own_operator(
+    operator: StateOperator,
     query: Tensor,
     key: Tensor,
     value: Tensor,
     past: Past,
     call: Call,
-    maps: Sequence[Tensor],
-    window: int,
-    scale: float,
+    own: Sequence[Tensor],
+    attributes: Mapping[str, Any],
 ) -> tuple[Tensor, Past]:
-    """The mechanism softmax_window after a state, heads interleaved; maps: query_map, key_map, far_weight."""
+    """A mechanism's own operator after a state, heads interleaved -> [B, H, T, Dv] and the state after it."""
     out, *present = _node(
-        WINDOW_SOFTMAX,
-        (query, key, value, call.mask, *past, call.length, *(x.float() for x in maps)),
-        dict(window=window, scale=float(scale)),
+        operator.name,
+        (query, key, value, call.mask, *past, call.length, *(x.float() for x in own)),
+        attributes,
         (value.dtype, *(x.dtype for x in past)),
         ((*query.shape[:3], value.shape[3]), *(x.shape for x in past)),
     )
@@ -132,7 +131,7 @@ def attention(
                 "a causal layer keeps all keys and values instead of a state of constant size, which has no "
                 "ONNX form; leave the layer as softmax (`keep_softmax=`)"
             )
-        past = empty_past(key, value, group_size, conv_weight)
+        past = empty_past(key, value, core_rows(group_size, conv_weight))
         length = key.new_zeros(key.shape[0], dtype=torch.int64)
         out, *_ = _node(
             FAMILIES[activation],
@@ -172,11 +171,11 @@ def _weights(tables: Sequence[Tensor | None], like: Tensor) -> list[Tensor]:
 def _node(
     name: str,
     inputs: Sequence[Tensor],
-    attributes: dict[str, Any],
+    attributes: Mapping[str, Any],
     dtypes: Sequence[torch.dtype],
     shapes: Sequence[Sequence[Any]],
 ) -> Sequence[Tensor]:
     assert len(inputs) == len(OPERATORS[name].inputs)
     return torch.onnx.ops.symbolic_multi_out(
-        f"{DOMAIN}::{name}", inputs, attributes, dtypes=dtypes, shapes=shapes, version=VERSION
+        f"{DOMAIN}::{name}", inputs, dict(attributes), dtypes=dtypes, shapes=shapes, version=VERSION
     )

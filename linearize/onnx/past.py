@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,13 +10,13 @@ from torch import Tensor
 from transformers.cache_utils import DynamicLayer
 
 from ..cache.state_layer import StateLayer
-from ..errors import ExportError
-from ..mechanisms.composed import ComposedAttention, Term, full_precision
+from ..kernels.tensors import full_precision
 from ..mechanisms.module import AttentionModule
-from ..mechanisms.softmax_window import SoftmaxWindowAttention
-from ..ops.arguments import to_interleaved
+from ..mechanisms.onnx_form import StateOperator
+from ..mechanisms.term import Term
 from . import nodes
 from .nodes import Call, Past
+from .schema import window_rows
 
 
 class ExportLayer(StateLayer):
@@ -43,7 +43,9 @@ class ExportLayer(StateLayer):
     def extend(self, module: Any, query: Tensor, key: Tensor, value: Tensor, real: Tensor | None) -> Tensor:
         """`real` is what `call` says of all layers."""
         with full_precision(value.device):
-            out, self.past = _attend(module, query, key, value, self.past, self.call)
+            written = _Written(self.past, self.call)
+            out = module.emit_onnx(written, query, key, value)
+            self.past = tuple(written.present)
         return out.to(value.dtype)
 
 
@@ -62,61 +64,71 @@ class KeyValueLayer(DynamicLayer):
 
 def empty(module: AttentionModule, batch: int, dtype: torch.dtype) -> list[Past]:
     """The states of one module before the first token, one per node. Raises ExportError when it has none."""
-    if not isinstance(module, ComposedAttention) or not _known(module):
-        raise ExportError(
-            f"{type(module).__name__} has no ONNX form with a state; choose another mechanism for this model"
-        )
     spec, heads = module.spec, module.spec.num_key_value_heads
     sizes = (spec.num_heads, spec.head_dim), (heads, spec.head_dim), (heads, spec.value_dim)
     device = next((p.device for p in module.parameters()), None)
-    query, key, value = (torch.zeros(batch, n, 1, size, dtype=dtype, device=device) for n, size in sizes)
-    states = []
-    if isinstance(module, SoftmaxWindowAttention):
-        states.append(nodes.empty_window_past(key, value, module.window))
-    for term in [*module.terms(query, key, value), *module._apart(query, key, value)]:
-        states.append(nodes.empty_past(term.key, term.value, module.group_size, term.conv_weight))
-    return states
+    tokens = (torch.zeros(batch, n, 1, size, dtype=dtype, device=device) for n, size in sizes)
+    found = _Empty()
+    module.emit_onnx(found, *tokens)
+    return found.states
 
 
-def _known(module: ComposedAttention) -> bool:
-    """Whether the module is a sum of core calls, or the one that is more."""
-    same = type(module).mix_after is ComposedAttention.mix_after
-    return same or isinstance(module, SoftmaxWindowAttention)
+class _Empty:
+    """`Nodes` that write nothing, and collect the empty state of each node."""
+
+    def __init__(self) -> None:
+        self.states: list[Past] = []
+
+    def core(self, term: Term, group_size: int, kv_layout: str) -> Tensor:
+        rows = nodes.core_rows(group_size, term.conv_weight)
+        self.states.append(nodes.empty_past(term.key, term.value, rows))
+        return term.value.new_zeros(*term.query.shape[:3], term.value.shape[3])
+
+    def operator(
+        self,
+        operator: StateOperator,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        own: Sequence[Tensor],
+        *,
+        window: int,
+        floats: Mapping[str, float],
+        sums: tuple[int, int],
+    ) -> Tensor:
+        self.states.append(nodes.empty_past(key, value, window_rows(window), sums))
+        return value.new_zeros(*query.shape[:3], value.shape[3])
 
 
-def _attend(
-    module: ComposedAttention, query: Tensor, key: Tensor, value: Tensor, past: Sequence[Past], call: Call
-) -> tuple[Tensor, tuple[Past, ...]]:
-    """`ComposedAttention.extend` as nodes, functional in its state."""
-    present: list[Past] = []
+class _Written:
+    """`Nodes` of a graph under export: each takes its `past` in, and its state after the call goes out."""
 
-    def run(term: Term) -> Tensor:
-        place = past[len(present)]
-        out, after = nodes.causal(term, place, call, module.group_size, module.spec.kv_layout)
-        present.append(after)
+    def __init__(self, past: Sequence[Past], call: Call) -> None:
+        self._past, self._call = past, call
+        self.present: list[Past] = []
+
+    def core(self, term: Term, group_size: int, kv_layout: str) -> Tensor:
+        out, after = nodes.causal(term, self._next(), self._call, group_size, kv_layout)
+        self.present.append(after)
         return out
 
-    if isinstance(module, SoftmaxWindowAttention):
-        out, after = _window(module, query, key, value, past[0], call)
-        present.append(after)
-    else:
-        out = module.combine([run(term) for term in module.terms(query, key, value)])
-    for term in module._apart(query, key, value):
-        out = out + run(term)
-    return out, tuple(present)
+    def operator(
+        self,
+        operator: StateOperator,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        own: Sequence[Tensor],
+        *,
+        window: int,
+        floats: Mapping[str, float],
+        sums: tuple[int, int],
+    ) -> Tensor:
+        attributes = {"window": window, **{name: float(number) for name, number in floats.items()}}
+        past = self._next()
+        out, after = nodes.own_operator(operator, query, key, value, past, self._call, own, attributes)
+        self.present.append(after)
+        return out
 
-
-def _window(
-    module: SoftmaxWindowAttention, query: Tensor, key: Tensor, value: Tensor, past: Past, call: Call
-) -> tuple[Tensor, Past]:
-    maps: list[Tensor] = [module.query_map, module.key_map, module.far_weight]
-    kv_heads, tiled = key.shape[1], module.spec.kv_layout == "tiled"
-    if tiled:
-        query = to_interleaved(query, kv_heads)
-        maps = [
-            to_interleaved(maps[0][None], kv_heads)[0],
-            maps[1],
-            to_interleaved(maps[2][None], kv_heads)[0],
-        ]
-    out, after = nodes.window_softmax(query, key, value, past, call, maps, module.window, module.scale)
-    return nodes.from_interleaved(out, kv_heads) if tiled else out, after
+    def _next(self) -> Past:
+        return self._past[len(self.present)]

@@ -23,6 +23,7 @@ from ..common.running import call as call_model
 from ..common.running import without_cache
 from ..convert.inputs import example_inputs
 from ..errors import ExportError
+from ..mechanisms import available
 from ..mechanisms.module import AttentionModule
 from . import nodes
 from .nodes import Call, Past
@@ -82,7 +83,7 @@ def plain(model: nn.Module, inputs: Any) -> Program:
     examples = example_inputs(model, inputs)
     example = {name: value for name, value in examples[0].items() if isinstance(value, Tensor)}
     fixed = {name: value for name, value in without_cache(model, examples[0]).items() if name not in example}
-    # Graphs that grafted owners make at their first call are not made inside a trace.
+    # Graphs that owners make at their first call are not made inside a trace.
     call_model(model, without_cache(model, examples[0]))
     names: list[str] = []
     shell = _Plain(model, list(example), fixed, names)
@@ -349,13 +350,19 @@ class _Nodes(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.ops.linearize.augmented_attention.default:
             return nodes.attention(*args, **(kwargs or {}))
-        if func is torch.ops.linearize.softmax_window.default:
-            raise ExportError(
-                "the mechanism softmax_window has an ONNX form with a state only, as in a decoder; leave "
-                "other layers as softmax (`keep_softmax=`) or choose another mechanism"
-            )
-        if func is torch.ops.linearize.power_window.default:
-            raise ExportError(
-                "the mechanism power_window has no ONNX form; softmax_window has one in decoders"
-            )
+        if getattr(func, "namespace", "") == "linearize":
+            raise _no_form(func.name().removeprefix("linearize::"))
         return func(*args, **(kwargs or {}))
+
+
+def _no_form(name: str) -> ExportError:
+    """For a registered operator, called as its mechanism, that is in no file."""
+    mechanism = available().get(name)
+    if mechanism is not None and mechanism.onnx is not None:
+        return ExportError(
+            f"the mechanism {name} has an ONNX form with a state only, as in a decoder; leave other layers "
+            "as softmax (`keep_softmax=`) or choose another mechanism"
+        )
+    with_one = ", ".join(m.name for m in available().values() if m.onnx is not None)
+    what = "operator" if mechanism is None else "mechanism"
+    return ExportError(f"the {what} {name} has no ONNX form; {with_one} has one in decoders")

@@ -26,8 +26,8 @@ _TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(in
 
 @dataclass(frozen=True)
 class Quantized:
-    """path: the file. bytes, before: its size and that of the original. error: |new - old| / |old| of the
-    first output (Euclidean norms), None when there was nothing to measure it on."""
+    """path: the file. bytes, before: its size and that of the original. error: `|new - old| / |old|` of
+    the first output (Euclidean norms), None when there was nothing to measure it on."""
 
     path: Path
     bytes: int

@@ -2,7 +2,7 @@
 
 A file holds each operator it uses twice: as nodes, one for each core call of a site, and once as a function
 of standard operators under the same name (`body.py`), made for the sizes of the nodes in that file. A runtime
-without a kernel for the operator inlines the function. Formulas of the families: `kernels/oracle.py`; a
+without a kernel for the operator inlines the function. Formulas of the families: `kernels/naive.py`; a
 family is one choice of `act`:
 
 | family                       | act(s)                                  | mechanisms                      |
@@ -14,7 +14,6 @@ family is one choice of `act`:
 |                              |                                         | flash_global                    |
 | LaplaceLinearAttention       | (1 + erf((s - sqrt(1/2)) sqrt(2 pi)))/2 | flash_local with "laplace"      |
 | CollisionLinearAttention     | (1 - arccos(0.98 s) / pi)^8             | yoso                            |
-| WindowSoftmaxLinearAttention | another formula, see below              | softmax_window                  |
 
 B batch, H query heads, Hkv key/value heads (query head h reads h // (H // Hkv)), T tokens of the call, D and
 Dv features of a head, G group_size, K taps. The type T is float, float16 or bfloat16; sums are float32.
@@ -57,21 +56,23 @@ Cross families (`Cross` + name): queries [B,H,T,D] on keys [B,Hkv,S,D] of anothe
     attrs    group_size, normalize
     Key positions count real keys. Keys of group (start + t) // G: local_scale * act(q.k); all: alpha * q.k.
 
-WindowSoftmaxLinearAttention: causal, T more tokens after a state (`mechanisms/softmax_window.py`).
+A mechanism's own operator (`OWN`; its formula stands in the mechanism's file): causal, T more tokens after a
+state.
 
-    inputs   query, key, value, mask, past_recurrent [B,Hkv,2D,Dv+1] float, past_window [B,Hkv,R,D+Dv] T,
-             past_length [B] int64, query_map [H,D,D] float, key_map [Hkv,D,D] float, far_weight [H] float
+    inputs   query, key, value, mask, past_window, past_length as for the causal families,
+             past_recurrent [B,Hkv,rows,columns] float, then the operator's own inputs, all float
     outputs  output, present_recurrent, present_window
-    attrs    window: int >= 1; scale: float
-    R = max(window, 2) - 1. Tokens less than `window` back weigh exp(scale q.k), older ones
-    exp(far_weight) f(q).g(k) with f(q) = [softmax(A q), softmax(-A q)] + 1e-6, g likewise, and one sum
-    divides both. `recurrent` is the sum of g(key)^T [value | 1] over the tokens older than the window.
+    attrs    window: int >= 1; the operator's own attributes, all float
+    R = max(window, 2) - 1.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+
+from ..mechanisms import available
+from ..mechanisms.onnx_form import StateOperator
 
 DOMAIN = "ai.linearize"
 VERSION = 1
@@ -84,7 +85,10 @@ FAMILIES: Mapping[str, str] = {
 }
 """Name of the causal operator for each activation of the core (`kernels/activations.py`)."""
 
-WINDOW_SOFTMAX = "WindowSoftmaxLinearAttention"
+OWN: Mapping[str, StateOperator] = {
+    mechanism.onnx.name: mechanism.onnx for mechanism in available().values() if mechanism.onnx is not None
+}
+"""The operators that mechanisms bring along, by name."""
 
 
 @dataclass(frozen=True)
@@ -119,11 +123,14 @@ OPERATORS: Mapping[str, Operator] = {
     operator.name: operator
     for operator in (
         *(operator for name in FAMILIES.values() for operator in _family(name)),
-        Operator(
-            WINDOW_SOFTMAX,
-            (*_TOKENS, *_PAST, ("query_map", "float"), ("key_map", "float"), ("far_weight", "float")),
-            _PRESENT,
-            (("window", "int"), ("scale", "float")),
+        *(
+            Operator(
+                own.name,
+                (*_TOKENS, *_PAST, *((name, "float") for name in own.own)),
+                _PRESENT,
+                (("window", "int"), *((name, "float") for name in own.floats)),
+            )
+            for own in OWN.values()
         ),
     )
 }
@@ -131,6 +138,6 @@ OPERATORS: Mapping[str, Operator] = {
 
 
 def window_rows(group_size: int, taps: int = 1) -> int:
-    """R, the rows of a state's window: for a causal family, or with `group_size` the window of
-    `WindowSoftmaxLinearAttention`."""
+    """R, the rows of a state's window: for a causal family, or with `group_size` the attribute `window` of a
+    mechanism's own operator."""
     return max(group_size, taps, 2) - 1

@@ -14,9 +14,10 @@ from ..kernels.dispatch import FORMS, Choice
 from .state import AttentionState
 
 
-def choice(arguments: tuple[Any, ...]) -> Choice:
+def choice(arguments: registered.Arguments) -> Choice:
+    """The form that runs a call. Raises InputError when the form that it asks for cannot."""
     try:
-        return registered.Arguments(*arguments).choose()
+        return arguments.choose()
     except ValueError as error:
         raise InputError(str(error)) from error
 
@@ -38,39 +39,22 @@ def attention_arguments(
     query_start: int | Tensor | None,
     normalize: bool,
     form: str | None,
-) -> tuple[Any, ...]:
-    """Checked, in the order of the registered operator, heads interleaved, tables one row per head."""
+) -> registered.Arguments:
+    """The arguments of `augmented_attention`, checked, as the registered operator takes them: heads
+    interleaved, tables one row per head."""
     check(query, key, value, conv_weight, group_size, causal, cross, kv_layout, key_mask, query_start)
     heads, kv_heads = query.shape[1], key.shape[1]
     width = group_size if causal else 2 * group_size - 1
     if local_bias is not None and tuple(local_bias.shape) != (heads, width):
         raise InputError(f"local_bias must be [{heads}, {width}], got {tuple(local_bias.shape)}")
     check_names(activation, form)
-    tables = [
-        per_head("alpha", alpha, query),
-        per_head("local_scale", local_scale, query),
-        None if cross else conv_weight,
-        local_bias,
-    ]
-    if kv_layout == "tiled":
-        query = to_interleaved(query, kv_heads)
-        tables = [None if x is None else to_interleaved(x.unsqueeze(0), kv_heads)[0] for x in tables]
-    late = isinstance(query_start, Tensor)
-    return (
-        query,
-        key,
-        value,
-        *tables,
-        activation,
-        group_size,
-        causal,
-        cross,
-        key_mask,
-        None if late else query_start,
-        query_start if late else None,
-        normalize,
-        form,
-    )
+    conv_weight = None if cross else conv_weight
+    query, tables = interleaved_tables(query, key, alpha, local_scale, conv_weight, kv_layout)
+    if local_bias is not None and kv_layout == "tiled":
+        local_bias = to_interleaved(local_bias.unsqueeze(0), kv_heads)[0]
+    start, start_tensor = (None, query_start) if isinstance(query_start, Tensor) else (query_start, None)
+    options = (activation, group_size, causal, cross, key_mask, start, start_tensor, normalize, form)
+    return registered.Arguments(query, key, value, *tables, local_bias, *options)
 
 
 def per_head(name: str, x: Tensor | float | None, query: Tensor) -> Tensor | None:
@@ -111,7 +95,34 @@ def check(
     key_mask: Tensor | None,
     query_start: int | Tensor | None,
 ) -> None:
-    """Everything that can be known without reading data or tying symbolic lengths together."""
+    """Raise InputError for arguments of `augmented_attention` that do not fit together.
+
+    Checked is everything that can be known without reading data or tying symbolic lengths together.
+    """
+    _check_tokens(query, key, value)
+    if group_size < 1:
+        raise InputError(f"group_size must be at least 1, got {group_size}")
+    _check_layout(kv_layout)
+    if causal and cross:
+        raise InputError("cross-attention has no order between queries and keys: set causal=False")
+    if conv_weight is not None:
+        _check_convolution(conv_weight, query.shape[1], causal)
+    if key_mask is not None and (
+        key_mask.dtype != torch.bool
+        or key_mask.dim() != 2
+        or key_mask.shape[0] != key.shape[0]
+        or key_mask.shape[1] != key.shape[2]
+    ):
+        raise InputError(
+            f"key_mask must be bool {list(key.shape[::2])}, True for real tokens: "
+            f"got {key_mask.dtype} {tuple(key_mask.shape)}"
+        )
+    if not causal and not cross and query_start is not None:
+        raise InputError("query_start has no meaning for bidirectional self-attention (cross=False)")
+    _check_lengths(query.shape[2], key.shape[2], causal, cross, query_start)
+
+
+def _check_tokens(query: Tensor, key: Tensor, value: Tensor) -> None:
     for name, tensor in (("query", query), ("key", key), ("value", value)):
         if tensor.dim() != 4 or not tensor.is_floating_point():
             raise InputError(
@@ -135,33 +146,21 @@ def check(
         )
     if key.shape[2] != value.shape[2]:
         raise InputError(f"key has {key.shape[2]} tokens and value has {value.shape[2]}; they must agree")
-    if group_size < 1:
-        raise InputError(f"group_size must be at least 1, got {group_size}")
+
+
+def _check_layout(kv_layout: str) -> None:
     if kv_layout not in ("interleaved", "tiled"):
         raise InputError(f"kv_layout must be 'interleaved' or 'tiled', got {kv_layout!r}")
-    if causal and cross:
-        raise InputError("cross-attention has no order between queries and keys: set causal=False")
-    if conv_weight is not None:
-        if conv_weight.dim() != 2 or conv_weight.shape[0] != heads or conv_weight.shape[1] < 1:
-            raise InputError(f"conv_weight must be [{heads}, taps], got {tuple(conv_weight.shape)}")
-        if not causal and conv_weight.shape[1] % 2 == 0:
-            raise InputError(
-                f"a bidirectional convolution is centred and needs an odd number of taps, "
-                f"got {conv_weight.shape[1]}"
-            )
-    if key_mask is not None and (
-        key_mask.dtype != torch.bool
-        or key_mask.dim() != 2
-        or key_mask.shape[0] != key.shape[0]
-        or key_mask.shape[1] != key.shape[2]
-    ):
+
+
+def _check_convolution(conv_weight: Tensor, heads: int, causal: bool) -> None:
+    if conv_weight.dim() != 2 or conv_weight.shape[0] != heads or conv_weight.shape[1] < 1:
+        raise InputError(f"conv_weight must be [{heads}, taps], got {tuple(conv_weight.shape)}")
+    if not causal and conv_weight.shape[1] % 2 == 0:
         raise InputError(
-            f"key_mask must be bool {list(key.shape[::2])}, True for real tokens: "
-            f"got {key_mask.dtype} {tuple(key_mask.shape)}"
+            f"a bidirectional convolution is centred and needs an odd number of taps, "
+            f"got {conv_weight.shape[1]}"
         )
-    if not causal and not cross and query_start is not None:
-        raise InputError("query_start has no meaning for bidirectional self-attention (cross=False)")
-    _check_lengths(query.shape[2], key.shape[2], causal, cross, query_start)
 
 
 def _check_lengths(
@@ -180,7 +179,7 @@ def _check_lengths(
         )
 
 
-def stateful_tables(
+def interleaved_tables(
     query: Tensor,
     key: Tensor,
     alpha: Tensor | float | None,
@@ -188,9 +187,8 @@ def stateful_tables(
     conv_weight: Tensor | None,
     kv_layout: str,
 ) -> tuple[Tensor, registered.Tables]:
-    """The query and its tables, heads interleaved, for the state's operators."""
-    if kv_layout not in ("interleaved", "tiled"):
-        raise InputError(f"kv_layout must be 'interleaved' or 'tiled', got {kv_layout!r}")
+    """The query and its tables, heads interleaved, as the registered operators take them."""
+    _check_layout(kv_layout)
     tables = [per_head("alpha", alpha, query), per_head("local_scale", local_scale, query), conv_weight]
     if kv_layout == "tiled":
         query = to_interleaved(query, key.shape[1])
@@ -200,6 +198,7 @@ def stateful_tables(
 
 
 def check_names(activation: str, form: str | None) -> None:
+    """Raise InputError for an activation or a form that does not exist."""
     if activation not in ACTIVATIONS:
         raise InputError(f"activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}")
     if form is not None and form not in FORMS:

@@ -15,7 +15,7 @@ from ..kernels.recurrent import State
 
 @dataclass(frozen=True)
 class AttentionState:
-    """What `ops.augmented_extend` carries from call to call; `kernels/state.py` describes the tensors.
+    """What `ops.augmented_extend` carries from call to call; `kernels/recurrent.py` describes the tensors.
 
     group_size, taps: of the operator it belongs to; `taps` is how far back a token reads the window's rows.
     max_rewind: tokens that can be taken back at any time, counted from the furthest that was reached.

@@ -42,18 +42,19 @@ class Options(Mapping[str, Any]):
 class LinearizeConfig:
     """Options of one conversion; every field has the default of the paper where it has one.
 
-    mechanism: name of what takes the softmax's place ("softmax" keeps it, through the same machinery).
-    group_size: tokens per group of the local part.
-    conv_taps: past tokens, the present one included, that the convolution over values sees; bidirectional
-        sites use `2 * conv_taps - 1` centred taps.
-    local_scale: weight of the local part of `augmented` and `local` before any fitting or tuning.
-    augmentation: add the convolution over values to any mechanism, or leave it out. None: as the mechanism
-        has it, which is with it for `augmented` and without for all others.
-    options: settings of the mechanism itself, by name (`mechanisms.get(name).options` lists them).
-    layers: rewrite only these layer indices (None: all).
-    keep_softmax: layer indices or module paths to leave untouched.
-    on_refusal: "error" rewrites all or nothing, "keep" leaves out the sites that cannot be rewritten.
-    approximate: what may be dropped from a site although its output depends on it, see `DROPPABLE`.
+    Attributes:
+        mechanism: name of what takes the softmax's place ("softmax" keeps it, through the same machinery).
+        group_size: tokens per group of the local part.
+        conv_taps: past tokens, the present one included, that the convolution over values sees; bidirectional
+            sites use `2 * conv_taps - 1` centred taps.
+        local_scale: weight of the local part of `augmented` and `local` before any fitting or tuning.
+        augmentation: add the convolution over values to any mechanism, or leave it out. None: as the
+            mechanism has it, which is with it for `augmented` and without for all others.
+        options: settings of the mechanism itself, by name (`mechanisms.get(name).options` lists them).
+        layers: rewrite only these layer indices (None: all).
+        keep_softmax: layer indices or module paths to leave untouched.
+        on_refusal: "error" rewrites all or nothing, "keep" leaves out the sites that cannot be rewritten.
+        approximate: what may be dropped from a site although its output depends on it, see `DROPPABLE`.
 
     Raises ConfigError, naming the field, when a value is of the wrong kind or out of range.
     """

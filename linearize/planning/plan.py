@@ -20,7 +20,11 @@ from ..mechanisms.spec import SiteSpec
 from ..passes.site import KVKind, MatchReport, Pattern, Reason, Refusal, Site
 from .config import LinearizeConfig
 
-VERSION = 1
+VERSION = 2
+"""Version 1 had other names for the routes, and no terms."""
+ROUTES = ("interface", "graph")
+"""How an owner is rewritten: through transformers' attention interface, or on a graph of itself."""
+_ROUTE_OF_VERSION_1 = {"seam": "interface", "graft": "graph"}
 CHILD = "linear_attention"
 
 # Candidates that turned out not to be attention at all (a router's softmax, a classifier head) do not stand
@@ -38,19 +42,21 @@ class SitePlan:
     """One child module to be.
 
     path: dotted path of the owner ("" is the model itself). slot: which of the owner's sites within one call.
-    rung: "seam" or "graft", "" while undecided. spec: shapes and meaning. layer_index: index of the layer,
-    for `layers=` and for caches; None when the path holds no number. mask: the mask's label at discovery.
+    route: "interface" or "graph", "" while undecided. spec: shapes and meaning. layer_index: index of the
+    layer, for `layers=` and for caches; None when the path holds no number. mask: its label at discovery.
     calls: how often one forward pass of the model calls this child. source: where the attention was written.
+    terms: what its scores hold beyond the spec, in the words of `Mechanism.refusal`.
     """
 
     path: str
     slot: int
-    rung: str
+    route: str
     spec: SiteSpec
     layer_index: int | None
     mask: str
     calls: int = 1
     source: str = ""
+    terms: tuple[str, ...] = ()
 
     @property
     def child(self) -> str:
@@ -66,14 +72,21 @@ class SitePlan:
         """Scores are scaled products under a causal or key mask: what a linear form sees is all there is."""
         pattern, *rest = self.mask.split("+")
         known = pattern in ("full", "causal") and "bias" not in rest
-        return known and self.spec.window is None and self.spec.scale is not None
+        return known and not self.terms and self.spec.window is None and self.spec.scale is not None
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> SitePlan:
-        return cls(**{**data, "spec": SiteSpec.from_dict(data["spec"])})
+        """Inverse of `to_dict`, of any version. Raises KeyError, TypeError or ConfigError."""
+        fields = dict(data)
+        if "rung" in fields:
+            fields["route"] = _ROUTE_OF_VERSION_1[fields.pop("rung")]
+        if fields["route"] not in ROUTES:
+            raise KeyError(f"route {fields['route']!r}")
+        fields["terms"] = tuple(fields.get("terms", ()))
+        return cls(**{**fields, "spec": SiteSpec.from_dict(fields["spec"])})
 
 
 @dataclass(frozen=True)
@@ -118,9 +131,9 @@ class Plan:
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Plan:
         """Inverse of `to_dict`. Raises CheckpointError on another version or a malformed record."""
-        if data.get("version") != VERSION:
+        if data.get("version") not in (1, VERSION):
             raise CheckpointError(
-                f"the plan has version {data.get('version')!r}, this package reads version {VERSION}; "
+                f"the plan has version {data.get('version')!r}, this package reads versions 1 and {VERSION}; "
                 "convert the original model again"
             )
         try:
@@ -166,7 +179,7 @@ def site_spec(site: Site) -> SiteSpec:
     )
 
 
-def kept(config: LinearizeConfig, path: str, index: int | None) -> bool:
+def stays_softmax(config: LinearizeConfig, path: str, index: int | None) -> bool:
     """The user asked to leave the layer at `path` as softmax."""
     if config.layers is not None and index not in config.layers:
         return True
@@ -197,14 +210,16 @@ def plan_sites(model: nn.Module, report: MatchReport, config: LinearizeConfig) -
     for refusal in report.refusals:
         skip = Skipped(refusal.path, refusal.ordinal, refusal.reason.value, refusal.message)
         skipped.append(skip)
-        if refusal.reason not in _HARMLESS and not kept(config, refusal.path, _index(model, refusal)):
+        if refusal.reason not in _HARMLESS and not stays_softmax(
+            config, refusal.path, _index(model, refusal)
+        ):
             blocked.append(skip)
     for site in report.sites:
         path = names[id(model.get_submodule(site.path))]
         index = layer_index(model, path)
         slot = slots[site.path, site.call]
         slots[site.path, site.call] += 1
-        if kept(config, path, index):
+        if stays_softmax(config, path, index):
             skipped.append(
                 Skipped(path, site.ordinal, "kept", "left as softmax by `layers` or `keep_softmax`")
             )
@@ -219,7 +234,7 @@ def plan_sites(model: nn.Module, report: MatchReport, config: LinearizeConfig) -
         if seen is None:
             spec = site_spec(site)
             planned[path, slot] = SitePlan(
-                path, slot, "", spec, index, site.mask.label, calls=1, source=site.source
+                path, slot, "", spec, index, site.mask.label, 1, site.source, terms(site)
             )
         else:
             planned[path, slot] = dataclasses.replace(seen, calls=seen.calls + 1)

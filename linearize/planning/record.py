@@ -1,3 +1,5 @@
+"""The record of a conversion in a checkpoint: reading it, and the entry that makes transformers read it."""
+
 from __future__ import annotations
 
 from collections.abc import Mapping
@@ -8,19 +10,14 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from ..errors import CheckpointError
 
 if TYPE_CHECKING:
-    # What `SavesPlan` extends at run time is the model class that `saving_class` puts after it.
-    from transformers import PreTrainedModel as _Model
-
     from .config import LinearizeConfig
     from .plan import Plan
-else:
-    _Model = object
 
 
 METHOD = "linearize"
-
-
+"""The name of our entry among transformers' quantization methods."""
 VERSION = 1
+"""Of the record."""
 
 
 def parse(record: Any, where: str) -> tuple[Plan, LinearizeConfig]:

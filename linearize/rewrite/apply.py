@@ -14,9 +14,10 @@ from ..planning.build import build_attention
 from ..planning.config import LinearizeConfig
 from ..planning.plan import Plan, SitePlan
 from ..planning.state import LinearizeState
-from .graph.owner import apply_graft, use_no_nested_tensors
-from .interface import NAME, apply_seam
-from .owner import Rewritten
+from .graph.calls import Graphs
+from .graph.owner import apply_graph, use_no_nested_tensors
+from .interface import NAME, apply_interface
+from .owner import OwnerRecord, Rewritten, layers_beside, takes_keywords
 from .snapshot import Snapshot
 
 
@@ -47,6 +48,7 @@ def check_unconverted(model: nn.Module) -> None:
 def apply_owners(model: nn.Module, plan: Plan, config: LinearizeConfig) -> None:
     """Attach the children and rewrite every owner. Does not undo itself: for use inside a Snapshot."""
     use_own_configs(model)
+    beside = layers_beside(plan.owners)
     for path, sites in plan.owners.items():
         try:
             owner = model.get_submodule(path)
@@ -55,10 +57,13 @@ def apply_owners(model: nn.Module, plan: Plan, config: LinearizeConfig) -> None:
                 f"the plan names {path!r}, which {type(model).__name__} does not have"
             ) from error
         attach(owner, sites, config)
-        if sites[0].rung == "graft":
-            apply_graft(owner, path, sites)
+        on_graph = sites[0].route == "graph"
+        graphs = Graphs() if on_graph else None
+        record = OwnerRecord(path, sites, beside[path], takes_keywords(owner), graphs)
+        if on_graph:
+            apply_graph(owner, record)
         else:
-            apply_seam(owner, path, sites)
+            apply_interface(owner, record)
     use_no_nested_tensors(model)
     if plan.compact_masks:
         use_compact_masks(model, plan)

@@ -91,9 +91,9 @@ def merge(model: nn.Module) -> nn.Module:
             raise InvalidModelError(f"this adapter cannot be merged: {error}") from error
         if "_linearize" not in vars(merged):
             plan = _inside(model, base, state)
-            for path in plan.owners:
+            for path, sites in plan.owners.items():
                 owner: Any = merged.get_submodule(path)
-                owner._linearize_path = path
+                owner._linearize_owner = dataclasses.replace(owner._linearize_owner, path=path, sites=sites)
             finish(merged, plan, state.config)
     return merged
 

@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 from ..cache.adopt import state_layer
 from ..errors import CheckpointError, InputError
 from ..planning.record import LinearizeHookConfig
-from .graph.owner import GraftOwner, state_of
-from .interface import sole_child
+from .call import sole_child
+from .graph.owner import GraphOwner, state_of
 
 if TYPE_CHECKING:
     from torch import nn
@@ -68,7 +68,7 @@ class SavesPlan(_Model):
             return
         for path, sites in self._linearize.plan.owners.items():
             owner: Any = self.get_submodule(path)
-            if isinstance(owner, GraftOwner):
+            if isinstance(owner, GraphOwner):
                 state_of(owner, cache)
             else:
                 longest = getattr(self, "_previous_max_cache_length", None)  # of the static cache just made

@@ -1,41 +1,116 @@
-"""Turning an owner into a subclass of its own class, in place; isinstance, copy and pickle still work."""
+"""An owner: the module that holds attention. It becomes a subclass of its own class, in place.
+
+`isinstance`, copies and pickles still work, and all that is known of it is one frozen record.
+"""
 
 from __future__ import annotations
 
 import functools
+import inspect
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 
 from ..errors import InvalidModelError
+from ..planning.plan import SitePlan
+
+Witness = Callable[[int, int | None], None]
+"""Who is told that a site runs: its slot, and the sliding window that the owner asked for."""
+
+
+@dataclass(frozen=True)
+class OwnerRecord:
+    """What is known of an owner from its plan on, the same for every call.
+
+    Attributes:
+        path: dotted path in the model, "" for the model itself.
+        sites: the plans of its sites, by slot.
+        layers: cache layers of the converted owners of the same decoder, in order.
+        takes_keywords: its forward takes any keyword argument, so that a call can travel as one.
+        graphs: the graph route's memo of traced graphs; None on the interface route.
+        witness: is told of every site that runs, while a conversion is being proved.
+    """
+
+    path: str
+    sites: tuple[SitePlan, ...]
+    layers: tuple[int, ...] = ()
+    takes_keywords: bool = False
+    graphs: Any = None
+    witness: Witness | None = None
+
+    @property
+    def name(self) -> str:
+        """The path, in words for an error message."""
+        return self.path or "the model"
+
+    @property
+    def layer_index(self) -> int | None:
+        """Index of the layer, for caches; None where the path holds no number."""
+        return self.sites[0].layer_index
+
+    @property
+    def plain(self) -> bool:
+        """All sites are plain: see `SitePlan.plain`."""
+        return all(site.plain for site in self.sites)
+
+    @property
+    def padded(self) -> bool:
+        """Some site's mask hides padding."""
+        return any("padding" in site.mask for site in self.sites)
 
 
 class Rewritten:
-    """Base of the mixins. `run` is one call of the owner, given the original class's `forward`."""
+    """Base of the mixins, one per route. `run` is one call of the owner."""
 
-    _linearize_path: str
-    _linearize_layer: int | None
-    _linearize_start: Any
-    _linearize_seen: Any
-    _linearize_state: Any = None
-    _linearize_cross: Any = None
-    _linearize_slot: int
-    _linearize_proof: bool
-    _linearize_log: Any
-    _linearize_padding: bool
-    _linearize_plain: bool
-    _linearize_slots: int
-    _linearize_variants: Any
-    _linearize_keeps_keys: bool
+    _linearize_owner: OwnerRecord
 
     @staticmethod
     def run(
         owner: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
-        """The owner's output. Every mixin gives it."""
+        """The owner's output; forward: the original class's. Every mixin gives it."""
         raise NotImplementedError
+
+
+def become(owner: nn.Module, mixin: Any, record: OwnerRecord) -> None:
+    """Swap the class of `owner`, and rebind a forward that accelerate's hooks keep on the instance.
+
+    Raises InvalidModelError when something else replaced `forward` on the instance: it would bypass ours.
+    """
+    base: Any = type(owner)
+    cls = subclass_of(base, mixin)
+    if "forward" in owner.__dict__:
+        if "_old_forward" not in owner.__dict__:
+            raise InvalidModelError(
+                f"`forward` of a {type(owner).__name__} was replaced on the instance, which would bypass the "
+                "rewrite; convert before patching it"
+            )
+        owner.__dict__["_old_forward"] = types.MethodType(cls.forward, owner)  # type: ignore[attr-defined]
+    owner.__class__ = cls
+    owner._linearize_owner = record  # type: ignore[assignment]
+
+
+def takes_keywords(owner: nn.Module) -> bool:
+    """Whether the forward of an owner's class takes any keyword argument."""
+    parameters = inspect.signature(type(owner).forward).parameters.values()
+    return any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)
+
+
+def layers_beside(owners: Mapping[str, Sequence[SitePlan]]) -> dict[str, tuple[int, ...]]:
+    """Owner path -> cache layers of the causal owners at paths that differ in their numbers only."""
+    groups: dict[str, set[int]] = {}
+    for path, sites in owners.items():
+        index = sites[0].layer_index
+        if index is not None and any(site.spec.causal for site in sites):
+            groups.setdefault(_without_numbers(path), set()).add(index)
+    return {path: tuple(sorted(groups.get(_without_numbers(path), ()))) for path in owners}
+
+
+def _without_numbers(path: str) -> str:
+    return ".".join("*" if part.isdigit() else part for part in path.split("."))
 
 
 @functools.cache
@@ -68,20 +143,3 @@ def original_class(cls: type) -> type:
 def _rebuild(base: Any, mixin: Any) -> nn.Module:
     cls: Any = subclass_of(base, mixin)
     return cls.__new__(cls)
-
-
-def become(owner: nn.Module, mixin: Any) -> None:
-    """Swap the class of `owner`, and rebind a forward that accelerate's hooks keep on the instance.
-
-    Raises InvalidModelError when something else replaced `forward` on the instance: it would bypass ours.
-    """
-    base: Any = type(owner)
-    cls = subclass_of(base, mixin)
-    if "forward" in owner.__dict__:
-        if "_old_forward" not in owner.__dict__:
-            raise InvalidModelError(
-                f"`forward` of a {type(owner).__name__} was replaced on the instance, which would bypass the "
-                "rewrite; convert before patching it"
-            )
-        owner.__dict__["_old_forward"] = types.MethodType(cls.forward, owner)  # type: ignore[attr-defined]
-    owner.__class__ = cls

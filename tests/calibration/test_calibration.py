@@ -43,7 +43,7 @@ def test_weights_that_made_the_target_are_found_again(mechanism: str, causal: bo
     with torch.no_grad():
         for name in names:
             getattr(wanted, name).normal_()
-    site = SitePlan("layer", 0, "seam", spec, 0, "causal" if causal else "full")
+    site = SitePlan("layer", 0, "interface", spec, 0, "causal" if causal else "full")
     fit = _Fit(module, site, 1e-9)
     for length, start in ((40, 7), (1, 0)):  # the second call alone would say nothing about the taps
         query, key = torch.randn(2, 4, length, 8), torch.randn(2, 2, length, 8)

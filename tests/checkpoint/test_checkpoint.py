@@ -56,7 +56,7 @@ def llama_plan(model: PreTrainedModel) -> Plan:
     """The plan of a llama, by hand: these tests are about files, not about finding sites."""
     spec = SiteSpec(num_heads=4, num_key_value_heads=2, head_dim=8, value_dim=8, causal=True)
     sites = [
-        SitePlan(path=name, slot=0, rung="seam", spec=spec, layer_index=i, mask="causal+padding")
+        SitePlan(path=name, slot=0, route="interface", spec=spec, layer_index=i, mask="causal+padding")
         for i, name in enumerate(n for n, _ in model.named_modules() if n.endswith("self_attn"))
     ]
     return Plan(tuple(sites))
@@ -374,10 +374,10 @@ def tiny_falcon() -> FalconForCausalLM:
     return FalconForCausalLM(config)
 
 
-@pytest.mark.parametrize(("make", "rung"), [(tiny_bert, "seam"), (tiny_falcon, "graft")])
-def test_what_linearize_found_by_itself_comes_back_too(make, rung: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("make", "route"), [(tiny_bert, "interface"), (tiny_falcon, "graph")])
+def test_what_linearize_found_by_itself_comes_back_too(make, route: str, tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = shake(lz.linearize(make().eval(), {"input_ids": tokens()}, CONFIG))
-    assert {site.rung for site in model._linearize.plan.sites} == {rung}
+    assert {site.route for site in model._linearize.plan.sites} == {route}
     lz.save(model, tmp_path / "m")
     same(model, lz.load(tmp_path / "m"))

@@ -182,7 +182,8 @@ def test_the_plan_survives_json_and_replays_without_a_search(monkeypatch: pytest
     assert model.config.linearize["plan"] == state.plan.to_dict()
     plan = Plan.from_dict(json.loads(json.dumps(state.plan.to_dict())))
     assert plan == state.plan
-    monkeypatch.setattr("linearize.convert.linearize.find_attention", lambda *_: pytest.fail("searched the graph"))
+    search = "linearize.convert.linearize.find_attention"
+    monkeypatch.setattr(search, lambda *_: pytest.fail("searched the graph"))
     twin = apply_plan(llama(), plan, state.config)
     twin.load_state_dict(model.state_dict())
     assert torch.equal(run("llama", twin), run("llama", model))

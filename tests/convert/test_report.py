@@ -24,7 +24,7 @@ from torch import Tensor, fx, nn
 
 from linearize.convert.inspect import inspect
 from linearize.convert.linearize import linearize
-from linearize.convert.report import CONVERTED, KEEP, REFUSED, REWRITE, Report, rows
+from linearize.convert.report import CONVERTED, KEEP, REFUSED, REWRITE, Report, candidates
 from linearize.errors import ConfigError, InputError, InvalidModelError
 
 
@@ -82,7 +82,7 @@ def match() -> MatchReport:
 @pytest.fixture
 def report(match: MatchReport) -> Report:
     return Report(
-        "Toy", "augmented", rows(match, {}, {("layers.0.attn", 0): "augmented (group 64, 32 taps)"})
+        "Toy", "augmented", candidates(match, {}, {("layers.0.attn", 0): "augmented (group 64, 32 taps)"})
     )
 
 
@@ -97,7 +97,7 @@ def test_every_candidate_is_a_row_in_graph_order(report: Report) -> None:
 
 def test_a_site_the_planner_refuses_is_a_refusal_with_its_shapes(match: MatchReport) -> None:
     refused = {("layers.0.attn", 1): ("bias-unsupported", "adds a learned bias")}
-    row = Report("Toy", "augmented", rows(match, refused, {("layers.0.attn", 0): "x"})).rows[2]
+    row = Report("Toy", "augmented", candidates(match, refused, {("layers.0.attn", 0): "x"})).rows[2]
     assert (row.verdict, row.reason, row.message) == (REFUSED, "bias-unsupported", "adds a learned bias")
     assert row.shapes["Hkv"] == 2
 
@@ -118,7 +118,8 @@ def test_text_shows_every_row_and_names_dynamic_sizes_by_axis(report: Report) ->
 
 
 def test_markup_in_a_module_name_is_shown_not_interpreted(match: MatchReport) -> None:
-    hostile = Report("[red]Toy[/red]", "augmented", rows(match, {}, {("layers.0.attn", 0): "[bold]x[/bold]"}))
+    found = candidates(match, {}, {("layers.0.attn", 0): "[bold]x[/bold]"})
+    hostile = Report("[red]Toy[/red]", "augmented", found)
     text = hostile.to_text()
     assert "[bold]x[/bold]" in text and "[red]Toy[/red]" in text
 

@@ -175,7 +175,7 @@ def test_an_eager_only_decoder_generates_through_its_graph() -> None:
     model: Any = converted("gptj")
     prompt, mask = tokens(2, 9), left_padding(2, 9)
     out = model.generate(prompt, attention_mask=mask, **GREEDY)
-    assert model._linearize.plan.sites[0].rung == "graft"
+    assert model._linearize.plan.sites[0].route == "graph"
     for row, keep in enumerate(mask.bool()):
         assert torch.equal(
             out[row, 9:], recompute(model, prompt[row : row + 1, keep], STEPS)[0, keep.sum() :]

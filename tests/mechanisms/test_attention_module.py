@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import math
 import pickle
 
 import pytest
@@ -12,7 +11,6 @@ import torch
 from torch import Tensor
 from torch.export import Dim, export
 
-from linearize.errors import InputError
 from linearize.mechanisms.augmented import AugmentedAttention
 from linearize.mechanisms.module import SoftmaxAttention
 from linearize.mechanisms.spec import SiteSpec
@@ -264,25 +262,3 @@ def test_softmax_drops_weights_in_training_only():
         assert not torch.equal(module(*args), module(*args))
         module.eval()
         assert torch.equal(module(*args), module(*args))
-
-
-def test_softmax_runs_a_score_program():
-    args = inputs(33)
-    keep, bias, sinks = torch.rand(33, 33) > 0.3, torch.randn(1, 4, 33, 33), torch.randn(4)
-    keep |= torch.eye(33, dtype=torch.bool)
-    program = [
-        ("scale", 0.5, None),
-        ("cap", 2.0, None),
-        ("add", None, bias),
-        ("keep", None, keep),
-        ("fill", -math.inf, torch.zeros(33, 33, dtype=torch.bool)),
-        ("causal", None, None),
-        ("cast", "float32", None),
-        ("sink", "first", sinks),
-    ]
-    spec = dataclasses.replace(SPEC, scale=0.5, softcap=2.0)
-    out = SoftmaxAttention(SPEC)(*args, program=program)
-    wanted = plain_softmax(spec, *args, keep & (lags(33, 33, 0) >= 0), bias, sinks)
-    torch.testing.assert_close(out.double(), wanted, atol=2e-6, rtol=0)
-    with pytest.raises(InputError, match="score step 'twist'"):
-        SoftmaxAttention(SPEC)(*args, program=[("twist", None, None)])

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from linearize.kernels import naive as core_oracle
+from linearize.kernels import window_chunk as window
 from live_models import VOCAB, bart, bert, llama, recompute, tokens
 from torch import Tensor, nn
 from torch.export import Dim, export
@@ -31,9 +32,6 @@ from linearize.mechanisms import (
     softmax_window,
     transnormer,
     yoso,
-)
-from linearize.mechanisms import (
-    window_op as window,
 )
 from linearize.mechanisms.module import AttentionModule, SoftmaxAttention
 from linearize.mechanisms.spec import SiteSpec
@@ -69,7 +67,7 @@ def core(q: Tensor, k: Tensor, v: Tensor, p: dict[str, Tensor], causal: bool, cr
 
 def flash(module: Any, **more: Any) -> Oracle:
     names = ("query_gamma", "query_beta", "key_gamma", "key_beta")
-    return lambda q, k, v, p, causal, cross: module.oracle(
+    return lambda q, k, v, p, causal, cross: module.naive(
         q, k, v, *(p[name] for name in names), group_size=GROUP, causal=causal, **more
     )
 
@@ -85,45 +83,45 @@ CASES: dict[str, tuple[str, dict[str, Any], Oracle]] = {
     "linformer": (
         "linformer",
         {"rank": 5, "max_length": 200},
-        lambda q, k, v, p, causal, cross: linformer.oracle(
+        lambda q, k, v, p, causal, cross: linformer.naive(
             q, k, v, p["key_projection"], p["value_projection"], scale=0.4
         ),
     ),
     "performer": (
         "performer",
         {"features": 12, "seed": 3},
-        lambda q, k, v, p, causal, cross: performer.oracle(
+        lambda q, k, v, p, causal, cross: performer.naive(
             q, k, v, p["projection"], scale=0.4, causal=causal
         ),
     ),
     "rfa": (
         "rfa",
         {"features": 12},
-        lambda q, k, v, p, causal, cross: rfa.oracle(q, k, v, p["sigma"], p["projection"], causal=causal),
+        lambda q, k, v, p, causal, cross: rfa.naive(q, k, v, p["sigma"], p["projection"], causal=causal),
     ),
-    "relu": ("relu", {}, lambda q, k, v, p, causal, cross: relu.oracle(q, k, v, causal=causal)),
+    "relu": ("relu", {}, lambda q, k, v, p, causal, cross: relu.naive(q, k, v, causal=causal)),
     "hedgehog": (
         "hedgehog",
         {},
-        lambda q, k, v, p, causal, cross: hedgehog.oracle(
+        lambda q, k, v, p, causal, cross: hedgehog.naive(
             q, k, v, p["query_map"], p["key_map"], causal=causal
         ),
     ),
     "transnormer": (
         "transnormer",
         {},
-        lambda q, k, v, p, causal, cross: transnormer.oracle(q, k, v, p["weight"], causal=causal),
+        lambda q, k, v, p, causal, cross: transnormer.naive(q, k, v, p["weight"], causal=causal),
     ),
     "yoso": (
         "yoso",
         {},
-        lambda q, k, v, p, causal, cross: yoso.oracle(q, k, v, group_size=GROUP, causal=causal),
+        lambda q, k, v, p, causal, cross: yoso.naive(q, k, v, group_size=GROUP, causal=causal),
     ),
-    "castling": ("castling", {}, lambda q, k, v, p, causal, cross: castling.oracle(q, k, v, causal=causal)),
+    "castling": ("castling", {}, lambda q, k, v, p, causal, cross: castling.naive(q, k, v, causal=causal)),
     "softmax_window": (
         "softmax_window",
         {"window": WINDOW},
-        lambda q, k, v, p, causal, cross: softmax_window.oracle(
+        lambda q, k, v, p, causal, cross: softmax_window.naive(
             q,
             k,
             v,
@@ -138,7 +136,7 @@ CASES: dict[str, tuple[str, dict[str, Any], Oracle]] = {
     "power_window": (
         "power_window",
         {"window": WINDOW, "power": 4},
-        lambda q, k, v, p, causal, cross: power_window.oracle(
+        lambda q, k, v, p, causal, cross: power_window.naive(
             q,
             k,
             v,

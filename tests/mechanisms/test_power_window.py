@@ -6,15 +6,15 @@ from typing import Any
 
 import pytest
 import torch
+from linearize.kernels import window_chunk as window
 from live_models import bert, llama, tokens
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import linearize as lz
 from linearize.errors import ConfigError, ExportError
-from linearize.mechanisms import window_op as window
 from linearize.mechanisms.module import AttentionModule, SoftmaxAttention
-from linearize.mechanisms.power_window import oracle
+from linearize.mechanisms.power_window import naive as oracle
 from linearize.mechanisms.spec import SiteSpec
 from linearize.planning.build import build_attention
 from linearize.planning.config import LinearizeConfig

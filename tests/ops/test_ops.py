@@ -280,7 +280,7 @@ def test_memory_is_linear_in_length():
     query.requires_grad_()
     with Watch():
         tables = (options["alpha"], torch.ones(1, dtype=query.dtype), options["conv_weight"])
-        out = walk.Walk.apply(query, key, value, *tables, "relu2", 16, True, None, None, 0)
+        out = walk.Chunk.apply(query, key, value, *tables, "relu2", 16, True, None, None, 0)
         out.sum().backward()
     # Not even a state per group: 64 groups of 8 x 6.
     assert 0 < largest <= length * 8

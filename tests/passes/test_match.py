@@ -61,14 +61,14 @@ def test_hard_spelling_is_understood_or_refused_with_its_reason(entry: Spelling)
     refused_rightly(entry, report)
 
 
-def test_user_row_makes_a_refused_spelling_match() -> None:
+def test_user_rule_makes_a_refused_spelling_match() -> None:
     """A square of the scores is unknown until the user says how to read it (here: wrongly, as nothing)."""
-    from linearize.passes import SCORE_STEPS, Row
+    from linearize.passes import SCORE_STEPS, StepRule
 
     entry = REGISTRY["squared_scores"]
     graph = graph_of(entry).graph
     assert not find_attention(graph).sites
     aten = torch.ops.aten
-    ignored = Row((aten.pow.Tensor_Scalar,), (0,), lambda node, scores: [])
+    ignored = StepRule((aten.pow.Tensor_Scalar,), (0,), lambda node, scores: [])
     report = find_attention(graph, score_steps=(*SCORE_STEPS, ignored))
     assert len(report.sites) == 1

@@ -118,4 +118,4 @@ def test_raised_graph_holds_no_further_site_and_raises_to_itself() -> None:
     once = raise_attention(traced.graph)
     assert not find_attention(once).sites
     assert canonical_calls(raise_attention(once)) == canonical_calls(once) == 2
-    assert [record["sites"] for record in once.meta["history"] if record["pass"] == "raise"] == [2]
+    assert [change.count for change in once.meta["history"] if change.name == "raise"] == [2]

@@ -15,8 +15,8 @@ from linearize.errors import VerificationError
 from linearize.mechanisms.module import AttentionModule
 
 
-def rungs(model: Any) -> set[str]:
-    return {site.rung for site in model._linearize.plan.sites}
+def routes(model: Any) -> set[str]:
+    return {site.route for site in model._linearize.plan.sites}
 
 
 def children(module: nn.Module) -> list[str]:
@@ -94,7 +94,7 @@ def test_copies_do_not_share_graphs_or_weights() -> None:
     model: Any = converted("plain")
     model(activations())
     twin = copy.deepcopy(model)
-    assert model.blocks[0]._linearize_variants and not twin.blocks[0]._linearize_variants
+    assert model.blocks[0]._linearize_owner.graphs and not twin.blocks[0]._linearize_owner.graphs
     twin.blocks[0].q_proj.weight.data.zero_()
     assert not torch.equal(twin(activations()), model(activations()))
 
@@ -110,7 +110,7 @@ def test_every_length_works_and_the_past_does_not_see_the_future(length: int) ->
 def test_two_attentions_in_one_forward_get_a_module_each() -> None:
     torch.manual_seed(0)
     model = linearize(TwoAttentions().eval(), activations(), group_size=4)
-    assert children(model) == ["linear_attention", "linear_attention_1"] and rungs(model) == {"graft"}
+    assert children(model) == ["linear_attention", "linear_attention_1"] and routes(model) == {"graph"}
     x = activations(3, 9)
     before = model(x)
     with torch.no_grad():

@@ -70,7 +70,7 @@ def test_batches_with_left_padding_generate_what_each_row_generates_alone(model:
     prompt, mask = tokens(2, 11), torch.ones(2, 11, dtype=torch.long)
     mask[0, :5] = 0
     out = model.generate(prompt, attention_mask=mask, return_dict_in_generate=True, **GREEDY)
-    assert {site.rung for site in model._linearize.plan.sites} == {"graft"}
+    assert {site.route for site in model._linearize.plan.sites} == {"graph"}
     assert layers_of(out.past_key_values) == {"StateLayer"}
     for row, keep in enumerate(mask.bool()):
         alone = recompute(model, prompt[row : row + 1, keep], 8)
@@ -101,7 +101,7 @@ def test_the_state_does_not_grow_and_steps_make_no_graphs() -> None:
         settings = {**GREEDY, "max_new_tokens": steps, "return_dict_in_generate": True}
         out = model.generate(tokens(2, 9), **settings)
         sizes.append(sum(layer.states.nbytes for layer in out.past_key_values.layers))
-        variants = model.transformer.h[0].attn._linearize_variants
+        variants = model.transformer.h[0].attn._linearize_owner.graphs
         graphs.append(sum(len(known) for known in variants.values()))
     assert sizes[0] == sizes[1] and graphs[0] == graphs[1]
 

@@ -133,7 +133,7 @@ def test_an_owner_that_takes_its_eager_branch_on_an_unknown_name_is_rewritten_al
     )
     original = transformers.FalconForCausalLM(config).eval()
     model: Any = linearize(copy.deepcopy(original), group_size=4)
-    assert model._linearize.plan.sites[0].rung == "graft"
+    assert model._linearize.plan.sites[0].route == "graph"
     ids = tokens(2, 9)
     assert (model(ids).logits - original(ids).logits).abs().max() > 1e-3
     settings: dict[str, Any] = dict(max_new_tokens=5, do_sample=False, eos_token_id=None)

@@ -1,44 +1,56 @@
-"""Which graph of a grafted owner fits a call. There is one per dtype, device, training flag and structure of
+"""Which traced graph of an owner fits a call. There is one per dtype, device, training flag and structure of
 the arguments, made when first needed.
 """
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Collection, Sequence
 from itertools import combinations
 from typing import Any
 
 import torch
 import torch.utils._pytree as pytree
-from torch import Tensor
+from torch import Tensor, nn
 
 from ...cache import lookup as caches
 from ...errors import VerificationError
 from ...mechanisms.module import AttentionModule
 from ...planning.plan import child_name
-from ..owner import original_class
-from .trace import GraftError, Variant, trace
+from ..owner import OwnerRecord, original_class
+from .trace import Trace, TraceError, trace
+
+_TRACING = threading.RLock()
+"""Capture changes settings of the whole process: one thread traces at a time."""
 
 
-class Variants(dict[Any, list[Variant]]):
-    """Graphs of one owner by form of call. Copies and pickles are empty."""
+class Graphs(dict[Any, list[Trace]]):
+    """Traced graphs of one owner by form of call. Copies and pickles are empty: they trace their own.
 
-    def __deepcopy__(self, memo: Any) -> Variants:
-        return Variants()
+    keeps_keys: no graph runs after a state of constant size, so caches keep keys and values.
+    """
 
-    def __copy__(self) -> Variants:
-        return Variants()
+    def __init__(self) -> None:
+        super().__init__()
+        self.keeps_keys = False
+
+    def __deepcopy__(self, memo: Any) -> Graphs:
+        return Graphs()
+
+    def __copy__(self) -> Graphs:
+        return Graphs()
 
     def __reduce__(self) -> Any:
-        return Variants, ()
+        return Graphs, ()
 
 
-class Call:
-    """One call of an owner, taken apart, and the graph for it; `forward` is the original class's."""
+class Arguments:
+    """The arguments of one call, taken apart, and the graph for them; `forward` is the original class's."""
 
     def __init__(self, owner: Any, forward: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.cache = caches.find_cache(args, kwargs)
         self._owner, self._forward = owner, forward
+        self._record: OwnerRecord = owner._linearize_owner
         self._leaves, self._spec = pytree.tree_flatten((args, kwargs), is_leaf=caches.is_cache)
         self._tensors, self._shared = _distinct(self._leaves)
         self._parts = (args, kwargs)
@@ -48,16 +60,16 @@ class Call:
         """New tokens of this call."""
         return _hidden(self._tensors).shape[1]
 
-    def on_all_tokens(self) -> tuple[Variant, list[Tensor]]:
+    def on_all_tokens(self) -> tuple[Trace, list[Tensor]]:
         """A graph that attends all keys and values of the cache, or has none; and its inputs."""
         if self.cache is None:
-            return self._variant(None, (), self._tensors), self._tensors
-        layer = caches.self_layer(self.cache, self._owner._linearize_layer)
+            return self._graph(None, (), self._tensors), self._tensors
+        layer = caches.self_layer(self.cache, self._record.layer_index)
         past = 0 if layer is None else int(layer.get_seq_length())
         example = _cache_example(self._owner, self._tensors, self.cache, past)
-        return self._variant(min(past, 2), example, self._tensors), [*self._tensors, example[0]]
+        return self._graph(min(past, 2), example, self._tensors), [*self._tensors, example[0]]
 
-    def on_new_tokens(self, state: Any) -> tuple[Variant, list[Tensor]]:
+    def on_new_tokens(self, state: Any) -> tuple[Trace, list[Tensor]]:
         """A graph for a state of constant size, and its inputs: masks have the columns of the new tokens.
 
         Raises VerificationError where the graph does not show that masks are all that has other columns.
@@ -79,44 +91,44 @@ class Call:
 
         # Sizes of one are no form of their own here: a step of one token runs the graph of the prompt.
         key = ("state", self._owner.training, _form(self._parts, sizes=False), self._shared)
-        for variant in self._known((*key, bool(past > 0))):
-            tensors = cut(wide & set(variant.masks))
-            if variant.fits(tensors):
-                return variant, [*tensors, *marker]
+        for graph in self._known((*key, bool(past > 0))):
+            tensors = cut(wide & set(graph.masks))
+            if graph.fits(tensors):
+                return graph, [*tensors, *marker]
         problem: VerificationError | None = None
         # Other inputs may be as wide as the masks by accident; the graph tells.
         for places in [c for size in range(len(wide), -1, -1) for c in combinations(sorted(wide), size)]:
             try:
-                variant = self._made(cut(places), marker)
+                graph = self._made(cut(places), marker)
             except VerificationError as error:
                 problem = problem or error
                 continue
-            if set(places) <= set(variant.masks):
-                self._known((*key, bool(past > 0))).append(variant)
+            if set(places) <= set(graph.masks):
+                self._known((*key, bool(past > 0))).append(graph)
                 # Steps of one token follow, and a graph of more tokens than one is the safer one for those.
                 if past == 0 and count > 1:
                     later = (hidden.new_empty(count, device="meta"),)
-                    again = self._made(cut(places), later) if variant.asks_length else variant
+                    again = self._made(cut(places), later) if graph.asks_length else graph
                     self._known((*key, True)).append(again)
-                return variant, [*cut(places), *marker]
-        raise problem or GraftError(f"{self._owner._linearize_path}: what is as wide as its masks is no mask")
+                return graph, [*cut(places), *marker]
+        raise problem or TraceError(f"{self._record.path}: what is as wide as its masks is no mask")
 
-    def _known(self, key: Any) -> list[Variant]:
-        return self._owner._linearize_variants.setdefault(key, [])
+    def _known(self, key: Any) -> list[Trace]:
+        return self._record.graphs.setdefault(key, [])
 
-    def _variant(self, past: int | None, example: Sequence[Tensor], tensors: Sequence[Tensor]) -> Variant:
+    def _graph(self, past: int | None, example: Sequence[Tensor], tensors: Sequence[Tensor]) -> Trace:
         # Keys and values of one token have a graph of their own; otherwise that of several tokens does.
         form = _form(self._parts, sizes=past is not None)
         known = self._known((past, self._owner.training, form, self._shared))
-        variant = next((variant for variant in known if variant.fits(tensors)), None)
-        if variant is None:
-            variant = self._made(tensors, example)
-            known.append(variant)
-        return variant
+        graph = next((graph for graph in known if graph.fits(tensors)), None)
+        if graph is None:
+            graph = self._made(tensors, example)
+            known.append(graph)
+        return graph
 
     @torch.compiler.disable(recursive=True, reason="linearize: run the model once before compiling it")
-    def _made(self, tensors: Sequence[Tensor], example: Sequence[Tensor]) -> Variant:
-        """Trace this form of call. Raises VerificationError when the owner cannot be grafted."""
+    def _made(self, tensors: Sequence[Tensor], example: Sequence[Tensor]) -> Trace:
+        """Trace this form of call. Raises VerificationError when no graph of the owner can be had."""
         owner, leaves, shared = self._owner, self._leaves, self._shared
 
         def rebuild(inputs: Sequence[Tensor], hole: Any) -> Any:
@@ -127,18 +139,37 @@ class Call:
             ]
             return pytree.tree_unflatten(filled, self._spec)
 
-        mixin = type(owner)
-        owner.__class__ = original_class(mixin)
         try:
-            return trace(owner, self._forward, rebuild, tensors, example, owner._linearize_slots)
+            with _TRACING:
+                return trace(_twin(owner), self._forward, rebuild, tensors, example, self._record)
         except Exception as error:
-            # Capture raises nearly anything; what matters to the caller is that this owner cannot be grafted.
+            # Capture raises nearly anything; what matters to the caller is that no graph can be had.
             raise VerificationError(
-                f"{owner._linearize_path or 'the model'} ({mixin.__name__}) cannot be rewritten on its "
+                f"{self._record.name} ({type(owner).__name__}) cannot be rewritten on its "
                 f"graph: {type(error).__name__}: {error}"
             ) from error
-        finally:
-            owner.__class__ = mixin
+
+
+def _twin(owner: Any) -> Any:
+    """A copy of an owner to trace: of its original class, with modules of its own and the same tensors.
+
+    Capture puts fake tensors in the place of parameters while it runs, which other threads must not see.
+    """
+    twin = _copied(owner, {})
+    twin.__class__ = original_class(type(owner))
+    return twin
+
+
+def _copied(module: nn.Module, made: dict[nn.Module, nn.Module]) -> Any:
+    """The module with dicts of its own and copies of its children; a child held twice is one copy."""
+    if module not in made:
+        made[module] = twin = object.__new__(type(module))
+        twin.__dict__.update(module.__dict__)
+        twin._parameters, twin._buffers = dict(module._parameters), dict(module._buffers)
+        twin._modules = {
+            name: None if child is None else _copied(child, made) for name, child in module._modules.items()
+        }
+    return made[module]
 
 
 def _distinct(leaves: Sequence[Any]) -> tuple[list[Tensor], tuple[int, ...]]:
@@ -161,7 +192,7 @@ def _distinct(leaves: Sequence[Any]) -> tuple[list[Tensor], tuple[int, ...]]:
 def _form(value: Any, sizes: bool = True) -> Any:
     """What a graph is specific to: structure, dtypes, devices, what is no tensor, and axes of size one.
 
-    sizes: leave it to `Variant.fits` to compare axes if false.
+    sizes: leave it to `Trace.fits` to compare axes if false.
     """
     if isinstance(value, Tensor):
         ones = tuple(bool(size == 1) for size in value.shape) if sizes else value.ndim
@@ -180,12 +211,12 @@ def _cache_example(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Example past marker `[P]`, and keys `[B, Hkv, S, D]`, values `[B, Hkv, S, Dv]` of `cache.update`."""
     if hasattr(cache, "cross_attention_cache"):
-        raise GraftError(f"{owner._linearize_path}: encoder-decoder caches are not followed on graphs")
+        raise TraceError(f"{owner._linearize_owner.name}: encoder-decoder caches are not followed on graphs")
     child: AttentionModule = getattr(owner, child_name(0))
     spec = child.spec
     hidden = _hidden(tensors)
     batch, length = hidden.shape[0], hidden.shape[1]
-    total, _ = cache.get_mask_sizes(length, owner._linearize_layer or 0)
+    total, _ = cache.get_mask_sizes(length, owner._linearize_owner.layer_index or 0)
     shape = (batch, spec.num_key_value_heads, int(total))
     keys = hidden.new_empty(*shape, spec.head_dim, device="meta")
     values = hidden.new_empty(*shape, spec.value_dim, device="meta")

@@ -1,14 +1,12 @@
-"""The graft: owners that do not dispatch, plain modules and eager-only models.
+"""The graph route: owners that do not dispatch, plain modules and eager-only models.
 
 The owner keeps its class (a subclass of it), parameters and children; its forward runs a graph of itself in
-which the proved attention is replaced (`forms.py` keeps the graphs, by form of call). Graphs are never copied
-or pickled: a copy makes its own.
+which the proved attention is replaced (`calls.py` keeps the graphs, by form of call).
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
 from typing import Any
 
 from torch import nn
@@ -16,72 +14,57 @@ from torch import nn
 from ...cache import lookup as caches
 from ...cache.adopt import give_up_state, state_layer
 from ...errors import VerificationError
-from ...planning.plan import SitePlan
-from ..interface import sole_child
-from ..owner import Rewritten, become
-from .calls import Call, Variants
+from ..call import Call, sole_child
+from ..owner import OwnerRecord, Rewritten, become
+from .calls import Arguments
 
 log = logging.getLogger(__name__)
 
 
-class GraftOwner(Rewritten):
+class GraphOwner(Rewritten):
     """Mixin of a rewritten owner that runs graphs of itself."""
 
     @staticmethod
     def run(owner: Any, forward: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """One call of the owner; `forward` is the original class's, used for tracing only."""
-        call = Call(owner, forward, args, kwargs)
-        cache, index = call.cache, owner._linearize_layer
-        caches.check_not_foreign(caches.self_layer(cache, index), owner._linearize_path)
+        record: OwnerRecord = owner._linearize_owner
+        arguments = Arguments(owner, forward, args, kwargs)
+        cache, index = arguments.cache, record.layer_index
+        caches.check_not_foreign(caches.self_layer(cache, index), record.path)
         state = state_of(owner, cache)
-        if state is not None:
+        if state is not None and index is not None:
             try:
-                variant, tensors = call.on_new_tokens(state)
+                graph, tensors = arguments.on_new_tokens(state)
             except VerificationError as error:
                 if state.is_initialized:
                     raise
                 log.warning("%s; its cache keeps keys and values, which grow with every token", error)
-                owner._linearize_keeps_keys = call.tokens > 1
+                record.graphs.keeps_keys = arguments.tokens > 1
                 give_up_state(cache, index)
                 state = None
         if state is None:
-            variant, tensors = call.on_all_tokens()
-        layer = caches.self_layer(cache, index)
-        owner._linearize_state = state
-        owner._linearize_start = caches.start_of_queries(layer) if state is None else caches.length_of(state)
-        owner._linearize_seen = caches.decoded_length(cache, layer)
+            graph, tensors = arguments.on_all_tokens()
+        call = Call(owner, cache, state)
         try:
-            return variant(owner, cache, tensors)
+            return graph(call, tensors)
         except BaseException:
-            if state is not None:
-                state.forget_since(owner._linearize_start)
+            call.failed()
             raise
         finally:
-            owner._linearize_state = owner._linearize_start = owner._linearize_seen = None
-            if cache is not None:
-                caches.mark_filled(caches.self_layer(cache, index))
+            call.ended(caches.self_layer(cache, index))
 
 
 def state_of(owner: Any, cache: Any) -> Any | None:
-    """The state of a grafted owner in `cache`, put there now if it can be; None where keys and values are."""
-    if owner._linearize_keeps_keys:
+    """The state of an owner in `cache`, put there now if it can be; None where keys and values are."""
+    record: OwnerRecord = owner._linearize_owner
+    if record.graphs.keeps_keys:
         return None
-    return state_layer(cache, owner._linearize_layer, sole_child(owner))
+    return state_layer(cache, record.layer_index, sole_child(owner))
 
 
-def apply_graft(owner: Any, path: str, sites: Sequence[SitePlan]) -> None:
+def apply_graph(owner: Any, record: OwnerRecord) -> None:
     """Rewrite `owner` in place; its child modules are attached already. Graphs are made at the first call."""
-    owner._linearize_path = path
-    owner._linearize_layer = sites[0].layer_index
-    owner._linearize_start = owner._linearize_seen = owner._linearize_state = None
-    owner._linearize_keeps_keys = False
-    owner._linearize_proof = False
-    owner._linearize_log = None
-    owner._linearize_padding = any("padding" in site.mask for site in sites)
-    owner._linearize_plain = all(site.plain for site in sites)
-    owner._linearize_slots = len(sites)
-    owner._linearize_variants = Variants()
-    become(owner, GraftOwner)
+    become(owner, GraphOwner, record)
     if isinstance(owner, nn.MultiheadAttention):
         # A hooked module is what nn.TransformerEncoderLayer does not replace by its own fused call.
         owner.register_forward_hook(_keep_slow_path)
@@ -91,7 +74,7 @@ def use_no_nested_tensors(model: nn.Module) -> None:
     """`nn.TransformerEncoder` packs padded input into nested tensors, which rewritten layers do not take."""
     for module in model.modules():
         if isinstance(module, nn.TransformerEncoder) and any(
-            isinstance(m, GraftOwner) for m in module.modules()
+            isinstance(m, GraphOwner) for m in module.modules()
         ):
             module.use_nested_tensor = False
 

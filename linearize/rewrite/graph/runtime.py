@@ -1,4 +1,4 @@
-"""What the graphs of grafted owners call while they run: the live cache, and the attention of a site."""
+"""What traced graphs call while they run. The first argument is always the call that runs them."""
 
 from __future__ import annotations
 
@@ -8,9 +8,28 @@ from typing import Any
 from torch import Tensor
 
 from ...passes import canonical
-from ...planning.plan import child_name
-from ..interface import attend, exact_call
+from ..attend import attend
+from ..call import Call
 from ..masks import visible
+
+
+def attribute(call: Call, path: str) -> Any:
+    """The attribute of the live owner at a dotted path, at this moment."""
+    return resolve(call.owner, path)
+
+
+def call_child(call: Call, path: str, value: Tensor) -> Tensor:
+    """The child at `path` as it is now, called with `value`."""
+    result = resolve(call.owner, path)(value)
+    return result if isinstance(result, Tensor) else result[0]
+
+
+def resolve(owner: Any, path: str) -> Any:
+    """The attribute of a module at a dotted path."""
+    found: Any = owner
+    for name in path.split("."):
+        found = getattr(found, name)
+    return found
 
 
 def item(pair: Any, position: int) -> Any:
@@ -18,13 +37,14 @@ def item(pair: Any, position: int) -> Any:
     return pair[position]
 
 
-def update_cache(cache: Any, keys: Tensor, values: Tensor, index: int) -> Any:
+def update_cache(call: Call, keys: Tensor, values: Tensor, index: int) -> Any:
     """The owner's `cache.update`: all keys and values so far."""
-    return cache.update(keys, values, index)
+    assert call.cache is not None
+    return call.cache.update(keys, values, index)
 
 
 def attend_site(
-    owner: Any,
+    call: Call,
     slot: int,
     query: Tensor,
     key: Tensor,
@@ -39,22 +59,17 @@ def attend_site(
     query `[B, H, T, D]`, key `[B, Hkv, S, D]`, value `[B, Hkv, S, Dv]`, terms broadcastable to `[B, H, T, S]`
     with the kind of their step; returns `[B, H, T, Dv]`.
     """
-    if owner._linearize_log is not None:
-        owner._linearize_log.append((slot, None))
-    mask = _visible(terms, kinds) if owner._linearize_padding else None
-    if exact_call(owner, slot):
+    call.notice(slot)
+    if call.child(slot).is_exact:
+        call.check_cache(slot, query.shape[2])
         return canonical.attention(query, key, value, list(terms), program, tiled)
-    state = owner._linearize_state
-    if state is not None:
-        # The owner was traced on the new tokens alone: its mask has their columns, its cache no part in it.
-        state.expected = True
-        state.update(key, value)
-        return attend(owner, slot, query, key, value, mask, None)
-    start = owner._linearize_start
-    cross = getattr(owner, child_name(slot)).spec.cross
-    if owner._linearize_seen is not None and cross:
-        start = owner._linearize_seen - query.shape[2]
-    return attend(owner, slot, query, key, value, mask, start)
+    mask = _visible(terms, kinds) if call.record.padded else None
+    if call.state is None:
+        return attend(call, slot, query, key, value, mask)
+    # The owner was traced on the new tokens alone: its mask has their columns, its cache no part in it.
+    call.state.expected = True
+    call.state.update(key, value)
+    return attend(call, slot, query, key, value, mask, masked_columns=False)
 
 
 def _visible(terms: Sequence[Tensor], kinds: Sequence[str]) -> Tensor | None:

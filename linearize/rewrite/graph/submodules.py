@@ -10,41 +10,30 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
+from .runtime import call_child, resolve
+
 Entry = tuple[str, str]
 """A module call a node was recorded in: key in `nn_module_stack` (calls differ), path from the owner."""
 
 
-def reroll(gm: GraphModule, owner: nn.Module, live: Node) -> None:
-    """Rewrite `gm`, captured from a module whose child is `owner`; `live` is the node of the live owner."""
+def call_children(gm: GraphModule, owner: nn.Module, call: Node) -> None:
+    """Rewrite `gm`, captured from a module whose child is `owner`; `call` is the node of the call."""
     nodes = [node for node in gm.graph.nodes if node.op == "call_function"]
-    _reroll(gm, owner, live, nodes, 0)
+    _call_in_regions(gm, owner, call, nodes, 0)
     gm.graph.eliminate_dead_code(is_impure_node=lambda node: node.op in ("placeholder", "output"))
 
 
-def call_child(owner: nn.Module, path: str, value: Tensor) -> Tensor:
-    """The child at `path` as it is now, called with `value`."""
-    result = resolve(owner, path)(value)
-    return result if isinstance(result, Tensor) else result[0]
-
-
-def resolve(owner: nn.Module, path: str) -> Any:
-    """The attribute of the owner at a dotted path, at this moment."""
-    found: Any = owner
-    for name in path.split("."):
-        found = getattr(found, name)
-    return found
-
-
-def _reroll(gm: GraphModule, owner: nn.Module, live: Node, nodes: Sequence[Node], depth: int) -> None:
+def _call_in_regions(
+    gm: GraphModule, owner: nn.Module, call: Node, nodes: Sequence[Node], depth: int
+) -> None:
     for entry, region in _regions(nodes, depth):
-        if not _replace(gm, owner, live, entry[1], region):
-            _reroll(gm, owner, live, region, depth + 1)
+        if not _replace(gm, owner, call, entry[1], region):
+            _call_in_regions(gm, owner, call, region, depth + 1)
 
 
 def _entries(node: Node) -> list[Entry]:
@@ -75,7 +64,7 @@ def _is_tensor(node: Node) -> bool:
     return isinstance(node.meta.get("val"), Tensor)
 
 
-def _replace(gm: GraphModule, owner: nn.Module, live: Node, path: str, region: Sequence[Node]) -> bool:
+def _replace(gm: GraphModule, owner: nn.Module, call: Node, path: str, region: Sequence[Node]) -> bool:
     """Replace a region by a call of the child at `path` if it is a function of one tensor; else False."""
     inside = set(region)
     inputs = {
@@ -97,7 +86,7 @@ def _replace(gm: GraphModule, owner: nn.Module, live: Node, path: str, region: S
         return False
     (source,), (result,) = inputs, outputs
     with gm.graph.inserting_after(result):
-        call = gm.graph.call_function(call_child, (live, path, source))
-    call.meta = {"val": result.meta["val"]}
-    result.replace_all_uses_with(call)
+        replaced = gm.graph.call_function(call_child, (call, path, source))
+    replaced.meta = {"val": result.meta["val"]}
+    result.replace_all_uses_with(replaced)
     return True

@@ -1,4 +1,4 @@
-"""One traced form of a grafted owner: its forward as a graph, attention replaced and real children called.
+"""One traced form of an owner: its forward as a graph, attention replaced and real children called.
 
 The proved sites become calls of `attend_site`, and everything the graph borrowed from the owner is looked up
 on the live owner at each call: a LoRA layer put over `q_proj` later is the one that runs, and nothing is held
@@ -11,7 +11,7 @@ Otherwise its `update` becomes a hole in the graph, filled at call time with all
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,11 +27,14 @@ from ...errors import VerificationError
 from ...passes import canonical, find_attention
 from ...passes.axes import shape_of
 from ...passes.capture import CaptureError, capture
+from ...passes.graphs import ancestors
 from ...passes.raise_ import canonical_operands, emitter_for, replace_output
 from ...passes.site import KVKind, Reason, Site
 from ...planning.plan import child_name
-from .runtime import attend_site, item, update_cache
-from .submodules import reroll, resolve
+from ..call import Call
+from ..owner import OwnerRecord
+from .runtime import attend_site, attribute, item, update_cache
+from .submodules import call_children
 
 Place = tuple[int, int]
 """An axis: index of the tensor among the inputs, and of the axis in it."""
@@ -41,13 +44,13 @@ _CACHED_AXES = (0, 2)
 """Batch and length of keys and values `[B, Hkv, S, D]`."""
 
 
-class GraftError(VerificationError):
-    """The owner cannot be grafted; the message says at which step."""
+class TraceError(VerificationError):
+    """No graph of the owner can be had; the message says at which step."""
 
 
 @dataclass(frozen=True)
-class Variant:
-    """A graph `(owner, cache, *tensors) -> flat outputs`, and how to rebuild the owner's result from them.
+class Trace:
+    """A graph `(call, *tensors) -> flat outputs`, and how to rebuild the owner's result from them.
 
     sizes: of the owner's tensors, as numbers and expressions over sizes that may differ from call to call.
     masks: which of the tensors act on nothing but the scores of the sites. asks_length: the owner asked its
@@ -78,8 +81,8 @@ class Variant:
                     derived.append((size, found))
         return all(size.subs(known) == found for size, found in derived)
 
-    def __call__(self, owner: nn.Module, cache: Any, tensors: Sequence[Tensor]) -> Any:
-        return pytree.tree_unflatten(list(self.graph(owner, cache, *tensors)), self.spec)
+    def __call__(self, call: Call, tensors: Sequence[Tensor]) -> Any:
+        return pytree.tree_unflatten(list(self.graph(call, *tensors)), self.spec)
 
 
 class _Shell(nn.Module):
@@ -146,7 +149,7 @@ def _hole(past: Tensor, *stored: Tensor) -> Any:
             self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
         ) -> Any:
             if self.written:
-                raise GraftError("the owner updates its cache more than once per call")
+                raise TraceError("the owner updates its cache more than once per call")
             self.written, self.index = (key_states, value_states), layer_idx
             return stored or self.written
 
@@ -166,14 +169,14 @@ def trace(
     rebuild: Callable[..., Any],
     tensors: Sequence[Tensor],
     cache: Sequence[Tensor],
-    expected: int,
-) -> Variant:
+    record: OwnerRecord,
+) -> Trace:
     """Capture, match and rewrite the owner for one form of call.
 
     rebuild: `(tensors, cache) -> (args, kwargs)`. cache: examples of the past marker `[P]` and, for a cache
     of keys and values, of those that `update` returns (meta tensors do); empty for a call without a cache.
-    expected: sites per call in the plan.
-    Raises GraftError when the graph does not hold exactly those sites.
+    record: of the owner; the graph must hold its sites.
+    Raises TraceError when the graph does not hold exactly those sites.
     """
     inputs = tuple(tensor.detach() for tensor in (*tensors, *(_real(tensor, tensors) for tensor in cache)))
     stored = max(len(cache) - 1, 0)
@@ -182,8 +185,8 @@ def trace(
     attempts: list[tuple[tuple[Place, ...], ...]] = [equal, ()] if stored else [(), equal]
     for attempt, agreed in enumerate(attempts):
         try:
-            return _trace(owner, forward, rebuild, inputs, agreed, len(cache), expected)
-        except (GraftError, CaptureError):
+            return _trace(owner, forward, rebuild, inputs, agreed, len(cache), record)
+        except (TraceError, CaptureError):
             if attempt == len(attempts) - 1 or not equal:
                 raise
     raise AssertionError("unreachable")
@@ -196,13 +199,14 @@ def _trace(
     inputs: Sequence[Tensor],
     equal: tuple[tuple[Place, ...], ...],
     of_cache: int,
-    expected: int,
-) -> Variant:
+    record: OwnerRecord,
+) -> Trace:
+    expected = len(record.sites)
     cached, stored = of_cache > 0, max(of_cache - 1, 0)
     # Export undoes what a forward assigns to its module, hence a list beside it.
     asked: list[Any] = []
     shell = _Shell(owner, forward, rebuild, of_cache, equal, asked)
-    # The shell calls forward directly: hooks of the owner run around the graft, not inside it as well.
+    # The shell calls forward directly: hooks of the owner run around the graph, not inside it as well.
     axes = [_axes(tensor) for tensor in inputs]
     for kept in axes[len(axes) - stored :]:
         for axis in set(kept) - set(_CACHED_AXES):
@@ -216,7 +220,7 @@ def _trace(
         gm = capture(shell, inputs, dynamic=(tuple(axes),))
     index = asked[-1].index if asked else None
     if cached and index is None:
-        raise GraftError("the owner takes a cache but does not update it")
+        raise TraceError("the owner takes a cache but does not update it")
     report = find_attention(gm)
     if any(refusal.reason is Reason.WEIGHTS_ESCAPE for refusal in report.refusals):
         # Weights that only leave through the owner's result are not returned, as with fused attention.
@@ -225,28 +229,28 @@ def _trace(
     sites = [site for site in report.sites if site.path in ("", "owner")]
     if len(sites) != expected:
         reasons = "; ".join(refusal.message for refusal in report.refusals) or "no refusal"
-        raise GraftError(f"its own graph shows {len(sites)} provable sites instead of {expected} ({reasons})")
+        raise TraceError(f"its own graph shows {len(sites)} provable sites instead of {expected} ({reasons})")
     specs = [getattr(owner, child_name(slot)).spec for slot in range(expected)]
     if any(site.shapes["H"] != spec.num_heads for site, spec in zip(sites, specs, strict=True)):
-        raise GraftError("heads and a batch of one cannot be told apart; call it with two sequences once")
+        raise TraceError("heads and a batch of one cannot be told apart; call it with two sequences once")
     gm = report.graph_module
     first = next(iter(gm.graph.nodes))
     with gm.graph.inserting_before(first):
-        live, store = gm.graph.placeholder("linearize_owner"), gm.graph.placeholder("linearize_cache")
+        call = gm.graph.placeholder("linearize_call")
     for slot, site in enumerate(sites):
-        _replace_site(gm, site, slot, live)
+        _replace_site(gm, site, slot, call)
     codegen: Any = gm.graph._codegen
     spec = codegen.pytree_info.out_spec
     placeholders = [node for node in gm.graph.find_nodes(op="placeholder") if "val" in node.meta]
     sizes = tuple(shape_of(node) or () for node in placeholders[: len(placeholders) - of_cache])
     masks = _mask_inputs(gm.graph)
-    reroll(gm, owner, live)
+    call_children(gm, owner, call)
     if stored:
-        _fill_hole(gm.graph, store, index, equal)
-    elif cached and index != owner._linearize_layer:
-        raise GraftError(f"it counts its tokens in layer {index} of the cache, not its own")
+        _fill_hole(gm.graph, call, index, equal)
+    elif cached and index != record.layer_index:
+        raise TraceError(f"it counts its tokens in layer {index} of the cache, not its own")
     asks_length = any(hole.asked for hole in asked)
-    return Variant(_rebuilt(gm, live), _result_spec(spec), sizes, masks, asks_length)
+    return Trace(_rebuilt(gm, call), _result_spec(spec), sizes, masks, asks_length)
 
 
 def _real(tensor: Tensor, beside: Sequence[Tensor]) -> Tensor:
@@ -280,25 +284,13 @@ def _drop_weights(gm: GraphModule, anchors: Sequence[Node]) -> None:
     output = gm.graph.output_node()
     values = _flat_outputs(gm.graph)
     for position, value in enumerate(values[1:], start=1):
-        if isinstance(value, Node) and _ancestors([value]) & set(anchors):
+        if isinstance(value, Node) and ancestors([value]) & set(anchors):
             values[position] = None
     output.args = (tuple(values),)
     gm.graph.eliminate_dead_code(is_impure_node=lambda node: node.op in ("placeholder", "output"))
 
 
-def _ancestors(nodes: Sequence[Node], read: Mapping[Node, Sequence[Node]] | None = None) -> set[Node]:
-    """The nodes and everything they depend on; read: of these nodes, only the given arguments count."""
-    seen: set[Node] = set()
-    stack = list(nodes)
-    while stack:
-        node = stack.pop()
-        if node not in seen:
-            seen.add(node)
-            stack += node.all_input_nodes if read is None or node not in read else read[node]
-    return seen
-
-
-def _replace_site(gm: GraphModule, site: Site, slot: int, live: Node) -> None:
+def _replace_site(gm: GraphModule, site: Site, slot: int, call: Node) -> None:
     emitter = emitter_for(gm, site)
     query, key, value = canonical_operands(emitter, site)
     terms = [
@@ -311,8 +303,8 @@ def _replace_site(gm: GraphModule, site: Site, slot: int, live: Node) -> None:
     ]
     tiled = site.kv_map.kind is KVKind.TILED
     program = canonical.encode(site.program)
-    call = emitter.call(attend_site, live, slot, query, key, value, terms, hides, program, tiled)
-    replace_output(emitter, site, call)
+    result = emitter.call(attend_site, call, slot, query, key, value, terms, hides, program, tiled)
+    replace_output(emitter, site, result)
 
 
 def _mask_inputs(graph: Graph) -> tuple[int, ...]:
@@ -320,12 +312,15 @@ def _mask_inputs(graph: Graph) -> tuple[int, ...]:
     inputs = [node for node in graph.find_nodes(op="placeholder") if "val" in node.meta]
     sites = graph.find_nodes(op="call_function", target=attend_site)
     sizes = dict.fromkeys(graph.find_nodes(op="call_function", target=torch.ops.aten.sym_size.int), ())
-    terms = _ancestors([term for site in sites for term in site.args[5]], sizes)
-    rest = _ancestors([graph.output_node()], sizes | {site: site.args[2:5] for site in sites})
+    reads = sizes | {site: site.args[2:5] for site in sites}
+    terms = ancestors(
+        [term for site in sites for term in site.args[5]], lambda node: sizes.get(node, node.all_input_nodes)
+    )
+    rest = ancestors([graph.output_node()], lambda node: reads.get(node, node.all_input_nodes))
     return tuple(i for i, node in enumerate(inputs) if node in terms and node not in rest)
 
 
-def _fill_hole(graph: Graph, store: Node, index: int | None, equal: Sequence[Sequence[Place]]) -> None:
+def _fill_hole(graph: Graph, call: Node, index: int | None, equal: Sequence[Sequence[Place]]) -> None:
     """The placeholders of keys and values become the results of updating the live cache with the new ones."""
     output = graph.output_node()
     *values, new_keys, new_values = _flat_outputs(graph)
@@ -333,7 +328,7 @@ def _fill_hole(graph: Graph, store: Node, index: int | None, equal: Sequence[Seq
     keys, old_values = inputs[-2:]
     _read_sizes_elsewhere(graph, inputs, equal)
     with graph.inserting_before(output):
-        updated = graph.call_function(update_cache, (store, new_keys, new_values, index))
+        updated = graph.call_function(update_cache, (call, new_keys, new_values, index))
         parts = [graph.call_function(item, (updated, position)) for position in (0, 1)]
     for placeholder, part in zip((keys, old_values), parts, strict=True):
         part.meta["val"] = placeholder.meta["val"]
@@ -358,7 +353,7 @@ def _read_sizes_elsewhere(graph: Graph, inputs: Sequence[Node], equal: Sequence[
                 node.args = (inputs[other[0]], other[1])
 
 
-def _rebuilt(gm: GraphModule, live: Node) -> GraphModule:
+def _rebuilt(gm: GraphModule, call: Node) -> GraphModule:
     """A fresh graph in dependency order, with plain arguments, the owner's tensors looked up at call time."""
     graph = Graph()
     root = nn.Module()
@@ -369,12 +364,12 @@ def _rebuilt(gm: GraphModule, live: Node) -> GraphModule:
         if node in made:
             return
         if node in open_nodes:
-            raise GraftError("keys and values are used before the cache is updated")
+            raise TraceError("keys and values are used before the cache is updated")
         open_nodes.add(node)
         for argument in node.all_input_nodes:
             emit(argument)
         if node.op == "get_attr" and str(node.target).startswith("owner."):
-            made[node] = graph.call_function(resolve, (made[live], str(node.target).removeprefix("owner.")))
+            made[node] = graph.call_function(attribute, (made[call], str(node.target).removeprefix("owner.")))
             return
         if node.op == "get_attr":
             name = f"constant_{len(root._buffers)}"
@@ -385,7 +380,7 @@ def _rebuilt(gm: GraphModule, live: Node) -> GraphModule:
         made[node].meta = {}
 
     # What the result depends on; the cache is written by what attention reads.
-    live_nodes = _ancestors([gm.graph.output_node()])
+    live_nodes = ancestors([gm.graph.output_node()])
     for node in gm.graph.nodes:
         if node.op == "placeholder":
             emit(node)

@@ -1,4 +1,4 @@
-"""Evaluating a node from sizes alone: run its ancestors on made-up inputs at chosen lengths.
+"""The value of a node from sizes alone: run its ancestors on made-up inputs at chosen lengths.
 
 Reads of a tensor's shape are answered from its traced symbolic shape, so an activation whose size a mask
 copies is never computed.
@@ -12,10 +12,11 @@ from typing import Any
 
 import sympy
 import torch
-from torch.fx import GraphModule, Node
+from torch.fx import Node
 from torch.fx.node import map_arg
 
 from .axes import expr, overloads
+from .graphs import ancestors, attribute
 
 aten = torch.ops.aten
 
@@ -61,31 +62,15 @@ def is_size(node: Node) -> bool:
     return isinstance(node.meta.get("val"), (int, float, bool, torch.SymInt)) and node.op != "get_attr"
 
 
-def cone(node: Node) -> list[Node]:
+def value_ancestors(node: Node) -> list[Node]:
     """`node` and every ancestor whose value it depends on, in graph order; sizes are not followed."""
-    seen: set[Node] = set()
-    stack = [node]
-    while stack:
-        current = stack.pop()
-        if current in seen:
-            continue
-        seen.add(current)
-        if not is_size(current):
-            stack.extend(value_inputs(current))
-    return [n for n in node.graph.nodes if n in seen]
+    found = ancestors([node], lambda current: [] if is_size(current) else value_inputs(current))
+    return [n for n in node.graph.nodes if n in found]
 
 
-def leaves(node: Node) -> list[Node]:
+def value_leaves(node: Node) -> list[Node]:
     """Placeholders and attributes whose values `node` depends on."""
-    return [n for n in cone(node) if n.op in ("placeholder", "get_attr") and not is_size(n)]
-
-
-def attribute(module: GraphModule, node: Node) -> Any:
-    """The object a get_attr node reads."""
-    value: Any = module
-    for name in str(node.target).split("."):
-        value = getattr(value, name)
-    return value
+    return [n for n in value_ancestors(node) if n.op in ("placeholder", "get_attr") and not is_size(n)]
 
 
 @dataclass(frozen=True)
@@ -121,9 +106,7 @@ def evaluate(
 
     Raises whatever an operator raises when the sizes do not fit the graph (for example past a buffer's end).
     """
-    module = node.graph.owning_module
-    assert module is not None
-    wanted = cone(node)
+    wanted = value_ancestors(node)
     computed = set(wanted)
     values: dict[Node, Any] = {}
 
@@ -144,7 +127,7 @@ def evaluate(
                 assert isinstance(traced, torch.Tensor)
                 values[current] = feed(current, sizes.shape(traced))
             elif current.op == "get_attr":
-                values[current] = attribute(module, current)
+                values[current] = attribute(current)
             else:
                 arguments = map_arg(current.args, lookup)
                 if replaced and current.target in replace_in:
@@ -169,15 +152,13 @@ def constant(node: Node, limit: int = 64) -> torch.Tensor | None:
 
     `limit` bounds how many nodes are run.
     """
-    ancestors = cone(node)
-    if len(ancestors) > limit or node.graph.owning_module is None:
+    needed = value_ancestors(node)
+    if len(needed) > limit or node.graph.owning_module is None:
         return None
-    for ancestor in ancestors:
+    for ancestor in needed:
         if ancestor.op == "placeholder" or isinstance(ancestor.meta.get("val"), torch.SymInt):
             return None
-        if ancestor.op == "get_attr" and isinstance(
-            attribute(node.graph.owning_module, ancestor), torch.nn.Parameter
-        ):
+        if ancestor.op == "get_attr" and isinstance(attribute(ancestor), torch.nn.Parameter):
             return None
     try:
         return evaluate(node, Sizes({}), _no_inputs)

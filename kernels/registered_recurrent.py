@@ -1,4 +1,4 @@
-"""The registered operators of the constant-size state; what they compute is said in `state.py`.
+"""The registered operators of the constant-size state; what they compute is said in `recurrent.py`.
 
 They change the state's tensors in place (declared as mutations, so `torch.compile` and `torch.export` know)
 and have no gradient: training runs `torch.ops.linearize.augmented_attention` over whole sequences. Defined
@@ -15,7 +15,8 @@ from torch import Tensor
 from . import dispatch
 from . import recurrent as plain
 from .recurrent import State
-from .registered import compute_causal, floats, full_precision
+from .registered import compute_causal, floats
+from .tensors import full_precision
 
 _STATE = (
     "Tensor(a!) recurrent, Tensor(b!) key_window, Tensor(c!) value_window, "

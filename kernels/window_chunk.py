@@ -17,6 +17,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .saved import save, saved
+from .tensors import take_rows
+
 _ARGUMENTS = (
     "Tensor query, Tensor key, Tensor value, Tensor? key_mask, SymInt? query_start, "
     "Tensor? query_start_tensor, int window, bool causal"
@@ -141,7 +144,7 @@ def forward(
         real = key_mask.index_select(1, columns)
         count = key_mask.sum(1, keepdim=True)
         first = rank[:, :1] + 1 - real[:, :1].long()
-        query = _take(query, torch.argsort(~real, dim=1, stable=True))
+        query = take_rows(query, torch.argsort(~real, dim=1, stable=True))
         back = (rank - first).clamp(min=0)
 
     span = before + block + after
@@ -150,8 +153,8 @@ def forward(
     source = position.clamp(min=0).clamp(max=keys - 1)
     if order is not None:
         source = order.gather(1, source)
-    near_keys = _take(key, source).unfold(2, span, block)  # [B, Hkv, N, D, span]
-    near_values = _take(value, source).unfold(2, span, block)
+    near_keys = take_rows(key, source).unfold(2, span, block)  # [B, Hkv, N, D, span]
+    near_values = take_rows(value, source).unfold(2, span, block)
     lag = torch.arange(block, device=device)[:, None] + before - torch.arange(span, device=device)
     seen = present.unfold(-1, span, block).unsqueeze(-2) & (lag >= -after) & (lag <= before)
     seen = seen[:, None] if seen.dim() == 3 else seen[:, None, :, None]  # [..., N, 1, block, span]
@@ -161,15 +164,7 @@ def forward(
     weights, size = weigh(scores, ~seen)
     out = (weights.flatten(3, 4) @ near_values.mT).unflatten(3, (-1, block))
     joined = torch.cat([out, size], dim=-1).transpose(2, 3).flatten(3, 4)[:, :, :, :length]
-    return joined if back is None else _take(joined, back) * real[:, None, None, :, None]
-
-
-def _take(x: Tensor, index: Tensor) -> Tensor:
-    """Rows `index` ([n], or [B, n] when the rows of the batch differ) of x [B, ..., L, D]."""
-    if index.dim() == 1:
-        return x.index_select(-2, index)
-    index = index.reshape(index.shape[0], *(1,) * (x.dim() - 3), index.shape[1], 1)
-    return x.gather(-2, index.expand(*x.shape[:-2], index.shape[-2], x.shape[-1]))
+    return joined if back is None else take_rows(joined, back) * real[:, None, None, :, None]
 
 
 def _operator(name: str, weigh: Weigh, settings: str = "") -> Any:
@@ -204,16 +199,8 @@ def _operator(name: str, weigh: Weigh, settings: str = "") -> Any:
     def _backward_fake(grad: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
         return tuple(x.new_empty(x.shape) for x in inputs[:3])
 
-    def save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        ctx.is_tensor = [isinstance(item, Tensor) for item in inputs]
-        ctx.others = [None if isinstance(item, Tensor) else item for item in inputs]
-        ctx.save_for_backward(*(item for item in inputs if isinstance(item, Tensor)))
-
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        saved = iter(ctx.saved_tensors)
-        inputs = [
-            next(saved) if there else other for there, other in zip(ctx.is_tensor, ctx.others, strict=True)
-        ]
+        inputs = saved(ctx)
         needed, rest = ctx.needs_input_grad[:3], (None,) * (len(inputs) - 3)
         if torch.is_grad_enabled():  # the caller will differentiate the gradients again
             wanted = [x for x, need in zip(inputs[:3], needed, strict=True) if need]

@@ -1,0 +1,67 @@
+"""Small functions of tensors that several kernels share."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def widen(x: Tensor) -> Tensor:
+    """x in float32, or in float64 where it is float64 already."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def unit(x: Tensor) -> Tensor:
+    """x / |x| along the last axis. A row of zeros stays zero, with a gradient of one, not of 1 / epsilon."""
+    return x / norm_or_one(x)
+
+
+def norm_or_one(x: Tensor) -> Tensor:
+    """|x| along the last axis, kept as an axis of one; 1 for a row of zeros."""
+    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    return torch.where(norm > 0, norm, torch.ones_like(norm))
+
+
+def unit_of_any_size(x: Tensor) -> Tensor:
+    """As `unit`, for rows whose squares would overflow or vanish: divided by their largest entry first."""
+    largest = x.detach().abs().amax(-1, keepdim=True)
+    return unit(x / torch.where(largest > 0, largest, torch.ones_like(largest)))
+
+
+def ones(x: Tensor) -> Tensor:
+    """x [..., D] -> ones [..., 1]: a query and a key whose product is 1."""
+    return x.new_ones(x.shape[:-1]).unsqueeze(-1)
+
+
+def with_one(value: Tensor) -> Tensor:
+    """value [..., Dv] -> [..., Dv + 1], the last column 1: one sum of it gives numerator and denominator."""
+    return torch.cat([value, ones(value)], dim=-1)
+
+
+def per_kv_head(x: Tensor, matrix: Tensor) -> Tensor:
+    """x [B, Hkv, R, T, m] @ matrix [B, Hkv, m, n] -> [B, Hkv, R, T, n]; the matrix is not repeated."""
+    return (x.flatten(2, 3) @ matrix).unflatten(2, x.shape[2:4])
+
+
+def take_rows(x: Tensor, index: Tensor) -> Tensor:
+    """Rows `index` ([n], or [B, n] when the rows of the batch differ) of x [B, ..., L, D]."""
+    if index.dim() == 1:
+        return x.index_select(-2, index)
+    index = index.reshape(index.shape[0], *(1,) * (x.dim() - 3), index.shape[1], 1)
+    return x.gather(-2, index.expand(*x.shape[:-2], index.shape[-2], x.shape[-1]))
+
+
+def at_lag(weight: Tensor, lag: Tensor) -> Tensor:
+    """weight [..., n] at lags of any shape: [..., *lags], zero outside 0..n-1."""
+    inside = (lag >= 0) & (lag < weight.shape[-1])
+    return weight[..., lag.clamp(0, weight.shape[-1] - 1)] * inside
+
+
+def full_precision(device: torch.device) -> AbstractContextManager[Any]:
+    """Keep autocast from rounding what runs inside; entered only when needed, so that graphs stay plain."""
+    if torch.is_autocast_enabled(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return nullcontext()

@@ -1,0 +1,10 @@
+from .export import Exported as Exported
+from .export import export_onnx as export_onnx
+from .genai import write_genai as write_genai
+from .library import build_library as build_library
+from .library import register as register
+from .library.cuda.build import build_cuda_library as build_cuda_library
+from .programs import StateNames as StateNames
+from .quantization import Quantized as Quantized
+from .quantization import quantize as quantize
+from .runtime import OrtModel as OrtModel

@@ -1,0 +1,119 @@
+"""The attention of one site in one call, whichever route the call came by.
+
+There are four ways: after a state of constant size, with the summary of an encoder's output, over all keys by
+the mechanism, and by exact softmax. Shapes everywhere: query `[B, H, T, D]`, key `[B, Hkv, S, D]`, value
+`[B, Hkv, S, Dv]`, output `[B, H, T, Dv]`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .call import Call
+from .masks import check_structure, key_mask_of, new_tokens, position_mask
+
+
+def attend(
+    call: Call,
+    slot: int,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    *,
+    masked_columns: bool = True,
+    bias: Tensor | None = None,
+    sinks: Tensor | None = None,
+    dropout: float | None = None,
+) -> Tensor:
+    """Run the owner's `slot`-th child on one call's tensors.
+
+    Args:
+        call: the call of the owner.
+        slot: which of the owner's sites.
+        query, key, value: see the module's docstring; key and value are all of them, or the new ones where
+            the call has a state.
+        mask: bool (True keeps) or additive, broadcastable to `[B, H, T, S]`; None when all may be seen.
+        masked_columns: the mask has a column for every key of the cache, not only for the new ones.
+        bias: relative position bias `[1, H, T, S]`, exact softmax and mechanisms that keep it.
+        sinks: one logit per head `[H]`, exact softmax only.
+        dropout: probability on the weights of exact softmax in training; None for what the plan says.
+
+    Raises:
+        InputError: the mask says more than the mechanism can follow, or the cache was left midway.
+    """
+    child = call.child(slot)
+    start = call.query_start(slot, query.shape[2])
+    call.check_cache(slot, query.shape[2])
+    if call.state is not None:
+        return _after_state(call, slot, query, key, value, mask, start if masked_columns else None)
+    key_mask = key_mask_of(mask, key.shape[0], key.shape[2])
+    if call.cross is not None and key is call.cross.keys and value is call.cross.values:
+        return child.recall(query, key, value, call.cross.summary(child, key_mask), start)
+    if start is not None and child.spec.causal:
+        key_mask = _filled(key_mask, key, start, query.shape[2])
+    if child.is_exact:
+        return _exact(child, query, key, value, mask, key_mask, start, bias, sinks, dropout)
+    if mask is not None and key_mask is not None and call.record.plain and bias is None and sinks is None:
+        check_structure(mask, key_mask, child.spec.causal, start, call.record.path)
+    more = {"bias": bias} if child.keeps_bias else {}
+    return child(query, key, value, key_mask=key_mask, query_start=start, **more)
+
+
+def _after_state(
+    call: Call,
+    slot: int,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    start: int | Tensor | None,
+) -> Tensor:
+    """After what the state has seen; key and value are the new tokens'."""
+    state, real = call.state, None
+    assert state is not None
+    if state.tree is None:  # the nodes of a draft tree are all real, and its mask is not causal
+        real = new_tokens(mask, key.shape[0], key.shape[2], start, call.record.path)
+    return state.extend(call.child(slot), query, key, value, real)
+
+
+def _exact(
+    child: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    key_mask: Tensor | None,
+    start: int | Tensor | None,
+    bias: Tensor | None,
+    sinks: Tensor | None,
+    dropout: float | None,
+) -> Tensor:
+    """Softmax under the whole mask, where it has a row for each query, with bias and sinks."""
+    full = mask if mask is not None and mask.shape[-2] == query.shape[2] else None
+    if full is None and child.spec.causal and bias is not None:
+        full = position_mask(query.shape[2], key.shape[2], start, key.device)
+    if bias is not None:
+        full = _biased(bias[..., : key.shape[2]], full)
+    return child(
+        query, key, value, key_mask=key_mask, query_start=start, mask=full, sinks=sinks, dropout=dropout
+    )
+
+
+def _filled(key_mask: Tensor | None, key: Tensor, start: int | Tensor, queries: int) -> Tensor:
+    """Real keys `[B, S]` without the slots of a static cache after the last query, which are empty."""
+    columns = torch.arange(key.shape[2], device=key.device)
+    filled = (columns < start + queries)[None].expand(key.shape[0], -1)
+    return filled if key_mask is None else key_mask & filled
+
+
+def _biased(bias: Tensor, mask: Tensor | None) -> Tensor:
+    """Additive mask of a score bias where `mask` (bool or additive) lets it be seen."""
+    if mask is None:
+        return bias
+    if mask.dtype == torch.bool:
+        return torch.where(mask, bias, torch.finfo(bias.dtype).min)
+    return bias + mask
