@@ -56,3 +56,9 @@ class ExportError(LinearizeError, RuntimeError):
 
 class LibraryError(LinearizeError, RuntimeError):
     """The operators for onnxruntime cannot be built, or a file to run them on cannot be read."""
+
+
+def require(ok: bool, name: str, value: object, expected: str) -> None:
+    """Raise ConfigError with the setting, what it must be and what it is, unless `ok`."""
+    if not ok:
+        raise ConfigError(f"{name} must be {expected}, got {value!r}")

@@ -9,7 +9,7 @@ from difflib import get_close_matches
 from typing import Any
 
 from .. import mechanisms
-from ..errors import ConfigError
+from ..errors import ConfigError, require
 from ..mechanisms.base import DROPPABLE
 
 VERSION = 2
@@ -76,36 +76,36 @@ class LinearizeConfig:
             if isinstance(getattr(self, name), list | set | frozenset | range):
                 object.__setattr__(self, name, tuple(getattr(self, name)))
         mechanism = mechanisms.get(self.mechanism)
-        _require(
+        require(
             _is_int(self.group_size) and self.group_size >= 1, "group_size", self.group_size, "an int >= 1"
         )
-        _require(_is_int(self.conv_taps) and self.conv_taps >= 1, "conv_taps", self.conv_taps, "an int >= 1")
+        require(_is_int(self.conv_taps) and self.conv_taps >= 1, "conv_taps", self.conv_taps, "an int >= 1")
         scale = self.local_scale
         number = isinstance(scale, int | float) and not isinstance(scale, bool)
-        _require(number and abs(scale) < float("inf"), "local_scale", scale, "a finite number")
+        require(number and abs(scale) < float("inf"), "local_scale", scale, "a finite number")
         choice = self.augmentation
-        _require(choice is None or isinstance(choice, bool), "augmentation", choice, "True, False or None")
+        require(choice is None or isinstance(choice, bool), "augmentation", choice, "True, False or None")
         if self.augmentation and mechanism.augmentation is None:
             raise ConfigError(f"augmentation: mechanism {self.mechanism!r} takes no convolution")
         named = isinstance(self.options, Mapping) and all(isinstance(name, str) for name in self.options)
-        _require(named, "options", self.options, "a mapping of option names to values")
+        require(named, "options", self.options, "a mapping of option names to values")
         mechanism.check_options(self.options)
         object.__setattr__(self, "options", Options(self.options))
-        _require(
+        require(
             self.layers is None or (isinstance(self.layers, tuple) and all(map(_is_index, self.layers))),
             "layers",
             self.layers,
             "layer indices (ints >= 0), or None for all layers",
         )
-        _require(
+        require(
             isinstance(self.keep_softmax, tuple)
             and all(_is_index(item) or isinstance(item, str) for item in self.keep_softmax),
             "keep_softmax",
             self.keep_softmax,
             "layer indices (ints >= 0) or module paths",
         )
-        _require(self.on_refusal in ("error", "keep"), "on_refusal", self.on_refusal, "'error' or 'keep'")
-        _require(
+        require(self.on_refusal in ("error", "keep"), "on_refusal", self.on_refusal, "'error' or 'keep'")
+        require(
             isinstance(self.approximate, tuple) and all(item in DROPPABLE for item in self.approximate),
             "approximate",
             self.approximate,
@@ -157,11 +157,6 @@ class LinearizeConfig:
                 hint = f"did you mean {close[0]!r}?" if close else f"known fields: {', '.join(known)}"
                 raise ConfigError(f"unknown config field {name!r}; {hint}")
         return cls(**fields)
-
-
-def _require(ok: bool, name: str, value: object, expected: str) -> None:
-    if not ok:
-        raise ConfigError(f"{name} must be {expected}, got {value!r}")
 
 
 def _is_int(value: object) -> bool:

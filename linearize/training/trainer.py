@@ -17,7 +17,7 @@ from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Table
 from torch import Tensor, nn
 
-from ..errors import ConfigError, MissingExtraError, TrainingError
+from ..errors import ConfigError, MissingExtraError, TrainingError, require
 from ..rewrite.snapshot import Snapshot
 from .checkpoints import newest_checkpoint
 from .data import Collate, TrainingData
@@ -82,16 +82,16 @@ class TrainingSettings:
 
     def __post_init__(self) -> None:
         for name in ("batch_size", "gradient_accumulation", "save_total_limit", "logging_steps"):
-            _require(getattr(self, name) >= 1, name, getattr(self, name), "1 or more")
-        _require(self.epochs > 0, "epochs", self.epochs, "above 0")
+            require(getattr(self, name) >= 1, name, getattr(self, name), "1 or more")
+        require(self.epochs > 0, "epochs", self.epochs, "above 0")
         for name in ("max_steps", "save_steps"):
             value = getattr(self, name)
-            _require(value is None or value >= 1, name, value, "1 or more, or None")
+            require(value is None or value >= 1, name, value, "1 or more, or None")
         for name in ("learning_rate", "new_learning_rate"):
             value = getattr(self, name)
-            _require(value is None or 0 < value < math.inf, name, value, "a number above 0")
-        _require(0 <= self.warmup < 1, "warmup", self.warmup, "a share of the steps, 0 or more and below 1")
-        _require(0 <= self.held_out < 1, "held_out", self.held_out, "a share of the rows, below 1")
+            require(value is None or 0 < value < math.inf, name, value, "a number above 0")
+        require(0 <= self.warmup < 1, "warmup", self.warmup, "a share of the steps, 0 or more and below 1")
+        require(0 <= self.held_out < 1, "held_out", self.held_out, "a share of the rows, below 1")
         if self.resume and self.output_dir is None:
             raise ConfigError("resume continues from a checkpoint in output_dir: give output_dir=")
 
@@ -298,8 +298,3 @@ def _trainer_classes() -> tuple[Any, Any]:
     from .guarded import GuardedTrainer
 
     return GuardedTrainer, TrainingArguments
-
-
-def _require(ok: bool, name: str, value: object, expected: str) -> None:
-    if not ok:
-        raise ConfigError(f"{name} must be {expected}, got {value!r}")
