@@ -24,7 +24,7 @@ from ..mechanisms.composed import widen
 from ..mechanisms.module import AttentionModule
 from ..planning.plan import SitePlan
 from ..planning.state import state_of
-from .observers import real_queries, watching, why_unseen
+from .observers import Observation, watching, why_unseen
 
 TOKENS = 50_000
 """The default number of tokens that are read; far fewer give the same fit."""
@@ -128,32 +128,25 @@ class _Fit:
             getattr(self._probe, name).data.zero_()
         self._gram: Tensor | None = None
 
-    def see(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        target: Tensor,
-        key_mask: Tensor | None,
-        query_start: int | Tensor | None,
-    ) -> None:
-        """Add one call. See `Watcher`."""
-        real = _spread(real_queries(key_mask, query, key, query_start, self.module.spec.cross))
-        tensors = (widen(query), widen(key), widen(value))
-        wanted = _rows(widen(target), real)
+    def see(self, call: Observation) -> None:
+        """Add one call."""
+        rows = _spread(call.real_queries())
+        tensors = (widen(call.query), widen(call.key), widen(call.value))
+        masked = dict(key_mask=call.key_mask, query_start=call.query_start)
+        wanted = _rows(widen(call.target), rows)
         # The output without any weight. Each column below is what a single weight of 1 adds to it.
-        offset = _rows(self._probe(*tensors, key_mask=key_mask, query_start=query_start), real)
+        offset = _rows(self._probe(*tensors, **masked), rows)
         columns = []
         for name in self._names:
             parameter = _columns(getattr(self._probe, name).data)
             for column in parameter.unbind(1):
                 column.fill_(1)
                 if name == "conv_weight":  # by itself: the rest need not run for every tap
-                    out = self._probe.convolution(*tensors, key_mask, query_start)
-                    columns.append(_rows(out, real))
+                    out = self._probe.convolution(*tensors, call.key_mask, call.query_start)
+                    columns.append(_rows(out, rows))
                 else:
-                    out = self._probe(*tensors, key_mask=key_mask, query_start=query_start)
-                    columns.append(_rows(out, real) - offset)
+                    out = self._probe(*tensors, **masked)
+                    columns.append(_rows(out, rows) - offset)
                 column.zero_()
         # The target is one more column: the regression needs nothing of it but its products.
         joined = torch.stack([*columns, wanted - offset], -1).double()  # [H, N, P + 1]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -13,6 +14,37 @@ from ..mechanisms.module import AttentionModule, SoftmaxAttention
 from ..planning.plan import SitePlan
 
 
+@dataclass(frozen=True)
+class Observation:
+    """One call of a site's attention, and what softmax gave.
+
+    Attributes:
+        query: `[B, H, T, D]`.
+        key: `[B, Hkv, S, D]`.
+        value: `[B, Hkv, S, Dv]`.
+        target: `[B, H, T, Dv]`, the output of softmax.
+        key_mask: bool `[B, S]`, False at padding; None without padding.
+        query_start: The position of the first query among the keys; None for the last T positions.
+        cross: Whether this is cross-attention.
+    """
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    target: Tensor
+    key_mask: Tensor | None
+    query_start: int | Tensor | None
+    cross: bool
+
+    def real_queries(self) -> Tensor:
+        """bool `[B, T]`: the queries that are not padding. All in cross-attention: no mask is of queries."""
+        batch, _, length, _ = self.query.shape
+        if self.key_mask is None or self.cross:
+            return torch.ones(batch, length, dtype=torch.bool, device=self.query.device)
+        start = self.key.shape[2] - length if self.query_start is None else self.query_start
+        return self.key_mask[:, torch.arange(length, device=self.query.device) + start]
+
+
 class Watcher(Protocol):
     """Gets every call of one attention site."""
 
@@ -20,25 +52,8 @@ class Watcher(Protocol):
     def module(self) -> Any:
         """The site's own module, which exact softmax replaces meanwhile."""
 
-    def see(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        target: Tensor,
-        key_mask: Tensor | None,
-        query_start: int | Tensor | None,
-    ) -> None:
-        """Take one call of the attention.
-
-        Args:
-            query: `[B, H, T, D]`.
-            key: `[B, Hkv, S, D]`.
-            value: `[B, Hkv, S, Dv]`.
-            target: `[B, H, T, Dv]`, the output of softmax.
-            key_mask: bool `[B, S]`, False at padding; None without padding.
-            query_start: The position of the first query among the keys; None for the last T positions.
-        """
+    def see(self, call: Observation) -> None:
+        """Take one call."""
 
 
 @contextlib.contextmanager
@@ -70,17 +85,6 @@ def why_unseen(module: Any, site: SitePlan) -> str:
     return ""
 
 
-def real_queries(
-    key_mask: Tensor | None, query: Tensor, key: Tensor, query_start: int | Tensor | None, cross: bool
-) -> Tensor:
-    """bool `[B, T]`: the queries that are not padding. In cross-attention all, for no mask is of queries."""
-    batch, _, length, _ = query.shape
-    if key_mask is None or cross:
-        return torch.ones(batch, length, dtype=torch.bool, device=query.device)
-    start = key.shape[2] - length if query_start is None else query_start
-    return key_mask[:, torch.arange(length, device=query.device) + start]
-
-
 class _InterfaceObserver(SoftmaxAttention):
     """The attention of a site on the attention interface, with its whole mask, which includes any bias."""
 
@@ -88,7 +92,7 @@ class _InterfaceObserver(SoftmaxAttention):
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, **call: Any) -> Tensor:
         out = super().forward(query, key, value, **call)
-        self.watcher.see(query, key, value, out, call.get("key_mask"), call.get("query_start"))
+        self.watcher.see(_observation(self, query, key, value, out, call))
         return out
 
 
@@ -99,5 +103,17 @@ class _PlainObserver(AttentionModule):
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, **call: Any) -> Tensor:
         out = SoftmaxAttention(self.spec).eval()(query, key, value, **call)
-        self.watcher.see(query, key, value, out, call.get("key_mask"), call.get("query_start"))
+        self.watcher.see(_observation(self, query, key, value, out, call))
         return out
+
+
+def _observation(
+    module: AttentionModule,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    target: Tensor,
+    call: Mapping[str, Any],
+) -> Observation:
+    start = call.get("query_start")
+    return Observation(query, key, value, target, call.get("key_mask"), start, module.spec.cross)

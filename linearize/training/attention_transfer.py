@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..calibration.observers import real_queries, watching, why_unseen
+from ..calibration.observers import Observation, watching, why_unseen
 from ..common.running import without_cache
 from ..errors import InputError, InvalidModelError
 from ..planning.state import state_of
@@ -90,20 +90,14 @@ class _Student:
         self.module = module
         self.losses: list[Tensor] = []
 
-    def see(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        target: Tensor,
-        key_mask: Tensor | None,
-        query_start: int | Tensor | None,
-    ) -> None:
-        """See `Watcher`. The tensors have no gradient, because the model runs without."""
-        real = real_queries(key_mask, query, key, query_start, self.module.spec.cross)[:, None, :, None]
+    def see(self, call: Observation) -> None:
+        """Add the loss of one call. Its tensors have no gradient, because the model runs without."""
+        real = call.real_queries()[:, None, :, None]
         with torch.enable_grad():
-            out = self.module(query, key, value, key_mask=key_mask, query_start=query_start)
-            wanted = torch.where(real, target.float(), 0.0)
+            out = self.module(
+                call.query, call.key, call.value, key_mask=call.key_mask, query_start=call.query_start
+            )
+            wanted = torch.where(real, call.target.float(), 0.0)
             distance = (torch.where(real, out.float(), 0.0) - wanted).square().sum()
             tiny = torch.finfo(torch.float32).tiny
             self.losses.append(distance / wanted.square().sum().clamp_min(tiny))

@@ -213,7 +213,7 @@ def _check_ids(model: nn.Module, rows: Sequence[Mapping[str, Tensor]]) -> None:
             low, high = int(ids.min()), int(ids.max())
             if high >= size or (low < 0 and not (name == "labels" and low == IGNORED)):
                 raise InputError(
-                    f"{name} has the id {high if high >= size else low}, but the model's vocabulary has "
+                    f"{name} have the id {high if high >= size else low}, but the model's vocabulary has "
                     f"{size} ids: the data comes from another tokenizer"
                 )
 

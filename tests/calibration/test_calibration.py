@@ -13,6 +13,7 @@ from torch import nn
 
 import linearize as lz
 from linearize.calibration.calibrate import Calibration, _Fit, calibrate
+from linearize.calibration.observers import Observation
 from linearize.demo.walkthrough import encode, held_out_text, perplexity, training_text, windows
 from linearize.errors import InputError, InvalidModelError
 from linearize.mechanisms.module import AttentionModule
@@ -52,7 +53,7 @@ def test_weights_that_made_the_target_are_found_again(mechanism: str, causal: bo
             target = wanted(query, key, value, key_mask=mask)
             # What stands at padding must not count.
             target = torch.where(mask[:, None, :, None], target, 1e3)
-            fit.see(query, key, value, target, mask, None)
+            fit.see(Observation(query, key, value, target, mask, None, module.spec.cross))
     solution, report = fit.solve()
     assert report.after < 1e-4 < report.before
     fit.assign(solution)

@@ -16,7 +16,7 @@ from transformers import AutoTokenizer
 from linearize import Medusa, MedusaHeads, PromptLookup, Tree, TreeSpeculation, train_heads
 from linearize.common.text import text_tokens
 from linearize.errors import CheckpointError, ConfigError, InputError, MissingExtraError
-from linearize.generation.speculative import training
+from linearize.generation.speculative import rates, training
 
 GREEDY: dict[str, Any] = dict(max_new_tokens=40, do_sample=False, pad_token_id=0, eos_token_id=None)
 TREE = Tree(((0,), (1,), (2,), (0, 0), (0, 1), (1, 0), (0, 0, 0)))
@@ -187,8 +187,9 @@ def test_heads_learn_on_what_the_model_writes(
     model: Any, said: torch.Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     read: list[torch.Tensor] = []
-    record = training.read
-    monkeypatch.setattr(training, "read", lambda model, ids: read.append(ids[0]) or record(model, ids))
+    real = rates.hidden_states
+    for user in (training, rates):
+        monkeypatch.setattr(user, "hidden_states", lambda model, ids: read.append(ids[0]) or real(model, ids))
     model.generation_config.eos_token_id = end = int(said[0, 20])
     try:
         train_heads(model, said[:8], num_heads=1, context=24, epochs=1)

@@ -278,9 +278,9 @@ def test_settings_beyond_ours_reach_the_trainer(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "settings, match",
     (
-        (dict(method="all"), "method is one of lora, full, got 'all'"),
-        (dict(method="full", lora={"r": 2}), "lora= has settings"),
-        (dict(batch=3), "unknown setting.*batch; there are.*batch_size"),
+        (dict(method="all"), "method must be one of lora, full, got 'all'"),
+        (dict(method="full", lora={"r": 2}), "lora= is for method='lora'"),
+        (dict(batch=3), "unknown setting.*batch; the settings are.*batch_size"),
         (dict(batch_size=0), "batch_size must be 1 or more, got 0"),
         (dict(epochs=0), "epochs must be above 0"),
         (dict(learning_rate=0.0), "learning_rate must be a number above 0"),
