@@ -252,8 +252,8 @@ class _Call:
         self.weights = dict(ALPHA=alpha, SCALE=local_scale)
         self.state: Tensor | None = None
         self.grad_state: Tensor | None = None
-        outputs = (self.buffer(*x.shape, dtype=x.dtype) for x in (query, key, value))
-        self.found = Gradients(*outputs, None, None, None)
+        dquery, dkey, dvalue = (self.buffer(*x.shape, dtype=x.dtype) for x in (query, key, value))
+        self.found = Gradients(dquery, dkey, dvalue, None, None, None)
 
     def buffer(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=self.query.device)
