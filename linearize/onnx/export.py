@@ -117,7 +117,8 @@ def export_onnx(
     with files.staged(target, single) as folder:
         model = _in_dtype(model, dtype)
         if single:
-            makers = dict.fromkeys([target.name], *makers.values())
+            (only,) = makers.values()
+            makers = {target.name: only}
         written, programs_, nodes = _write(model, makers, folder, opset, external_data)
         if not single:
             written += _configuration(model, folder)
