@@ -2,9 +2,9 @@
 
 `schema.py` says what the operators mean, and `body.py` with `blocks.py` writes them in standard operators;
 what is a mechanism's own stands in the mechanism's file (`mechanisms/onnx_form.py`). `programs.py` traces a
-model, `nodes.py` and `past.py` being what its attention and its cache become; `file.py` writes it, and `genai.py`
-what onnxruntime-genai needs beside it. `quantization.py` makes weights smaller, `runtime.py` runs a file,
-`library/` makes it faster. Nothing outside of this package imports it at import time.
+model, `nodes.py` and `past.py` being what its attention and its cache become; `file.py` writes it, and
+`genai.py` what onnxruntime-genai needs beside it. `quantization.py` makes weights smaller, `runtime.py` runs
+a file, `library/` makes it faster. Nothing outside of this package imports it at import time.
 """
 
 from __future__ import annotations
