@@ -43,11 +43,23 @@ def forward(
     state: Tensor | None = None,
     before: int = 0,
 ) -> Tensor:
-    """query [B, H, T, D], key [B, Hkv, T, D], value [B, Hkv, before + T, Dv] -> [B, H, T, Dv] like value.
+    """The causal operator on aligned, unpadded tokens, of which the first one starts a group.
 
-    alpha, local_scale [H]; conv_weight [H, K]; local_bias [H, G]; None leaves a part out. Query head h reads
-    key/value head h // (H // Hkv). The first query starts a group; `state` [B, Hkv, D, Dv] sums k^T v over
-    the groups before it, and the first `before` rows of value are the ones just before it.
+    Args:
+        query: [B, H, T, D]; query head h reads key/value head h // (H // Hkv).
+        key: [B, Hkv, T, D].
+        value: [B, Hkv, before + T, Dv].
+        alpha, local_scale: [H]; None leaves the part out.
+        conv_weight: [H, K]; None leaves the convolution out.
+        activation: One of `activations.ACTIVATIONS`.
+        group_size: G.
+        normalize: Divide rows of query and key by their norms.
+        local_bias: [H, G], added to the weights inside a group by lag; None: no bias.
+        state: [B, Hkv, D, Dv], the sum of k^T v over the groups before the first query; None: none.
+        before: Rows at the beginning of `value` that stand just before the first query.
+
+    Returns:
+        [B, H, T, Dv] in the dtype of `value`.
     """
     groups = _Groups(query, key, value, alpha, local_scale, conv_weight, local_bias, group_size, before)
     act = ACTIVATIONS[activation].overwrite
@@ -85,7 +97,16 @@ def backward(
     state: Tensor | None = None,
     before: int = 0,
 ) -> tuple[Tensor | None, ...]:
-    """Gradients of `forward`'s query, key, value, alpha, local_scale, conv_weight, local_bias and state."""
+    """The gradients of `forward`.
+
+    Args:
+        grad: [B, H, T, Dv], of its result.
+        query, key, value, ...: Its arguments.
+
+    Returns:
+        Gradients of query, key, value, alpha, local_scale, conv_weight, local_bias and state, each in the
+        dtype of its argument, None for one that is None.
+    """
     groups = _Groups(query, key, value, alpha, local_scale, conv_weight, local_bias, group_size, before)
     found = _Gradients(groups, query, key, value, activation)
     anchors = {} if alpha is None else _anchors(groups, key, value, state, normalize)

@@ -71,10 +71,25 @@ def augmented_attention(
     query_start: int = 0,
     normalize: bool = True,
 ) -> Tensor:
-    """query [B, H, T, D], key [B, H, S, D], value [B, H, S, Dv] -> [B, H, T, Dv], all float64.
+    """The formula of the module's docstring. Nothing is checked, and there is no padding.
 
-    T == S unless `cross` or `query_start` is set; heads are already repeated; there is no padding. alpha or
-    local_scale None leaves its part out.
+    Args:
+        query: [B, H, T, D].
+        key: [B, H, S, D], heads already repeated. T == S unless `cross` or `query_start` is set.
+        value: [B, H, S, Dv].
+        alpha: A number, or one per head; None leaves the grouped part out.
+        conv_weight: [H, K]; None leaves the convolution out.
+        local_scale: A number, or one per head; None leaves the local part out.
+        local_bias: [H, G], or [H, 2G - 1] when not causal; None: no bias.
+        activation: One of `ACTIVATIONS`.
+        group_size: G.
+        causal: The causal form; otherwise the bidirectional one, or with `cross` that one.
+        cross: The form for queries and keys of different sequences.
+        query_start: Position of the first query.
+        normalize: Divide rows of query and key by their norms.
+
+    Returns:
+        float64 [B, H, T, Dv].
     """
     query, key, value = query.double(), key.double(), value.double()
     t = torch.arange(query.shape[2])[:, None] + query_start

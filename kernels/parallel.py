@@ -53,11 +53,21 @@ def augmented_attention(
     normalize: bool = True,
     composed: bool = False,
 ) -> Tensor:
-    """query [B, H, T, D], key [B, Hkv, S, D], value [B, Hkv, S, Dv] -> [B, H, T, Dv] in value's dtype.
+    """Every form of the operator. Nothing is checked here; `linearize.ops.augmented_attention` does that.
 
-    alpha and local_scale [H], conv_weight [H, K], local_bias [H, G] or [H, 2G - 1]; None leaves a part out.
-    Query head h reads key/value head h // (H // Hkv). The rest is described and checked in
-    `linearize.ops.augmented_attention`; nothing is checked here.
+    Args:
+        query: [B, H, T, D]; query head h reads key/value head h // (H // Hkv).
+        key: [B, Hkv, S, D].
+        value: [B, Hkv, S, Dv].
+        alpha, local_scale: [H]; None leaves the part out.
+        conv_weight: [H, K]; None leaves the convolution out.
+        local_bias: [H, G], or [H, 2G - 1] when not causal; None: no bias.
+        activation, group_size, causal, cross, key_mask, normalize: As for the checked operator.
+        query_start: As there; an int, a 0-d tensor or None.
+        composed: Form the states of all groups at once, so that gradients can be differentiated again.
+
+    Returns:
+        [B, H, T, Dv] in the dtype of `value`.
     """
     heads, kv_heads, length = query.shape[1], key.shape[1], query.shape[2]
     dtype = torch.float64 if value.dtype == torch.float64 else torch.float32

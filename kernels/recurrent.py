@@ -57,9 +57,18 @@ def step(
     normalize: bool,
     active: Tensor | None,
 ) -> Tensor:
-    """One token: query [B, H, 1, D], key [B, Hkv, 1, D], value [B, Hkv, 1, Dv] -> [B, H, 1, Dv].
+    """One token after the state, which takes it in.
 
-    The state is changed in place, except for rows that are not `active` (bool [B]), whose output is zero.
+    Args:
+        query: [B, H, 1, D]; query head h reads key/value head h // (H // Hkv).
+        key: [B, Hkv, 1, D].
+        value: [B, Hkv, 1, Dv].
+        recurrent, key_window, value_window, length, folded: The state, changed in place.
+        alpha, local_scale, conv_weight, activation, group_size, normalize: As for `chunk.forward`.
+        active: Bool [B]; the other rows keep their state, and their output is zero. None: all are active.
+
+    Returns:
+        [B, H, 1, Dv] in the dtype of `value`.
     """
     state = State(recurrent, key_window, value_window, length, folded)
     if active is not None:  # whatever padding holds, NaN included
@@ -90,11 +99,22 @@ def tree(
     group_size: int,
     normalize: bool,
 ) -> Tensor:
-    """N draft nodes: query [B, H, N, D], key [B, Hkv, N, D], value [B, Hkv, N, Dv] -> [B, H, N, Dv].
+    """N draft nodes after the state, which is only read.
 
-    depth int64 [B, N]: a node sits at position length + depth. ancestors bool [B, N, N]: [u, a] is True when
-    a is u or an ancestor of u. The state is read only. Position decides what is the same group, so a branch
-    may cross a group border anywhere; the convolution reads the ancestors, then what was committed.
+    Position decides what is the same group, so a branch may cross a group border anywhere; the convolution
+    reads the ancestors, then what was committed.
+
+    Args:
+        query: [B, H, N, D].
+        key: [B, Hkv, N, D].
+        value: [B, Hkv, N, Dv].
+        recurrent, key_window, value_window, length, folded: The state.
+        depth: int64 [B, N]; a node sits at position length + depth.
+        ancestors: Bool [B, N, N]; [u, a] is True when a is u or an ancestor of u.
+        alpha, local_scale, conv_weight, activation, group_size, normalize: As for `chunk.forward`.
+
+    Returns:
+        [B, H, N, Dv] in the dtype of `value`.
     """
     kv_heads, window = key.shape[1], key_window.shape[2]
     dtype = torch.float64 if value.dtype == torch.float64 else torch.float32
@@ -134,7 +154,15 @@ def tree(
 def append(
     key: Tensor, value: Tensor, state: State, group_size: int, normalize: bool, real: Tensor | None
 ) -> None:
-    """Commit tokens: key [B, Hkv, T, D], value [B, Hkv, T, Dv]; only those that are `real` (bool [B, T])."""
+    """Take tokens into the state whose outputs are known.
+
+    Args:
+        key: [B, Hkv, T, D].
+        value: [B, Hkv, T, Dv].
+        state: Changed in place.
+        group_size, normalize: As for `chunk.forward`.
+        real: Bool [B, T], False for tokens to leave out; None: none.
+    """
     ranks = None if real is None else Ranks(real)
     if ranks is not None:
         key, value = ranks.to_front(key), ranks.to_front(value)
@@ -166,7 +194,17 @@ def extend(
 ) -> Tensor:
     """Any number of tokens after the state, as `chunk.forward` would compute them after all earlier ones.
 
-    real: bool [B, T], True for tokens that count; the others change nothing and their output is zero.
+    Args:
+        query: [B, H, T, D].
+        key: [B, Hkv, T, D].
+        value: [B, Hkv, T, Dv].
+        state: Changed in place.
+        alpha, local_scale, conv_weight, activation, group_size, normalize: As for `chunk.forward`.
+        real: Bool [B, T], True for tokens that count; the others change nothing and their output is zero.
+            None: all count.
+
+    Returns:
+        [B, H, T, Dv] in the dtype of `value`.
     """
     ranks = None if real is None else Ranks(real)
     if ranks is not None:

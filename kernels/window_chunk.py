@@ -40,12 +40,20 @@ def softmax_window(
     window: int,
     causal: bool,
 ) -> Tensor:
-    """softmax(q.k) v over the tokens less than `window` away, not later ones if causal; log sum exp(q.k).
+    """softmax(q.k) v over the tokens less than `window` away, and log sum exp(q.k).
 
-    query [B, Hkv, R, T, D], scaled, R query heads per key/value head; key [B, Hkv, S, D]; value
-    [B, Hkv, S, Dv]; one dtype, in which all is computed. key_mask [B, S]: distances count real tokens only.
-    query_start: key column of the first query if causal (None: queries are the last columns).
-    -> [B, Hkv, R, T, Dv + 1], the logarithm in the last column; zeros for padded queries.
+    Args:
+        query: [B, Hkv, R, T, D], scaled: the R query heads of each key/value head. Query, key and value have
+            one dtype, in which all is computed.
+        key: [B, Hkv, S, D].
+        value: [B, Hkv, S, Dv].
+        key_mask: Bool [B, S], True for real tokens; distances count real tokens only. None: all are.
+        query_start: Key column of the first query if causal; None: the queries are the last columns.
+        window: Tokens that are near, the present one included.
+        causal: Later tokens are not seen.
+
+    Returns:
+        [B, Hkv, R, T, Dv + 1], the logarithm in the last column; zeros for padded queries.
     """
     return _softmax_window(query, key, value, key_mask, *_start(query_start), window, causal)
 
@@ -60,7 +68,15 @@ def power_window(
     causal: bool,
     power: int,
 ) -> Tensor:
-    """`softmax_window` with the weights of `power_weights`, and their size in the last column."""
+    """`softmax_window` with the weights of `power_weights`, and their size in the last column.
+
+    Args:
+        query, key, value, key_mask, query_start, window, causal: As there.
+        power: A power of two.
+
+    Returns:
+        [B, Hkv, R, T, Dv + 1], as there.
+    """
     return _power_window(query, key, value, key_mask, *_start(query_start), window, causal, power)
 
 

@@ -83,10 +83,17 @@ def forward(
     *,
     isa: str | None = None,
 ) -> Tensor:
-    """query [B, H, T, D], key [B, Hkv, T, D], value [B, Hkv, T, Dv] -> [B, H, T, Dv] in value's dtype.
+    """The causal operator on aligned, unpadded tokens, any strides.
 
-    alpha and local_scale [H], conv_weight [H, K], each None to leave its part out. Any strides. isa: "avx2"
-    to keep to that instruction set. ValueError for shapes, dtypes or devices that do not fit.
+    Args:
+        query, key, value, alpha, ..., normalize: As for `chunk.forward`, in the dtypes of `DTYPES`.
+        isa: "avx2" keeps to that instruction set; None takes the best.
+
+    Returns:
+        [B, H, T, Dv] in the dtype of `value`.
+
+    Raises:
+        ValueError: Shapes, dtypes or devices do not fit.
     """
     fields, kept = _core(
         query, key, value, alpha, local_scale, conv_weight, activation, group_size, normalize
@@ -112,10 +119,18 @@ def backward(
     *,
     isa: str | None = None,
 ) -> tuple[Tensor | None, ...]:
-    """Gradients of `forward`'s query, key, value, alpha, local_scale and conv_weight; grad is like out.
+    """The gradients of `forward`. Memory beyond them: one state for every 64 groups.
 
-    Each has its input's dtype, and is None where the input is. Memory beyond the gradients: one state for
-    every 64 groups.
+    Args:
+        grad: [B, H, T, Dv], like its result.
+        query, key, value, ...: Its arguments.
+
+    Returns:
+        Gradients of query, key, value, alpha, local_scale and conv_weight, each in the dtype of its argument,
+        None where that is None.
+
+    Raises:
+        ValueError: As for `forward`.
     """
     fields, kept = _core(
         query, key, value, alpha, local_scale, conv_weight, activation, group_size, normalize
@@ -155,11 +170,10 @@ def step(
     *,
     isa: str | None = None,
 ) -> Tensor:
-    """One token after a state (see `recurrent.py`), changed in place: query [B, H, 1, D] -> [B, H, 1, Dv].
+    """`recurrent.step`, with its arguments and result. The windows may have another dtype than `query`.
 
-    key and value [B, Hkv, 1, D or Dv]; rows may differ in length. active: bool [B]; the others keep their
-    state and their output is zero. The windows may have another dtype than query. ValueError for shapes,
-    dtypes, devices or strides that do not fit.
+    Raises:
+        ValueError: Shapes, dtypes, devices or strides do not fit.
     """
     fields, kept = _core(
         query, key, value, alpha, local_scale, conv_weight, activation, group_size, normalize
@@ -191,10 +205,15 @@ def append(
     *,
     isa: str | None = None,
 ) -> None:
-    """Tokens whose outputs are known after a state, changed in place: key and value [B, Hkv, T, D or Dv].
+    """`recurrent.append` of the tokens on a path.
 
-    path: int64 [B, P], the tokens to append in order, -1 for none; None appends all. ValueError as in `step`;
-    IndexError, and no change, for a path that names a token that there is not.
+    Args:
+        key, value, ..., normalize: As there, the state as five tensors.
+        path: int64 [B, P], the tokens to append in order, -1 for none; None appends all.
+
+    Raises:
+        ValueError: As for `step`.
+        IndexError: The path names a token that does not exist; nothing is changed.
     """
     fields, kept = _core(key, key, value, None, None, None, "linear", group_size, normalize)
     state = _state(key, value, None, group_size, recurrent, key_window, value_window, length, folded)
@@ -229,10 +248,10 @@ def tree(
     *,
     isa: str | None = None,
 ) -> Tensor:
-    """N draft nodes after a state, which is only read: query [B, H, N, D] -> [B, H, N, Dv].
+    """`recurrent.tree`, with its arguments and result; ancestors come before their descendants.
 
-    key and value [B, Hkv, N, D or Dv]; depth int64 [B, N], a node sits at position length + depth; ancestors
-    bool [B, N, N], [u, a] True when a is u or an ancestor of u, which come first. ValueError as in `step`.
+    Raises:
+        ValueError: As for `step`.
     """
     fields, kept = _core(
         query, key, value, alpha, local_scale, conv_weight, activation, group_size, normalize

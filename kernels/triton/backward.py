@@ -136,11 +136,15 @@ def backward(
     *,
     target: Target | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of `forward`: arguments as there, grad [B, H, T, Dv] like its result.
+    """The gradients of `forward`. Two runs give the same bits.
 
-    -> gradients of query, key, value (contiguous, in their dtypes), alpha, local_scale, conv_weight (float32;
-    None where the argument is None). Two runs give the same bits. `target` stands in for the device when
-    tiles and splits are chosen.
+    Args:
+        grad: [B, H, T, Dv], of its result.
+        query, key, value, ...: Its arguments.
+
+    Returns:
+        Gradients of query, key and value (contiguous, in their dtypes), and of alpha, local_scale and
+        conv_weight (float32; None where the argument is None).
     """
     target = target_of(query.device) if target is None else target
     launches, found = plan(
@@ -252,8 +256,8 @@ class _Call:
         self.weights = dict(ALPHA=alpha, SCALE=local_scale)
         self.state: Tensor | None = None
         self.grad_state: Tensor | None = None
-        outputs = (self.buffer(*x.shape, dtype=x.dtype) for x in (query, key, value))
-        self.found = Gradients(*outputs, None, None, None)
+        dquery, dkey, dvalue = (self.buffer(*x.shape, dtype=x.dtype) for x in (query, key, value))
+        self.found = Gradients(dquery, dkey, dvalue, None, None, None)
 
     def buffer(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=self.query.device)

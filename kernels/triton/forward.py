@@ -236,12 +236,20 @@ def forward(
     *,
     target: Target | None = None,
 ) -> Tensor:
-    """The causal core of `naive.augmented_attention` on aligned, unpadded tokens.
+    """The causal operator on aligned, unpadded tokens. `supports` (see the package) says what it takes;
+    nothing is checked here.
 
-    query [B, H, T, D], key [B, Hkv, T, D], value [B, Hkv, T, Dv], float32, bfloat16 or float16, any strides;
-    alpha, local_scale [H] and conv_weight [H, K] float32, or None to leave that part out
-    -> [B, H, T, Dv] contiguous, in value's dtype. `supports` (see the package) says what it takes; nothing is
-    checked here. `target` stands in for the device when tiles and splits are chosen.
+    Args:
+        query: [B, H, T, D], float32, bfloat16 or float16, any strides.
+        key: [B, Hkv, T, D] in the same dtype.
+        value: [B, Hkv, T, Dv] in the same dtype.
+        alpha, local_scale: float32 [H]; None leaves the part out.
+        conv_weight: float32 [H, K]; None leaves the convolution out.
+        activation, group_size, normalize: As for `chunk.forward`.
+        target: Stands in for the device when tiles and splits are chosen.
+
+    Returns:
+        [B, H, T, Dv], contiguous, in the dtype of `value`.
     """
     target = target_of(query.device) if target is None else target
     launches, out = plan(

@@ -2,6 +2,8 @@
 
 To add one, add a file here that defines `MECHANISM = Mechanism(...)`; nothing else lists them. Most are
 compositions (`composed.py`): maps of query and key, calls of the one core operator, and what joins them.
+These have a state and an ONNX form without saying more; one with a form of its own says it in its file
+(`windowed.py`, `onnx_form.py`).
 """
 
 from __future__ import annotations

@@ -62,7 +62,14 @@ class Settings(Protocol):
 
 @dataclass(frozen=True)
 class Option:
-    """One setting of a mechanism. meaning: for people; expected: what `valid` accepts, in words."""
+    """One setting of a mechanism.
+
+    Attributes:
+        default: Its value where the user gives none.
+        meaning: What it does, for people.
+        expected: What `valid` accepts, in words.
+        valid: Whether a value is allowed.
+    """
 
     default: int | float | str | None
     meaning: str
@@ -71,7 +78,16 @@ class Option:
 
 
 def whole(default: int | None, meaning: str, least: int = 1) -> Option:
-    """An option that is an int, at least `least`; None is allowed when it is the default."""
+    """An option that is a whole number.
+
+    Args:
+        default: Its value where the user gives none; if that is None, users may give None too.
+        meaning: What it does, for people.
+        least: The smallest value allowed.
+
+    Returns:
+        The option.
+    """
 
     def valid(value: Any) -> bool:
         number = isinstance(value, int) and not isinstance(value, bool) and value >= least
@@ -81,20 +97,33 @@ def whole(default: int | None, meaning: str, least: int = 1) -> Option:
 
 
 def choice(default: str, meaning: str, values: tuple[str, ...]) -> Option:
-    """An option that is one of a few words."""
+    """An option that is one of a few words.
+
+    Args:
+        default: The word where the user gives none.
+        meaning: What it does, for people.
+        values: The words allowed.
+
+    Returns:
+        The option.
+    """
     return Option(default, meaning, " or ".join(map(repr, values)), lambda value: value in values)
 
 
 @dataclass(frozen=True)
 class Mechanism:
-    """A named replacement for softmax attention.
+    """A named replacement for softmax attention: one file of this package says all of it.
 
-    formula: one line for people. build: makes the module of one site; the spec has passed `refusal`.
-    supports: what it carries exactly as the site means it, among the keys of `_REASONS`.
-    options: what `LinearizeConfig.options` may set, by name.
-    augmentation: whether the convolution of the paper is added unless the user says otherwise; None where it
-    cannot be.
-    onnx: its own operator in ONNX files; None where it needs none (a sum of core calls) or has no such form.
+    Attributes:
+        name: What users write in `LinearizeConfig.mechanism`.
+        formula: One line for people.
+        supports: What it carries exactly as the site means it, among the keys of `_REASONS`.
+        build: Makes the module of one site from its spec, which has passed `refusal`, and the settings.
+        options: What `LinearizeConfig.options` may set, by name.
+        augmentation: Whether the convolution of the paper is added unless the user says otherwise; None where
+            it cannot be.
+        onnx: Its own operator in ONNX files. None where it needs none, because it is a sum of core calls, or
+            where it has no ONNX form with a state.
     """
 
     name: str
@@ -106,7 +135,15 @@ class Mechanism:
     onnx: StateOperator | None = None
 
     def check_options(self, options: Mapping[str, Any]) -> None:
-        """Raise ConfigError, naming what is known, for an option this mechanism lacks or a wrong value."""
+        """Check what a user set for this mechanism.
+
+        Args:
+            options: Values by name.
+
+        Raises:
+            ConfigError: The mechanism has no such option (the message names those it has), or a value is
+                wrong.
+        """
         for name, value in options.items():
             option = self.options.get(name)
             if option is None:
@@ -124,10 +161,15 @@ class Mechanism:
     def refusal(
         self, spec: SiteSpec, terms: Collection[str] = (), approximate: Collection[str] = ()
     ) -> tuple[Reason, str] | None:
-        """Why this mechanism cannot take the site's place, or None if it can.
+        """Why this mechanism cannot take the place of a site.
 
-        terms: what the site's scores hold beyond the spec: any of "bias", "alibi", "sinks", "mask".
-        approximate: what the user allows to be dropped (`LinearizeConfig.approximate`).
+        Args:
+            spec: The site.
+            terms: What its scores hold beyond the spec: any of "bias", "alibi", "sinks", "mask".
+            approximate: What the user allows to be dropped (`LinearizeConfig.approximate`).
+
+        Returns:
+            The reason's code and a sentence; None if the mechanism can take the site's place.
         """
         needs = ["cross" if spec.cross else "causal" if spec.causal else "bidirectional"]
         needs += ["softcap"] if spec.softcap is not None else []

@@ -180,25 +180,55 @@ class ComposedAttention(AttentionModule):
     def extend(
         self, query: Tensor, key: Tensor, value: Tensor, state: States, *, key_mask: Tensor | None = None
     ) -> Tensor:
-        """`forward` of the next tokens after `state`, which is brought up to date (no gradients).
+        """`forward` of the next tokens after a state, without gradients.
 
-        query [B, H, T, D], key [B, Hkv, T, D], value [B, Hkv, T, Dv] -> [B, H, T, Dv]; key_mask: bool [B, T],
-        False for tokens that change nothing.
+        Args:
+            query: [B, H, T, D].
+            key: [B, Hkv, T, D].
+            value: [B, Hkv, T, Dv].
+            state: Made by `new_state`; brought up to date in place.
+            key_mask: Bool [B, T], False for tokens that change nothing.
+
+        Returns:
+            [B, H, T, Dv] in the dtype of `value`.
+
+        Raises:
+            InputError: The tokens do not fit together or to the state, which is then unchanged.
         """
         return self._after(query, key, value, state, key_mask, None)
 
     def tree(
         self, query: Tensor, key: Tensor, value: Tensor, state: States, parents: Tensor | ops.Lineage
     ) -> Tensor:
-        """`forward` of N draft tokens that form a tree after `state`, which is only read.
+        """`forward` of N draft tokens that form a tree after a state, which is only read.
 
-        query [B, H, N, D], key [B, Hkv, N, D], value [B, Hkv, N, Dv] -> [B, H, N, Dv]; parents: see
-        `ops.augmented_tree`.
+        Args:
+            query: [B, H, N, D].
+            key: [B, Hkv, N, D].
+            value: [B, Hkv, N, Dv].
+            state: Made by `new_state`.
+            parents: As for `ops.augmented_tree`.
+
+        Returns:
+            [B, H, N, Dv] in the dtype of `value`.
+
+        Raises:
+            InputError: The arguments do not fit.
         """
         return self._after(query, key, value, state, None, parents)
 
     def commit(self, key: Tensor, value: Tensor, state: States, path: Tensor | None = None) -> None:
-        """Append tokens of a tree, see `ops.augmented_commit`."""
+        """Append tokens whose outputs are known, such as the accepted branch of a tree.
+
+        Args:
+            key: [B, Hkv, N, D].
+            value: [B, Hkv, N, Dv].
+            state: Made by `new_state`; brought up to date in place.
+            path: As for `ops.augmented_commit`.
+
+        Raises:
+            InputError: The arguments do not fit.
+        """
         with full_precision(value.device):
             # Terms map each token alone, so the queries' part of them does not matter here.
             query = key.new_zeros(key.shape[0], self.spec.num_heads, *key.shape[2:])

@@ -48,29 +48,45 @@ class AttentionModule(nn.Module):
         mask: Tensor | None = None,
         sinks: Tensor | None = None,
     ) -> Tensor:
-        """query [B, H, T, D], key [B, Hkv, S, D], value [B, Hkv, S, Dv], not repeated -> [B, H, T, Dv].
+        """The attention of a whole call. Every subclass gives it.
 
-        key_mask: bool [B, S], True for real tokens. query_start: causal sites, the key column of the first
-        query (default: queries are the last columns); cross-attention, the position of the first query.
+        `mask` and `sinks` are for softmax only. Other mechanisms ignore them: what they carry of them
+        (causality, padding) reaches them as `spec` and `key_mask`, and a site that needs more was refused by
+        the planner or is approximated on the user's word.
 
-        mask and sinks are for softmax only. mask: bool (True keeps) or float (added), broadcastable to
-        [B, H, T, S]. sinks: one logit per head, [H]. Other mechanisms ignore them: what those carry of them
-        (causality, padding) reaches them as spec and key_mask, and a site that needs more was refused by the
-        planner or is approximated on the user's word. Every subclass gives it.
+        Args:
+            query: [B, H, T, D].
+            key: [B, Hkv, S, D], heads not repeated.
+            value: [B, Hkv, S, Dv].
+            key_mask: Bool [B, S], True for real tokens; None: all are.
+            query_start: Causal sites: the key column of the first query, by default so that the queries are
+                the last columns. Cross-attention: the position of the first query.
+            mask: Bool (True keeps) or float (added to the scores), broadcastable to [B, H, T, S].
+            sinks: One logit per head, [H], which joins the denominator only.
+
+        Returns:
+            [B, H, T, Dv] in the dtype of `value`.
         """
         raise NotImplementedError
 
     @property
     def has_state(self) -> bool:
-        """Whether `new_state` makes a state of one size; then there are `extend`, `tree` and `commit`."""
+        """Whether `new_state` makes a state of constant size; if so, `extend`, `tree` and `commit` exist."""
         return False
 
     def new_state(
         self, batch: int, *, dtype: torch.dtype, device: torch.device, max_rewind: int = 0
     ) -> States | None:
-        """An empty state of constant size for `batch` sequences; None where this attention has none.
+        """An empty state of constant size.
 
-        dtype, device: of the query, key and value that will come. max_rewind: tokens that can be taken back.
+        Args:
+            batch: Sequences.
+            dtype: Of the query, key and value that will come.
+            device: Of the query, key and value that will come.
+            max_rewind: How many tokens can be taken back at any time.
+
+        Returns:
+            The state; None where this attention has none.
         """
         return None
 
@@ -99,18 +115,34 @@ class AttentionModule(nn.Module):
         return False
 
     def summarize(self, key: Tensor, value: Tensor, key_mask: Tensor | None) -> Summary:
-        """What all queries share of key [B, Hkv, S, D], value [B, Hkv, S, Dv]; key_mask: bool [B, S].
+        """What all queries of a cross-attention share. Subclasses that say `has_summary` give it.
 
-        Subclasses that say `has_summary` give it.
+        Args:
+            key: [B, Hkv, S, D].
+            value: [B, Hkv, S, Dv].
+            key_mask: Bool [B, S], True for real tokens; None: all are.
+
+        Returns:
+            The summary, for `recall`.
         """
         raise NotImplementedError
 
     def recall(
         self, query: Tensor, key: Tensor, value: Tensor, summary: Summary, query_start: int | Tensor | None
     ) -> Tensor:
-        """`forward` with the `summary` of the same key and value, of which at most a few groups are read.
+        """`forward` with a summary of key and value, so that at most a few groups of them are read.
 
         No gradients reach key and value through the summary. Subclasses that say `has_summary` give it.
+
+        Args:
+            query: [B, H, T, D].
+            key: [B, Hkv, S, D], the same as `summary` was made of.
+            value: [B, Hkv, S, Dv], likewise.
+            summary: What `summarize` gave.
+            query_start: Position of the first query; None for 0.
+
+        Returns:
+            [B, H, T, Dv] in the dtype of `value`.
         """
         raise NotImplementedError
 

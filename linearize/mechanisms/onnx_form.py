@@ -41,6 +41,31 @@ class StateOperator:
     body: Callable[..., tuple[Any, Any]]
 
 
+@dataclass(frozen=True)
+class OperatorCall:
+    """One call of a mechanism's own operator after its past, as `Term` is one of the core operator.
+
+    Attributes:
+        operator: The operator, which the mechanism's `Mechanism.onnx` names, so that the file can define it.
+        query: [B, H, T, D]; query head h reads key/value head h // (H // Hkv).
+        key: [B, Hkv, T, D].
+        value: [B, Hkv, T, Dv].
+        own: The operator's own inputs, in order.
+        window: Its attribute `window`.
+        floats: Its float attributes by name.
+        sums: Rows and columns of the recurrent part of its state, per key/value head.
+    """
+
+    operator: StateOperator
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    own: Sequence[Tensor]
+    window: int
+    floats: Mapping[str, float]
+    sums: tuple[int, int]
+
+
 class Nodes(Protocol):
     """Writes the nodes of one module in one call. Every node has its own part of the module's state, so the
     nodes must come in the same order each time."""
@@ -49,31 +74,6 @@ class Nodes(Protocol):
         """The causal core call after its past: [B, H, T, Dv] in the dtype of `term.value`."""
         ...
 
-    def operator(
-        self,
-        operator: StateOperator,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        own: Sequence[Tensor],
-        *,
-        window: int,
-        floats: Mapping[str, float],
-        sums: tuple[int, int],
-    ) -> Tensor:
-        """The mechanism's own operator after its past.
-
-        Args:
-            operator: One whose mechanism is registered, so that the file can define it.
-            query: [B, H, T, D]; query head h reads key/value head h // (H // Hkv).
-            key: [B, Hkv, T, D].
-            value: [B, Hkv, T, Dv].
-            own: The operator's own inputs, in order.
-            window: The attribute `window`.
-            floats: The float attributes by name.
-            sums: Rows and columns of the recurrent part of the state, per key/value head.
-
-        Returns:
-            [B, H, T, Dv] in the dtype of value.
-        """
+    def operator(self, given: OperatorCall) -> Tensor:
+        """The mechanism's own operator after its past: [B, H, T, Dv] in the dtype of `given.value`."""
         ...

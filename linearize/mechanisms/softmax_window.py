@@ -24,7 +24,7 @@ from ..kernels.window_chunk import softmax_weights, softmax_window
 from ..ops.arguments import from_interleaved, to_interleaved
 from .base import Mechanism, whole
 from .hedgehog import naive_weights, positive
-from .onnx_form import Nodes, StateOperator
+from .onnx_form import Nodes, OperatorCall, StateOperator
 from .windowed import WindowedAttention
 
 
@@ -63,14 +63,16 @@ class SoftmaxWindowAttention(WindowedAttention):
             query_map = to_interleaved(query_map[None], kv_heads)[0]
             far_weight = to_interleaved(far_weight[None], kv_heads)[0]
         out = nodes.operator(
-            OPERATOR,
-            rows,
-            key,
-            value,
-            (query_map, self.key_map, far_weight),
-            window=self.window,
-            floats={"scale": self.scale},
-            sums=(2 * self.spec.head_dim, self.spec.value_dim + 1),
+            OperatorCall(
+                OPERATOR,
+                rows,
+                key,
+                value,
+                own=(query_map, self.key_map, far_weight),
+                window=self.window,
+                floats={"scale": self.scale},
+                sums=(2 * self.spec.head_dim, self.spec.value_dim + 1),
+            )
         )
         out = from_interleaved(out, kv_heads) if tiled else out
         return self.emit_apart(nodes, out, query, key, value)

@@ -10,12 +10,24 @@ from ..errors import ConfigError
 
 @dataclass(frozen=True)
 class SiteSpec:
-    """What an attention module must know of its site. JSON-able, part of the plan.
+    """What an attention module must know of its site. Part of the plan, so it can be written as JSON.
 
-    head_dim, value_dim: features per head of query and key, and of value. scale: factor of the scores, None
-    for `head_dim ** -0.5`. kv_layout: query head h reads key/value head `h // groups` ("interleaved") or
-    `h % num_key_value_heads` ("tiled"). dropout: probability on attention weights. window: causal sites see
-    the last `window` tokens, the present one included; others see `|i - j| <= window`.
+    Attributes:
+        num_heads: Query heads, H.
+        num_key_value_heads: Key and value heads, Hkv, a divisor of H.
+        head_dim: Features per head of query and key, D.
+        value_dim: Features per head of value, Dv.
+        causal: A query sees itself and earlier tokens only.
+        cross: Queries and keys are different sequences (not with `causal`).
+        scale: Factor of the scores; None for `head_dim ** -0.5`.
+        softcap: c where scores become `c * tanh(score / c)`; None without.
+        kv_layout: Query head h reads key/value head `h // (H // Hkv)` ("interleaved") or `h % Hkv` ("tiled").
+        dropout: Probability with which training drops an attention weight.
+        window: Causal sites see the last `window` tokens, the present one included; others see tokens with
+            `|i - j| <= window`. None: no window.
+
+    Raises:
+        ConfigError: The values do not fit together.
     """
 
     num_heads: int
@@ -45,11 +57,22 @@ class SiteSpec:
             raise ConfigError(f"dropout must be a probability, got {self.dropout!r}")
 
     def to_dict(self) -> dict[str, Any]:
+        """The fields by name, as plain values."""
         return dataclasses.asdict(self)
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> SiteSpec:
-        """Inverse of `to_dict`. Raises ConfigError on unknown or missing fields."""
+        """Make a spec of what `to_dict` gave.
+
+        Args:
+            data: The fields by name.
+
+        Returns:
+            The spec.
+
+        Raises:
+            ConfigError: A field is unknown, missing or wrong.
+        """
         try:
             return cls(**data)
         except TypeError as error:

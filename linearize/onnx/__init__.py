@@ -1,6 +1,7 @@
 """ONNX: one file that stock onnxruntime runs, state in and state out. Needs the extra `linearize[onnx]`.
 
-`schema.py` says what the operators mean, `body.py` writes them in standard operators; `programs.py` traces a
+`schema.py` says what the operators mean, and `body.py` with `blocks.py` writes them in standard operators;
+what is a mechanism's own stands in the mechanism's file (`mechanisms/onnx_form.py`). `programs.py` traces a
 model, `nodes.py` and `past.py` being what its attention and its cache become; `file.py` writes it, and
 `genai.py` what onnxruntime-genai needs beside it. `quantization.py` makes weights smaller, `runtime.py` runs
 a file, `library/` makes it faster. `__init__.pyi` lists the public names; each is loaded on first use, and

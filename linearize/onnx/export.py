@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import os
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,9 +30,15 @@ DTYPES = {"float32": torch.float32, "float16": torch.float16}
 class Exported:
     """What `export_onnx` wrote.
 
-    files: all of them. sites: attention modules that are not softmax, none in a model that was not converted.
-    nodes: nodes of domain `ai.linearize` by operator. states: layers with a state of constant size; caches:
-    layers with keys and values. inputs, outputs: of every graph, by file name.
+    Attributes:
+        path: The file or folder that was asked for.
+        files: All files written.
+        sites: Attention modules that are not softmax; 0 in a model that was not converted.
+        nodes: How many nodes of domain `ai.linearize` there are, by operator.
+        states: Layers with a state of constant size.
+        caches: Layers with keys and values.
+        inputs: Names of the inputs of every graph, by file name.
+        outputs: Names of the outputs of every graph, by file name.
     """
 
     path: Path
@@ -69,52 +75,51 @@ def export_onnx(
     last_logits: bool = False,
     external_data: bool | None = None,
 ) -> Exported:
-    """Write a model as ONNX, with a dynamic batch and length; the model is unchanged.
+    """Write a model as ONNX, with a dynamic batch and length. The model is unchanged.
 
-    A decoder becomes one graph for prefill, prefill in pieces and decoding: `input_ids` [B, T],
-    `attention_mask` [B, past + T] (1 for real tokens, on either side), `position_ids` [B, T] where the model
-    takes them, and the states of the layers -> `logits` [B, T, vocabulary] and the states after the call. A
-    state of zeros is the empty one. Layers that are still softmax have keys and values instead. Any other
-    model becomes one call: its tensor inputs in, the tensors of its result out. An encoder-decoder becomes
-    two graphs in a folder, `encoder_model.onnx` and `decoder_model.onnx`.
+    A decoder becomes one graph for a whole prompt, a prompt in pieces, and decoding: `input_ids` [B, T],
+    `attention_mask` [B, past + T] (1 for real tokens, padding on either side), `position_ids` [B, T] where
+    the model takes them, and the states of the layers go in; `logits` [B, T, vocabulary] and the states after
+    the call come out. A state of zeros is the empty one. Layers that are still softmax have keys and values
+    instead. An encoder-decoder becomes two graphs in a folder, `encoder_model.onnx` and `decoder_model.onnx`.
+    Any other model becomes one call: its tensor inputs in, the tensors of its result out.
 
-    Each site is a node of domain `ai.linearize` (`onnx/schema.py`), whose meaning in standard operators is in
+    Each site is a node of domain `ai.linearize` (`onnx/schema.py`). What it means in standard operators is in
     the file too, so nothing but onnxruntime is needed to run it.
 
-    path: a file `*.onnx`, or a folder to hold `model.onnx` and the model's configuration.
-    inputs: example inputs, as `linearize` takes them; made from the configuration of a transformers model.
-    opset: of the standard operators, 18 to 26. dtype: "float32" or "float16", the model's own by default;
-    states are summed in float32 always. names: of the states. last_logits: a decoder gives the logits of the
-    last token alone, [B, 1, vocabulary]: all that generation reads, and for a long prompt a fraction of the
-    work. external_data: keep weights in `*.onnx.data`; None does where the file would pass 2 GB.
+    Args:
+        model: A converted model, or any other.
+        path: A file `*.onnx`, or a folder to hold `model.onnx` and the model's configuration.
+        inputs: Example inputs, as `linearize` takes them; made from the configuration of a transformers model
+            where none are given.
+        opset: Of the standard operators, 18 to 26.
+        dtype: "float32" or "float16"; the model's own by default. States are summed in float32 always.
+        names: Of the states in the file.
+        last_logits: A decoder gives the logits of the last token alone, [B, 1, vocabulary]: all that
+            generation reads, and for a long prompt a fraction of the work.
+        external_data: Keep the weights in `*.onnx.data`; None does so where the file would pass 2 GB.
 
-    Raises ExportError when the model has no ONNX form, or the file cannot be written: nothing is left behind.
+    Returns:
+        What was written.
+
+    Raises:
+        InvalidModelError: `model` is no `nn.Module`.
+        ExportError: The model has no ONNX form, an argument is wrong, or the file cannot be written. Then
+            nothing is left behind.
     """
-    if not isinstance(model, nn.Module):
-        raise InvalidModelError(f"export_onnx needs an nn.Module, got {type(model).__name__}")
-    if opset not in files.OPSETS:
-        raise ExportError(f"opset must be {files.OPSETS[0]} to {files.OPSETS[-1]}, got {opset!r}")
-    if dtype is not None and dtype not in DTYPES:
-        raise ExportError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
     target = Path(path)
+    single = _check(model, target, opset, dtype)
     makers = _makers(model, inputs, names or StateNames(), last_logits)
-    single = target.suffix == ".onnx"
     if single and len(makers) > 1:
         raise ExportError(f"an encoder-decoder becomes two files; give a folder instead of {target}")
     if target.is_dir() == single and target.exists():
         raise ExportError(f"cannot write {target}: it is a {'folder' if single else 'file'}")
     with files.staged(target, single) as folder:
         model = _in_dtype(model, dtype)
-        written: list[Path] = []
-        programs_: dict[str, Program] = {}
-        nodes: Counter[str] = Counter()
-        with quiet_run(model):
-            for name, make in makers.items():
-                name = target.name if single else name
-                programs_[name] = make(model)
-                graph = files.model_of(programs_[name], opset)
-                nodes += files.nodes_of(graph)
-                written += files.write(graph, folder / name, external_data)
+        if single:
+            (only,) = makers.values()
+            makers = {target.name: only}
+        written, programs_, nodes = _write(model, makers, folder, opset, external_data)
         if not single:
             written += _configuration(model, folder)
             if FILE in programs_ and "logits" in programs_[FILE].outputs:
@@ -124,15 +129,46 @@ def export_onnx(
         home = target.parent if single else target
         found = tuple(home / file.name for file in written)
     return Exported(
-        target,
-        found,
-        sum(isinstance(m, AttentionModule) and not m.is_exact for m in model.modules()),
-        nodes,
-        sum(program.states for program in programs_.values()),
-        sum(program.caches for program in programs_.values()),
-        {name: program.inputs for name, program in programs_.items()},
-        {name: program.outputs for name, program in programs_.items()},
+        path=target,
+        files=found,
+        sites=sum(isinstance(m, AttentionModule) and not m.is_exact for m in model.modules()),
+        nodes=nodes,
+        states=sum(program.states for program in programs_.values()),
+        caches=sum(program.caches for program in programs_.values()),
+        inputs={name: program.inputs for name, program in programs_.items()},
+        outputs={name: program.outputs for name, program in programs_.items()},
     )
+
+
+def _check(model: nn.Module, target: Path, opset: int, dtype: str | None) -> bool:
+    """Raise for wrong arguments of `export_onnx`; whether the target is one file rather than a folder."""
+    if not isinstance(model, nn.Module):
+        raise InvalidModelError(f"export_onnx needs an nn.Module, got {type(model).__name__}")
+    if opset not in files.OPSETS:
+        raise ExportError(f"opset must be {files.OPSETS[0]} to {files.OPSETS[-1]}, got {opset!r}")
+    if dtype is not None and dtype not in DTYPES:
+        raise ExportError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
+    return target.suffix == ".onnx"
+
+
+def _write(
+    model: nn.Module,
+    makers: Mapping[str, Callable[[Any], Program]],
+    folder: Path,
+    opset: int,
+    external_data: bool | None,
+) -> tuple[list[Path], dict[str, Program], Counter[str]]:
+    """Make and write every graph: the files, the programs by file name, and our nodes by operator."""
+    written: list[Path] = []
+    made: dict[str, Program] = {}
+    nodes: Counter[str] = Counter()
+    with quiet_run(model):
+        for name, make in makers.items():
+            made[name] = make(model)
+            graph = files.model_of(made[name], opset)
+            nodes += files.nodes_of(graph)
+            written += files.write(graph, folder / name, external_data)
+    return written, made, nodes
 
 
 def _makers(

@@ -28,11 +28,22 @@ def write_genai(
     *,
     library: bool = False,
 ) -> Path:
-    """Write `genai_config.json` beside the exported decoder `file`, and return its path.
+    """Write `genai_config.json` beside an exported decoder.
 
-    genai also reads a tokenizer, `tokenizer.save_pretrained(folder)`. library: have genai run the file by
-    our operators, from where they lie on this machine. Raises ExportError for a file that is no decoder, or
-    whose states genai cannot name, and with `library` when it would not run by the library.
+    genai also reads a tokenizer: `tokenizer.save_pretrained(folder)`.
+
+    Args:
+        file: The decoder.
+        config: The model's configuration.
+        generation: The model's generation configuration.
+        library: Have genai run the file by our operators, from where they lie on this machine.
+
+    Returns:
+        The path of the configuration.
+
+    Raises:
+        ExportError: The file is no decoder, or genai cannot name its states; with `library`, the file would
+            not run by the library.
     """
     path = Path(file)
     settings = genai_config(path, config, generation)

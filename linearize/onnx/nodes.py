@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ExportError
-from ..mechanisms.onnx_form import StateOperator
+from ..mechanisms.onnx_form import OperatorCall
 from ..mechanisms.term import Term
 from ..ops.arguments import from_interleaved, interleaved_tables
 from .schema import DOMAIN, FAMILIES, OPERATORS, VERSION, window_rows
@@ -77,21 +77,13 @@ def causal(term: Term, past: Past, call: Call, group_size: int, kv_layout: str) 
     return from_interleaved(out, kv_heads) if kv_layout == "tiled" else out, Past(*present)
 
 
-def own_operator(
-    operator: StateOperator,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    past: Past,
-    call: Call,
-    own: Sequence[Tensor],
-    attributes: Mapping[str, Any],
-) -> tuple[Tensor, Past]:
-    """A mechanism's own operator after a state, heads interleaved -> [B, H, T, Dv] and the state after it."""
+def own_operator(given: OperatorCall, past: Past, call: Call) -> tuple[Tensor, Past]:
+    """A mechanism's own operator after a state -> [B, H, T, Dv] and the state after it."""
+    query, value = given.query, given.value
     out, *present = _node(
-        operator.name,
-        (query, key, value, call.mask, *past, call.length, *(x.float() for x in own)),
-        attributes,
+        given.operator.name,
+        (query, given.key, value, call.mask, *past, call.length, *(x.float() for x in given.own)),
+        dict(window=given.window, **{name: float(number) for name, number in given.floats.items()}),
         (value.dtype, *(x.dtype for x in past)),
         ((*query.shape[:3], value.shape[3]), *(x.shape for x in past)),
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from transformers.cache_utils import DynamicLayer
 from ..cache.state_layer import StateLayer
 from ..kernels.tensors import full_precision
 from ..mechanisms.module import AttentionModule
-from ..mechanisms.onnx_form import StateOperator
+from ..mechanisms.onnx_form import OperatorCall
 from ..mechanisms.term import Term
 from . import nodes
 from .nodes import Call, Past
@@ -84,20 +84,10 @@ class _Empty:
         self.states.append(nodes.empty_past(term.key, term.value, rows))
         return term.value.new_zeros(*term.query.shape[:3], term.value.shape[3])
 
-    def operator(
-        self,
-        operator: StateOperator,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        own: Sequence[Tensor],
-        *,
-        window: int,
-        floats: Mapping[str, float],
-        sums: tuple[int, int],
-    ) -> Tensor:
-        self.states.append(nodes.empty_past(key, value, window_rows(window), sums))
-        return value.new_zeros(*query.shape[:3], value.shape[3])
+    def operator(self, given: OperatorCall) -> Tensor:
+        key, value = given.key, given.value
+        self.states.append(nodes.empty_past(key, value, window_rows(given.window), given.sums))
+        return value.new_zeros(*given.query.shape[:3], value.shape[3])
 
 
 class _Written:
@@ -112,21 +102,8 @@ class _Written:
         self.present.append(after)
         return out
 
-    def operator(
-        self,
-        operator: StateOperator,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        own: Sequence[Tensor],
-        *,
-        window: int,
-        floats: Mapping[str, float],
-        sums: tuple[int, int],
-    ) -> Tensor:
-        attributes = {"window": window, **{name: float(number) for name, number in floats.items()}}
-        past = self._next()
-        out, after = nodes.own_operator(operator, query, key, value, past, self._call, own, attributes)
+    def operator(self, given: OperatorCall) -> Tensor:
+        out, after = nodes.own_operator(given, self._next(), self._call)
         self.present.append(after)
         return out
 

@@ -37,9 +37,23 @@ _COLUMNS = 7
 
 @dataclass(frozen=True)
 class StateNames:
-    """Names of a decoder's states in the file, `%d` for the layer. The defaults are onnxruntime-genai's.
+    """Names of a decoder's states in the file, each with one `%d` for the layer.
 
-    A mechanism with more than one state in a layer adds `.1`, `.2`, ... to the names of the others.
+    The defaults are those of onnxruntime-genai. A mechanism with more than one state in a layer adds `.1`,
+    `.2`, ... to the names of the others.
+
+    Attributes:
+        past_recurrent: Input of a linear layer: sums over older tokens, float32 [B, Hkv, D, Dv].
+        past_conv: Input of a linear layer: its last tokens as [key | value], [B, Hkv * rows, D + Dv].
+        present_recurrent: The output that follows `past_recurrent`.
+        present_conv: The output that follows `past_conv`.
+        past_key: Input of a softmax layer, [B, Hkv, past, D].
+        past_value: Input of a softmax layer, [B, Hkv, past, Dv].
+        present_key: The output that follows `past_key`.
+        present_value: The output that follows `past_value`.
+
+    Raises:
+        ExportError: A name lacks its `%d`, or two are equal.
     """
 
     past_recurrent: str = "past.%d.recurrent"

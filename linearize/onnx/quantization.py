@@ -26,8 +26,15 @@ _TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(in
 
 @dataclass(frozen=True)
 class Quantized:
-    """path: the file. bytes, before: its size and that of the original. error: `|new - old| / |old|` of
-    the first output (Euclidean norms), None when there was nothing to measure it on."""
+    """What `quantize` wrote.
+
+    Attributes:
+        path: The file.
+        bytes: Its size.
+        before: The size of the original.
+        error: |new - old| / |old| of the first output (Euclidean norms); None when there was nothing to
+            measure it on.
+    """
 
     path: Path
     bytes: int
@@ -42,12 +49,23 @@ def quantize(
     bits: int = 8,
     inputs: Mapping[str, Any] | None = None,
 ) -> Quantized:
-    """Write `target`, a file `*.onnx` like `source` with the weights of its matrix products in 8 or 4 bits.
+    """Write a file like another, with the weights of its matrix products in 8 or 4 bits.
 
-    8 is dynamic int8, activations too (`quantize_dynamic`); 4 is int4 weights in blocks of 32 with a scale
-    each (`MatMulNBitsQuantizer`). Our nodes, their bodies and the states stay in float.
-    inputs: arrays by name to measure the error on; for a decoder 64 random tokens unless given.
-    Raises ExportError for other bits, or a file that cannot be read or written; nothing is left behind.
+    Our nodes, their bodies and the states stay in float.
+
+    Args:
+        source: A file that `export_onnx` wrote.
+        target: The new file, `*.onnx`.
+        bits: 8 is dynamic int8, activations too (`quantize_dynamic`); 4 is int4 weights in blocks of 32 with
+            a scale each (`MatMulNBitsQuantizer`).
+        inputs: Arrays by name to measure the error on; for a decoder 64 random tokens unless given.
+
+    Returns:
+        The file, its size and its error.
+
+    Raises:
+        ExportError: `bits` is another number, or a file cannot be read or written. Then nothing is left
+            behind.
     """
     old, new = Path(source), Path(target)
     if bits not in (4, 8):

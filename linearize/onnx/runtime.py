@@ -58,14 +58,27 @@ class OrtStates:
 class OrtModel(GenerationMixin):
     """An exported file on onnxruntime: `OrtModel(path).generate(**tokenizer(text, return_tensors="pt"))`.
 
-    path: the file, or a folder with `model.onnx`; `config.json` and `generation_config.json` beside it are
-    read if they are there. providers: CUDA's when onnxruntime has it, else the CPU's. options: a session's
-    options, to be used for this model alone. library: let nodes run by our kernels where `obstacle` is None.
-    piece: a decoder reads more tokens than that in pieces, which gives the same, and takes less memory.
-
     Inputs and outputs are torch tensors on the CPU. A decoder takes padding on either side and everything
     that transformers' `generate` takes: sampling, beams, `streamer=`, stopping criteria. An encoder has
-    `embed`. Raises ExportError when the file cannot be run.
+    `embed`.
+
+    Args:
+        path: The file, or a folder with `model.onnx`. `config.json` and `generation_config.json` beside it
+            are read if they are there.
+        providers: Of onnxruntime; by default CUDA's when onnxruntime has it, else the CPU's.
+        options: A session's options, to be used for this model alone.
+        library: Let nodes run by our kernels where `obstacle` is None.
+        piece: A decoder reads more tokens than this in pieces, which gives the same and takes less memory.
+
+    Attributes:
+        obstacle: Why our kernels do not run the nodes, in one sentence; None when they do.
+        providers: Those in use.
+        inputs: The file's inputs by name.
+        outputs: Names of the file's outputs.
+
+    Raises:
+        ExportError: The file cannot be run.
+        InputError: `piece` is not positive.
     """
 
     main_input_name = "input_ids"
@@ -116,7 +129,7 @@ class OrtModel(GenerationMixin):
         return [name for name in self.inputs if name.startswith("past")]
 
     def empty_states(self, batch_size: int) -> OrtStates:
-        """The states before the first token."""
+        """The states before the first token of `batch_size` sequences: zeros."""
         values = {}
         for name in self.state_names:
             node = self.inputs[name]
@@ -136,11 +149,20 @@ class OrtModel(GenerationMixin):
         past_key_values: OrtStates | None = None,
         **others: Any,
     ) -> CausalLMOutputWithPast | BaseModelOutput:
-        """input_ids int64 [B, T], after `past_key_values`; attention_mask [B, past + T], 1 for real tokens.
+        """One call of the file.
 
-        others: further inputs of the file by name, as tensors, [B, T, ...] of a decoder. Gives `logits`
-        [B, T, V], or [B, 1, V] where the file was exported so, and the states after the call; of an encoder
-        `last_hidden_state` [B, T, hidden].
+        Args:
+            input_ids: int64 [B, T], the tokens after `past_key_values`.
+            attention_mask: [B, past + T], 1 for real tokens; None: all are.
+            past_key_values: The states before the call; None for empty ones.
+            others: Further inputs of the file by name, as tensors; those of a decoder are [B, T, ...].
+
+        Returns:
+            A decoder's `logits` [B, T, V] ([B, 1, V] where the file was exported so) and the states after the
+            call; an encoder's `last_hidden_state` [B, T, hidden].
+
+        Raises:
+            InputError: The mask has another shape, or an input is missing.
         """
         batch, length = input_ids.shape
         states = past_key_values
@@ -193,9 +215,18 @@ class OrtModel(GenerationMixin):
 
     @torch.no_grad()
     def embed(self, input_ids: Tensor, attention_mask: Tensor | None = None, **others: Any) -> Tensor:
-        """An encoder's sentence embeddings [B, hidden]: the mean over real tokens, divided by its norm.
+        """An encoder's sentence embeddings: the mean over real tokens, divided by its norm.
 
-        Raises InputError for a file that gives no hidden states.
+        Args:
+            input_ids: int64 [B, T].
+            attention_mask: [B, T], 1 for real tokens; None: all are.
+            others: Further inputs of the file by name.
+
+        Returns:
+            float32 [B, hidden].
+
+        Raises:
+            InputError: The file gives no hidden states.
         """
         if "logits" in self.outputs:
             raise InputError("the file gives logits; embeddings need an encoder's hidden states")

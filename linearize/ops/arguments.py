@@ -53,8 +53,22 @@ def attention_arguments(
     if local_bias is not None and kv_layout == "tiled":
         local_bias = to_interleaved(local_bias.unsqueeze(0), kv_heads)[0]
     start, start_tensor = (None, query_start) if isinstance(query_start, Tensor) else (query_start, None)
-    options = (activation, group_size, causal, cross, key_mask, start, start_tensor, normalize, form)
-    return registered.Arguments(query, key, value, *tables, local_bias, *options)
+    return registered.Arguments(
+        query,
+        key,
+        value,
+        *tables,
+        local_bias,
+        activation,
+        group_size,
+        causal,
+        cross,
+        key_mask,
+        start,
+        start_tensor,
+        normalize,
+        form,
+    )
 
 
 def per_head(name: str, x: Tensor | float | None, query: Tensor) -> Tensor | None:
