@@ -10,6 +10,7 @@ import itertools
 
 import pytest
 import torch
+from bounds import bound
 from linearize.kernels import naive as oracle
 from linearize.kernels.activations import ACTIVATIONS
 from torch import Tensor
@@ -69,15 +70,18 @@ def test_float32_is_within_1e_5_of_the_oracle_with_gradients(form, length, group
 @pytest.mark.parametrize("form", ("torch", None))
 @pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16))
 @pytest.mark.parametrize("length", (2, 65, 500))
-def test_half_precision_is_within_1e_2_of_the_oracle_with_gradients(form, dtype, length):
+def test_half_precision_costs_its_rounding_in_outputs_and_gradients(form, dtype, length):
     tensors = make(length, 32, dtype)
     wanted, grads = exact(tensors, group_size=64)
     out = ops.augmented_attention(**tensors, group_size=64, form=form)
-    assert out.dtype == dtype and error(out, wanted) < 1e-2
+    # Over the tokens twice (into a state and out of it), over both widths. Stored: both unit rows, what is
+    # multiplied with them, and in the backward the gradients of a weight and of a unit row; the result.
+    allowed = bound(dtype, 2 * length + 16 + 12, stored=6)
+    assert out.dtype == dtype and error(out, wanted) < allowed
     found = torch.autograd.grad(out, list(tensors.values()), upstream(out))
     for (name, want), got in zip(grads.items(), found, strict=True):
         assert got.dtype == tensors[name].dtype
-        assert error(got, want) < 1e-2, name
+        assert error(got, want) < allowed, name
 
 
 # YOSO's angle needs unit vectors.

@@ -6,10 +6,11 @@ from typing import Any
 
 import pytest
 import torch
+from bounds import bound
 from interpreter import interpreted
 from torch import Tensor
 
-TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 1e-2, torch.float16: 2e-3}
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 ALL = ("alpha", "local", "conv")
 
 
@@ -89,6 +90,13 @@ class Model:
             normalize=normalize,
         )
 
+    def allowed(self, length: int) -> float:
+        """Summed over the tokens, and over the width for the norm and for the score.
+
+        Stored: the new rows, those kept in the window, the weights that are multiplied, the result.
+        """
+        return bound(self.dtype, length + 2 * self.dim, stored=4)
+
     def step(self, query: Tensor, key: Tensor, value: Tensor, active: Tensor | None = None) -> Tensor:
         from linearize.kernels.triton.decode import step
         from linearize.kernels.triton.launch import Target
@@ -141,7 +149,7 @@ def check(length: int, **options: Any) -> Model:
     tokens = model.tokens(length)
     got, want = model.steps(*tokens), model.oracle(*tokens)
     assert got.dtype == model.dtype and got.shape == want.shape
-    assert relative(got, want) < TOLERANCE[model.dtype]
+    assert relative(got, want) <= model.allowed(length)
     assert model.length.tolist() == [length] * model.batch
     return model
 
@@ -166,7 +174,7 @@ def test_steps_equal_the_rows_of_the_forward() -> None:
 
 
 @interpreted
-@pytest.mark.parametrize("dtype", list(TOLERANCE))
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_narrow_types_stay_within_their_rounding(dtype: torch.dtype) -> None:
     check(40, dtype=dtype)
     check(36, dtype=dtype, window_dtype=torch.float32)
@@ -307,7 +315,7 @@ def test_trees_with_options(options: dict[str, Any]) -> None:
     model.steps(*past)
     nodes = model.tokens(len(BRANCHES))
     want = model.oracle_tree(past[1:], *nodes, BRANCHES)
-    assert relative(model.tree(*nodes, BRANCHES), want) < TOLERANCE[model.dtype]
+    assert relative(model.tree(*nodes, BRANCHES), want) <= model.allowed(30 + len(BRANCHES))
 
 
 @interpreted

@@ -11,10 +11,11 @@ from typing import Any
 
 import pytest
 import torch
+from bounds import bound
 from interpreter import interpreted
 from torch import Tensor
 
-TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 6e-3, torch.float16: 1e-3}
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 ALL = ("alpha", "local", "conv")
 
 
@@ -82,7 +83,9 @@ def check(
         normalize=normalize,
     )
     assert got.dtype == value.dtype and got.is_contiguous()
-    assert relative(got, want) < TOLERANCE[value.dtype]
+    # Over the tokens, and over the width for the norm and for the score. Stored: both unit rows, a state or
+    # weight that is multiplied, the result.
+    assert relative(got, want) <= bound(value.dtype, query.shape[2] + 2 * query.shape[3], stored=4)
     names = [launch.kernel.__name__ for launch in launches]
     by_descriptor = launches[-1].constants["DESCRIBED"]
     return [*names, "descriptors"] if by_descriptor else names
@@ -110,7 +113,7 @@ def test_no_descriptor_reads_tiles_that_are_used_in_part() -> None:
 
 
 @interpreted
-@pytest.mark.parametrize("dtype", list(TOLERANCE))
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("arch", [80, 90])
 def test_narrow_types_stay_within_their_rounding(dtype: torch.dtype, arch: int) -> None:
     check(case(150, dim=64, dtype=dtype), arch=arch)
