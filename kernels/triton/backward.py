@@ -147,7 +147,7 @@ def backward(
         conv_weight (float32; None where the argument is None).
     """
     target = target_of(query.device) if target is None else target
-    launches, found = plan(
+    launches, found = prepare(
         grad, query, key, value, alpha, local_scale, conv_weight, activation, group_size, normalize, target
     )
     run(launches, query.device)
@@ -161,7 +161,7 @@ def backward(
     )
 
 
-def plan(
+def prepare(
     grad: Tensor,
     query: Tensor,
     key: Tensor,

@@ -203,7 +203,7 @@ def step(
     sums, keys, values, count, done = (x.contiguous() for x in given)
     state = (sums, keys, values, count, done)
     tables = (alpha, local_scale, conv_weight)
-    launches, out = plan(
+    launches, out = prepare(
         query, key, value, *state, *tables, activation, group_size, normalize, active, target
     )
     run(launches, query.device)
@@ -213,7 +213,7 @@ def step(
     return out
 
 
-def plan(
+def prepare(
     query: Tensor,
     key: Tensor,
     value: Tensor,

@@ -252,14 +252,14 @@ def forward(
         [B, H, T, Dv], contiguous, in the dtype of `value`.
     """
     target = target_of(query.device) if target is None else target
-    launches, out = plan(
+    launches, out = prepare(
         query, key, value, alpha, local_scale, conv_weight, activation, group_size, normalize, target
     )
     run(launches, query.device)
     return out
 
 
-def plan(
+def prepare(
     query: Tensor,
     key: Tensor,
     value: Tensor,

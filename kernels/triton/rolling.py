@@ -41,7 +41,7 @@ INPUTS = (
     "query", "key", "value", "mask", "past_recurrent", "past_window", "past_length", "alpha", "local_scale",
     "conv_weight",
 )  # fmt: skip
-"""What `plan` takes, by the operators' names."""
+"""What `prepare` takes, by the operators' names."""
 
 ALIGNED = ("Q", "K", "V", "RECURRENT", "WINDOW", "OUT", "NEW_RECURRENT", "NEW_WINDOW")
 """Arguments that must begin at multiples of 16 bytes in code compiled ahead of time."""
@@ -179,7 +179,7 @@ def block_of(tokens: int) -> int:
     return BLOCKS[0] if tokens <= BLOCKS[0] else BLOCKS[1]
 
 
-def plan(
+def prepare(
     query: Tensor,
     key: Tensor,
     value: Tensor,

@@ -205,14 +205,14 @@ def tree(
     target = target_of(query.device) if target is None else target
     state = (recurrent, key_window, value_window, length, folded)
     tables = (alpha, local_scale, conv_weight)
-    launch, out = plan(
+    launch, out = prepare(
         query, key, value, *state, depth, ancestors, *tables, activation, group_size, normalize, target
     )
     run([launch], query.device)
     return out
 
 
-def plan(
+def prepare(
     query: Tensor,
     key: Tensor,
     value: Tensor,

@@ -48,11 +48,33 @@ def run(console: Console, plot: Path) -> None:
         f"A {type(model).__name__} of {parameters / 1e6:.1f} million parameters, trained on the Python "
         f"standard library. Text: {name}, which training did not see, {ids.numel()} tokens.\n"
     )
-
     console.rule("1. find and prove", align="left")
     console.print(inspect(model))
-
     console.rule("2. the identity check", align="left")
+    check_identity(console, model, ids)
+    console.rule("3. convert, calibrate, tune", align="left")
+    models = {"softmax": model, **recover(console, model, tokenizer)}
+    compare(console, models, tokenizer, ids)
+    console.rule("4. speed and memory against length", align="left")
+    tuned = models["tuned"]
+    found = evaluate(
+        tuned, ids.flatten(), reference=model, lengths=LENGTHS, decode_tokens=16, name=f"{name}, held out"
+    )
+    console.print(found)
+    try:
+        found.plot(plot)
+        console.print(f"The curves are in {plot}.\n")
+    except MissingExtraError as error:
+        console.print(f"No picture of the curves: {error}\n")
+    console.rule("5. the compiler", align="left")
+    compile_both(console, model, models["converted"], ids)
+    console.rule("6. save and load", align="left")
+    store(console, tuned, ids)
+    console.print(f"\nDone in {time.perf_counter() - began:.0f} s on {torch.get_num_threads()} threads.")
+
+
+def check_identity(console: Console, model: Any, ids: Tensor) -> None:
+    """Show that the rewrite with exact softmax changes nothing; ids: `[B, T]`."""
     exact = linearize(copy.deepcopy(model), mechanism="softmax")
     difference = (logits(exact, ids[:2]) - logits(model, ids[:2])).abs().max().item()
     console.print(
@@ -60,7 +82,9 @@ def run(console: Console, plot: Path) -> None:
         f"head, the output would differ.\nlargest difference of any logit: [bold]{difference:.1e}[/bold]\n"
     )
 
-    console.rule("3. convert, calibrate, tune", align="left")
+
+def recover(console: Console, model: Any, tokenizer: Any) -> dict[str, Any]:
+    """The model converted, calibrated, and the tuned one that ships."""
     linear, seconds = timed(lambda: linearize(copy.deepcopy(model)))
     console.print(f"linearize(model) took {seconds:.1f} s, finding, proving and rewriting included.")
     calibrated = copy.deepcopy(linear)
@@ -73,7 +97,11 @@ def run(console: Console, plot: Path) -> None:
         f"Tuned is the linear model that ships: distilled from the original on {record['tokens']:,} tokens, "
         f"{record['tokens'] / record['tokens_of_original']:.0%} of what the original was trained on.\n"
     )
-    models = {"softmax": model, "converted": linear, "calibrated": calibrated, "tuned": tuned}
+    return {"converted": linear, "calibrated": calibrated, "tuned": tuned}
+
+
+def compare(console: Console, models: dict[str, Any], tokenizer: Any, ids: Tensor) -> None:
+    """A table of perplexity on windows ids `[B, T]`, and of what each model writes."""
     table = Table("", "perplexity on the text above", "its own text", title_justify="left")
     for label, which in models.items():
         written = sample(which, tokenizer, PROMPT)
@@ -83,18 +111,9 @@ def run(console: Console, plot: Path) -> None:
     console.print(table)
     console.print(f"Each continues {PROMPT!r} greedily.\n")
 
-    console.rule("4. speed and memory against length", align="left")
-    found = evaluate(
-        tuned, ids.flatten(), reference=model, lengths=LENGTHS, decode_tokens=16, name=f"{name}, held out"
-    )
-    console.print(found)
-    try:
-        found.plot(plot)
-        console.print(f"The curves are in {plot}.\n")
-    except MissingExtraError as error:
-        console.print(f"No picture of the curves: {error}\n")
 
-    console.rule("5. the compiler", align="left")
+def compile_both(console: Console, model: Any, linear: Any, ids: Tensor) -> None:
+    """Show that the compile backend computes what the converted model does; ids: `[B, T]`."""
     # Inductor writes C++; without a compiler for it the rewritten graph still runs, as it is.
     inner = "inductor" if shutil.which("g++") else "aot_eager"
     compiled = torch.compile(model, backend="linearize", options={"inner": inner})
@@ -107,14 +126,14 @@ def run(console: Console, plot: Path) -> None:
         f"forward pass, 2 x {WINDOW} tokens: {costs[0]:.0f} ms, compiled {costs[1]:.0f} ms\n"
     )
 
-    console.rule("6. save and load", align="left")
+
+def store(console: Console, model: Any, ids: Tensor) -> None:
+    """Save the model, load it, and show that both compute the same bits; ids: `[B, T]`."""
     with tempfile.TemporaryDirectory() as folder:
-        path = save(tuned, Path(folder) / "model")
+        path = save(model, Path(folder) / "model")
         size = sum(file.stat().st_size for file in path.iterdir())
-        again = load(path)
-        equal = torch.equal(logits(again, ids[:2]), logits(tuned, ids[:2]))
+        equal = torch.equal(logits(load(path), ids[:2]), logits(model, ids[:2]))
     console.print(f"The tuned model: {size / 1e6:.1f} MB, the same logits bit for bit after loading: {equal}")
-    console.print(f"\nDone in {time.perf_counter() - began:.0f} s on {torch.get_num_threads()} threads.")
 
 
 def held_out_text() -> tuple[str, str]:

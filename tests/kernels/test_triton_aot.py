@@ -31,7 +31,7 @@ def meta(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
 
 
 def plan_of(module: str) -> Any:
-    return import_module(f"linearize.kernels.triton.{module}").plan
+    return import_module(f"linearize.kernels.triton.{module}").prepare
 
 
 def launches(

@@ -63,12 +63,13 @@ def check(
     for the one that would be chosen.
     """
     from linearize.kernels.naive import augmented_attention
-    from linearize.kernels.triton.forward import Tile, plan
+    from linearize.kernels.triton.forward import Tile, prepare
     from linearize.kernels.triton.launch import Target, run
 
     query, key, value, alpha, local_scale, conv_weight = inputs
     tile = None if columns is None else Tile(columns, 4, 2)
-    launches, got = plan(*inputs, activation, group_size, normalize, Target("cuda", arch, processors), tile)
+    target = Target("cuda", arch, processors)
+    launches, got = prepare(*inputs, activation, group_size, normalize, target, tile)
     run(launches, query.device)
     repeats = query.shape[1] // key.shape[1]
     want = augmented_attention(

@@ -62,7 +62,7 @@ class Interpreted:
         for name in ("query", "key", "value", "past_window"):
             x[name] = x[name].to(self.dtype)
         how = (self.case.activation, self.case.group_size, self.case.normalize)
-        item, made = rolling.plan(*(x[name] for name in rolling.INPUTS), *how)
+        item, made = rolling.prepare(*(x[name] for name in rolling.INPUTS), *how)
         launch.run([item], x["query"].device)
         return [y.float().numpy() for y in made]
 
@@ -135,7 +135,8 @@ def check_code(target: str, dim: int, dtype: torch.dtype, stack: int) -> None:
         window = meta(2, 4, 63, 2 * dim, dtype=dtype)
         past = (meta(2, 4, dim, dim), window, meta(2, dtype=torch.int64))
         tables = (meta(4), meta(4), meta(4, 32))
-        item, _ = rolling.plan(x, x, x, meta(2, tokens, dtype=torch.bool), *past, *tables, "relu2", 64, True)
+        real = meta(2, tokens, dtype=torch.bool)
+        item, _ = rolling.prepare(x, x, x, real, *past, *tables, "relu2", 64, True)
         built = build(item, target)
         print(built)
         assert not built.faults(item, stack)

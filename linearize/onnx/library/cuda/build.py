@@ -78,7 +78,7 @@ def _kernel(kind: Kind, block: int, arch: int) -> Built:
         return torch.empty(*shape, dtype=dtype, device="meta")
 
     dtype = _TYPES[kind.type]
-    launch, _ = rolling.plan(
+    launch, _ = rolling.prepare(
         meta(1, 1, block, kind.dim, dtype=dtype),
         meta(1, 1, block, kind.dim, dtype=dtype),
         meta(1, 1, block, kind.value_dim, dtype=dtype),
