@@ -10,6 +10,7 @@ import onnx
 import onnxruntime as ort
 import pytest
 import torch
+from bounds import bound
 from linearize.kernels.naive import augmented_attention
 from onnx.reference import ReferenceEvaluator
 from onnx_nodes import Case, session_options, write_node
@@ -88,6 +89,16 @@ def normal(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed + sum(shape)))
 
 
+STEEPEST = {"relu2": 2.0, "linear": 1.0, "laplace": 1.5, "yoso": 8.0}
+"""Slope of each activation on [-1, 1] at most: so much larger is the rounding of a score in its weight."""
+
+
+def near(found: np.ndarray, expected: np.ndarray, activation: str = "relu2") -> None:
+    """As far as the sums over the tokens, and over the width for the norm and for the score, explain."""
+    allowed = bound(torch.float32, expected.shape[2] + 2 * DIM, float(np.abs(expected).max()))
+    np.testing.assert_allclose(found, expected, atol=allowed * STEEPEST[activation])
+
+
 def repeated(x: Tensor, axis: int = 1) -> Tensor:
     return x.repeat_interleave(HEADS // KV_HEADS, axis)
 
@@ -103,7 +114,7 @@ def test_causal_pieces_with_padding_are_the_oracle(
     )
     path = write_node(tmp_path / "node.onnx", FAMILIES[activation], group_size=16, sizes=sizes)
     found = case.run(session(path, level), CHUNKS)
-    np.testing.assert_allclose(found, case.expected(), atol=2e-5)
+    near(found, case.expected(), activation)
     forgetful = case.run(session(path, level), CHUNKS, forget=True)
     assert np.abs(forgetful - case.expected()).max() > 0.1
 
@@ -115,20 +126,20 @@ def test_groups_and_taps_of_any_size(tmp_path: Path, group: int, taps: int, leve
     case = Case.random(sum(chunks), group_size=group, taps=taps, dim=DIM, value_dim=DIM)
     path = write_node(tmp_path / "node.onnx", group_size=group)
     found = case.run(session(path, level), chunks)
-    np.testing.assert_allclose(found, case.expected(), atol=3e-5)
+    near(found, case.expected())
 
 
 def test_without_normalisation(tmp_path: Path) -> None:
     case = Case.random(80, group_size=16, taps=3, normalize=False)
     path = write_node(tmp_path / "node.onnx", group_size=16, normalize=0)
-    np.testing.assert_allclose(case.run(session(path, LEVELS[1]), (50, 30)), case.expected(), atol=3e-5)
+    near(case.run(session(path, LEVELS[1]), (50, 30)), case.expected())
 
 
 def test_rows_of_zeros_stay_zeros(tmp_path: Path) -> None:
     case = Case.random(20, group_size=16, taps=3)
     case.query[:, :, 3], case.key[:, :, 5] = 0, 0
     path = write_node(tmp_path / "node.onnx", group_size=16)
-    np.testing.assert_allclose(case.run(session(path, LEVELS[1]), (20,)), case.expected(), atol=2e-5)
+    near(case.run(session(path, LEVELS[1]), (20,)), case.expected())
 
 
 @pytest.mark.parametrize("opset", OPSETS)
@@ -167,7 +178,7 @@ def test_bidirectional_is_the_oracle(level: str, activation: str, length: int, g
         causal=False,
     )
     found = np.stack([row[:, at] for row, at in zip(out, columns, strict=True)])
-    np.testing.assert_allclose(found, expected, atol=3e-5)
+    near(found, expected.numpy(), activation)
     assert not out.transpose(0, 2, 1, 3)[~mask].any()
 
 
@@ -210,7 +221,7 @@ def test_cross_is_the_oracle(
         cross=True,
         query_start=start,
     )
-    np.testing.assert_allclose(out, expected, atol=3e-5)
+    near(out, expected.numpy(), activation)
 
 
 @pytest.mark.parametrize("level", LEVELS)
@@ -257,4 +268,4 @@ def test_the_reference_evaluator_agrees(tmp_path: Path) -> None:
     case = Case.random(sum(chunks), group_size=16, taps=5, dim=DIM, value_dim=DIM, padded=True)
     path = write_node(tmp_path / "node.onnx", group_size=16)
     reference: Any = ReferenceEvaluator(onnx.load(path))
-    np.testing.assert_allclose(case.run(reference, chunks), case.expected(), atol=2e-5)
+    near(case.run(reference, chunks), case.expected())
