@@ -214,3 +214,18 @@ def test_a_call_leaves_nothing_on_the_modules() -> None:
         for path in model._linearize.plan.owners:
             ours = [key for key in vars(model.get_submodule(path)) if key.startswith("_linearize")]
             assert ours == ["_linearize_owner"], path
+
+
+def test_a_mask_that_is_refused_costs_the_cache_nothing() -> None:
+    model = fresh("llama")
+    ids, past = tokens(1, 24), 12
+    scattered = torch.ones(1, 1, 5, past + 5, dtype=torch.bool)
+    scattered[:, :, 1, 4] = False
+    with torch.no_grad():
+        wanted = model(ids, use_cache=False).logits
+        store = model(ids[:, :past], use_cache=True).past_key_values
+        with pytest.raises(InputError, match="not a causal mask"):
+            model(ids[:, past : past + 5], past_key_values=store, attention_mask=scattered)
+        assert store.get_seq_length() == past
+        found = model(ids[:, past:], past_key_values=store).logits
+    torch.testing.assert_close(found, wanted[:, past:], atol=1e-4, rtol=1e-4)
