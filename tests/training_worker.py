@@ -8,6 +8,7 @@ main one the model, saved, in OUT/NAME.
 
 from __future__ import annotations
 
+import copy
 import itertools
 import json
 import os
@@ -15,6 +16,7 @@ import shutil
 import signal
 import sys
 from collections.abc import Callable, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -51,8 +53,14 @@ def original() -> LlamaForCausalLM:
     return LlamaForCausalLM(config).eval()
 
 
-def converted() -> Any:
+@cache
+def _converted() -> Any:
     return lz.linearize(original(), group_size=8, conv_taps=4)
+
+
+def converted() -> Any:
+    """A copy of its own for every caller; the conversion itself is made once per process."""
+    return copy.deepcopy(_converted())
 
 
 def ids(count: int = 33) -> Tensor:
