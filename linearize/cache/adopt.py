@@ -1,16 +1,22 @@
+"""Putting our layers into transformers' caches, in the places of layers that hold nothing yet."""
+
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from transformers.cache_utils import DynamicLayer, StaticLayer
 
 from ..errors import InputError
 from ..mechanisms.module import AttentionModule
-from .lookup import decoder_part, self_layer
+from .cross_layer import CrossLayer, DynamicCrossLayer, StaticCrossLayer
+from .lookup import decoder_part, made_layer, self_layer
+from .state_layer import StateLayer
 
-if TYPE_CHECKING:
-    from .cross_layer import CrossLayer
-    from .state_layer import StateLayer
+_CROSS_LAYERS: dict[type, type[CrossLayer]] = {
+    DynamicLayer: DynamicCrossLayer,
+    StaticLayer: StaticCrossLayer,
+}
 
 
 def state_layer(
@@ -19,14 +25,12 @@ def state_layer(
     """The constant-size state that `module` uses in this call; None when it goes by keys and values.
 
     States carry no gradients: a call that builds an autograd graph attends keys and values. max_length: see
-    `state_layer.adopt`. Raises InputError when such a call comes after others that left a state.
+    `_adopt_state`. Raises InputError when such a call comes after others that left a state.
     """
     if cache is None or index is None or module is None:
         return None
-    from .state_layer import StateLayer, adopt
-
     if not torch.is_grad_enabled():
-        return adopt(decoder_part(cache), index, module, max_length)
+        return _adopt_state(decoder_part(cache), index, module, max_length)
     layer = self_layer(cache, index)
     if isinstance(layer, StateLayer):
         if layer.is_initialized and int(layer.get_seq_length()) > 0:
@@ -49,12 +53,54 @@ def cross_layer(cache: Any, index: int | None, module: AttentionModule | None) -
     cache = getattr(cache, "cross_attention_cache", None)
     if cache is None or torch.is_grad_enabled() or torch.compiler.is_exporting():
         return None
-    from .cross_layer import adopt
-
-    return adopt(cache, index)
+    return _adopt_cross(cache, index)
 
 
 def give_up_state(cache: Any, index: int) -> None:
     """Put back the layer whose place an empty state took."""
     layers = decoder_part(cache).layers
     layers[index] = layers[index].instead_of
+
+
+def _adopt_state(
+    cache: Any, index: int, module: AttentionModule, max_length: int | None = None
+) -> StateLayer | None:
+    """The state layer of `module` in `cache`, put there now if the layer is empty; None where it is not.
+
+    cache: the decoder's own part of an encoder-decoder cache, or any other cache. A layer with keys and
+    values in it stays, and its tokens are attended as before. max_length: of a static cache, whose layers do
+    not tell when each of them keeps a window only. Raises InputError when the state is another module's.
+    """
+    if not module.has_state:
+        return None
+    layer = made_layer(cache, index)
+    if layer is None:
+        return None
+    if isinstance(layer, StateLayer):
+        layer.claim(module)
+        return layer
+    if getattr(layer, "is_initialized", False) and int(layer.get_seq_length()) > 0:
+        return None
+    longest = None
+    if getattr(layer, "is_compileable", False) and getattr(layer, "is_sliding", False):
+        # Masks as wide as the window would have no column for new tokens. (A state where the model has a
+        # window means that every layer becomes one: `convert.pipeline.check_dropped_windows`.)
+        whole = [x.get_max_length() for x in cache.layers if not getattr(x, "is_sliding", False)]
+        longest = max(whole, default=max_length)
+        if longest is None:
+            return None
+    cache.layers[index] = made = StateLayer(module, layer, longest)
+    return made
+
+
+def _adopt_cross(cache: Any, index: int) -> CrossLayer | None:
+    """Layer `index` of a cross-attention cache, made one that keeps a summary; None for other kinds of layer,
+    such as quantized ones."""
+    layer = made_layer(cache, index)
+    if isinstance(layer, CrossLayer):
+        return layer
+    kind = _CROSS_LAYERS.get(type(layer))
+    if kind is None:
+        return None
+    cache.layers[index] = made = kind(layer)
+    return made

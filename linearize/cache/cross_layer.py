@@ -6,11 +6,10 @@ from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
-from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer, StaticLayer
+from transformers.cache_utils import CacheLayerMixin, DynamicLayer, StaticLayer
 
 from ..mechanisms.module import AttentionModule
 from ..mechanisms.summary import Summary
-from .lookup import made_layer
 
 
 class CrossLayer(CacheLayerMixin):
@@ -87,19 +86,3 @@ class DynamicCrossLayer(CrossLayer, DynamicLayer):
 
 class StaticCrossLayer(CrossLayer, StaticLayer):
     """Of a static cache."""
-
-
-_KINDS: dict[type, type[CrossLayer]] = {DynamicLayer: DynamicCrossLayer, StaticLayer: StaticCrossLayer}
-
-
-def adopt(cache: Cache, index: int) -> CrossLayer | None:
-    """Layer `index` of a cross-attention cache, made one that keeps a summary; None for other kinds of layer,
-    such as quantized ones."""
-    layer = made_layer(cache, index)
-    if isinstance(layer, CrossLayer):
-        return layer
-    kind = _KINDS.get(type(layer))
-    if kind is None:
-        return None
-    cache.layers[index] = made = kind(layer)
-    return made

@@ -13,13 +13,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, CacheLayerMixin
+from transformers.cache_utils import CacheLayerMixin
 
 from ..errors import InputError
 from ..mechanisms.module import AttentionModule
 from ..ops.attention import Lineage
 from ..ops.state import States
-from .lookup import made_layer
 
 
 class StateLayer(CacheLayerMixin):
@@ -286,34 +285,3 @@ class StateLayer(CacheLayerMixin):
             (function(key), function(value), None if real is None else function(real))
             for key, value, real in self._recorded
         ]
-
-
-def adopt(
-    cache: Cache, index: int, module: AttentionModule, max_length: int | None = None
-) -> StateLayer | None:
-    """The state layer of `module` in `cache`, put there now if the layer is empty; None where it is not.
-
-    cache: the decoder's own part of an encoder-decoder cache, or any other cache. A layer with keys and
-    values in it stays, and its tokens are attended as before. max_length: of a static cache, whose layers do
-    not tell when each of them keeps a window only. Raises InputError when the state is another module's.
-    """
-    if not module.has_state:
-        return None
-    layer = made_layer(cache, index)
-    if layer is None:
-        return None
-    if isinstance(layer, StateLayer):
-        layer.claim(module)
-        return layer
-    if getattr(layer, "is_initialized", False) and int(layer.get_seq_length()) > 0:
-        return None
-    longest = None
-    if getattr(layer, "is_compileable", False) and getattr(layer, "is_sliding", False):
-        # Masks as wide as the window would have no column for new tokens. (A state where the model has a
-        # window means that every layer becomes one: `api.check_dropped_windows`.)
-        whole = [x.get_max_length() for x in cache.layers if not getattr(x, "is_sliding", False)]
-        longest = max(whole, default=max_length)
-        if longest is None:
-            return None
-    cache.layers[index] = made = StateLayer(module, layer, longest)
-    return made

@@ -1,3 +1,5 @@
+"""What an attention module must know of its site."""
+
 from __future__ import annotations
 
 import dataclasses

@@ -26,15 +26,23 @@ if TYPE_CHECKING:
 
 
 def lora_config(model: nn.Module, modules_to_save: Iterable[str] = (), **settings: Any) -> LoraConfig:
-    """A `peft.LoraConfig` for a converted model that trains and saves its new parameters too.
+    """A `peft.LoraConfig` for a converted model, which trains and saves the model's new parameters too.
 
-    settings: fields of `LoraConfig`. Unless given, `target_modules` are the linear layers beside the
-    rewritten attention (query, key, value, output projections), and r=8, lora_alpha=16 as in the paper.
-    modules_to_save: what else is trained whole, such as "embed_tokens".
+    For example `adapted = peft.get_peft_model(model, lz.lora_config(model))`.
 
-        adapted = peft.get_peft_model(model, lz.lora_config(model))
+    Args:
+        model: a converted model.
+        modules_to_save: names of further modules that are trained whole, such as "embed_tokens".
+        **settings: fields of `LoraConfig`. Unless given, `target_modules` are the linear layers beside the
+            rewritten attention (query, key, value and output projections), with r=8 and lora_alpha=16 as in
+            the paper.
 
-    Raises InvalidModelError when the model is not converted, MissingExtraError without peft.
+    Returns:
+        The configuration.
+
+    Raises:
+        InvalidModelError: the model is not converted, or has no linear layer beside its attention.
+        MissingExtraError: peft is not installed.
     """
     peft = require_peft()
     plan = state_of(model).plan
@@ -62,13 +70,21 @@ def lora_config(model: nn.Module, modules_to_save: Iterable[str] = (), **setting
 
 
 def merge(model: nn.Module) -> nn.Module:
-    """The converted model inside a `PeftModel`, its active adapters added to the weights, PEFT gone.
+    """Add the active adapters of a `PeftModel` to the weights and return the converted model without PEFT.
 
-    New parameters are kept however they were trained: by `modules_to_save`, or directly. The result is an
-    ordinary converted model for `save`; it equals the adapted one within rounding. Works in place, so
-    `model` is used up.
-    Raises InvalidModelError when `model` is no PeftModel of a converted model or cannot be merged (the model
-    is then as it was), MissingExtraError without peft.
+    New parameters keep what they learned, by `modules_to_save` or directly. The result is an ordinary
+    converted model for `save`, and equals the adapted one within rounding. It is made in place, so `model` is
+    used up.
+
+    Args:
+        model: a `peft.PeftModel` of a converted model.
+
+    Returns:
+        The converted model.
+
+    Raises:
+        InvalidModelError: `model` is something else, or its adapters cannot be merged; it is then as it was.
+        MissingExtraError: peft is not installed.
     """
     peft = require_peft()
     if not isinstance(model, peft.PeftModel):
