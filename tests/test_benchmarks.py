@@ -217,27 +217,35 @@ def test_a_side_that_would_take_too_long_is_not_run(monkeypatch: pytest.MonkeyPa
 
 
 def test_the_cpu_benchmark_runs_and_draws(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cpu, "FORMS", ("torch",))  # each form's memory takes processes of its own
+    monkeypatch.setattr(cpu, "FORMS", ("torch",))
     path, picture = tmp_path / "cpu.json", tmp_path / "cost.png"
-    cpu.main(["--json", str(path)], TINY)
+    sections = [name for name in cpu.SECTIONS if name != "memory"]
+    cpu.main(["--json", str(path), "--section", *sections], TINY)
     found = json.loads(path.read_text())
     rows = [measured.row_of(record) for record in found["rows"]]
-    assert {row.section for row in rows} == set(cpu.SECTIONS)
+    assert {row.section for row in rows} == set(sections)
     timed = {row.details["length"]: row for row in rows if row.section == "forward"}
     assert set(timed) == {64, 128, 256, 512} and timed[256].theirs_ms is None
     assert timed[512].goal == 1.3 and timed[512].ratio and timed[64].goal is None
     names = {row.ours for row in rows if row.section == "mechanisms"}
     assert {"augmented", "local", "linformer", "softmax_window"} <= names
 
-    # No less than the results, no more than a few times them.
-    output = 8192 * cpu.HEADS * 64 * 4
-    forward, training = (row.details["peak"] for row in rows if row.section == "memory")
-    assert 0.9 * output < forward < 2 * output
-    assert 3.6 * output < training < 8 * output
-
     pytest.importorskip("matplotlib")
     cpu.main(["--from", str(path), "--plot", str(picture)])
     assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.slow  # every figure takes a process of its own
+def test_the_cpu_benchmark_measures_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No less than the results, no more than a few times them."""
+    monkeypatch.setattr(cpu, "FORMS", ("torch",))
+    path = tmp_path / "cpu.json"
+    cpu.main(["--json", str(path), "--section", "memory"], TINY)
+    rows = [measured.row_of(record) for record in json.loads(path.read_text())["rows"]]
+    output = 8192 * cpu.HEADS * 64 * 4
+    forward, training = (row.details["peak"] for row in rows)
+    assert 0.9 * output < forward < 2 * output
+    assert 3.6 * output < training < 8 * output
 
 
 def test_memory_is_fitted_by_a_line() -> None:
@@ -302,25 +310,31 @@ def test_the_recurrence_beside_the_long_run_is_the_oracle() -> None:
     torch.testing.assert_close(torch.cat(pieces, 1).detach(), wanted[0], rtol=0, atol=1e-10)
 
 
-def test_the_generation_benchmark_measures_memory_decoding_trees_and_speculation(tmp_path: Path) -> None:
-    path = tmp_path / "generation.json"
-    sections = ["memory", "decode", "trees", "speculation"]
+def generated(path: Path, *sections: str) -> dict[str, list[Row]]:
     generation.main(["--json", str(path), "--section", *sections], GENERATION)
     rows = [measured.row_of(record) for record in json.loads(path.read_text())["rows"]]
-    found = {name: [row for row in rows if row.section == name] for name in sections}
+    return {name: [row for row in rows if row.section == name] for name in sections}
 
-    size, early, late, steps = found["memory"]
-    assert size.details["state_bytes"][0] == size.details["state_bytes"][1]
-    assert [early.details["tokens"], late.details["tokens"]] == [64, 512]
-    assert 0 < max(late.details["output_error"]) < 1e-5 and 0 < max(late.details["state_error"]) < 1e-5
-    assert 0 < steps.details["output_error"] < 1e-5 and steps.details["length"] == 512 + 64
 
+def test_the_generation_benchmark_measures_decoding_and_trees(tmp_path: Path) -> None:
+    found = generated(tmp_path / "generation.json", "decode", "trees")
     (decode,) = found["decode"]
     kinds = [kind for kind in decode.details if kind.startswith("softmax")]
     assert len(kinds) == 2 and decode.theirs_ms == min(decode.details[kind] for kind in kinds)
     assert {(row.details["nodes"], row.details["part"]) for row in found["trees"]} == {
         (nodes, part) for nodes in (1, 5) for part in ("whole pass and commit", "attention", "linear layers")
     }
+
+
+@pytest.mark.slow  # a long sequence, and heads that are trained
+def test_the_generation_benchmark_measures_memory_and_speculation(tmp_path: Path) -> None:
+    found = generated(tmp_path / "generation.json", "memory", "speculation")
+    size, early, late, steps = found["memory"]
+    assert size.details["state_bytes"][0] == size.details["state_bytes"][1]
+    assert [early.details["tokens"], late.details["tokens"]] == [64, 512]
+    assert 0 < max(late.details["output_error"]) < 1e-5 and 0 < max(late.details["state_error"]) < 1e-5
+    assert 0 < steps.details["output_error"] < 1e-5 and steps.details["length"] == 512 + 64
+
     # Two models, each with lookup, heads and both, and the best of those with heads.
     assert [row.details["model"] for row in found["speculation"]] == ["softmax"] * 4 + ["augmented"] * 4
     assert all("heads" in row.details["drafter"] for row in found["speculation"][3::4])

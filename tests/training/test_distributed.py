@@ -6,6 +6,8 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -57,48 +59,66 @@ def close(found: dict[str, Tensor], wanted: dict[str, Tensor], atol: float = 1e-
         torch.testing.assert_close(found[name], value, atol=atol, rtol=0, msg=name)
 
 
-@pytest.fixture(scope="module")
-def alone() -> dict[str, dict[str, Any]]:
-    return {kind: training_worker.work(kind) for kind in KINDS}
+@cache
+def alone(kind: str) -> dict[str, Any]:
+    return training_worker.work(kind)
 
 
-@pytest.fixture(scope="module", params=["ddp", pytest.param("fsdp", marks=pytest.mark.slow)])
-def together(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
+@dataclass
+class Together:
+    """What two processes found: the jobs of some kinds, and where their models are."""
+
+    kinds: tuple[str, ...]
+    out: Path
+    found: dict[str, list[dict[str, Any]]]
+
+
+# Each job starts from a conversion in both processes. The other kinds differ from the first in what is
+# trained, not in how processes work together.
+RUNS = {"ddp": (False, ("full",)), "ddp others": (False, ("lora", "transfer")), "fsdp": (True, KINDS)}
+
+
+@pytest.fixture(
+    scope="module",
+    params=[name if name == "ddp" else pytest.param(name, marks=pytest.mark.slow) for name in RUNS],
+)
+def together(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Together:
     """Half the batch in each of two processes, and a run that goes on from half of the first."""
-    out = tmp_path_factory.mktemp(request.param)
-    trainer = SHARDED if request.param == "fsdp" else {}
-    jobs: dict[str, Any] = {kind: dict(kind=kind, batch_size=2, trainer_args=trainer) for kind in KINDS}
-    jobs["full"] |= dict(output_dir=str(out / "checkpoints"), save_steps=4)
-    jobs["resumed"] = {**jobs["full"], "without": "checkpoint-8", "resume": True}
+    out = tmp_path_factory.mktemp("together")
+    sharded, kinds = RUNS[request.param]
+    trainer = SHARDED if sharded else {}
+    jobs: dict[str, Any] = {kind: dict(kind=kind, batch_size=2, trainer_args=trainer) for kind in kinds}
+    if "full" in kinds:
+        jobs["full"] |= dict(output_dir=str(out / "checkpoints"), save_steps=4)
+        jobs["resumed"] = {**jobs["full"], "without": "checkpoint-8", "resume": True}
     found = two(out, jobs)
-    assert {one["sharded"] for pair in found.values() for one in pair} == {request.param == "fsdp"}
-    return out, found
+    assert {one["sharded"] for pair in found.values() for one in pair} == {sharded}
+    return Together(kinds, out, found)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_two_processes_train_what_one_does(kind: str, alone: Any, together: Any) -> None:
-    out, found = together
-    wanted, (first, second) = alone[kind], found[kind]
-    # Transfer's loss is relative to all of a batch, so halves of it give a slightly different mean.
-    near = 1e-2 if kind == "transfer" else 1e-5
-    for one in (first, second):
-        assert (one["steps"], one["tokens"]) == (wanted["steps"], wanted["tokens"]) == (8, 8 * 4 * 32)
-        assert one["before"] == pytest.approx(wanted["before"], rel=near)
-        assert one["after"] == pytest.approx(wanted["after"], rel=near)
-    close(second["weights"], first["weights"], atol=0)
-    close(first["weights"], wanted["weights"], atol=near)
-    fresh = dict(training_worker.converted().named_parameters())
-    moved = [name for name in fresh if not torch.equal(fresh[name], first["weights"][name])]
-    new = {name for name in fresh if "linear_attention" in name}
-    assert len(new) == 6 and new <= set(moved)
-    assert (set(moved) == new) == (kind == "transfer")
-    loaded = lz.load(out / kind)
-    close(dict(loaded.named_parameters()), first["weights"], atol=0)
+def test_two_processes_train_what_one_does(together: Together) -> None:
+    for kind in together.kinds:
+        wanted, (first, second) = alone(kind), together.found[kind]
+        # Transfer's loss is relative to all of a batch, so halves of it give a slightly different mean.
+        near = 1e-2 if kind == "transfer" else 1e-5
+        for one in (first, second):
+            assert (one["steps"], one["tokens"]) == (wanted["steps"], wanted["tokens"]) == (8, 8 * 4 * 32)
+            assert one["before"] == pytest.approx(wanted["before"], rel=near)
+            assert one["after"] == pytest.approx(wanted["after"], rel=near)
+        close(second["weights"], first["weights"], atol=0)
+        close(first["weights"], wanted["weights"], atol=near)
+        fresh = dict(training_worker.converted().named_parameters())
+        moved = [name for name in fresh if not torch.equal(fresh[name], first["weights"][name])]
+        new = {name for name in fresh if "linear_attention" in name}
+        assert len(new) == 6 and new <= set(moved)
+        assert (set(moved) == new) == (kind == "transfer")
+        loaded = lz.load(together.out / kind)
+        close(dict(loaded.named_parameters()), first["weights"], atol=0)
 
 
-def test_two_processes_go_on_from_a_checkpoint_to_the_same_weights(together: Any) -> None:
-    _, found = together
-    for whole, resumed in zip(found["full"], found["resumed"], strict=True):
+@pytest.mark.parametrize("together", ["ddp", pytest.param("fsdp", marks=pytest.mark.slow)], indirect=True)
+def test_two_processes_go_on_from_a_checkpoint_to_the_same_weights(together: Together) -> None:
+    for whole, resumed in zip(together.found["full"], together.found["resumed"], strict=True):
         assert resumed["steps"] == 8
         close(resumed["weights"], whole["weights"], atol=0)
 
