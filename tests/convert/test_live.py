@@ -368,7 +368,7 @@ def test_an_interrupted_conversion_is_undone(monkeypatch: pytest.MonkeyPatch) ->
     def stop(*_: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("linearize.convert.linearize.verify", stop)
+    monkeypatch.setattr("linearize.convert.pipeline.verify", stop)
     model = bart()
     before = snapshot(model)
     with pytest.raises(KeyboardInterrupt):
