@@ -12,6 +12,8 @@ from .sequence import PIPELINE, find_attention, lower_attention, raise_attention
 from .site import MatchReport, Reason, Refusal, Site
 from .steps import SCORE_STEPS, Effect, StepRule
 
+Row = StepRule  # its name in 0.1.0
+
 __all__ = [
     "PIPELINE",
     "SCORE_STEPS",
@@ -24,6 +26,7 @@ __all__ = [
     "Pipeline",
     "Reason",
     "Refusal",
+    "Row",
     "Site",
     "StepRule",
     "Work",

@@ -117,8 +117,25 @@ ONNX_NAMES_OF_0_1_0 = """
 """
 
 
+PASSES_NAMES_OF_0_1_0 = """
+SCORE_STEPS CaptureError Effect MatchReport Refusal Row Site capture find_attention lower_attention
+raise_attention
+"""
+OLDER_NAMES = {
+    "": NAMES_OF_0_1_0,
+    "onnx": ONNX_NAMES_OF_0_1_0,
+    "passes": PASSES_NAMES_OF_0_1_0,
+    "evaluation": "Evaluation Figures Row evaluate",
+}
+
+
 @pytest.mark.parametrize(
-    "package, names", [(linearize, NAMES_OF_0_1_0), (linearize.onnx, ONNX_NAMES_OF_0_1_0)], ids=["", "onnx"]
+    "package, names",
+    [
+        (importlib.import_module(f"linearize.{name}".rstrip(".")), names)
+        for name, names in OLDER_NAMES.items()
+    ],
+    ids=list(OLDER_NAMES),
 )
 def test_public_names_are_listed_and_there_those_of_before_too(package: ModuleType, names: str) -> None:
     assert set(names.split()) <= {*dir(package), "__version__"} and set(package.__all__) <= set(dir(package))

@@ -11,4 +11,6 @@ from .figures import Figures, Measurement
 from .measure import evaluate
 from .result import Evaluation
 
-__all__ = ["Evaluation", "Figures", "Measurement", "evaluate"]
+Row = Measurement  # its name in 0.1.0
+
+__all__ = ["Evaluation", "Figures", "Measurement", "Row", "evaluate"]
