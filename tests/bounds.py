@@ -27,6 +27,7 @@ from __future__ import annotations
 import math
 
 import torch
+from torch import Tensor
 
 
 def unit(dtype: torch.dtype) -> float:
@@ -37,3 +38,13 @@ def bound(dtype: torch.dtype, additions: float, size: float = 1.0, stored: int =
     """The largest error that rounding explains, for norms as for single entries (see above)."""
     summed_in = torch.float64 if dtype == torch.float64 else torch.float32
     return size * (2 * unit(summed_in) * math.sqrt(additions) + stored * unit(dtype))
+
+
+def softmax_bound(query: Tensor, key: Tensor, scale: float) -> float:
+    """Of softmax attention in float32, relative to its largest output.
+
+    Summed over the width and over the keys. The exponential turns the rounding of a score, which is as large
+    as the score, into one of its weight.
+    """
+    score = scale * float(torch.einsum("bhqd,bgkd->bhgqk", query, key).abs().max())
+    return bound(torch.float32, key.shape[2] + key.shape[3], 1 + score, stored=2)

@@ -8,7 +8,7 @@ import pickle
 
 import pytest
 import torch
-from bounds import bound
+from bounds import softmax_bound
 from torch import Tensor
 from torch.export import Dim, export
 
@@ -194,14 +194,8 @@ def check(spec: SiteSpec, args, keep=None, bias=None, sinks=None, **call) -> Non
 
 
 def near(out: Tensor, wanted: Tensor, spec: SiteSpec, query: Tensor, key: Tensor) -> None:
-    """As far as the sums over the width and over the keys explain, in float32.
-
-    The exponential turns the rounding of a score, which is as large as the score, into one of its weight.
-    """
     scale = spec.head_dim**-0.5 if spec.scale is None else spec.scale
-    score = scale * float(torch.einsum("bhqd,bgkd->bhgqk", query, key).abs().max())
-    size = (1 + score) * float(wanted.abs().max())
-    allowed = bound(torch.float32, key.shape[2] + key.shape[3], size, stored=2)
+    allowed = softmax_bound(query, key, scale) * float(wanted.abs().max())
     torch.testing.assert_close(out.double(), wanted, atol=allowed, rtol=0)
 
 

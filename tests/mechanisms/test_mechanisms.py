@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from bounds import bound, softmax_bound
 from linearize.kernels import naive as core_oracle
 from linearize.kernels import window_chunk as window
 from live_models import VOCAB, bart, bert, llama, recompute, tokens
@@ -268,16 +269,22 @@ def test_tiled_heads_and_half_precision(case: str, form: str) -> None:
     module, args = module.bfloat16(), inputs(form, 65, dtype=torch.bfloat16)
     out = module(*args)
     assert out.dtype == torch.bfloat16
-    close(out, expected(case, module, [x.double() for x in args], wide(module)), 1e-2)
+    # Stored: query and key as mapped, a weight or state, the mechanism's part, the convolution's, their sum.
+    allowed = bound(torch.bfloat16, args[1].shape[2] + args[1].shape[3], stored=6)
+    close(out, expected(case, module, [x.double() for x in args], wide(module)), allowed)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert torch.equal(module(*args), out)
 
 
 def test_performer_with_many_features_is_the_softmax_it_estimates() -> None:
-    config = LinearizeConfig(mechanism="performer", options={"features": 8192})
+    """The random features are the same everywhere; with more of them the estimate comes closer."""
     args = [x * 0.7 for x in inputs("causal", 40)]
-    error = build_attention(SPEC, config)(*args) - SoftmaxAttention(SPEC)(*args)
-    assert error.abs().mean() < 0.02
+    errors = []
+    for features in (512, 8192):
+        config = LinearizeConfig(mechanism="performer", options={"features": features})
+        error = build_attention(SPEC, config)(*args) - SoftmaxAttention(SPEC)(*args)
+        errors.append(float(error.detach().abs().mean()))
+    assert errors[1] < 0.75 * errors[0] and errors[1] < 0.06
 
 
 # --- padding, late queries, causality
@@ -401,15 +408,16 @@ def test_a_window_that_covers_the_sequence_is_softmax(form: str, kv_layout: str)
     args = [3 * x for x in inputs(form, 50)]
     mask = torch.rand(2, 50) > 0.3
     exact = SoftmaxAttention(spec)
+    allowed = 2 * softmax_bound(*args[:2], spec.head_dim**-0.5)  # both sides are rounded
     for size in (50, 51, 1000):
         config = LinearizeConfig(mechanism="softmax_window", options={"window": size}, group_size=GROUP)
         module = build_attention(spec, config)
-        close(module(*args), exact(*args), 2e-6)
+        close(module(*args), exact(*args), allowed)
         real = mask[:, None, :, None]
-        close(module(*args, key_mask=mask) * real, exact(*args, key_mask=mask) * real, 2e-6)
+        close(module(*args, key_mask=mask) * real, exact(*args, key_mask=mask) * real, allowed)
         if form == "causal":
             late = (args[0][:, :, 45:], *args[1:])
-            close(module(*late), exact(*late), 2e-6)
+            close(module(*late), exact(*late), allowed)
 
 
 def test_scores_far_beyond_exp_keep_the_window_exact() -> None:
@@ -628,4 +636,8 @@ def test_a_covering_window_leaves_the_model_as_it_was() -> None:
     original = llama()
     model = lz.linearize(copy.deepcopy(original), mechanism="softmax_window", options={"window": 64})
     ids = torch.randint(3, VOCAB, (2, 40))
-    torch.testing.assert_close(model(ids).logits, original(ids).logits, atol=1e-5, rtol=1e-4)
+    wanted = original(ids).logits
+    # A term goes through two layers of four matrices, a feed-forward and 40 keys, and the last matrix.
+    additions = 2 * (4 * 32 + 48 + 40) + 32
+    allowed = 2 * bound(torch.float32, additions, float(wanted.detach().abs().max()))
+    torch.testing.assert_close(model(ids).logits, wanted, atol=allowed, rtol=0)
