@@ -11,6 +11,7 @@ import pytest
 import torch
 from shared_search import shared
 
+
 # The files that share the graphs of the spellings, of which each takes a second.
 _SPELLINGS = {"test_front_doors.py", "test_match.py", "test_pipeline.py", "test_raise.py", "test_refusals.py"}
 
