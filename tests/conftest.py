@@ -3,49 +3,18 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
-from shared_search import shared
-
-
-# The files that share the graphs of the spellings, of which each takes a second.
-_SPELLINGS = {"test_front_doors.py", "test_match.py", "test_pipeline.py", "test_raise.py", "test_refusals.py"}
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """With `--dist loadgroup` a file runs in one process: what its tests share is made once."""
-    for item in items:
-        group = "spellings" if item.path.name in _SPELLINGS else item.path.stem
-        item.add_marker(pytest.mark.xdist_group(group))
 
 
 @pytest.fixture(autouse=True, scope="session")
 def _one_thread() -> None:
     # Two workers use two cores and no more.
     torch.set_num_threads(1)
-
-
-@pytest.fixture(autouse=True, scope="session")
-def _searching() -> Iterator[list[bool]]:
-    """Models that are built alike are searched once per process; see `shared_search`."""
-    from linearize.convert import inspect, linearize
-
-    own = [False]  # whether the running test wants searches of its own
-    search = linearize.search
-    linearize.search = inspect.search = shared(search, lambda: not own[0])
-    yield own
-    linearize.search = inspect.search = search
-
-
-@pytest.fixture(autouse=True)
-def _own_search(request: pytest.FixtureRequest, _searching: list[bool]) -> Iterator[None]:
-    _searching[0] = "monkeypatch" in request.node._fixtureinfo.argnames
-    yield
-    _searching[0] = False
 
 
 @dataclass
