@@ -83,7 +83,8 @@ class Running:
     def settings(self) -> dict[str, Any]:
         """As `linearize.distill` takes them."""
         settings = given(dataclasses.asdict(self))
-        return {**settings, "output_dir": settings.pop("checkpoints", None)}
+        checkpoints = settings.pop("checkpoints", None)
+        return {**settings, "output_dir": checkpoints}
 
 
 def distill(
