@@ -2,19 +2,61 @@
 
 from __future__ import annotations
 
+import gc
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
+from shared_search import shared
+
+# Test files that share what takes seconds to make: the graphs of the spellings; a wheel.
+_TOGETHER = {
+    **dict.fromkeys(["test_match.py", "test_pipeline.py", "test_raise.py", "test_refusals.py"], "spellings"),
+    "test_packaging.py": "wheel",
+}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """With `--dist loadgroup` the tests of a group run in one process: what they share is made once."""
+    for item in items:
+        if item.path.name in _TOGETHER:
+            item.add_marker(pytest.mark.xdist_group(_TOGETHER[item.path.name]))
 
 
 @pytest.fixture(autouse=True, scope="session")
 def _one_thread() -> None:
     # Two workers use two cores and no more.
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _searching() -> Iterator[list[bool]]:
+    """Models that are built alike are searched once per process; see `shared_search`."""
+    from linearize.convert import inspect, linearize
+
+    own = [False]  # whether the running test wants searches of its own
+    search = linearize.search
+    linearize.search = inspect.search = shared(search, lambda: not own[0])
+    yield own
+    linearize.search = inspect.search = search
+
+
+@pytest.fixture(autouse=True)
+def _own_search(request: pytest.FixtureRequest, _searching: list[bool]) -> Iterator[None]:
+    _searching[0] = "monkeypatch" in request.node._fixtureinfo.argnames
+    yield
+    _searching[0] = False
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _frozen() -> None:
+    # What earlier files keep, graphs above all, is not looked through again at each collection: the Trainer
+    # asks for several in every run, and each would take seconds.
+    gc.collect()
+    gc.freeze()
 
 
 @dataclass

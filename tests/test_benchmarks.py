@@ -359,6 +359,7 @@ def test_goals_of_decoding_are_for_the_model_with_much_attention() -> None:
 # ------------------------------------------------------------------------------------------- ort.py
 
 
+@pytest.mark.slow
 def test_the_onnxruntime_benchmark_measures_both_exports(tmp_path: Path) -> None:
     path = tmp_path / "onnx.json"
     ort.main(["--json", str(path)], ort.Sizes(prefill=(32,), decode=(16, 32), layers=1, seconds=0.01))

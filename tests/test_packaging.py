@@ -161,7 +161,7 @@ def other_kernels(tmp_path: Path) -> Path:
     return package.parent
 
 
-@pytest.mark.parametrize("with_theirs", [False, True])
+@pytest.mark.parametrize("with_theirs", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_the_checkout_works_from_its_root_beside_a_package_named_kernels(
     with_theirs: bool, other_kernels: Path
 ) -> None:

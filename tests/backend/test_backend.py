@@ -223,6 +223,7 @@ def test_gradient_checkpointing_trains_the_new_parameters():
     assert all(p.grad is not None for p in backend.parameters())
 
 
+@pytest.mark.slow
 def test_inductor_compiles_the_rewritten_graph():
     x = torch.randn(2, 6, 16)
     outputs, gradients, model = [], [], NanoGPT()

@@ -63,7 +63,13 @@ def test_import_linearize_loads_neither_torch_nor_transformers() -> None:
     assert python(ALONE).split() == ["lazy_loader", "linearize"]
 
 
-@pytest.mark.parametrize("order", ORDERS)
+# The others are what every test of checkpoints does, in a process that has imported everything.
+UNUSUAL = {"its quantizers first", "probed, imported and reloaded"}
+
+
+@pytest.mark.parametrize(
+    "order", [pytest.param(o, marks=() if o in UNUSUAL else pytest.mark.slow) for o in ORDERS]
+)
 def test_from_pretrained_restores_a_converted_checkpoint_in_any_order_of_imports(order: str) -> None:
     said = python(ORDERS[order] + LOADS.format(checkpoint=str(CHECKPOINT)))
     assert "self_attn.linear_attention" in said

@@ -179,6 +179,7 @@ def test_a_mistake_is_one_line_exit_code_1_and_nothing_written(
     assert not places["out"].exists() and sorted(path.name for path in folder.iterdir()) == before
 
 
+@pytest.mark.slow
 def test_the_demo_tells_a_true_story(run, tmp_path: Path) -> None:
     result = run("demo", "--threads", 1, "--plot", tmp_path / "curves.png")
     assert result.code == 0, result.err

@@ -92,11 +92,14 @@ def check(target: str, dim: int, stack: int = STACK, **options: Any) -> None:
     assert not faults, "\n".join(faults)
 
 
-@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize(
+    "target", [pytest.param(t, marks=pytest.mark.slow if t != "sm_90" else ()) for t in TARGETS]
+)
 def test_kernels_compile_without_stack_or_spills(target: str) -> None:
     check(target, 64)
 
 
+@pytest.mark.slow
 def test_a_head_dimension_of_128_compiles_so_too() -> None:
     check("sm_90", 128)
 

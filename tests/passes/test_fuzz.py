@@ -510,16 +510,26 @@ fixed = partial(hypothesis.settings, derandomize=True, deadline=None, database=N
 quiet = list(hypothesis.HealthCheck)
 
 
-@fixed(max_examples=150, suppress_health_check=quiet)
-@hypothesis.given(edited_graphs(most=1))
-def test_one_edit_changes_the_record_or_is_refused_and_never_misleads(case: tuple[str, list[Edit]]) -> None:
-    check(*case)
+HOW_OFTEN = [1, pytest.param(5, marks=pytest.mark.slow)]
 
 
-@fixed(max_examples=60, suppress_health_check=quiet)
-@hypothesis.given(edited_graphs(most=3))
-def test_several_edits_never_mislead(case: tuple[str, list[Edit]]) -> None:
-    check(*case)
+@pytest.mark.parametrize("times", HOW_OFTEN)
+def test_one_edit_changes_the_record_or_is_refused_and_never_misleads(times: int) -> None:
+    fuzz(50 * times, most=1)
+
+
+@pytest.mark.parametrize("times", HOW_OFTEN)
+def test_several_edits_never_mislead(times: int) -> None:
+    fuzz(20 * times, most=3)
+
+
+def fuzz(examples: int, most: int) -> None:
+    @fixed(max_examples=examples, suppress_health_check=quiet)
+    @hypothesis.given(edited_graphs(most=most))
+    def run(case: tuple[str, list[Edit]]) -> None:
+        check(*case)
+
+    run()
 
 
 @pytest.mark.parametrize("kind", sorted(EDITS))

@@ -116,7 +116,8 @@ def test_two_processes_train_what_one_does(together: Together) -> None:
         close(dict(loaded.named_parameters()), first["weights"], atol=0)
 
 
-@pytest.mark.parametrize("together", ["ddp", pytest.param("fsdp", marks=pytest.mark.slow)], indirect=True)
+@pytest.mark.slow
+@pytest.mark.parametrize("together", ["ddp", "fsdp"], indirect=True)
 def test_two_processes_go_on_from_a_checkpoint_to_the_same_weights(together: Together) -> None:
     for whole, resumed in zip(together.found["full"], together.found["resumed"], strict=True):
         assert resumed["steps"] == 8
