@@ -69,7 +69,7 @@ class Sizes:
     models: tuple[str, ...] = ("demo", "wide")
     nodes: tuple[int, ...] = (1, 4, 8, 16, 32, 64)
     budgets: tuple[int, ...] = (4, 8, 16, 32, 64)
-    mechanisms: tuple[tuple[str, int], ...] = (("augmented", 100), ("softmax_window", 0))
+    mechanisms: tuple[tuple[str, int], ...] = (("augmented_paper", 100), ("softmax_window", 0))
     training_tokens: int = 60_000
     epochs: float = 3.0
     prompts: int = 4
@@ -85,7 +85,7 @@ QUICK = Sizes(
     models=("demo",),
     nodes=(1, 16),
     budgets=(4,),
-    mechanisms=(("augmented", 2),),
+    mechanisms=(("augmented_paper", 2),),
     training_tokens=4000,
     epochs=0.3,
     prompts=1,
@@ -113,7 +113,7 @@ def softmax_model(name: str) -> LlamaForCausalLM:
     return LlamaForCausalLM(config).eval()
 
 
-def converted(model: nn.Module, mechanism: str = "augmented") -> Any:
+def converted(model: nn.Module, mechanism: str = "augmented_paper") -> Any:
     """A converted copy whose new parts take part: a fresh one leaves all but the local part out."""
     linear = lz.linearize(copy.deepcopy(model), mechanism=mechanism)
     generator = torch.Generator().manual_seed(0)
@@ -144,7 +144,8 @@ def filled(model: Any, context: int, cache: Any) -> Any:
         key, value = torch.randn(2, 1, heads, min(context, _PIECE), dim).unbind(0)
         for start in range(1, context, _PIECE):
             count = min(_PIECE, context - start)
-            layer.module.commit(key[:, :, :count], value[:, :, :count], layer.states)
+            query = torch.zeros(1, config.num_attention_heads, count, dim)
+            layer.module.commit(query, key[:, :, :count], value[:, :, :count], layer.states)
         layer.cumulative_length += context - 1
     return cache
 

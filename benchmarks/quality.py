@@ -43,7 +43,7 @@ Row = dict[str, Any]
 Settings = dict[str, Any]
 
 CALIBRATION: Sequence[tuple[str, Settings]] = (
-    ("augmented", {}),
+    ("augmented_paper", {}),
     ("local", {}),
     ("grouped", {}),
     ("relu", {"augmentation": True}),
@@ -57,9 +57,9 @@ CALIBRATION_TOKENS = 12_288
 
 PAPER: dict[str, Settings] = {
     "local": {"mechanism": "local"},
-    "local + grouped": {"mechanism": "augmented", "augmentation": False},
+    "local + grouped": {"mechanism": "augmented_paper", "augmentation": False},
     "local + convolution": {"mechanism": "local", "augmentation": True},
-    "augmented": {"mechanism": "augmented"},
+    "augmented_paper": {"mechanism": "augmented_paper"},
 }
 """The paper's own form and the three it is compared with."""
 EARLIER = ("flash_local", "flash_global", "linformer", "performer", "transnormer", "yoso", "relu")
@@ -69,8 +69,8 @@ TUNING_TOKENS = 102_400
 TUNING: Settings = dict(method="full", learning_rate=5e-4, new_learning_rate=1e-2, batch_size=2, held_out=0.0)
 
 RECOVERY: dict[str, tuple[Settings, Settings]] = {
-    "augmented": ({"mechanism": "augmented"}, {}),
-    "augmented, group 256": ({"mechanism": "augmented", "group_size": 256}, {}),
+    "augmented_paper": ({"mechanism": "augmented_paper"}, {}),
+    "augmented, group 256": ({"mechanism": "augmented_paper", "group_size": 256}, {}),
     "power_window, window 128": (
         {"mechanism": "power_window", "augmentation": True, "options": {"window": 128}},
         {"learning_rate": 1e-4, "new_learning_rate": 1e-3, "batch_size": 4},
@@ -183,7 +183,7 @@ def shuffled(rows: Tensor) -> Tensor:
 
 def encoder() -> Iterator[Row]:
     yield from minilm(PAPER, texts=960)
-    yield from minilm({"augmented, longer": PAPER["augmented"]}, texts=2400)
+    yield from minilm({"augmented, longer": PAPER["augmented_paper"]}, texts=2400)
 
 
 def minilm(forms: dict[str, Settings], texts: int) -> Iterator[Row]:

@@ -3,9 +3,10 @@
     python benchmarks/training.py [--quick] [--section NAME ...] [--model NAME ...] [--json FILE]
 
 A step is forward, backward and AdamW on all parameters, one sequence in float32. `linear` is the model after
-`linearize` (`augmented`); `softmax SDPA` is the original on PyTorch's fused kernel, which keeps no matrix of
-scores; `softmax eager` is the original on transformers' plain code, which does, and which the paper's figures
-go with (1.5 times the speed at 4k tokens, 2.9 at 8k). Models as in `generation.py`, clocks as in `cpu.py`.
+`linearize` (`augmented_paper`); `softmax SDPA` is the original on PyTorch's fused kernel, which keeps no
+matrix of scores; `softmax eager` is the original on transformers' plain code, which does, and which the
+paper's figures go with (1.5 times the speed at 4k tokens, 2.9 at 8k). Models as in `generation.py`, clocks as
+in `cpu.py`.
 
     step    milliseconds of a step, sides turn by turn in one process
     memory  peak of a step beyond the weights, each in a process of its own

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .saved import save, saved
+from .recomputed import recomputed
 from .tensors import take_rows
 
 _ARGUMENTS = (
@@ -185,48 +185,16 @@ def forward(
 
 def _operator(name: str, weigh: Weigh, settings: str = "") -> Any:
     """Register `linearize::{name}` and its derivative. settings: what `weigh` takes besides, as a schema."""
-    arguments = _ARGUMENTS + settings
 
     def run(*inputs: Any) -> Tensor:
         own = inputs[8:]
         arguments: list[Any] = [*inputs[:8], lambda scores, hidden: weigh(scores, hidden, *own)]
         return forward(*arguments)
 
-    @torch.library.custom_op(f"linearize::{name}", mutates_args=(), schema=f"({arguments}) -> Tensor")
-    def operator(*inputs: Any) -> Tensor:
-        return run(*inputs).contiguous()
-
-    @operator.register_fake
-    def _fake(query: Tensor, key: Tensor, value: Tensor, *options: Any) -> Tensor:
+    def fake(query: Tensor, key: Tensor, value: Tensor, *options: Any) -> Tensor:
         return query.new_empty((*query.shape[:4], value.shape[3] + 1))
 
-    # Not a `custom_op`: those run with autograd switched off for good, and this one differentiates inside.
-    derivative = f"linearize::{name}_backward"
-    torch.library.define(derivative, f"(Tensor grad, {arguments}) -> (Tensor, Tensor, Tensor)")
-
-    @torch.library.impl(derivative, "CompositeExplicitAutograd")
-    def _backward_impl(grad: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
-        leaves = [x.detach().requires_grad_() for x in inputs[:3]]
-        with torch.enable_grad():
-            out = run(*leaves, *inputs[3:])
-        return tuple(x.contiguous() for x in torch.autograd.grad(out, leaves, grad))
-
-    @torch.library.register_fake(derivative)
-    def _backward_fake(grad: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
-        return tuple(x.new_empty(x.shape) for x in inputs[:3])
-
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        inputs = saved(ctx)
-        needed, rest = ctx.needs_input_grad[:3], (None,) * (len(inputs) - 3)
-        if torch.is_grad_enabled():  # the caller will differentiate the gradients again
-            wanted = [x for x, need in zip(inputs[:3], needed, strict=True) if need]
-            found = iter(torch.autograd.grad(run(*inputs), wanted, grad, create_graph=True))
-            return (*(next(found) if need else None for need in needed), *rest)
-        grads = getattr(torch.ops.linearize, f"{name}_backward")(grad, *inputs)
-        return (*(x if need else None for x, need in zip(grads, needed, strict=True)), *rest)
-
-    operator.register_autograd(backward, setup_context=save)
-    return operator
+    return recomputed(name, _ARGUMENTS + settings, run, fake)
 
 
 _softmax_window = _operator("softmax_window", softmax_weights)

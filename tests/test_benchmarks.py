@@ -228,7 +228,7 @@ def test_the_cpu_benchmark_runs_and_draws(tmp_path: Path, monkeypatch: pytest.Mo
     assert set(timed) == {64, 128, 256, 512} and timed[256].theirs_ms is None
     assert timed[512].goal == 1.3 and timed[512].ratio and timed[64].goal is None
     names = {row.ours for row in rows if row.section == "mechanisms"}
-    assert {"augmented", "local", "linformer", "softmax_window"} <= names
+    assert {"augmented_paper", "local", "linformer", "softmax_window"} <= names
 
     pytest.importorskip("matplotlib")
     cpu.main(["--from", str(path), "--plot", str(picture)])
@@ -285,7 +285,7 @@ GENERATION = generation.Sizes(
     models=("demo",),
     nodes=(1, 5),
     budgets=(2,),
-    mechanisms=(("augmented", 0),),
+    mechanisms=(("augmented_paper", 0),),
     training_tokens=1500,
     epochs=0.2,
     prompts=1,
@@ -336,7 +336,7 @@ def test_the_generation_benchmark_measures_memory_and_speculation(tmp_path: Path
     assert 0 < steps.details["output_error"] < 1e-5 and steps.details["length"] == 512 + 64
 
     # Two models, each with lookup, heads and both, and the best of those with heads.
-    assert [row.details["model"] for row in found["speculation"]] == ["softmax"] * 4 + ["augmented"] * 4
+    assert [row.details["model"] for row in found["speculation"]] == ["softmax"] * 4 + ["augmented_paper"] * 4
     assert all("heads" in row.details["drafter"] for row in found["speculation"][3::4])
     assert all(row.ratio and "NOT the same" not in row.note for row in found["speculation"])
     assert [row.goal for row in found["speculation"]] == [None] * 7 + [2.0]

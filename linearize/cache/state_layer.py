@@ -48,10 +48,10 @@ class StateLayer(CacheLayerMixin):
         self._writing = False  # stays true when the state's tensors were left half written
         self._module: weakref.ref[AttentionModule] | None = weakref.ref(module)
         self.tree: Lineage | None = None  # of the draft nodes that come next, see `draft`
-        self._drafted: tuple[Tensor, Tensor] | None = None
+        self._drafted: tuple[Tensor, Tensor, Tensor] | None = None
         self._sizes = (0, 0, 0)  # key/value heads, and features of a key and of a value
         self._committed: States | None = None  # while recording: the state at the last commit
-        self._recorded: list[tuple[Tensor, Tensor, Tensor | None]] = []  # and the tokens since
+        self._recorded: list[tuple[Tensor, Tensor, Tensor, Tensor | None]] = []  # and the tokens since
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         self.dtype, self.device = key_states.dtype, key_states.device
@@ -109,10 +109,10 @@ class StateLayer(CacheLayerMixin):
         assert self.states is not None
         self.prefetch()
         if self.tree is not None:
-            self._drafted = (key, value)
+            self._drafted = (query, key, value)
             return module.tree(query, key, value, self.states, self.tree)
         if self.record_past:
-            self._recorded.append((key, value, real))
+            self._recorded.append((query, key, value, real))
         self._writing = True
         output = module.extend(query, key, value, self.states, key_mask=real)
         self._writing, self._pending = False, 0
@@ -228,7 +228,7 @@ class StateLayer(CacheLayerMixin):
         self._recorded = []
 
     def _replay(self, count: int) -> None:
-        keep = sum(key.shape[2] for key, _, _ in self._recorded) - count
+        keep = sum(key.shape[2] for _, key, _, _ in self._recorded) - count
         if keep < 0:
             raise InputError(
                 f"cannot take back {count} tokens: only {keep + count} came since the last commit"
@@ -240,12 +240,12 @@ class StateLayer(CacheLayerMixin):
         else:
             for tensor, old in zip(self.states.tensors(), self._committed.tensors(), strict=True):
                 tensor.copy_(old)
-        for key, value, real in self._recorded:
+        for query, key, value, real in self._recorded:
             size = min(keep, key.shape[2])
             if size > 0:
                 path = torch.arange(size, device=key.device).expand(key.shape[0], -1)
                 path = path if real is None else path.where(real[:, :size], -1)
-                module.commit(key[:, :, :size], value[:, :, :size], self.states, path)
+                module.commit(*(x[:, :, :size] for x in (query, key, value)), self.states, path)
             keep -= size
 
     def reset(self) -> None:
@@ -282,6 +282,6 @@ class StateLayer(CacheLayerMixin):
         if self._committed is not None:
             self._committed = self._committed.map(function)
         self._recorded = [
-            (function(key), function(value), None if real is None else function(real))
-            for key, value, real in self._recorded
+            (function(query), function(key), function(value), None if real is None else function(real))
+            for query, key, value, real in self._recorded
         ]

@@ -88,7 +88,7 @@ def load_released(
     check_unconverted(model)
     found = _new_parameters(tensors.new, model, alpha)
     config = LinearizeConfig(
-        mechanism="augmented" if found.alpha else "local",
+        mechanism="augmented_paper" if found.alpha else "local",
         group_size=group_size,
         conv_taps=found.taps,
         augmentation=bool(found.convolution),

@@ -25,7 +25,7 @@ def load_demo(linear: bool = False) -> tuple[LlamaForCausalLM, PreTrainedTokeniz
     `tokenizer.bos_token`, which the tokenizer does not add by itself.
 
     Args:
-        linear: Load the decoder that was converted to `augmented` attention and distilled by
+        linear: Load the decoder that was converted to `augmented_paper` attention and distilled by
             `examples/distill_demo.py`, instead of the softmax original.
 
     Returns:

@@ -1,148 +1,221 @@
-"""The paper's augmented linear attention (arXiv 2406.07368), its default here, and its two ablations.
+"""Augmented linear attention whose local part is exact: the default.
 
-o = local_scale * local + alpha * grouped + convolution(v); the formula and its source are in
-`kernels/naive.py`, the forms beside it. All three weights are parameters per head. alpha and the convolution
-start at zero and local_scale at one, so a fresh module computes the local part alone. (The paper's code has
-one alpha and one local factor per layer; a head of its own size is what `lz.calibrate` fits.)
+    o[t] = softmax over window, sinks and salient tokens of (scale q[t].k[j]) v[j] + convolution(v)[t]
+    window: the last `window` tokens, and up to 31 before them    sinks: the first `sinks` tokens
+    salient: per key/value head, `salient` tokens that got most attention, as an exponential average
 
-State: [D, Dv] per key/value head, the sum of k^T v over finished groups, and a window of keys and values that
-serves the open group and the convolution.
+The idea of the paper (arXiv 2406.07368), near tokens by their scores and a masked depthwise convolution, with
+a near part that a pretrained softmax model needs no training for. The first tokens are those of StreamingLLM
+(arXiv 2309.17453), salient tokens the heavy hitters of H2O (arXiv 2306.14048); how they are chosen is said in
+`kernels/salient.py`. While all tokens fit this is the site's own attention, exactly. The convolution starts
+at zero.
 
-A site with a relative position bias is refused unless `approximate=("bias",)`: outside the group it has no
-place. options={"position_bias": "local"} then keeps it inside, added after relu(q.k)^2 as the paper's T5
-does. Untuned it is a poor start: it was made for the exponent of a softmax.
+Bidirectional sites see `window` tokens on either side, and one selection serves the whole sequence. Cross-
+attention has neither window nor voters: such sites get the form of `augmented_paper`.
+
+State: as many keys and values as are seen exactly, with scores and the weights that were not counted yet; the
+rows of the convolution.
 """
 
 from __future__ import annotations
 
-from dataclasses import replace
+import math
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from ..errors import InputError
-from .base import EVERYWHERE, Mechanism, choice
+from ..kernels import registered_salient, salient, salient_chunk
+from ..kernels.tensors import full_precision
+from ..ops.arguments import check_no_gradients
+from ..ops.attention import Lineage, checked_path, lineage
+from ..ops.state import Part, SalientState, States
+from .augmented_paper import PaperAttention
+from .base import EVERYWHERE, Mechanism, whole
 from .composed import ComposedAttention, Term
+from .module import AttentionModule
 from .spec import SiteSpec
 
 if TYPE_CHECKING:
     from .base import Settings
 
-POSITION_BIAS = {
-    "position_bias": choice(
-        "drop",
-        "what becomes of T5's relative position bias: nothing, or added to the weights inside a group",
-        ("drop", "local"),
-    )
-}
-
 
 class AugmentedAttention(ComposedAttention):
-    """One core call with the paper's parts; query and key are divided by their norms, so no scale is left.
+    """Attention of `kernels/salient.py`, plus the convolution."""
 
-    alpha, local_scale: initial weights of the grouped and of the local part, parameters of shape [H]; None
-        leaves the part out.
-    """
-
-    conv_joins = True
-    linear_parameters = ("local_scale", "alpha", "conv_weight")
-
-    def __init__(
-        self, spec: SiteSpec, config: Settings, *, alpha: float | None, local_scale: float | None
-    ) -> None:
+    def __init__(self, spec: SiteSpec, config: Settings) -> None:
         super().__init__(spec, config)
-        self._initial = {"alpha": alpha, "local_scale": local_scale}
-        self.keeps_bias = config.options.get("position_bias") == "local" and not spec.cross
-        self.alpha: nn.Parameter | None = None
-        self.local_scale: nn.Parameter | None = None
-        for name, value in self._initial.items():
-            if value is not None:
-                setattr(self, name, nn.Parameter(torch.empty(spec.num_heads)))
+        self.sizes = salient.Sizes(*(config.option(name) for name in ("window", "sinks", "salient")))
         self.reset_parameters()
 
-    def reset_parameters(self) -> None:
-        super().reset_parameters()
-        with torch.no_grad():
-            for name, value in self._initial.items():
-                if value is not None:
-                    getattr(self, name).fill_(value)
-
     def terms(self, query: Tensor, key: Tensor, value: Tensor) -> list[Term]:
-        return [
-            Term(
-                query,
-                key,
-                value,
-                alpha=self.alpha,
-                local_scale=self.local_scale,
-                conv_weight=self.conv_weight,
-                activation="relu2",
-                normalize=True,
-            )
-        ]
+        """None: `mix` is no sum of core calls."""
+        return []
 
-    def forward(
+    def mix(
         self,
         query: Tensor,
         key: Tensor,
         value: Tensor,
-        *,
-        key_mask: Tensor | None = None,
-        query_start: int | Tensor | None = None,
-        mask: Tensor | None = None,
-        sinks: Tensor | None = None,
-        bias: Tensor | None = None,
+        key_mask: Tensor | None,
+        query_start: int | Tensor | None,
     ) -> Tensor:
-        """As every attention module; bias [1, H, T, S] is read, and needed, if `keeps_bias`."""
-        start = query_start if self.spec.causal or self.spec.cross else None
-        (term,) = self.terms(query, key, value)
-        if self.keeps_bias:
-            table = _bias_by_lag(bias, self.group_size, self.spec.causal, start)
-            term = replace(term, local_bias=table)
-        return self.run(term, key_mask, start)
-
-
-def _bias_by_lag(
-    bias: Tensor | None, group_size: int, causal: bool, query_start: int | Tensor | None
-) -> Tensor:
-    """A relative position bias [1, H, T, S] as `ops.augmented_attention` wants it: [H, lags]."""
-    if bias is None:
-        raise InputError(
-            "position_bias='local' needs a site that hands its bias to transformers' attention interface, as "
-            "T5 does; use position_bias='drop'"
-        )
-    queries, keys = bias.shape[2], bias.shape[3]
-    readable = type(bias) in (Tensor, nn.Parameter) and not bias.is_meta
-    if readable and not torch.compiler.is_compiling():
-        if bias.shape[0] != 1 or not torch.equal(bias[..., 1:, 1:], bias[..., :-1, :-1]):
-            raise InputError(
-                "this position bias does not depend on the distance alone; use position_bias='drop'"
+        if self.spec.causal and not statically_known_true(query.shape[2] == key.shape[2]):
+            message = (
+                f"got {query.shape[2]} queries and {key.shape[2]} keys: mechanism 'augmented' chooses tokens "
+                f"by the queries of all of them; after cached tokens it needs its state, which a converted "
+                f"model keeps in an empty cache that it is given"
             )
-    lag = torch.arange(group_size, device=bias.device)
-    start = keys - queries if query_start is None else query_start
-    last = (start if causal else 0) + queries - 1
-    past = _columns_at(bias[0, :, -1], last - lag)
-    if causal:
-        return past
-    return torch.cat([_columns_at(bias[0, :, 0], lag[1:].flip(0)), past], dim=1)
+            if isinstance(query.shape[2], int) and isinstance(key.shape[2], int):
+                raise InputError(message)
+            torch._check(query.shape[2] == key.shape[2], lambda: message)
+        rows = registered_salient.salient_attention(
+            self.split_heads(query), key, value, key_mask, self.spec.causal, *self.sizes, self.scale
+        )
+        return self.merge_heads(rows)
+
+    def new_state(
+        self, batch: int, *, dtype: torch.dtype, device: torch.device, max_rewind: int = 0
+    ) -> States | None:
+        convolution = super().new_state(batch, dtype=dtype, device=device, max_rewind=max_rewind)
+        if convolution is None:
+            return None
+        spec = self.spec
+        tensors = salient.new(
+            batch,
+            spec.num_key_value_heads,
+            spec.head_dim,
+            spec.value_dim,
+            self.sizes,
+            max_rewind,
+            dtype=dtype,
+            device=device,
+        )
+        return States((SalientState(tensors, self.sizes, max_rewind), *convolution.parts))
+
+    def mix_after(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        parts: Sequence[Part],
+        key_mask: Tensor | None,
+        parents: Tensor | Lineage | None,
+    ) -> Tensor:
+        (part,) = parts
+        assert isinstance(part, SalientState)
+        self._check(query, key, value, part)
+        tokens = self.split_heads(query), key, value
+        if parents is None:
+            options = *part.tensors, *self.sizes, self.scale
+            return self.merge_heads(torch.ops.linearize.salient_extend(*tokens, *options, key_mask))
+        depth, ancestors = lineage(parents, query.shape[0], query.shape[2], query.device)
+        deepest = min(self.sizes.window, salient.DELAY)
+        if not torch.compiler.is_compiling() and int(depth.max()) > deepest:
+            raise InputError(
+                f"this tree is {int(depth.max()) + 1} tokens deep; mechanism 'augmented' with a window of "
+                f"{self.sizes.window} takes trees of at most {deepest + 1}"
+            )
+        rows = torch.ops.linearize.salient_tree(
+            *tokens, *part.tensors, *self.sizes, self.scale, depth, ancestors
+        )
+        return self.merge_heads(rows)
+
+    def commit(
+        self, query: Tensor, key: Tensor, value: Tensor, state: States, path: Tensor | None = None
+    ) -> None:
+        part, *convolution = state.parts
+        assert isinstance(part, SalientState)
+        self._check(query, key, value, part)
+        path = None if path is None else checked_path(path, key)
+        with full_precision(value.device):
+            torch.ops.linearize.salient_append(
+                self.split_heads(query), key, value, *part.tensors, *self.sizes, self.scale, path
+            )
+        super().commit(query, key, value, States(tuple(convolution)), path)
+
+    def _check(self, query: Tensor, key: Tensor, value: Tensor, part: SalientState) -> None:
+        """Raise InputError when new tokens do not fit together or to the state."""
+        check_no_gradients(query, key, value)
+        count = query.shape[2]
+        held = part.tensors
+        wanted = [
+            (held.keys.shape[0], self.spec.num_heads, count, held.keys.shape[3]),
+            (*held.keys.shape[:2], count, held.keys.shape[3]),
+            (*held.values.shape[:2], count, held.values.shape[3]),
+        ]
+        got = [tuple(x.shape) for x in (query, key, value)]
+        if got != wanted:
+            raise InputError(f"query, key and value must be {wanted} for this state, got {got}")
+
+    def extra_repr(self) -> str:
+        window, sinks, number = self.sizes
+        return f"{super().extra_repr()}, window={window}, sinks={sinks}, salient={number}"
 
 
-def _columns_at(row: Tensor, index: Tensor) -> Tensor:
-    """row [H, S] at `index`, zero where there is no such column."""
-    inside = (index >= 0) & (index < row.shape[1])
-    return row.index_select(1, index.clamp(0, row.shape[1] - 1)) * inside
+def naive(
+    query: Tensor, key: Tensor, value: Tensor, *, sizes: tuple[int, int, int], scale: float, causal: bool
+) -> Tensor:
+    """Token by token, of what `kernels/salient.py` says; float64.
+
+    Args:
+        query: [R, T, D], the heads that share a key/value head.
+        key: [T, D].
+        value: [T, Dv].
+        sizes: window, sinks, salient.
+        scale: Factor of the scores.
+        causal: Which of the two forms.
+
+    Returns:
+        [R, T, Dv].
+    """
+    (window, sinks, number), length = sizes, key.shape[0]
+    out = query.new_zeros(*query.shape[:2], value.shape[1])
+    score, kept = [0.0] * length, list[int]()
+    given: list[dict[int, float]] = []  # for each block the weights that its queries gave
+    if not causal:
+        voters = [place * length // salient_chunk.VOTERS for place in range(salient_chunk.VOTERS)]
+        mass = (query[:, voters] @ key.T * scale).softmax(-1).sum((0, 1))
+        others = sorted(range(sinks, length), key=lambda j: -float(mass[j].detach()))
+        kept = [*range(min(sinks, length)), *others[:number]]
+    for t in range(length):
+        block = t // salient.BLOCK
+        first = max(0, block * salient.BLOCK - window)
+        if causal and t % salient.BLOCK == 0:
+            given.append({})
+            if block > 0:
+                score = [salient.DECAY * s for s in score]
+                for j, weight in given[block - 3].items() if block >= 3 else ():
+                    score[j] += weight
+                rivals = [*kept, *range(max(0, first - salient.BLOCK), first)]
+                kept = sorted(rivals, key=lambda j: -math.inf if j < sinks else -score[j])[: sinks + number]
+        near = range(first, t + 1) if causal else range(max(0, t - window), min(length, t + window + 1))
+        visible = [*near, *(j for j in kept if j not in near)]
+        weights = (query[:, t] @ key[visible].T * scale).softmax(-1)
+        out[:, t] = weights @ value[visible]
+        for j, weight in zip(visible, weights.sum(0).tolist(), strict=True) if causal else ():
+            given[-1][j] = given[-1].get(j, 0.0) + weight
+    return out
 
 
-def _build(spec: SiteSpec, config: Settings) -> AugmentedAttention:
-    return AugmentedAttention(spec, config, alpha=0.0, local_scale=config.local_scale)
+def _build(spec: SiteSpec, config: Settings) -> AttentionModule:
+    if spec.cross:
+        return PaperAttention(spec, config, alpha=0.0, local_scale=config.local_scale)
+    return AugmentedAttention(spec, config)
 
 
 MECHANISM = Mechanism(
     name="augmented",
-    formula="local_scale * relu(q.k)^2 in the group + alpha * q.k over earlier groups + convolution of v",
+    formula="softmax over the last `window`, the first `sinks` and `salient` other tokens + convolution of v",
     supports=EVERYWHERE,
     build=_build,
     augmentation=True,
-    options=POSITION_BIAS,
+    options={
+        "window": whole(128, "tokens before a query that it sees exactly; up to 31 more are", 0),
+        "sinks": whole(4, "first tokens of the sequence that are seen exactly for ever", 0),
+        "salient": whole(128, "tokens per key/value head that are kept for the attention they got", 0),
+    },
 )

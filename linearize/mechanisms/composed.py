@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from ..kernels.tensors import full_precision, unit, with_one
 from ..kernels.tensors import widen as widen
 from ..ops import attention as ops
-from ..ops.state import AttentionState, States
+from ..ops.state import AttentionState, Part, States
 from .module import AttentionModule
 from .onnx_form import Nodes
 from .spec import SiteSpec
@@ -217,10 +217,13 @@ class ComposedAttention(AttentionModule):
         """
         return self._after(query, key, value, state, None, parents)
 
-    def commit(self, key: Tensor, value: Tensor, state: States, path: Tensor | None = None) -> None:
+    def commit(
+        self, query: Tensor, key: Tensor, value: Tensor, state: States, path: Tensor | None = None
+    ) -> None:
         """Append tokens whose outputs are known, such as the accepted branch of a tree.
 
         Args:
+            query: [B, H, N, D].
             key: [B, Hkv, N, D].
             value: [B, Hkv, N, Dv].
             state: Made by `new_state`; brought up to date in place.
@@ -230,10 +233,9 @@ class ComposedAttention(AttentionModule):
             InputError: The arguments do not fit.
         """
         with full_precision(value.device):
-            # Terms map each token alone, so the queries' part of them does not matter here.
-            query = key.new_zeros(key.shape[0], self.spec.num_heads, *key.shape[2:])
             terms = [*self.terms(query, key, value), *self._apart(query, key, value)]
             for term, part in zip(terms, state.parts, strict=True):
+                assert isinstance(part, AttentionState)
                 ops.augmented_commit(term.key, term.value, part, path, normalize=term.normalize)
 
     def emit_onnx(self, nodes: Nodes, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -295,7 +297,7 @@ class ComposedAttention(AttentionModule):
         query: Tensor,
         key: Tensor,
         value: Tensor,
-        parts: Sequence[AttentionState],
+        parts: Sequence[Part],
         key_mask: Tensor | None,
         parents: Tensor | ops.Lineage | None,
     ) -> Tensor:
@@ -321,9 +323,10 @@ class ComposedAttention(AttentionModule):
         return out.to(value.dtype)
 
     def _run_after(
-        self, term: Term, part: AttentionState, key_mask: Tensor | None, parents: Tensor | ops.Lineage | None
+        self, term: Term, part: Part, key_mask: Tensor | None, parents: Tensor | ops.Lineage | None
     ) -> Tensor:
         """`run` after a state."""
+        assert isinstance(part, AttentionState)
         options: dict[str, Any] = dict(
             alpha=term.alpha,
             conv_weight=term.conv_weight,

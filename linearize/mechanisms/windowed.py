@@ -31,7 +31,7 @@ from ..kernels import window_recurrent
 from ..kernels.tensors import full_precision, per_kv_head, take_rows, widen, with_one
 from ..ops.arguments import check_no_gradients, check_state
 from ..ops.attention import Lineage, checked_path, lineage
-from ..ops.state import AttentionState, States
+from ..ops.state import AttentionState, Part, States
 from .composed import ComposedAttention, Term
 from .hedgehog import set_identity, square
 from .spec import SiteSpec
@@ -180,11 +180,12 @@ class WindowedAttention(ComposedAttention):
         query: Tensor,
         key: Tensor,
         value: Tensor,
-        parts: Sequence[AttentionState],
+        parts: Sequence[Part],
         key_mask: Tensor | None,
         parents: Tensor | Lineage | None,
     ) -> Tensor:
         (part,) = parts
+        assert isinstance(part, AttentionState)
         check_state(query, key, value, None, part, key_mask)
         check_no_gradients(self.query_map, self.key_map, self.far_weight)
         batch, _, count, _ = query.shape
@@ -223,14 +224,17 @@ class WindowedAttention(ComposedAttention):
             return near
         return self._join(near, self.merge_heads(parts.size), self.merge_heads(parts.far))
 
-    def commit(self, key: Tensor, value: Tensor, state: States, path: Tensor | None = None) -> None:
+    def commit(
+        self, query: Tensor, key: Tensor, value: Tensor, state: States, path: Tensor | None = None
+    ) -> None:
         part, *convolution = state.parts
+        assert isinstance(part, AttentionState)
         check_state(key, key, value, None, part, None)
         check_no_gradients(self.key_map)
         path = None if path is None else checked_path(path, key)
         with full_precision(value.device):
             window_recurrent.append_along(path, key, value, part.tensors, self._rules)
-        super().commit(key, value, States(tuple(convolution)), path)
+        super().commit(query, key, value, States(tuple(convolution)), path)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, window={self.window}"

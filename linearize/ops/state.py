@@ -2,15 +2,41 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Protocol, Self
 
 import torch
 from torch import Tensor
 
 from ..errors import InputError
+from ..kernels import salient
 from ..kernels.recurrent import State
+
+
+class Part(Protocol):
+    """The state of one term of an attention module."""
+
+    @property
+    def length(self) -> Tensor:
+        """Tokens so far, int64 `[B]`."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the state, whatever its length."""
+
+    @property
+    def form(self) -> list[Any]:
+        """What two states have in common that can stand for each other."""
+
+    def all_tensors(self) -> list[Tensor]:
+        """What is changed in place."""
+
+    def check_rewind(self, count: int | Tensor) -> None:
+        """Raise InputError when a row has fewer than `count` tokens or no longer holds them."""
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> Self:
+        """A new state of `function` of every tensor."""
 
 
 @dataclass(frozen=True)
@@ -75,6 +101,19 @@ class AttentionState:
         """Bytes of the state, whatever its length."""
         return sum(x.numel() * x.element_size() for x in self.tensors)
 
+    @property
+    def form(self) -> list[Any]:
+        """What two states have in common that can stand for each other."""
+        return [*_layout(self.tensors), self.group_size, self.taps]
+
+    def all_tensors(self) -> list[Tensor]:
+        """The five tensors."""
+        return list(self.tensors)
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> AttentionState:
+        """A new state of `function` of every tensor."""
+        return replace(self, tensors=State(*map(function, self.tensors)))
+
     def check_rewind(self, count: int | Tensor) -> None:
         """Raise InputError when a row has fewer than `count` tokens or no longer holds them."""
         length, folded = self.tensors.length, self.tensors.folded
@@ -103,10 +142,59 @@ class AttentionState:
 
 
 @dataclass(frozen=True)
-class States:
-    """The state of one attention module: an `AttentionState` for each term of its sum that has a past."""
+class SalientState:
+    """A constant number of exact tokens; `kernels/salient.py` describes the tensors.
 
-    parts: tuple[AttentionState, ...]
+    Attributes:
+        tensors: Changed in place.
+        sizes: How many tokens are seen exactly.
+        max_rewind: Tokens that can be taken back at any time, counted from the furthest that was reached.
+    """
+
+    tensors: salient.State
+    sizes: salient.Sizes
+    max_rewind: int
+
+    @property
+    def length(self) -> Tensor:
+        """Tokens so far, int64 `[B]`."""
+        return self.tensors.length
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the state, whatever its length."""
+        return sum(x.numel() * x.element_size() for x in self.tensors)
+
+    @property
+    def form(self) -> list[Any]:
+        """What two states have in common that can stand for each other."""
+        return [*_layout(self.tensors), *self.sizes]
+
+    def all_tensors(self) -> list[Tensor]:
+        """The six tensors."""
+        return list(self.tensors)
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> SalientState:
+        """A new state of `function` of every tensor."""
+        return replace(self, tensors=salient.State(*map(function, self.tensors)))
+
+    def check_rewind(self, count: int | Tensor) -> None:
+        """Raise InputError when a row has fewer than `count` tokens or its selection has gone on since."""
+        length = self.tensors.length
+        target = length - count
+        lost = (target < self.tensors.block * salient.BLOCK) & (target != length)
+        if bool(lost.any()) or bool(((target < 0) | (target > length)).any()):
+            raise InputError(
+                f"cannot take back {count} tokens of {length.tolist()}: this state was made with "
+                f"max_rewind={self.max_rewind}"
+            )
+
+
+@dataclass(frozen=True)
+class States:
+    """The state of one attention module: a part for each term of its sum that has a past."""
+
+    parts: tuple[Part, ...]
 
     @property
     def length(self) -> Tensor:
@@ -125,20 +213,23 @@ class States:
     @property
     def form(self) -> list[Any]:
         """What two states have in common that can stand for each other."""
-        sizes = [(x.shape[1:], x.dtype, x.device) for x in self.tensors()]
-        return [*sizes, *((part.group_size, part.taps) for part in self.parts)]
+        return [part.form for part in self.parts]
 
     def tensors(self) -> list[Tensor]:
-        return [x for part in self.parts for x in part.tensors]
+        return [x for part in self.parts for x in part.all_tensors()]
 
     def rewind(self, count: int | Tensor) -> None:
         """As `AttentionState.rewind`, for all parts or none."""
         for part in self.parts:
             part.check_rewind(count)
         for part in self.parts:
-            part.tensors.length.sub_(count)
+            part.length.sub_(count)
 
     def map(self, function: Callable[[Tensor], Tensor]) -> States:
         """A new state of `function` of every tensor: a copy, another device, other rows of the batch."""
-        parts = (replace(p, tensors=State(*(function(x) for x in p.tensors))) for p in self.parts)
-        return States(tuple(parts))
+        return States(tuple(part.map(function) for part in self.parts))
+
+
+def _layout(tensors: Iterable[Tensor]) -> list[Any]:
+    """Shape of a row of the batch, dtype and device of each."""
+    return [(x.shape[1:], x.dtype, x.device) for x in tensors]

@@ -13,8 +13,10 @@ from ..common.checks import require
 from ..errors import ConfigError
 from ..mechanisms.base import DROPPABLE
 
-VERSION = 2
-"""Version 1 had no `augmentation` and no `options`: their defaults are what it meant."""
+VERSION = 3
+"""Version 1 had no `augmentation` and no `options`: their defaults are what it meant. Up to version 2
+"augmented" was the name of what is "augmented_paper" now.
+"""
 
 
 class Options(Mapping[str, Any]):
@@ -51,7 +53,7 @@ class LinearizeConfig:
         group_size: Tokens per group of the local part.
         conv_taps: Past tokens, the present one included, that the convolution over values sees.
             Bidirectional sites use `2 * conv_taps - 1` centred taps.
-        local_scale: Weight of the local part of `augmented` and `local` before any fitting or tuning.
+        local_scale: Weight of the local part of `augmented_paper` and `local` before any fitting or tuning.
         augmentation: Whether to add the convolution over values. None: as the mechanism has it by default.
         options: Settings of the mechanism itself, by name; `mechanisms.get(name).options` lists them.
         layers: Indices of the layers to rewrite; None for all.
@@ -65,7 +67,7 @@ class LinearizeConfig:
         ConfigError: A value is of the wrong kind or out of range; the message names the field.
     """
 
-    mechanism: str = "augmented"
+    mechanism: str = "augmented_paper"
     group_size: int = 64
     conv_taps: int = 32
     local_scale: float = 1.0
@@ -156,6 +158,8 @@ class LinearizeConfig:
                 f"this config has version {version!r}; this release reads versions 1 to {VERSION}: "
                 f"load it with the release that wrote it"
             )
+        if version < 3 and fields.setdefault("mechanism", "augmented") == "augmented":
+            fields["mechanism"] = "augmented_paper"
         known = [field.name for field in dataclasses.fields(cls)]
         for name in fields:
             if name not in known:

@@ -44,7 +44,7 @@ class Recipe:
 
 RECIPES: Mapping[str, Recipe] = {
     "quick": Recipe(
-        config={"mechanism": "augmented"},
+        config={"mechanism": "augmented_paper"},
         calibrate=16_384,
         tune=dict(
             method="full",
@@ -59,7 +59,7 @@ RECIPES: Mapping[str, Recipe] = {
         about="ours, for small models: all weights on 450k tokens, from text and from the original's answers",
     ),
     "paper": Recipe(
-        config={"mechanism": "augmented", "group_size": 64, "conv_taps": 32},
+        config={"mechanism": "augmented_paper", "group_size": 64, "conv_taps": 32},
         tune=dict(
             method="lora",
             lora={"r": 8, "lora_alpha": 16},

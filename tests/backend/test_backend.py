@@ -413,7 +413,7 @@ def test_a_graph_without_attention_is_compiled_as_it_is():
     ("settings", "words"),
     [
         ({"group_sise": 4}, "group_size"),
-        ({"mechanism": "nothing"}, "augmented"),
+        ({"mechanism": "nothing"}, "augmented_paper"),
         ({"inner": "nothing"}, "no dynamo backend"),
         ({"inner": "linearize"}, "inner="),
     ],

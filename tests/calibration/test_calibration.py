@@ -32,7 +32,7 @@ def errors(report: Calibration) -> list[tuple[float, float]]:
 
 
 @pytest.mark.parametrize("causal", (True, False))
-@pytest.mark.parametrize("mechanism", ("augmented", "relu", "local"))
+@pytest.mark.parametrize("mechanism", ("augmented_paper", "relu", "local"))
 def test_weights_that_made_the_target_are_found_again(mechanism: str, causal: bool) -> None:
     """Grouped heads, padding, two calls of other lengths; a target that the mechanism can reach exactly."""
     spec = SiteSpec(num_heads=4, num_key_value_heads=2, head_dim=8, value_dim=6, causal=causal)

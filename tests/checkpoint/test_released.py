@@ -170,7 +170,7 @@ def test_a_released_folder_computes_what_the_paper_says(form: str, tmp_path: Pat
 def test_it_is_an_ordinary_converted_model(tmp_path: Path) -> None:
     model = lz.load_released(write(released(), tmp_path / "r", "bin"), group_size=GROUP)
     config = state_of(model).config
-    assert (config.mechanism, config.group_size, config.conv_taps) == ("augmented", GROUP, 32)
+    assert (config.mechanism, config.group_size, config.conv_taps) == ("augmented_paper", GROUP, 32)
     again = lz.load(lz.save(model, tmp_path / "m"))
     before, after = model.state_dict(), again.state_dict()
     assert list(before) == list(after) and all(torch.equal(before[name], after[name]) for name in before)
@@ -227,7 +227,7 @@ def test_a_local_factor_weighs_the_local_part() -> None:
     agrees(lz.load_released(new_tensors(local=True), llama(), group_size=GROUP), reference(tensors))
 
 
-@pytest.mark.parametrize(("alpha", "mechanism"), [(0.0, "local"), (1.0, "augmented")])
+@pytest.mark.parametrize(("alpha", "mechanism"), [(0.0, "local"), (1.0, "augmented_paper")])
 @pytest.mark.parametrize("convolution", [True, False])
 def test_without_a_factor_the_user_says_what_it_was(alpha: float, mechanism: str, convolution: bool) -> None:
     parts = ("global_factor",) if convolution else ("global_factor", "dwconv", "conv_mask")

@@ -128,7 +128,7 @@ def test_mechanisms_lists_every_one_with_its_options_and_where_it_fits(run) -> N
     rows = {row[0]: row[1:] for row in cells if row and row[0]}
     assert set(rows) == {"mechanism", *available()}
     assert rows["mechanism"][-4:] == ["augmentation", "causal", "bidirectional", "cross"]
-    assert rows["augmented"][-4:] == ["yes", "yes", "yes", "yes"]
+    assert rows["augmented_paper"][-4:] == ["yes", "yes", "yes", "yes"]
     assert rows["softmax"][-4:] == ["never", "yes", "yes", "yes"]
     assert rows["linformer"][-4:] == ["no", "no", "yes", "yes"]
     assert rows["softmax_window"][-4:] == ["no", "yes", "yes", "no"]

@@ -82,7 +82,9 @@ def match() -> MatchReport:
 @pytest.fixture
 def report(match: MatchReport) -> Report:
     return Report(
-        "Toy", "augmented", candidates(match, {}, {("layers.0.attn", 0): "augmented (group 64, 32 taps)"})
+        "Toy",
+        "augmented_paper",
+        candidates(match, {}, {("layers.0.attn", 0): "augmented (group 64, 32 taps)"}),
     )
 
 
@@ -97,7 +99,7 @@ def test_every_candidate_is_a_row_in_graph_order(report: Report) -> None:
 
 def test_a_site_the_planner_refuses_is_a_refusal_with_its_shapes(match: MatchReport) -> None:
     refused = {("layers.0.attn", 1): ("bias-unsupported", "adds a learned bias")}
-    row = Report("Toy", "augmented", candidates(match, refused, {("layers.0.attn", 0): "x"})).rows[2]
+    row = Report("Toy", "augmented_paper", candidates(match, refused, {("layers.0.attn", 0): "x"})).rows[2]
     assert (row.verdict, row.reason, row.message) == (REFUSED, "bias-unsupported", "adds a learned bias")
     assert row.shapes["Hkv"] == 2
 
@@ -119,7 +121,7 @@ def test_text_shows_every_row_and_names_dynamic_sizes_by_axis(report: Report) ->
 
 def test_markup_in_a_module_name_is_shown_not_interpreted(match: MatchReport) -> None:
     found = candidates(match, {}, {("layers.0.attn", 0): "[bold]x[/bold]"})
-    hostile = Report("[red]Toy[/red]", "augmented", found)
+    hostile = Report("[red]Toy[/red]", "augmented_paper", found)
     text = hostile.to_text()
     assert "[bold]x[/bold]" in text and "[red]Toy[/red]" in text
 
@@ -171,7 +173,7 @@ def test_inspect_shows_what_linearize_would_do_and_changes_nothing() -> None:
         ("inner", 0, REWRITE),
         ("inner", 1, REWRITE),
     ]
-    assert [row.becomes for row in report.rows] == ["augmented"] * 2
+    assert [row.becomes for row in report.rows] == ["augmented_paper"] * 2
     assert report.rows[1].scale == 0.5 and report.rows[1].source.startswith("test_report.py:")
     kept = inspect(model, torch.randn(2, 9, 16), {"keep_softmax": ["inner"]})
     assert {row.verdict for row in kept.rows} == {KEEP}

@@ -69,7 +69,7 @@ def test_perplexity_on_held_out_source_is_the_recorded_one(loaded: Loaded, recor
 @torch.no_grad()
 def test_the_linear_decoder_is_the_distilled_one(loaded: Loaded, record: dict[str, Any]) -> None:
     model, tokenizer = demo.load_demo(linear=True)
-    assert state_of(model).config.mechanism == "augmented"
+    assert state_of(model).config.mechanism == "augmented_paper"
     assert {p.dtype for p in model.parameters()} == {torch.float32} and not model.training
     ids = tokenizer(tokenizer.bos_token + record["snippet"]["text"], return_tensors="pt").input_ids
     losses = [

@@ -119,7 +119,7 @@ def test_a_text_by_hand_is_kept_and_ours_is_replaced(save: Any, model: Any, tmp_
     assert readme.read_text() == "mine\n" and (tmp_path / "config.json").is_file()
     readme.write_text(f"{MARK}\nyesterday's")
     save(model, tmp_path)
-    assert "augmented" in readme.read_text() and "yesterday" not in readme.read_text()
+    assert "augmented_paper" in readme.read_text() and "yesterday" not in readme.read_text()
     readme.write_text(readme.read_text().replace(MARK, "") + "taken over")
     save(model, tmp_path)
     assert readme.read_text().endswith("taken over")

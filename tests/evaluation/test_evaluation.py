@@ -328,7 +328,7 @@ def test_the_table_has_a_line_for_each_model_and_length(evaluation: Evaluation) 
     text = console.export_text()
     assert "a|b [c]" in text and "same tokens are scored at every length" in text and "float32 on cpu" in text
     lines = [line for line in text.splitlines() if "LlamaForCausalLM" in line]
-    assert len(lines) == 4 and "original" in lines[0] and "augmented" in lines[1]
+    assert len(lines) == 4 and "original" in lines[0] and "augmented_paper" in lines[1]
     assert f"{evaluation.at(64).model.perplexity:.2f}" in lines[3]
     assert f"{evaluation.at(64).agreement:.1%}" in lines[3] and "%" not in lines[2]
     assert "cosine" not in text, "a column that would be empty is left out"

@@ -22,11 +22,11 @@ STEPS = 10  # more than two groups of 4
 GREEDY: dict[str, Any] = dict(
     max_new_tokens=STEPS, do_sample=False, eos_token_id=None, disable_compile=True, num_beams=1
 )
-MECHANISMS = ["augmented", "local", "grouped", "relu", "performer", "hedgehog", "yoso", "flash_global"]
-CASES = [*(("bart", mechanism) for mechanism in MECHANISMS), ("t5", "augmented"), ("t5", "hedgehog")]
+MECHANISMS = ["augmented_paper", "local", "grouped", "relu", "performer", "hedgehog", "yoso", "flash_global"]
+CASES = [*(("bart", mechanism) for mechanism in MECHANISMS), ("t5", "augmented_paper"), ("t5", "hedgehog")]
 
 
-def build(name: str, mechanism: str = "augmented") -> Any:
+def build(name: str, mechanism: str = "augmented_paper") -> Any:
     options: dict[str, Any] = {"approximate": ("bias",)} if name == "t5" else {}
     return converted(name, mechanism=mechanism, **options)
 
@@ -78,7 +78,7 @@ def test_generation_equals_recomputing_every_prefix(name: str, mechanism: str) -
 
 
 @pytest.mark.parametrize("name", ["bart", "t5"])
-@pytest.mark.parametrize("mechanism", ["augmented", "hedgehog"])
+@pytest.mark.parametrize("mechanism", ["augmented_paper", "hedgehog"])
 def test_beams_with_a_cache_equal_beams_without(name: str, mechanism: str) -> None:
     model, source = build(name, mechanism), encoder_input()
     settings = {**GREEDY, "num_beams": 3, "num_return_sequences": 2, "length_penalty": 0.7}
@@ -111,7 +111,9 @@ def test_the_decoder_keeps_a_state_of_one_size(name: str) -> None:
     assert sizes[0] == sizes[1]
 
 
-@pytest.mark.parametrize(("name", "mechanism"), [("bart", "augmented"), ("bart", "relu"), ("t5", "hedgehog")])
+@pytest.mark.parametrize(
+    ("name", "mechanism"), [("bart", "augmented_paper"), ("bart", "relu"), ("t5", "hedgehog")]
+)
 def test_a_step_costs_the_same_after_any_length_of_encoder_input(name: str, mechanism: str) -> None:
     model, products = build(name, mechanism), []
     for length in (16, 60):
@@ -124,7 +126,7 @@ def test_a_step_costs_the_same_after_any_length_of_encoder_input(name: str, mech
     assert products[0] == products[1] > 0
 
 
-@pytest.mark.parametrize("mechanism", ["augmented", "relu", "hedgehog", "linformer"])
+@pytest.mark.parametrize("mechanism", ["augmented_paper", "relu", "hedgehog", "linformer"])
 def test_decoding_goes_on_from_a_cache_in_steps_of_any_size(mechanism: str) -> None:
     # linformer has no causal form.
     options = {"on_refusal": "keep"} if mechanism == "linformer" else {}

@@ -221,7 +221,7 @@ def test_gradients_after_a_state_are_refused_and_a_new_cache_takes_them(model: A
 # --- padding
 
 
-@pytest.mark.parametrize("mechanism", ["augmented", "relu", "softmax_window", "hedgehog"])
+@pytest.mark.parametrize("mechanism", ["augmented_paper", "relu", "softmax_window", "hedgehog"])
 @pytest.mark.parametrize("lengths", [(3, 8), (4, 5), (9, 2), (7, 12)], ids=str)
 def test_left_padding_never_changes_a_real_token(mechanism: str, lengths: tuple[int, int]) -> None:
     """Groups of 4: contexts of 0, 1 and -1 modulo the group, and shorter than the convolution of 5 taps."""

@@ -12,7 +12,7 @@ from bounds import softmax_bound
 from torch import Tensor
 from torch.export import Dim, export
 
-from linearize.mechanisms.augmented import AugmentedAttention
+from linearize.mechanisms.augmented_paper import PaperAttention
 from linearize.mechanisms.module import SoftmaxAttention
 from linearize.mechanisms.spec import SiteSpec
 from linearize.ops import attention as ops
@@ -42,9 +42,9 @@ def inputs(length: int, keys: int | None = None, batch: int = 2, dtype=torch.flo
     )
 
 
-def linear(spec: SiteSpec = SPEC, **options) -> AugmentedAttention:
+def linear(spec: SiteSpec = SPEC, **options) -> PaperAttention:
     module = build_attention(spec, LinearizeConfig(group_size=16, conv_taps=4, **options))
-    assert isinstance(module, AugmentedAttention)
+    assert isinstance(module, PaperAttention)
     with torch.no_grad():
         for parameter in module.parameters():
             parameter.normal_()
@@ -93,7 +93,7 @@ def test_ablations_are_parts_of_the_augmented_form():
     assert build_attention(SPEC, LinearizeConfig(mechanism="grouped")).alpha.tolist() == [1.0] * 4
 
 
-@pytest.mark.parametrize("mechanism", ("augmented", "softmax"))
+@pytest.mark.parametrize("mechanism", ("augmented_paper", "softmax"))
 def test_survives_copy_pickle_dtype_state_dict_and_meta(mechanism):
     config = LinearizeConfig(mechanism=mechanism, group_size=16, conv_taps=4)
     module = build_attention(SPEC, config)
@@ -131,7 +131,10 @@ def test_fresh_module_learns_alpha_and_convolution():
     assert module.alpha.grad.abs().sum() > 0 and module.conv_weight.grad.abs().sum() > 0
 
 
-@pytest.mark.parametrize("spec, mechanism", ((SPEC, "augmented"), (SPEC, "softmax"), (CROSS, "augmented")))
+@pytest.mark.parametrize(
+    "spec, mechanism",
+    ((SPEC, "augmented"), (SPEC, "augmented_paper"), (SPEC, "softmax"), (CROSS, "augmented_paper")),
+)
 def test_compiles_and_exports_with_dynamic_sizes(mechanism, spec):
     module = build_attention(spec, LinearizeConfig(mechanism=mechanism, group_size=16, conv_taps=4))
     extra = 21 if spec.cross else 0

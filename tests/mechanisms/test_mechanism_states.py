@@ -15,7 +15,10 @@ from linearize.planning.build import build_attention
 from linearize.planning.config import LinearizeConfig
 
 STATELESS = {"softmax"}
-OPTIONS = {name: {"window": 7} for name in ("softmax_window", "power_window")}  # the default covers all here
+OPTIONS = {
+    "augmented": {"window": 7, "sinks": 1, "salient": 3},
+    **{name: {"window": 7} for name in ("softmax_window", "power_window")},
+}  # the default covers all here
 NAMED = [
     (name, augmentation)
     for name, mechanism in mechanisms.available().items()
@@ -64,7 +67,7 @@ def test_state_form_equals_parallel_form(name, augmentation, kv_layout):
     drafts = [x[:, :, branch] for x in (query, key, value)]
     out = module.tree(*drafts, state, torch.tensor([-1, 0, 1, 2, 0, 4]))
     torch.testing.assert_close(out[:, :, :4], whole[:, :, 44:48], atol=1e-5, rtol=1e-5)
-    module.commit(*drafts[1:], state, torch.tensor([[0, 1, 2, 3], [0, 1, -1, -1]]))
+    module.commit(*drafts, state, torch.tensor([[0, 1, 2, 3], [0, 1, -1, -1]]))
     assert state.length.tolist() == [48, 46]
     state.rewind(torch.tensor([2, 0]))
     piece = [x[:, :, 46:] for x in (query, key, value)]
@@ -72,7 +75,8 @@ def test_state_form_equals_parallel_form(name, augmentation, kv_layout):
 
 
 @pytest.mark.parametrize(
-    "name", ("augmented", "performer", "softmax_window", "power_window", "yoso", "castling")
+    "name",
+    ("augmented", "augmented_paper", "performer", "softmax_window", "power_window", "yoso", "castling"),
 )
 @torch.no_grad()
 def test_padded_tokens_change_nothing_and_give_nothing(name):
@@ -102,7 +106,7 @@ def test_a_rewind_that_one_part_refuses_changes_no_part():
 
 
 def test_what_has_no_constant_state_says_so():
-    for name in ("softmax", "softmax_window", "power_window", "augmented"):
+    for name in ("softmax", "softmax_window", "power_window", "augmented_paper"):
         spec = SiteSpec(4, 2, head_dim=8, value_dim=6, causal=name == "softmax")
         module = build_attention(spec, LinearizeConfig(mechanism=name))
         assert module.new_state(2, dtype=torch.float32, device=torch.device("cpu")) is None
@@ -217,7 +221,7 @@ def test_any_order_of_pieces_rewinds_trees_and_commits_on_uneven_rows(seed, wind
                 path[row, : len(accepted)] = accepted
                 pairs = zip(history[row], pick(new, row, accepted), strict=True)
                 history[row] = [torch.cat(pair, 2) for pair in pairs]
-            module.commit(*new[1:], state, path)
+            module.commit(*new, state, path)
         else:
             least = (furthest - rewindable).clamp_min(0)
             taken = torch.minimum(draw(rewindable + 1, 2), state.length - least)
@@ -266,7 +270,7 @@ def test_sequences_of_one_length_take_steps_trees_commits_and_rewinds_in_any_ord
             same(out[:, :, node], module(*wrong)[:, :, -1])
         kept = min(branch, 2)
         path = torch.arange(kept).expand(rows, -1)
-        module.commit(*drafts[1:], state, torch.nn.functional.pad(path, (0, 1), value=-1))
+        module.commit(*drafts, state, torch.nn.functional.pad(path, (0, 1), value=-1))
         at += kept
         same(module.extend(*pick(at, at + 1), state), whole[:, :, at : at + 1])
         at += 1
@@ -317,7 +321,7 @@ def test_the_state_of_softmax_window_keeps_its_size_and_place():
     for t in range(300):
         same(module.extend(*(x[:, :, t : t + 1] for x in (query, key, value)), state), whole[:, :, t : t + 1])
     state.rewind(2)
-    module.commit(key[:, :, 298:], value[:, :, 298:], state)
+    module.commit(query[:, :, 298:], key[:, :, 298:], value[:, :, 298:], state)
     assert [x.data_ptr() for x in state.tensors()] == places
     assert torch.equal(state.length, torch.tensor([300, 300]))
     copy = state.map(torch.clone)
@@ -380,10 +384,10 @@ def test_softmax_window_writes_no_gradients_and_nothing_that_does_not_fit_into_a
     with pytest.raises(InputError, match="the state holds"):
         module.extend(query[..., :4], key[..., :4], value, state)
     with pytest.raises(InputError, match="path must be integers"):
-        module.commit(key, value, state, torch.tensor([0, 1]))
+        module.commit(query, key, value, state, torch.tensor([0, 1]))
     module.key_map.requires_grad_()
     with pytest.raises(InputError, match="carries no gradients"):
         module.extend(query, key, value, state)
     with pytest.raises(InputError, match="carries no gradients"):
-        module.commit(key, value, state)
+        module.commit(query, key, value, state)
     assert state.length.tolist() == [0, 0] and not any(x.any() for x in state.tensors())

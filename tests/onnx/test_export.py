@@ -43,7 +43,7 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
-def converted(model: nn.Module, mechanism: str = "augmented", **options: Any) -> Any:
+def converted(model: nn.Module, mechanism: str = "augmented_paper", **options: Any) -> Any:
     """With every parameter of the attention away from where it starts, so that each part counts."""
     model = lz.linearize(model, mechanism=mechanism, group_size=GROUP, conv_taps=TAPS, **options)
     numbers = torch.Generator().manual_seed(1)

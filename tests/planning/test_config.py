@@ -34,7 +34,7 @@ def test_round_trip_through_json():
         approximate=("softcap", "bias"),
     )
     assert LinearizeConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
-    assert config.to_dict()["version"] == 2
+    assert config.to_dict()["version"] == 3
     changed = {f.name for f in dataclasses.fields(config) if getattr(config, f.name) != f.default}
     assert changed == {f.name for f in dataclasses.fields(config)}, "the round trip must cover every field"
 
@@ -77,7 +77,7 @@ def test_a_bad_value_is_named(field, value):
 
 
 def test_an_unknown_mechanism_lists_the_known_ones():
-    known = "unknown mechanism 'augmentd'; known: augmented, castling, flash_global, flash_local, grouped, "
+    known = "unknown mechanism 'augmentd'; known: augmented, augmented_paper, castling, flash_global, "
     with pytest.raises(ConfigError, match=known):
         LinearizeConfig(mechanism="augmentd")
     with pytest.raises(ConfigError, match="unknown mechanism"):
@@ -89,7 +89,7 @@ def test_unknown_fields_and_versions_say_what_to_do():
         LinearizeConfig.from_dict({"groupsize": 64})
     with pytest.raises(ConfigError, match="known fields: mechanism"):
         LinearizeConfig.from_dict({"zzz": 64})
-    for version in (0, 3, "2", None, True):
+    for version in (0, 4, "3", None, True):
         with pytest.raises(ConfigError, match=f"version {version!r}"):
             LinearizeConfig.from_dict({"version": version})
     with pytest.raises(ConfigError, match="mapping"):
@@ -100,8 +100,16 @@ def test_a_config_of_version_1_means_what_it_meant():
     """It knew neither augmentation nor options: `augmented` had its convolution, the ablations none."""
     for mechanism in ("augmented", "local", "grouped", "softmax"):
         config = LinearizeConfig.from_dict({"version": 1, "mechanism": mechanism, "group_size": 16})
-        assert config == LinearizeConfig(mechanism=mechanism, group_size=16)
+        now = "augmented_paper" if mechanism == "augmented" else mechanism
+        assert config == LinearizeConfig(mechanism=now, group_size=16)
         assert config.augments == (mechanism == "augmented")
+
+
+def test_until_version_2_augmented_was_the_name_of_the_paper_s_form_and_the_default():
+    for data in ({"version": 2, "mechanism": "augmented"}, {"version": 2}, {"version": 1}):
+        assert LinearizeConfig.from_dict(data).mechanism == "augmented_paper"
+    assert LinearizeConfig.from_dict({"version": 3, "mechanism": "augmented"}).mechanism == "augmented"
+    assert LinearizeConfig.from_dict({"version": 3}) == LinearizeConfig()
 
 
 def test_options_belong_to_their_mechanism():
@@ -173,9 +181,9 @@ def test_every_mechanism_builds_what_it_says_it_supports(name):
 def test_what_a_mechanism_cannot_carry_is_refused_until_dropped_knowingly(need, reason):
     spec = dataclasses.replace(SPEC, **{need: 8}) if need in ("softcap", "window") else SPEC
     terms = () if need in ("softcap", "window") else (need,)
-    augmented, softmax = mechanisms.get("augmented"), mechanisms.get("softmax")
+    augmented, softmax = mechanisms.get("augmented_paper"), mechanisms.get("softmax")
     code, sentence = augmented.refusal(spec, terms)
-    assert code is reason and need in sentence and "augmented" in sentence
+    assert code is reason and need in sentence and "augmented_paper" in sentence
     assert softmax.refusal(spec, terms) is None
     dropped = augmented.refusal(spec, terms, approximate=(need,))
     assert (dropped is None) == (need in DROPPABLE)

@@ -307,7 +307,7 @@ def test_the_result_can_be_printed_and_stored() -> None:
     console.print(found)
     text = console.export_text()
     for layer in found.layers:
-        becomes = "softmax" if layer.path in found.kept else "augmented"
+        becomes = "softmax" if layer.path in found.kept else "augmented_paper"
         assert re.search(rf"{re.escape(layer.path)}\W+{re.escape(f'{layer.alone:.4g}')}\W+{becomes}", text)
     stored = json.loads(json.dumps(found.to_dict()))
     assert LinearizeConfig.from_dict(stored["config"]) == found.config

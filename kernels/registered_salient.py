@@ -1,0 +1,95 @@
+"""The registered operators of `salient.py`'s attention: whole sequences, and tokens after a state.
+
+Each is one opaque node in any graph: how many blocks there are, and when the next selection is due, is known
+when it runs. Those with a state change its tensors in place and have no gradient.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import salient_chunk, salient_recurrent
+from .recomputed import recomputed
+from .recurrent import along
+from .salient import Sizes, State
+from .tensors import take_rows
+
+_SIZES = "SymInt window, SymInt sinks, SymInt salient, float scale"
+_STATE = (
+    "Tensor(a!) keys, Tensor(b!) values, Tensor(c!) scores, Tensor(d!) voters, "
+    "Tensor(e!) length, Tensor(f!) block"
+)
+_READ_STATE = "Tensor keys, Tensor values, Tensor scores, Tensor voters, Tensor length, Tensor block"
+_TOKENS = "Tensor query, Tensor key, Tensor value"
+
+
+def _attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_mask: Tensor | None,
+    causal: bool,
+    window: int,
+    sinks: int,
+    salient: int,
+    scale: float,
+) -> Tensor:
+    """See `salient_chunk.forward` and `bidirectional`."""
+    form = salient_chunk.forward if causal else salient_chunk.bidirectional
+    return form(query, key, value, Sizes(window, sinks, salient), scale, key_mask)
+
+
+def _fake(query: Tensor, key: Tensor, value: Tensor, *options: Any) -> Tensor:
+    dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
+    return query.new_empty((*query.shape[:4], value.shape[3]), dtype=dtype)
+
+
+salient_attention = recomputed(
+    "salient_attention", f"{_TOKENS}, Tensor? key_mask, bool causal, {_SIZES}", _attention, _fake
+)
+"""`salient_chunk.forward`, or `bidirectional`, as an operator with gradients."""
+
+torch.library.define(
+    "linearize::salient_extend", f"({_TOKENS}, {_STATE}, {_SIZES}, Tensor? real) -> Tensor"
+)
+torch.library.define(
+    "linearize::salient_tree",
+    f"({_TOKENS}, {_READ_STATE}, {_SIZES}, Tensor depth, Tensor ancestors) -> Tensor",
+)
+torch.library.define("linearize::salient_append", f"({_TOKENS}, {_STATE}, {_SIZES}, Tensor? path) -> ()")
+torch.library.register_fake("linearize::salient_extend", _fake)
+torch.library.register_fake("linearize::salient_tree", _fake)
+
+
+def _split(rest: tuple[Any, ...]) -> tuple[State, Sizes, float, tuple[Any, ...]]:
+    """State, sizes, scale and what follows, of an operator's arguments after the tokens."""
+    return State(*rest[:6]), Sizes(*rest[6:9]), rest[9], rest[10:]
+
+
+@torch.library.impl("linearize::salient_extend", "CompositeExplicitAutograd")
+def _extend(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> Tensor:
+    state, sizes, scale, (real,) = _split(rest)
+    return salient_recurrent.extend(query, key, value, state, sizes, scale, real)
+
+
+@torch.library.impl("linearize::salient_tree", "CompositeExplicitAutograd")
+def _tree(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> Tensor:
+    state, sizes, scale, (depth, ancestors) = _split(rest)
+    return salient_recurrent.tree(query, key, value, state, sizes, scale, depth, ancestors)
+
+
+@torch.library.impl("linearize::salient_append", "CompositeExplicitAutograd")
+def _append(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> None:
+    state, sizes, scale, (path,) = _split(rest)
+    key, value, real = along(path, key, value)
+    if path is not None:
+        query = take_rows(query, path.clamp_min(0))
+    salient_recurrent.extend(query, key, value, state, sizes, scale, real)
+
+
+@torch.library.register_fake("linearize::salient_append")
+def _append_fake(*arguments: Any) -> None:
+    return None
