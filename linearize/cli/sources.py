@@ -1,4 +1,4 @@
-"""Where a command's model comes from: a folder, the Hub or the shipped demo, with its tokenizer and files."""
+"""Where a command's model comes from: a folder, a GGUF file, the Hub or the shipped demo, and its other files."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
-Source = Annotated[str, typer.Argument(help="a folder with a transformers model, a Hub name, or `demo`")]
+Source = Annotated[str, typer.Argument(help="a folder with a transformers model, a GGUF file, a Hub name, or `demo`")]
 
 
 def is_demo(name: str) -> bool:
@@ -31,10 +31,12 @@ def hide_bars() -> None:
 
 
 def find_source(name: str) -> Path:
-    """The folder of a model: an existing one, the shipped demo, or a download from the Hub."""
+    """The folder of a model: an existing one, the shipped demo, or a download from the Hub. Or a GGUF file."""
     folder = Path(name)
-    if folder.is_dir():
+    if folder.is_dir() or (folder.is_file() and _is_gguf(folder)):
         return folder
+    if _is_gguf(folder):
+        raise CheckpointError(f"{name}: no such file")
     if is_demo(name):
         from ..demo import MODEL
 
@@ -62,7 +64,10 @@ def load_model(source: str, dtype: str = "auto", device: str = "cpu") -> PreTrai
 
 
 def load_source(folder: Path, dtype: str = "auto") -> PreTrainedModel:
-    """The model of a folder, converted or not, by the class its config names. dtype: "auto" is as stored."""
+    """The model of a folder, converted or not, by the class its config names, or of a GGUF file.
+
+    dtype: "auto" is as stored, float32 for GGUF.
+    """
     import transformers
     from safetensors import SafetensorError
 
@@ -71,6 +76,12 @@ def load_source(folder: Path, dtype: str = "auto") -> PreTrainedModel:
     hide_bars()
     if dtype not in DTYPES:
         raise ConfigError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
+    if _is_gguf(folder):
+        import torch
+
+        from ..checkpoint.gguf import load_gguf
+
+        return load_gguf(folder, dtype=torch.float32 if dtype == "auto" else getattr(torch, dtype))[0]
     architectures = read_json(folder / "config.json").get("architectures") or []
     cls = getattr(transformers, architectures[0], None) if architectures else None
     try:
@@ -81,9 +92,13 @@ def load_source(folder: Path, dtype: str = "auto") -> PreTrainedModel:
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    """The tokenizer of a model's folder. Raises CheckpointError when there is none that can be read."""
+    """The tokenizer of a model's folder or GGUF file. Raises CheckpointError when none can be read."""
     from transformers import AutoTokenizer
 
+    if _is_gguf(folder):
+        from ..checkpoint import gguf
+
+        return gguf.load_tokenizer(folder)
     try:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError, ImportError) as error:
@@ -108,6 +123,10 @@ def load_decoder(
     return to_device(model, device), tokenizer
 
 
+def _is_gguf(path: Path) -> bool:
+    return path.suffix == ".gguf"
+
+
 def to_device(model: PreTrainedModel, device: str) -> PreTrainedModel:
     """The model, moved. Raises ConfigError for a device that is not there."""
     try:
@@ -117,7 +136,12 @@ def to_device(model: PreTrainedModel, device: str) -> PreTrainedModel:
 
 
 def companions(folder: Path) -> list[Path]:
-    """The files that belong to a model besides config and weights: tokenizer, processor, licence."""
+    """The files that belong to a model besides config and weights: tokenizer, processor, licence.
+
+    None for a GGUF file, which holds all that it has.
+    """
+    if _is_gguf(folder):
+        return []
     own = {"config.json", "generation_config.json", "training.json"}
     weights = {".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".onnx", ".ot"}
     return [
@@ -141,8 +165,10 @@ def check_target(target: Path) -> None:
 def copy_companions(folder: Path, target: Path) -> None:
     """Put the files that belong to the model of `folder` beside the model in `target`; none is overwritten.
 
-    Raises CheckpointError when a file cannot be written.
+    For a GGUF file that is its tokenizer. Raises CheckpointError when a file cannot be written.
     """
+    if _is_gguf(folder):
+        load_tokenizer(folder).save_pretrained(target)
     for path in companions(folder):
         if not (target / path.name).exists():
             try:

@@ -135,8 +135,27 @@ def check_model(model: Any) -> None:
     if isinstance(model, torch._dynamo.OptimizedModule):
         raise InvalidModelError("the model is compiled; linearize the original, then compile the result")
     check_unconverted(model)
+    _check_dense(model)
     if any(parameter.is_meta for parameter in model.parameters()):
         raise InvalidModelError("the model is on the meta device and holds no values; load its weights first")
+
+
+def _check_dense(model: nn.Module) -> None:
+    """Raise InvalidModelError for a model from a GGUF file that transformers still calls quantized.
+
+    Its weights are dense and it would convert, but nothing made of it could be saved.
+    """
+    record = getattr(getattr(model, "config", None), "quantization_config", None)
+    method = getattr(record, "quant_method", None) or (isinstance(record, dict) and record.get("quant_method"))
+    if record is not None and getattr(method, "value", method) == "gguf":
+        raise InvalidModelError(
+            "this model was read from a GGUF file and its config calls it quantized, though its weights are "
+            "dense, so it could not be saved later. Read it with linearize.load_gguf(path), or before "
+            "converting:\n"
+            "    del model.config.quantization_config\n"
+            "    model.hf_quantizer = None\n"
+            "    model.is_quantized = False"
+        )
 
 
 def search(model: nn.Module, examples: Sequence[Mapping[str, Any]]) -> MatchReport:
