@@ -1,4 +1,4 @@
-"""Models in GGUF files, read by transformers and made ordinary: dense weights and no record of quantization."""
+"""Models in GGUF files, read by transformers and made ordinary: dense weights, not called quantized."""
 
 from __future__ import annotations
 

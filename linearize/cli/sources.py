@@ -1,4 +1,4 @@
-"""Where a command's model comes from: a folder, a GGUF file, the Hub or the shipped demo, and its other files."""
+"""Where a command takes its model from: a folder, a GGUF file, the Hub or the shipped demo."""
 
 from __future__ import annotations
 
@@ -15,7 +15,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
-Source = Annotated[str, typer.Argument(help="a folder with a transformers model, a GGUF file, a Hub name, or `demo`")]
+Source = Annotated[
+    str, typer.Argument(help="a folder with a transformers model, a GGUF file, a Hub name, or `demo`")
+]
 
 
 def is_demo(name: str) -> bool:
@@ -31,7 +33,7 @@ def hide_bars() -> None:
 
 
 def find_source(name: str) -> Path:
-    """The folder of a model: an existing one, the shipped demo, or a download from the Hub. Or a GGUF file."""
+    """The folder of a model, existing, of the shipped demo, or downloaded from the Hub; or a GGUF file."""
     folder = Path(name)
     if folder.is_dir() or (folder.is_file() and _is_gguf(folder)):
         return folder
