@@ -146,8 +146,8 @@ def _check_dense(model: nn.Module) -> None:
     Its weights are dense and it would convert, but nothing made of it could be saved.
     """
     record = getattr(getattr(model, "config", None), "quantization_config", None)
-    method = getattr(record, "quant_method", None) or (isinstance(record, dict) and record.get("quant_method"))
-    if record is not None and getattr(method, "value", method) == "gguf":
+    method = getattr(record, "quant_method", None)
+    if getattr(method, "value", method) == "gguf":
         raise InvalidModelError(
             "this model was read from a GGUF file and its config calls it quantized, though its weights are "
             "dense, so it could not be saved later. Read it with linearize.load_gguf(path), or before "
