@@ -43,7 +43,7 @@ def original() -> LlamaForCausalLM:
 
 
 def interleaved(weight: torch.Tensor, heads: int) -> torch.Tensor:
-    """The rows of a query or key projection as llama.cpp has them: pairs that rotate together lie together."""
+    """Rows of a query or key projection as llama.cpp has them: what rotates together lies together."""
     return weight.unflatten(0, (heads, 2, -1)).transpose(1, 2).flatten(0, 2)
 
 
