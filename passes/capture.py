@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import inspect
 import re
+import threading
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -49,6 +50,10 @@ __all__ = [
     "source_line",
     "to_dialect",
 ]
+
+
+TRACING = threading.RLock()
+"""torch.export changes settings of the whole process: one thread at a time holds this while it captures."""
 
 
 def capture(
@@ -98,7 +103,7 @@ def capture(
     cause: Exception | None = None
     for door, strict, spec in attempts:
         try:
-            with torch.no_grad(), plain_attention():
+            with TRACING, torch.no_grad(), plain_attention():
                 program = export(module, tuple(args), kwargs, dynamic_shapes=spec, strict=strict)
         except Exception as error:  # torch.export raises nearly every class of exception
             sizes = "static" if spec is None else "dynamic"

@@ -12,19 +12,6 @@ import pytest
 import torch
 from shared_search import shared
 
-# Test files that share what takes seconds to make: the graphs of the spellings; a wheel.
-_TOGETHER = {
-    **dict.fromkeys(["test_match.py", "test_pipeline.py", "test_raise.py", "test_refusals.py"], "spellings"),
-    "test_packaging.py": "wheel",
-}
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """With `--dist loadgroup` the tests of a group run in one process: what they share is made once."""
-    for item in items:
-        if item.path.name in _TOGETHER:
-            item.add_marker(pytest.mark.xdist_group(_TOGETHER[item.path.name]))
-
 
 @pytest.fixture(autouse=True, scope="session")
 def _one_thread() -> None:

@@ -90,6 +90,7 @@ def test_converted_it_runs_and_padding_does_not_reach_real_tokens(
         assert relative_error(together[row, :length], alone.last_hidden_state[0]) <= TOLERANCE
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_converted_and_compiled_it_gives_the_same_output(
     converted: nn.Module, batch: dict[str, Tensor]

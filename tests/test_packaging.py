@@ -21,6 +21,8 @@ from linearize.kernels import cpu
 import linearize
 import linearize.onnx
 
+pytestmark = pytest.mark.xdist_group("wheel")
+
 ROOT = Path(__file__).resolve().parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 FOLDERS = ("linearize", "passes", "kernels")

@@ -41,8 +41,9 @@ def check_level(cache: Any, index: int | None, layers: Sequence[int], count: int
         if other >= len(present):
             found = None if complete else 0
         else:
-            found = _length(present[other], ours)
-        if found is not None and found != now - count and (ours or found):
+            # Of a cache that has all its layers, one for keys and values that is empty has missed a call.
+            found = _length(present[other], ours or complete)
+        if found is not None and found != now - count and (ours or complete or found):
             _refuse(index, now - count, other, found)
     for other in range(index):
         found = _length(present[other], False)
@@ -50,9 +51,12 @@ def check_level(cache: Any, index: int | None, layers: Sequence[int], count: int
             _refuse(other, found - count, index, now - count)
 
 
-def _length(layer: Any, ours: bool) -> int | None:
-    """Tokens in a layer; None where it counts something else, as a state-space layer does."""
-    if not ours and getattr(layer, "keys", None) is None:
+def _length(layer: Any, empty: bool) -> int | None:
+    """Tokens in a layer; None where it counts something else, as a state-space layer does.
+
+    empty: whether a layer for keys and values that has none counts as one of 0 tokens.
+    """
+    if not hasattr(layer, "keys") or (layer.keys is None and not empty):
         return None
     return int(layer.get_seq_length())
 

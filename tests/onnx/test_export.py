@@ -29,6 +29,8 @@ from linearize.mechanisms import available
 from linearize.onnx import StateNames, quantize
 from linearize.onnx.schema import DOMAIN
 
+pytestmark = pytest.mark.xdist_group("onnx")
+
 LEVELS = ("ORT_DISABLE_ALL", "ORT_ENABLE_ALL")
 GROUP, TAPS = 16, 5
 # Uneven; calls that begin at 0 and at 1 modulo the group, of one token and of several groups.

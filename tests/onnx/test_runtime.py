@@ -24,6 +24,8 @@ from linearize.errors import ExportError, InputError
 from linearize.onnx import library
 from linearize.onnx.runtime import OrtModel, OrtStates
 
+pytestmark = pytest.mark.xdist_group("onnx")
+
 GROUP, TAPS = 16, 8
 # Uneven; calls that begin at 0 and at 1 modulo the group, of one token and of several groups.
 CHUNKS = (40, 1, 1, 6, 16, 1, 17)

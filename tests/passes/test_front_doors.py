@@ -12,6 +12,8 @@ from spellings import REGISTRY, Net
 from torch import Tensor
 from torch.fx import GraphModule
 
+pytestmark = pytest.mark.xdist_group("spellings")
+
 NAMES = (
     "llama_eager",
     "sdpa_causal_and_padding",

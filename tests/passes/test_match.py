@@ -8,6 +8,8 @@ from graphs_of import accepted, graph_of, named, refused_rightly, report_of
 from linearize.passes import Site, find_attention
 from spellings import EITHER, REGISTRY, Spelling
 
+pytestmark = pytest.mark.xdist_group("spellings")
+
 
 def check_facts(entry: Spelling, sites: tuple[Site, ...]) -> None:
     """Every fact that a record states, and the shapes it gives."""

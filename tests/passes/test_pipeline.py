@@ -23,6 +23,8 @@ from spellings import REGISTRY
 from torch import nn
 from torch.fx import GraphModule
 
+pytestmark = pytest.mark.xdist_group("spellings")
+
 ORDER = ["dialect", "functionalise", "prune", "flex", "match", "verify", "raise", "lower"]
 
 

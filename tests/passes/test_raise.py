@@ -17,6 +17,8 @@ from graphs_of import (
 from linearize.passes import find_attention, raise_attention
 from spellings import EITHER, REGISTRY, Spelling
 
+pytestmark = pytest.mark.xdist_group("spellings")
+
 
 def check_raise(entry: Spelling, dtype: torch.dtype | None = None) -> int:
     """Raise the spelling's graph, compare forward and gradients at both sizes; returns how many sites."""

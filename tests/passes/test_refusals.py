@@ -8,6 +8,8 @@ from linearize.passes import raise_attention
 from spellings import EITHER, REFUSED, REGISTRY, Spelling
 from torch.fx import Graph, GraphModule
 
+pytestmark = pytest.mark.xdist_group("spellings")
+
 
 def operators(graph: GraphModule) -> list:
     """Targets in order, without dead nodes (copies of a graph drop them)."""

@@ -229,3 +229,74 @@ def test_a_mask_that_is_refused_costs_the_cache_nothing() -> None:
         assert store.get_seq_length() == past
         found = model(ids[:, past:], past_key_values=store).logits
     torch.testing.assert_close(found, wanted[:, past:], atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("length", (1, 7))
+@pytest.mark.parametrize("kind", (transformers.DynamicCache, transformers.StaticCache))
+@torch.no_grad()
+def test_a_prompt_cut_off_before_a_softmax_layer_is_refused_later(kind: Any, length: int) -> None:
+    model: Any = wake(linearize(llama(), keep_softmax=(1,), group_size=4))
+    sizes = {"max_cache_len": 32} if kind is transformers.StaticCache else {}
+    cache, other = (kind(config=model.config, **sizes) for _ in range(2))
+    ids = tokens(1, length)
+    model(ids, past_key_values=other, use_cache=True)
+    model(ids, past_key_values=other, use_cache=True)  # a whole first call is gone on from
+
+    def cut(*args: Any) -> None:
+        raise KeyboardInterrupt
+
+    hook = model.model.layers[0].mlp.register_forward_hook(cut)
+    with suppress(KeyboardInterrupt):
+        model(ids, past_key_values=cache, use_cache=True)
+    hook.remove()
+    with pytest.raises(InputError, match="ended midway"):
+        model(ids, past_key_values=cache, use_cache=True)
+
+
+def together(*calls: Callable[[], Any]) -> list[Any]:
+    """What each call returns or raises, all of them at once in threads of their own."""
+    found: list[Any] = [None] * len(calls)
+
+    def run(place: int) -> None:
+        try:
+            found[place] = calls[place]()
+        except Exception as error:
+            found[place] = error
+
+    threads = [threading.Thread(target=run, args=(place,)) for place in range(len(calls))]
+    with often_switching():
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    return found
+
+
+def test_models_can_be_converted_and_traced_in_threads_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Asks for `monkeypatch` so that each conversion searches its model itself, see `conftest.py`."""
+    model = converted("gptj")
+    alone = [generated(model, index) for index in range(2)]
+    cold = [copy.deepcopy(model) for _ in range(2)]
+    convert = [lambda make=make: linearize(make(), group_size=4) for make in (llama, gptj)]
+    found = together(*convert, *(lambda i=i: generated(cold[i], i) for i in range(2)))
+    assert all(isinstance(x, nn.Module) for x in found[:2]), found
+    assert all(torch.equal(x, y) for x, y in zip(found[2:], alone, strict=True)), found
+
+
+def test_threads_whose_graphs_show_no_state_all_keep_keys_and_values(monkeypatch: pytest.MonkeyPatch) -> None:
+    import linearize.rewrite.graph.calls as forms
+
+    real = forms.trace
+
+    def only_with_keys(*args: Any) -> Any:
+        if len(args[4]) == 1:
+            raise RuntimeError("no state today")
+        return real(*args)
+
+    monkeypatch.setattr(forms, "trace", only_with_keys)
+    converted = wake(linearize(gptj(), group_size=4))
+    alone = [generated(converted, i) for i in range(6)]
+    for _ in range(ROUNDS):
+        model = copy.deepcopy(converted)
+        found = together(*(lambda i=i, model=model: generated(model, i) for i in range(6)))
+        assert all(torch.equal(x, y) for x, y in zip(found, alone, strict=True)), found

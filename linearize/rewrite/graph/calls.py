@@ -4,7 +4,7 @@ the arguments, made when first needed.
 
 from __future__ import annotations
 
-import threading
+import logging
 from collections.abc import Collection, Sequence
 from itertools import combinations
 from typing import Any
@@ -16,23 +16,24 @@ from torch import Tensor, nn
 from ...cache import lookup as caches
 from ...errors import VerificationError
 from ...mechanisms.module import AttentionModule
+from ...passes.capture import TRACING
 from ...planning.plan import child_name
 from ..owner import OwnerRecord, original_class
 from .trace import Trace, TraceError, trace
 
-_TRACING = threading.RLock()
-"""Capture changes settings of the whole process: one thread traces at a time."""
+
+log = logging.getLogger(__name__)
 
 
 class Graphs(dict[Any, list[Trace]]):
     """Traced graphs of one owner by form of call. Copies and pickles are empty: they trace their own.
 
-    keeps_keys: no graph runs after a state of constant size, so caches keep keys and values.
+    stateless: why no graph can be had that runs after a state of constant size, by form of call.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self.keeps_keys = False
+        self.stateless: dict[Any, str] = {}
 
     def __deepcopy__(self, memo: Any) -> Graphs:
         return Graphs()
@@ -95,6 +96,10 @@ class Arguments:
             tensors = cut(wide & set(graph.masks))
             if graph.fits(tensors):
                 return graph, [*tensors, *marker]
+        stateless = self._record.graphs.stateless
+        failed = (self._owner.training, _form(self._parts), self._shared)
+        if failed in stateless:
+            raise VerificationError(stateless[failed])
         problem: VerificationError | None = None
         # Other inputs may be as wide as the masks by accident; the graph tells.
         for places in [c for size in range(len(wide), -1, -1) for c in combinations(sorted(wide), size)]:
@@ -111,7 +116,11 @@ class Arguments:
                     again = self._made(cut(places), later) if graph.asks_length else graph
                     self._known((*key, True)).append(again)
                 return graph, [*cut(places), *marker]
-        raise problem or TraceError(f"{self._record.path}: what is as wide as its masks is no mask")
+        problem = problem or TraceError(f"{self._record.path}: what is as wide as its masks is no mask")
+        if not state.is_initialized:
+            stateless[failed] = str(problem)
+            log.warning("%s; its cache keeps keys and values, which grow with every token", problem)
+        raise problem
 
     def _known(self, key: Any) -> list[Trace]:
         return self._record.graphs.setdefault(key, [])
@@ -140,7 +149,7 @@ class Arguments:
             return pytree.tree_unflatten(filled, self._spec)
 
         try:
-            with _TRACING:
+            with TRACING:
                 return trace(_twin(owner), self._forward, rebuild, tensors, example, self._record)
         except Exception as error:
             # Capture raises nearly anything; what matters to the caller is that no graph can be had.

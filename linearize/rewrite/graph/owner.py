@@ -6,7 +6,6 @@ which the proved attention is replaced (`calls.py` keeps the graphs, by form of 
 
 from __future__ import annotations
 
-import logging
 from typing import Any
 
 from torch import nn
@@ -17,9 +16,6 @@ from ...errors import VerificationError
 from ..call import Call, sole_child
 from ..owner import OwnerRecord, Rewritten, become
 from .calls import Arguments
-
-log = logging.getLogger(__name__)
-
 
 class GraphOwner(Rewritten):
     """Mixin of a rewritten owner that runs graphs of itself."""
@@ -35,11 +31,9 @@ class GraphOwner(Rewritten):
         if state is not None and index is not None:
             try:
                 graph, tensors = arguments.on_new_tokens(state)
-            except VerificationError as error:
+            except VerificationError:
                 if state.is_initialized:
                     raise
-                log.warning("%s; its cache keeps keys and values, which grow with every token", error)
-                record.graphs.keeps_keys = arguments.tokens > 1
                 give_up_state(cache, index)
                 state = None
         if state is None:
@@ -57,8 +51,6 @@ class GraphOwner(Rewritten):
 def state_of(owner: Any, cache: Any) -> Any | None:
     """The state of an owner in `cache`, put there now if it can be; None where keys and values are."""
     record: OwnerRecord = owner._linearize_owner
-    if record.graphs.keeps_keys:
-        return None
     return state_layer(cache, record.layer_index, sole_child(owner))
 
 
