@@ -21,7 +21,6 @@ from ...planning.plan import child_name
 from ..owner import OwnerRecord, original_class
 from .trace import Trace, TraceError, trace
 
-
 log = logging.getLogger(__name__)
 
 

@@ -17,6 +17,7 @@ from ..call import Call, sole_child
 from ..owner import OwnerRecord, Rewritten, become
 from .calls import Arguments
 
+
 class GraphOwner(Rewritten):
     """Mixin of a rewritten owner that runs graphs of itself."""
 
