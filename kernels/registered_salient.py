@@ -53,11 +53,12 @@ salient_attention = recomputed(
 """`salient_chunk.forward`, or `bidirectional`, as an operator with gradients."""
 
 torch.library.define(
-    "linearize::salient_extend", f"({_TOKENS}, {_STATE}, {_SIZES}, Tensor? real) -> Tensor"
+    "linearize::salient_extend",
+    f"({_TOKENS}, {_STATE}, {_SIZES}, Tensor? conv_weight, Tensor? real) -> Tensor",
 )
 torch.library.define(
     "linearize::salient_tree",
-    f"({_TOKENS}, {_READ_STATE}, {_SIZES}, Tensor depth, Tensor ancestors) -> Tensor",
+    f"({_TOKENS}, {_READ_STATE}, {_SIZES}, Tensor? conv_weight, Tensor depth, Tensor ancestors) -> Tensor",
 )
 torch.library.define("linearize::salient_append", f"({_TOKENS}, {_STATE}, {_SIZES}, Tensor? path) -> ()")
 torch.library.register_fake("linearize::salient_extend", _fake)
@@ -71,14 +72,14 @@ def _split(rest: tuple[Any, ...]) -> tuple[State, Sizes, float, tuple[Any, ...]]
 
 @torch.library.impl("linearize::salient_extend", "CompositeExplicitAutograd")
 def _extend(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> Tensor:
-    state, sizes, scale, (real,) = _split(rest)
-    return salient_recurrent.extend(query, key, value, state, sizes, scale, real)
+    state, sizes, scale, (conv_weight, real) = _split(rest)
+    return salient_recurrent.extend(query, key, value, state, sizes, scale, conv_weight, real)
 
 
 @torch.library.impl("linearize::salient_tree", "CompositeExplicitAutograd")
 def _tree(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> Tensor:
-    state, sizes, scale, (depth, ancestors) = _split(rest)
-    return salient_recurrent.tree(query, key, value, state, sizes, scale, depth, ancestors)
+    state, sizes, scale, tree = _split(rest)
+    return salient_recurrent.tree(query, key, value, state, sizes, scale, *tree)
 
 
 @torch.library.impl("linearize::salient_append", "CompositeExplicitAutograd")
@@ -87,7 +88,7 @@ def _append(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> None:
     key, value, real = along(path, key, value)
     if path is not None:
         query = take_rows(query, path.clamp_min(0))
-    salient_recurrent.extend(query, key, value, state, sizes, scale, real)
+    salient_recurrent.extend(query, key, value, state, sizes, scale, real=real)
 
 
 @torch.library.register_fake("linearize::salient_append")

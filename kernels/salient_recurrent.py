@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .padding import Ranks
 from .salient import BLOCK, Sizes, State, advance, positions, queries_per_vote, seen
-from .tensors import widen
+from .tensors import at_lag, widen
 
 
 def extend(
@@ -17,6 +17,7 @@ def extend(
     state: State,
     sizes: Sizes,
     scale: float,
+    conv_weight: Tensor | None = None,
     real: Tensor | None = None,
 ) -> Tensor:
     """Any number of tokens after the state, which takes them in.
@@ -28,6 +29,8 @@ def extend(
         state: Changed in place.
         sizes: As when the state was made.
         scale: Factor of the scores.
+        conv_weight: [Hkv, R, K], weights of the last K values, the present one's first, which are added; K is
+            at most window + 1. None: none are.
         real: Bool [B, T], True for tokens that count; the others change nothing and their output is zero.
             None: all count.
 
@@ -45,7 +48,7 @@ def extend(
         size = int(space[0]) if ranks is None and bool((space == space[0]).all()) else BLOCK
         q, k, v = (x[..., start : start + size, :] for x in (query, key, value))
         count = None if ranks is None else ranks.count - start
-        outputs.append(_extend(q, k, v, count, state, sizes, scale))
+        outputs.append(_extend(q, k, v, count, state, sizes, scale, conv_weight))
         start += size
     out = torch.cat(outputs, 3)
     return out if ranks is None else ranks.to_columns(out.flatten(1, 2)).unflatten(1, query.shape[1:3])
@@ -58,6 +61,7 @@ def tree(
     state: State,
     sizes: Sizes,
     scale: float,
+    conv_weight: Tensor | None,
     depth: Tensor,
     ancestors: Tensor,
 ) -> Tensor:
@@ -69,7 +73,7 @@ def tree(
         value: [B, Hkv, N, Dv].
         state: Only read.
         sizes: As when the state was made.
-        scale: Factor of the scores.
+        scale, conv_weight: As for `extend`.
         depth: int64 [B, N]; a node sits at position length + depth; at most `DELAY` and at most the window.
         ancestors: Bool [B, N, N]; [u, a] is True when a is u or an ancestor of u.
 
@@ -80,6 +84,10 @@ def tree(
     wanted = (state.length[:, None] + depth) // BLOCK - state.block[:, None]
     query, key, value = widen(query), widen(key), widen(value)
     own = (query.flatten(2, 3) @ (key.mT * scale)).unflatten(2, query.shape[2:4])
+    position = state.length[:, None] + depth
+    ring = widen(state.values[:, :, sizes.kept :])
+    convolved = _convolution(conv_weight, position, positions(state, sizes), None, ring)
+    convolved = convolved + _convolution(conv_weight, position, position, ancestors, value)
     out = None
     for ahead in range(int(wanted.max()) + 1):
         if ahead:
@@ -95,7 +103,7 @@ def tree(
         found = (weights.flatten(2, 3) @ values).unflatten(2, query.shape[2:4])
         out = found if out is None else torch.where((wanted == ahead)[:, None, None, :, None], found, out)
     assert out is not None
-    return out
+    return out + convolved
 
 
 def _extend(
@@ -106,6 +114,7 @@ def _extend(
     state: State,
     sizes: Sizes,
     scale: float,
+    conv_weight: Tensor | None,
 ) -> Tensor:
     """At most `BLOCK` tokens, of which the first `count` [B] are real (None: all)."""
     left = torch.full_like(state.length, key.shape[2])
@@ -123,6 +132,8 @@ def _extend(
         _write(state, sizes, key, value, position, here)
         state.length.add_(taken)
         found = _attend(query, state, sizes, scale, position, here)
+        last = widen(state.values[:, :, sizes.kept :])
+        found = found + _convolution(conv_weight, position, positions(state, sizes), here[:, :, None], last)
         out = found if out is None else torch.where(here[:, None, None, :, None], found, out)
         left, written = left - taken, written + taken
         due = left > 0
@@ -206,3 +217,17 @@ def _clear_votes(state: State, due: Tensor) -> None:
     index = index.expand(-1, state.votes.shape[1], 1, state.votes.shape[3])
     old = state.votes.gather(2, index)
     state.votes.scatter_(2, index, old.masked_fill(due[:, None, None, None], 0))
+
+
+def _convolution(
+    conv_weight: Tensor | None, position: Tensor, past: Tensor, seen: Tensor | None, value: Tensor
+) -> Tensor | float:
+    """Sum of the values [B, Hkv, N, Dv] at `past` [B, N], weighed by their distance to `position` [B, T]:
+    [B, Hkv, R, T, Dv], or 0.0 without. seen: bool, broadcastable to [B, T, N]; what is before 0 never is."""
+    if conv_weight is None:
+        return 0.0
+    lag = position[:, :, None] - past[:, None]
+    there = (past >= 0)[:, None] if seen is None else (past >= 0)[:, None] & seen
+    table = at_lag(conv_weight.to(value.dtype), lag) * there  # [Hkv, R, B, T, N]
+    table = table.permute(2, 0, 1, 3, 4)
+    return (table.flatten(2, 3) @ value).unflatten(2, table.shape[2:4])

@@ -13,8 +13,8 @@ at zero.
 Bidirectional sites see `window` tokens on either side, and one selection serves the whole sequence. Cross-
 attention has neither window nor voters: such sites get the form of `augmented_paper`.
 
-State: as many keys and values as are seen exactly, with scores and the weights that were not counted yet; the
-rows of the convolution.
+State: as many keys and values as are seen exactly, with scores and the weights that were not counted yet. The
+convolution reads the same values, unless it reaches farther back than the window.
 """
 
 from __future__ import annotations
@@ -110,7 +110,7 @@ class AugmentedAttention(ComposedAttention):
         self._check(query, key, value, part)
         tokens = self.split_heads(query), key, value
         if parents is None:
-            options = *part.tensors, *self.sizes, self.scale
+            options = *part.tensors, *self.sizes, self.scale, self._joined_weight()
             return self.merge_heads(torch.ops.linearize.salient_extend(*tokens, *options, key_mask))
         depth, ancestors = lineage(parents, query.shape[0], query.shape[2], query.device)
         deepest = min(self.sizes.window, salient.DELAY)
@@ -120,7 +120,7 @@ class AugmentedAttention(ComposedAttention):
                 f"{self.sizes.window} takes trees of at most {deepest + 1}"
             )
         rows = torch.ops.linearize.salient_tree(
-            *tokens, *part.tensors, *self.sizes, self.scale, depth, ancestors
+            *tokens, *part.tensors, *self.sizes, self.scale, self._joined_weight(), depth, ancestors
         )
         return self.merge_heads(rows)
 
@@ -136,6 +136,20 @@ class AugmentedAttention(ComposedAttention):
                 self.split_heads(query), key, value, *part.tensors, *self.sizes, self.scale, path
             )
         super().commit(query, key, value, States(tuple(convolution)), path)
+
+    def _apart(self, query: Tensor, key: Tensor, value: Tensor) -> list[Term]:
+        return [] if self._ring_serves else super()._apart(query, key, value)
+
+    @property
+    def _ring_serves(self) -> bool:
+        """Whether the state's own ring holds the values that the convolution reads."""
+        return self.conv_weight is not None and self.conv_weight.shape[1] <= self.sizes.window + 1
+
+    def _joined_weight(self) -> Tensor | None:
+        """Weights of the convolution [Hkv, R, K] where the state's ring serves it."""
+        if self.conv_weight is None or not self._ring_serves:
+            return None
+        return self.split_heads(self.conv_weight[None, :, None])[0, :, :, 0]
 
     def _check(self, query: Tensor, key: Tensor, value: Tensor, part: SalientState) -> None:
         """Raise InputError when new tokens do not fit together or to the state."""

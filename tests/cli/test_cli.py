@@ -142,7 +142,7 @@ def test_mechanisms_lists_every_one_with_its_options_and_where_it_fits(run) -> N
         (["inspect", "/nowhere"], "no such folder"),
         (["inspect", "{empty}"], "config.json is missing"),
         (["inspect", "{folder}", "--mechanism", "nonsense"], "unknown mechanism"),
-        (["inspect", "{folder}", "--option", "window=3"], "'augmented' has no option 'window'"),
+        (["inspect", "{folder}", "--option", "window=3"], "'augmented_paper' has no option 'window'"),
         (["inspect", "{folder}", "--option", "window=3"], "(known: position_bias)"),
         (["inspect", "{folder}", "--mechanism", "softmax", "--augmentation"], "takes no convolution"),
         (["convert", "{folder}", "{out}", "--option", "window"], "'window' is not NAME=VALUE"),

@@ -37,7 +37,7 @@ def perplexity(evaluation: Evaluation) -> str:
 def test_without_a_measurement_it_says_so_and_what_was_converted(model: Any, tmp_path: Path) -> None:
     model.save_pretrained(tmp_path)
     text = (tmp_path / "README.md").read_text()
-    assert "# LlamaForCausalLM with augmented attention" in text and "at 2 places" in text
+    assert "# LlamaForCausalLM with augmented_paper attention" in text and "at 2 places" in text
     assert "Not measured" in text and "linearize eval" in text and "| length |" not in text
     assert "group size: 4" in text and "32 taps" in text and "kept as softmax: nothing" in text
     assert 'lz.load("this/folder")' in text
@@ -131,7 +131,7 @@ def test_a_text_by_hand_is_kept_and_ours_is_replaced(save: Any, model: Any, tmp_
 def test_a_plain_module_has_a_card_too(tmp_path: Path) -> None:
     folder = lz.save(lz.linearize(plain(), activations()), tmp_path / "model")
     text = (folder / "README.md").read_text()
-    assert "# PlainNet with augmented attention" in text and "model=fresh" in text
+    assert "# PlainNet with augmented_paper attention" in text and "model=fresh" in text
     assert "transformers" not in text
 
 
