@@ -32,7 +32,7 @@ class Quantized:
         path: The file.
         bytes: Its size.
         before: The size of the original.
-        error: |new - old| / |old| of the first output (Euclidean norms); None when there was nothing to
+        error: `abs(new - old)` / `abs(old)` of the first output (Euclidean norms); None when there was nothing to
             measure it on.
     """
 
