@@ -32,8 +32,8 @@ class Quantized:
         path: The file.
         bytes: Its size.
         before: The size of the original.
-        error: `abs(new - old)` / `abs(old)` of the first output (Euclidean norms); None when there was nothing to
-            measure it on.
+        error: Norm of the difference over norm of the original, of the first output (Euclidean norms); None
+            when there was nothing to measure it on.
     """
 
     path: Path
