@@ -109,6 +109,7 @@ def test_without_a_gpu_one_sentence_is_all(monkeypatch: pytest.MonkeyPatch) -> N
     assert str(end.value).count("\n") == 0
 
 
+@pytest.mark.slow
 def test_kernels_are_checked_in_the_interpreter(tmp_path: Path) -> None:
     path = tmp_path / "gpu.json"
     kernels = ["forward", "backward", "backward_split"]

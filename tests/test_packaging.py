@@ -163,7 +163,8 @@ def other_kernels(tmp_path: Path) -> Path:
     return package.parent
 
 
-@pytest.mark.parametrize("with_theirs", [pytest.param(False, marks=pytest.mark.slow), True])
+@pytest.mark.slow
+@pytest.mark.parametrize("with_theirs", [False, True])
 def test_the_checkout_works_from_its_root_beside_a_package_named_kernels(
     with_theirs: bool, other_kernels: Path
 ) -> None:
@@ -173,6 +174,7 @@ def test_the_checkout_works_from_its_root_beside_a_package_named_kernels(
         assert python("import linearize.passes, kernels; print(kernels.THEIRS)", ROOT, path).strip() == "True"
 
 
+@pytest.mark.slow
 def test_python_m_linearize_and_pytest_run_from_the_root(other_kernels: Path) -> None:
     env = {**os.environ, "PYTHONPATH": str(other_kernels)}
     for command in (["linearize", "version"], ["pytest", "--collect-only", "-q", "tests/test_packaging.py"]):

@@ -2,7 +2,7 @@
 
 By default every architecture is captured once: in turn eager without a padding mask and SDPA with one (where
 there is one implementation, in turn without and with). The slow part adds the others, and the architectures
-that only repeat a spelling.
+that only repeat a spelling or take long.
 """
 
 from __future__ import annotations
@@ -14,6 +14,11 @@ import pytest
 from survey_case import TOLERANCE, Row, examine
 from zoo import ENTRIES, Entry
 
+LEFT_OUT = frozenset(
+    "biogpt codegen cohere2 convbert ctrl cvt diffllama esm lilt longformer lxmert mpnet nystromformer "
+    "pegasus roformer sew-d speech_to_text stablelm wav2vec2-conformer xglm".split()
+)
+"""Architectures that only the slow part captures, for the time that they take."""
 KINDS = {"decoder", "encoder", "encoder-decoder", "vision", "audio", "multimodal"}
 
 
@@ -28,7 +33,8 @@ def rows() -> Iterator[object]:
             for masked in (True, False) if entry.paddable else (False,):
                 wanted = implementation == entry.implementations[-1] if several else turn % 2 == 1
                 extra = implementation != quick or (entry.paddable and masked != wanted)
-                marks = [pytest.mark.slow] if entry.slow or extra else []
+                later = entry.slow or entry.name in LEFT_OUT or extra
+                marks = [pytest.mark.slow] if later else []
                 name = f"{entry.name}-{implementation}-{'mask' if masked else 'plain'}"
                 yield pytest.param(entry, implementation, masked, id=name, marks=marks)
 
@@ -60,7 +66,8 @@ def check_sites(row: Row) -> None:
 
 
 def test_the_default_zoo_covers_sixty_architectures_of_every_kind() -> None:
-    default = [entry for entry in ENTRIES if not entry.slow]
+    assert LEFT_OUT <= {entry.name for entry in ENTRIES}
+    default = [entry for entry in ENTRIES if not entry.slow and entry.name not in LEFT_OUT]
     assert len({entry.model_type for entry in default}) >= 60
     assert {entry.kind for entry in default} == KINDS
     assert len({entry.name for entry in ENTRIES}) == len(ENTRIES)
