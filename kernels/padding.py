@@ -15,7 +15,7 @@ class Ranks:
     """The two orders of the tokens under key_mask, bool [B, T], True for real tokens."""
 
     def __init__(self, key_mask: Tensor) -> None:
-        self.real = key_mask[:, None, :, None]
+        self._real = key_mask
         self.count = key_mask.sum(1)  # [B]
         columns = (~key_mask).to(key_mask.device).argsort(dim=1, stable=True)  # rank -> column
         self._columns = columns
@@ -23,9 +23,14 @@ class Ranks:
         self._front = columns.new_ones(columns.shape).cumsum(1) <= self.count[:, None]
 
     def to_front(self, x: Tensor) -> Tensor:
-        """x [B, n, T, D] by rank; rows past the last real token are zero, whatever they held."""
-        return take_rows(x, self._columns).masked_fill_(~self._front[:, None, :, None], 0)
+        """x [B, ..., T, D] by rank; rows past the last real token are zero, whatever they held."""
+        return take_rows(x, self._columns).masked_fill_(~_rows(self._front, x), 0)
 
     def to_columns(self, x: Tensor) -> Tensor:
         """Inverse of `to_front`; rows of padded tokens are zero."""
-        return take_rows(x, self._ranks).masked_fill_(~self.real, 0)
+        return take_rows(x, self._ranks).masked_fill_(~_rows(self._real, x), 0)
+
+
+def _rows(mask: Tensor, x: Tensor) -> Tensor:
+    """mask [B, T] over x [B, ..., T, D]."""
+    return mask.reshape(mask.shape[0], *(1,) * (x.dim() - 3), mask.shape[1], 1)

@@ -19,10 +19,10 @@ from .tensors import take_rows
 
 _SIZES = "SymInt window, SymInt sinks, SymInt salient, float scale"
 _STATE = (
-    "Tensor(a!) keys, Tensor(b!) values, Tensor(c!) scores, Tensor(d!) voters, "
+    "Tensor(a!) keys, Tensor(b!) values, Tensor(c!) scores, Tensor(d!) votes, "
     "Tensor(e!) length, Tensor(f!) block"
 )
-_READ_STATE = "Tensor keys, Tensor values, Tensor scores, Tensor voters, Tensor length, Tensor block"
+_READ_STATE = "Tensor keys, Tensor values, Tensor scores, Tensor votes, Tensor length, Tensor block"
 _TOKENS = "Tensor query, Tensor key, Tensor value"
 
 

@@ -38,7 +38,7 @@ DECAY = 0.9
 
 
 class Sizes(NamedTuple):
-    """How many tokens are seen exactly. window: a multiple of `BLOCK`."""
+    """How many tokens are seen exactly, beside the query's own block."""
 
     window: int
     sinks: int

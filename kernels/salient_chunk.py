@@ -1,7 +1,7 @@
 """Whole sequences under the attention of `salient.py`: what is kept is selected first, then all is attended.
 
-Selecting walks over the blocks with a state and reads keys and voters only. Attending is independent for each
-block, and what gradients go through; which tokens are kept has none.
+Selecting goes from block to block with a state, and reads queries and keys. Attending is independent for each
+block, and gradients go through it alone: which tokens are kept has none.
 """
 
 from __future__ import annotations
@@ -40,8 +40,7 @@ def forward(
     """
     ranks = None if key_mask is None else Ranks(key_mask)
     if ranks is not None:
-        query = ranks.to_front(query.flatten(1, 2)).unflatten(1, query.shape[1:3])
-        key, value = ranks.to_front(key), ranks.to_front(value)
+        query, key, value = (ranks.to_front(x) for x in (query, key, value))
     query, key, value = widen(query), widen(key), widen(value)
     length = key.shape[2]
     blocks = -(-length // BLOCK)
@@ -61,7 +60,7 @@ def forward(
         rows = query[:, :, :, first:last]
         outputs.append(_attend(rows, keys, values, key, value, chosen, first, sizes, scale))
     out = torch.cat(outputs, 3).flatten(3, 4)[:, :, :, :length]
-    return out if ranks is None else ranks.to_columns(out.flatten(1, 2)).unflatten(1, out.shape[1:3])
+    return out if ranks is None else ranks.to_columns(out)
 
 
 def select(query: Tensor, key: Tensor, sizes: Sizes, scale: float) -> Tensor:
@@ -123,8 +122,7 @@ def bidirectional(
     """
     ranks = None if key_mask is None else Ranks(key_mask)
     if ranks is not None:
-        query = ranks.to_front(query.flatten(1, 2)).unflatten(1, query.shape[1:3])
-        key, value = ranks.to_front(key), ranks.to_front(value)
+        query, key, value = (ranks.to_front(x) for x in (query, key, value))
     query, key, value = widen(query), widen(key), widen(value)
     batch, length = key.shape[0], key.shape[2]
     count = key.new_full((batch,), length, dtype=torch.int64) if ranks is None else ranks.count
@@ -157,14 +155,14 @@ def bidirectional(
             )
         outputs.append(_softmax(query[:, :, :, first:last], keys, values, hidden, scale))
     out = torch.cat(outputs, 3).flatten(3, 4)[:, :, :, :length]
-    return out if ranks is None else ranks.to_columns(out.flatten(1, 2)).unflatten(1, out.shape[1:3])
+    return out if ranks is None else ranks.to_columns(out)
 
 
 def _landmarks(query: Tensor, key: Tensor, count: Tensor, sizes: Sizes, scale: float) -> Tensor:
     """Positions that every query of a bidirectional site sees, int64 [B, Hkv, k], -1 for none."""
     length = key.shape[2]
     voters = (torch.arange(VOTERS, device=key.device) * count[:, None]) // VOTERS  # [B, VOTERS]
-    rows = take_rows(query.flatten(1, 2), voters).unflatten(1, query.shape[1:3]).flatten(2, 3)
+    rows = take_rows(query, voters).flatten(2, 3)
     absent = torch.arange(length, device=key.device) >= count[:, None]
     votes = (rows @ (key.mT * scale)).masked_fill(absent[:, None, None], torch.finfo(key.dtype).min)
     mass = votes.softmax(-1).sum(2)  # [B, Hkv, T]

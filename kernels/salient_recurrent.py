@@ -39,8 +39,7 @@ def extend(
     """
     ranks = None if real is None else Ranks(real)
     if ranks is not None:
-        query = ranks.to_front(query.flatten(1, 2)).unflatten(1, query.shape[1:3])
-        key, value = ranks.to_front(key), ranks.to_front(value)
+        query, key, value = (ranks.to_front(x) for x in (query, key, value))
     outputs, start = [], 0
     while start < key.shape[2]:
         # A piece ends with a block where all sequences of the batch are equally long: then it has one part.
@@ -51,7 +50,7 @@ def extend(
         outputs.append(_extend(q, k, v, count, state, sizes, scale, conv_weight))
         start += size
     out = torch.cat(outputs, 3)
-    return out if ranks is None else ranks.to_columns(out.flatten(1, 2)).unflatten(1, query.shape[1:3])
+    return out if ranks is None else ranks.to_columns(out)
 
 
 def tree(

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import inspect
 import re
-import threading
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -37,6 +36,7 @@ from .dialect import (
     symbolic_axes,
 )
 from .dynamo import from_dynamo
+from .tracing import TRACING
 
 __all__ = [
     "CaptureError",
@@ -50,10 +50,6 @@ __all__ = [
     "source_line",
     "to_dialect",
 ]
-
-
-TRACING = threading.RLock()
-"""torch.export changes settings of the whole process: one thread at a time holds this while it captures."""
 
 
 def capture(

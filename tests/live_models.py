@@ -6,12 +6,14 @@ import copy
 from functools import cache
 from typing import Any
 
+import pytest
 import torch
 import torch.nn.functional as F
 import transformers
 from torch import Tensor, nn
 
 from linearize.convert.linearize import linearize
+from linearize.rewrite.graph import calls
 
 VOCAB = 96
 
@@ -204,3 +206,15 @@ def recompute(model: nn.Module, ids: Tensor, steps: int, **inputs: Any) -> Tenso
         if mask is not None:
             mask = torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
     return ids
+
+
+def refuse_states(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No graph of an owner can be traced on a state, as happens where one cannot be had."""
+    real = calls.trace
+
+    def only_with_keys(*args: Any) -> Any:
+        if len(args[4]) == 1:
+            raise RuntimeError("no state today")
+        return real(*args)
+
+    monkeypatch.setattr(calls, "trace", only_with_keys)

@@ -110,12 +110,13 @@ def generate(
 
     must: raise VerificationError instead, because the original could. settings: more for `generate`.
     """
-    can = getattr(model, "can_generate", None)
-    if can is None or not can() or not hasattr(model, "generate"):
+    live: Any = model
+    can = getattr(live, "can_generate", None)
+    if can is None or not can() or not hasattr(live, "generate"):
         return None
     prompt = {name: value for name, value in inputs.items() if not name.startswith(("decoder_", "labels"))}
     try:
-        out = model.generate(  # type: ignore[operator]
+        out = live.generate(
             **prompt,
             max_new_tokens=tokens,
             min_new_tokens=tokens,

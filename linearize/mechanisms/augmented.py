@@ -1,4 +1,4 @@
-"""Augmented linear attention whose local part is exact: the default.
+"""Augmented linear attention whose local part is exact.
 
     o[t] = softmax over window, sinks and salient tokens of (scale q[t].k[j]) v[j] + convolution(v)[t]
     window: the last `window` tokens, and up to 31 before them    sinks: the first `sinks` tokens
@@ -11,7 +11,7 @@ a near part that a pretrained softmax model needs no training for. The first tok
 at zero.
 
 Bidirectional sites see `window` tokens on either side, and one selection serves the whole sequence. Cross-
-attention has neither window nor voters: such sites get the form of `augmented_paper`.
+attention has no window: such sites get the form of `augmented_paper`.
 
 State: as many keys and values as are seen exactly, with scores and the weights that were not counted yet. The
 convolution reads the same values, unless it reaches farther back than the window.
@@ -30,7 +30,7 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 from ..errors import InputError
 from ..kernels import registered_salient, salient, salient_chunk
 from ..kernels.tensors import full_precision
-from ..ops.arguments import check_no_gradients
+from ..ops.arguments import check, check_held
 from ..ops.attention import Lineage, checked_path, lineage
 from ..ops.state import Part, SalientState, States
 from .augmented_paper import PaperAttention
@@ -63,6 +63,7 @@ class AugmentedAttention(ComposedAttention):
         key_mask: Tensor | None,
         query_start: int | Tensor | None,
     ) -> Tensor:
+        self._check(query, key, value, key_mask, query_start)
         if self.spec.causal and not statically_known_true(query.shape[2] == key.shape[2]):
             message = (
                 f"got {query.shape[2]} queries and {key.shape[2]} keys: mechanism 'augmented' chooses tokens "
@@ -107,7 +108,8 @@ class AugmentedAttention(ComposedAttention):
     ) -> Tensor:
         (part,) = parts
         assert isinstance(part, SalientState)
-        self._check(query, key, value, part)
+        self._check(query, key, value, key_mask)
+        check_held(query, key, value, part.tensors.keys, part.tensors.values)
         tokens = self.split_heads(query), key, value
         if parents is None:
             options = *part.tensors, *self.sizes, self.scale, self._joined_weight()
@@ -129,7 +131,8 @@ class AugmentedAttention(ComposedAttention):
     ) -> None:
         part, *convolution = state.parts
         assert isinstance(part, SalientState)
-        self._check(query, key, value, part)
+        self._check(query, key, value, key_mask=None)
+        check_held(query, key, value, part.tensors.keys, part.tensors.values)
         path = None if path is None else checked_path(path, key)
         with full_precision(value.device):
             torch.ops.linearize.salient_append(
@@ -151,19 +154,17 @@ class AugmentedAttention(ComposedAttention):
             return None
         return self.split_heads(self.conv_weight[None, :, None])[0, :, :, 0]
 
-    def _check(self, query: Tensor, key: Tensor, value: Tensor, part: SalientState) -> None:
-        """Raise InputError when new tokens do not fit together or to the state."""
-        check_no_gradients(query, key, value)
-        count = query.shape[2]
-        held = part.tensors
-        wanted = [
-            (held.keys.shape[0], self.spec.num_heads, count, held.keys.shape[3]),
-            (*held.keys.shape[:2], count, held.keys.shape[3]),
-            (*held.values.shape[:2], count, held.values.shape[3]),
-        ]
-        got = [tuple(x.shape) for x in (query, key, value)]
-        if got != wanted:
-            raise InputError(f"query, key and value must be {wanted} for this state, got {got}")
+    def _check(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_mask: Tensor | None,
+        query_start: int | Tensor | None = None,
+    ) -> None:
+        """Raise InputError for arguments that do not fit together."""
+        of_site = self.conv_weight, self.group_size, self.spec.causal, False, self.spec.kv_layout
+        check(query, key, value, *of_site, key_mask, query_start)
 
     def extra_repr(self) -> str:
         window, sinks, number = self.sizes

@@ -19,6 +19,7 @@ from onnxscript.rewriter import pattern
 from ..common import files
 from ..common.version import __version__
 from ..errors import ExportError
+from ..passes.tracing import TRACING
 from . import body
 from .programs import LENGTH, PAST, TOTAL, Program
 from .schema import DOMAIN, OPERATORS, VERSION
@@ -39,7 +40,7 @@ _QUOTIENTS = pattern.RewriteRuleSet(
 def model_of(program: Program, opset: int) -> ir.Model:
     """The ONNX model. Raises ExportError when an operator has no ONNX form, or an axis became a constant."""
     try:
-        with _quiet():
+        with TRACING, _quiet():
             exported = torch.onnx.export(
                 program.exported, (), dynamo=True, opset_version=opset, verbose=False, external_data=False
             )

@@ -25,6 +25,7 @@ from ..convert.inputs import example_inputs
 from ..errors import ExportError
 from ..mechanisms import available
 from ..mechanisms.module import AttentionModule
+from ..passes.tracing import TRACING
 from . import nodes
 from .nodes import Call, Past
 from .past import ExportLayer, KeyValueLayer, empty
@@ -334,7 +335,8 @@ def _trace(shell: nn.Module, tensors: tuple[Tensor, ...], shapes: Any) -> Export
     # Not views: torch 2.13 writes conditions on the tensor behind one, which it cannot read back.
     tensors = tuple(tensor.clone() for tensor in tensors)
     try:
-        return torch.export.export(_AsNodes(shell), tensors, dynamic_shapes=shapes, strict=False)
+        with TRACING:
+            return torch.export.export(_AsNodes(shell), tensors, dynamic_shapes=shapes, strict=False)
     except ExportError:
         raise
     except Exception as error:

@@ -229,19 +229,24 @@ def check_state(
 ) -> None:
     """Raise InputError when new tokens do not fit together or to the state."""
     check(query, key, value, conv_weight, state.group_size, True, False, "interleaved", key_mask, None)
+    check_held(query, key, value, state.tensors.key_window, state.tensors.value_window)
+    if conv_weight is not None and conv_weight.shape[1] > state.taps:
+        raise InputError(
+            f"the state was made for {state.taps} convolution taps, conv_weight has {conv_weight.shape[1]}"
+        )
+
+
+def check_held(query: Tensor, key: Tensor, value: Tensor, held_key: Tensor, held_value: Tensor) -> None:
+    """Raise InputError when new tokens do not fit to the keys and values [B, Hkv, rows, ...] of a state."""
     if query.shape[2] != key.shape[2]:
         raise InputError(f"got {query.shape[2]} queries and {key.shape[2]} keys; every new token has both")
     check_no_gradients(query, key, value)
-    windows = state.tensors.key_window, state.tensors.value_window
-    wanted, got = (tuple((*x.shape[:2], x.shape[3]) for x in pair) for pair in (windows, (key, value)))
+    pairs = (held_key, held_value), (key, value)
+    wanted, got = (tuple((*x.shape[:2], x.shape[3]) for x in pair) for pair in pairs)
     if got != wanted:
         raise InputError(
             f"the state holds [batch, heads, features] {wanted[0]} and {wanted[1]} of key and value, "
             f"the new tokens have {got[0]} and {got[1]}"
-        )
-    if conv_weight is not None and conv_weight.shape[1] > state.taps:
-        raise InputError(
-            f"the state was made for {state.taps} convolution taps, conv_weight has {conv_weight.shape[1]}"
         )
 
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, Protocol, Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -14,37 +15,78 @@ from ..kernels import salient
 from ..kernels.recurrent import State
 
 
-class Part(Protocol):
-    """The state of one term of an attention module."""
+class Part(ABC):
+    """The state of one term of an attention module: dataclasses that say what its tensors are.
+
+    Attributes:
+        tensors: A named tuple, changed in place; `length` is one of it.
+        max_rewind: Tokens that can be taken back at any time, counted from the furthest that was reached.
+    """
+
+    tensors: Any
+    max_rewind: int
+
+    @property
+    @abstractmethod
+    def settings(self) -> tuple[int, ...]:
+        """What two states must agree in besides shapes, dtypes and devices to stand for each other."""
+
+    @abstractmethod
+    def first_kept(self) -> Tensor:
+        """The least length that each row can be taken back to, int64 `[B]`."""
 
     @property
     def length(self) -> Tensor:
         """Tokens so far, int64 `[B]`."""
+        return self.tensors.length
 
     @property
     def nbytes(self) -> int:
         """Bytes of the state, whatever its length."""
+        return sum(x.numel() * x.element_size() for x in self.tensors)
 
     @property
     def form(self) -> list[Any]:
         """What two states have in common that can stand for each other."""
-
-    def all_tensors(self) -> list[Tensor]:
-        """What is changed in place."""
+        return [*((x.shape[1:], x.dtype, x.device) for x in self.tensors), *self.settings]
 
     def check_rewind(self, count: int | Tensor) -> None:
         """Raise InputError when a row has fewer than `count` tokens or no longer holds them."""
+        target = self.length - count
+        lost = (target < self.first_kept()) & (target != self.length)
+        if bool(lost.any()) or bool(((target < 0) | (target > self.length)).any()):
+            raise InputError(
+                f"cannot take back {count} tokens of {self.length.tolist()}: this state was made with "
+                f"max_rewind={self.max_rewind}"
+            )
+
+    def rewind(self, count: int | Tensor) -> None:
+        """Take back the last `count` tokens (one number, or int `[B]`), exactly and without replay.
+
+        Raises InputError, changing nothing, when a row has fewer tokens or no longer holds them.
+        """
+        self.check_rewind(count)
+        self.length.sub_(count)
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Self:
         """A new state of `function` of every tensor."""
+        state: Any = self  # a dataclass, which a base class cannot say
+        return replace(state, tensors=type(self.tensors)(*map(function, self.tensors)))
+
+    def clone(self) -> Self:
+        """A copy that shares no tensor."""
+        return self.map(Tensor.clone)
+
+    def select(self, rows: Tensor) -> Self:
+        """A new state of the given rows of the batch, in that order, repeated or left out (beam search)."""
+        return self.map(lambda x: x.index_select(0, rows))
 
 
 @dataclass(frozen=True)
-class AttentionState:
+class AttentionState(Part):
     """What `ops.augmented_extend` carries from call to call; `kernels/recurrent.py` describes the tensors.
 
     group_size, taps: of the operator it belongs to; `taps` is how far back a token reads the window's rows.
-    max_rewind: tokens that can be taken back at any time, counted from the furthest that was reached.
     """
 
     tensors: State
@@ -92,63 +134,19 @@ class AttentionState:
         return self.tensors.recurrent
 
     @property
-    def length(self) -> Tensor:
-        """Tokens so far, int64 `[B]`."""
-        return self.tensors.length
+    def settings(self) -> tuple[int, ...]:
+        return self.group_size, self.taps
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the state, whatever its length."""
-        return sum(x.numel() * x.element_size() for x in self.tensors)
-
-    @property
-    def form(self) -> list[Any]:
-        """What two states have in common that can stand for each other."""
-        return [*_layout(self.tensors), self.group_size, self.taps]
-
-    def all_tensors(self) -> list[Tensor]:
-        """The five tensors."""
-        return list(self.tensors)
-
-    def map(self, function: Callable[[Tensor], Tensor]) -> AttentionState:
-        """A new state of `function` of every tensor."""
-        return replace(self, tensors=State(*map(function, self.tensors)))
-
-    def check_rewind(self, count: int | Tensor) -> None:
-        """Raise InputError when a row has fewer than `count` tokens or no longer holds them."""
-        length, folded = self.tensors.length, self.tensors.folded
-        target = length - count
-        kept = torch.where(folded > 0, folded + max(self.taps - 1, 0), 0)
-        if bool(((target < kept) & (target != length)).any()) or bool((target > length).any()):
-            raise InputError(
-                f"cannot take back {count} tokens of {length.tolist()}: this state was made with "
-                f"max_rewind={self.max_rewind}"
-            )
-
-    def rewind(self, count: int | Tensor) -> None:
-        """Take back the last `count` tokens (one number, or int `[B]`), exactly and without replay.
-
-        Raises InputError, changing nothing, when a row has fewer tokens or no longer holds them.
-        """
-        self.check_rewind(count)
-        self.tensors.length.sub_(count)
-
-    def clone(self) -> AttentionState:
-        return replace(self, tensors=State(*(x.clone() for x in self.tensors)))
-
-    def select(self, rows: Tensor) -> AttentionState:
-        """A new state of the given rows of the batch, in that order, repeated or left out (beam search)."""
-        return replace(self, tensors=State(*(x.index_select(0, rows) for x in self.tensors)))
+    def first_kept(self) -> Tensor:
+        folded = self.tensors.folded
+        return torch.where(folded > 0, folded + max(self.taps - 1, 0), 0)
 
 
 @dataclass(frozen=True)
-class SalientState:
+class SalientState(Part):
     """A constant number of exact tokens; `kernels/salient.py` describes the tensors.
 
-    Attributes:
-        tensors: Changed in place.
-        sizes: How many tokens are seen exactly.
-        max_rewind: Tokens that can be taken back at any time, counted from the furthest that was reached.
+    sizes: how many tokens are seen exactly.
     """
 
     tensors: salient.State
@@ -156,38 +154,11 @@ class SalientState:
     max_rewind: int
 
     @property
-    def length(self) -> Tensor:
-        """Tokens so far, int64 `[B]`."""
-        return self.tensors.length
+    def settings(self) -> tuple[int, ...]:
+        return tuple(self.sizes)
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the state, whatever its length."""
-        return sum(x.numel() * x.element_size() for x in self.tensors)
-
-    @property
-    def form(self) -> list[Any]:
-        """What two states have in common that can stand for each other."""
-        return [*_layout(self.tensors), *self.sizes]
-
-    def all_tensors(self) -> list[Tensor]:
-        """The six tensors."""
-        return list(self.tensors)
-
-    def map(self, function: Callable[[Tensor], Tensor]) -> SalientState:
-        """A new state of `function` of every tensor."""
-        return replace(self, tensors=salient.State(*map(function, self.tensors)))
-
-    def check_rewind(self, count: int | Tensor) -> None:
-        """Raise InputError when a row has fewer than `count` tokens or its selection has gone on since."""
-        length = self.tensors.length
-        target = length - count
-        lost = (target < self.tensors.block * salient.BLOCK) & (target != length)
-        if bool(lost.any()) or bool(((target < 0) | (target > length)).any()):
-            raise InputError(
-                f"cannot take back {count} tokens of {length.tolist()}: this state was made with "
-                f"max_rewind={self.max_rewind}"
-            )
+    def first_kept(self) -> Tensor:
+        return self.tensors.block * salient.BLOCK
 
 
 @dataclass(frozen=True)
@@ -216,10 +187,10 @@ class States:
         return [part.form for part in self.parts]
 
     def tensors(self) -> list[Tensor]:
-        return [x for part in self.parts for x in part.all_tensors()]
+        return [x for part in self.parts for x in part.tensors]
 
     def rewind(self, count: int | Tensor) -> None:
-        """As `AttentionState.rewind`, for all parts or none."""
+        """As `Part.rewind`, for all parts or none."""
         for part in self.parts:
             part.check_rewind(count)
         for part in self.parts:
@@ -229,7 +200,3 @@ class States:
         """A new state of `function` of every tensor: a copy, another device, other rows of the batch."""
         return States(tuple(part.map(function) for part in self.parts))
 
-
-def _layout(tensors: Iterable[Tensor]) -> list[Any]:
-    """Shape of a row of the batch, dtype and device of each."""
-    return [(x.shape[1:], x.dtype, x.device) for x in tensors]

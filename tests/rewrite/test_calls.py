@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from live_models import VOCAB, bart, bert, llama, tokens, wake
+from live_models import VOCAB, bart, bert, llama, refuse_states, tokens, wake
 from torch import Tensor, nn
 
 from linearize.convert.linearize import linearize
@@ -284,16 +284,7 @@ def test_models_can_be_converted_and_traced_in_threads_at_once(monkeypatch: pyte
 
 
 def test_threads_whose_graphs_show_no_state_all_keep_keys_and_values(monkeypatch: pytest.MonkeyPatch) -> None:
-    import linearize.rewrite.graph.calls as forms
-
-    real = forms.trace
-
-    def only_with_keys(*args: Any) -> Any:
-        if len(args[4]) == 1:
-            raise RuntimeError("no state today")
-        return real(*args)
-
-    monkeypatch.setattr(forms, "trace", only_with_keys)
+    refuse_states(monkeypatch)
     converted = wake(linearize(gptj(), group_size=4))
     alone = [generated(converted, i) for i in range(THREADS)]
     model = copy.deepcopy(converted)

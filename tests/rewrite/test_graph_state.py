@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from live_models import VOCAB, gptj, recompute, tokens, wake
+from live_models import VOCAB, gptj, recompute, refuse_states, tokens, wake
 from torch import Tensor, nn
 from transformers import DynamicCache
 
@@ -143,16 +143,7 @@ def test_draft_trees_run_on_a_grafted_decoder() -> None:
 def test_a_decoder_whose_graph_shows_no_state_keeps_keys_and_values_and_says_so(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    import linearize.rewrite.graph.calls as forms
-
-    real = forms.trace
-
-    def only_with_keys(*args: Any) -> Any:
-        if len(args[4]) == 1:
-            raise RuntimeError("no state today")
-        return real(*args)
-
-    monkeypatch.setattr(forms, "trace", only_with_keys)
+    refuse_states(monkeypatch)
     with caplog.at_level(logging.WARNING, "linearize"):
         model: Any = wake(linearize(gptj(), group_size=4))
     assert "no state today; its cache keeps keys and values" in caplog.text

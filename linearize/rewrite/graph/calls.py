@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ...cache import lookup as caches
 from ...errors import VerificationError
 from ...mechanisms.module import AttentionModule
-from ...passes.capture import TRACING
+from ...passes.tracing import TRACING
 from ...planning.plan import child_name
 from ..owner import OwnerRecord, original_class
 from .trace import Trace, TraceError, trace
