@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import importlib.util
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -370,7 +371,7 @@ def test_constraints_pin_every_direct_requirement_of_every_extra() -> None:
     lines = (ROOT / "constraints.txt").read_text().splitlines()
     names = {line.split("==")[0].lower() for line in lines if "==" in line}
     for requirement in requires("linearize") or []:
-        name = requirement.split(";")[0].split(">")[0].split("[")[0].strip().lower()
+        name = re.split(r"[<>=!\[; ]", requirement)[0].lower()
         assert name in names | {"linearize"}, requirement
 
 
