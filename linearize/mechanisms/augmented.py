@@ -1,14 +1,16 @@
 """Augmented linear attention whose local part is exact.
 
-    o[t] = softmax over window, sinks and salient tokens of (scale q[t].k[j]) v[j] + convolution(v)[t]
+    o[t] = softmax over window, sinks and salient tokens of (scale q[t].k[j]) v[j] + convolution(v)[t],
+    and what `tail.py` estimates of all other tokens is added
+
     window: the last `window` tokens, and up to 31 before them    sinks: the first `sinks` tokens
     salient: per key/value head, `salient` tokens that got most attention, as an exponential average
 
 The idea of the paper (arXiv 2406.07368), near tokens by their scores and a masked depthwise convolution, with
 a near part that a pretrained softmax model needs no training for. The first tokens are those of StreamingLLM
 (arXiv 2309.17453), salient tokens the heavy hitters of H2O (arXiv 2306.14048); how they are chosen is said in
-`kernels/salient.py`. While all tokens fit this is the site's own attention, exactly. The convolution starts
-at zero.
+`kernels/salient.py`. While all tokens fit this is the site's own attention, exactly. The convolution and the
+tail start at zero.
 
 Bidirectional sites see `window` tokens on either side, and one selection serves the whole sequence. Cross-
 attention has no window: such sites get the form of `augmented_paper`.
@@ -29,12 +31,13 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from ..errors import InputError
 from ..kernels import registered_salient, salient, salient_chunk
-from ..kernels.tensors import full_precision
+from ..kernels.tensors import full_precision, widen
 from ..ops.arguments import check, check_held
 from ..ops.attention import Lineage, checked_path, lineage
 from ..ops.state import Part, SalientState, States
+from . import tail
 from .augmented_paper import PaperAttention
-from .base import EVERYWHERE, Mechanism, whole
+from .base import EVERYWHERE, Mechanism, switch, whole
 from .composed import ComposedAttention, Term
 from .module import AttentionModule
 from .spec import SiteSpec
@@ -44,12 +47,20 @@ if TYPE_CHECKING:
 
 
 class AugmentedAttention(ComposedAttention):
-    """Attention of `kernels/salient.py`, plus the convolution."""
+    """Attention of `kernels/salient.py`, plus the convolution, plus the tail."""
 
     def __init__(self, spec: SiteSpec, config: Settings) -> None:
         super().__init__(spec, config)
         self.sizes = salient.Sizes(*(config.option(name) for name in ("window", "sinks", "salient")))
+        self.tail_weight = tail.new_weight(spec) if config.option("tail") else None
+        self.linear_parameters = ("conv_weight",) if self.tail_weight is None else ("tail_weight",)
         self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        super().reset_parameters()
+        with torch.no_grad():
+            if self.tail_weight is not None:
+                self.tail_weight.zero_()
 
     def terms(self, query: Tensor, key: Tensor, value: Tensor) -> list[Term]:
         """None: `mix` is no sum of core calls."""
@@ -77,6 +88,44 @@ class AugmentedAttention(ComposedAttention):
             self.split_heads(query), key, value, key_mask, self.spec.causal, *self.sizes, self.scale
         )
         return self.merge_heads(rows)
+
+    def total(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_mask: Tensor | None,
+        query_start: int | Tensor | None,
+    ) -> Tensor:
+        out = super().total(query, key, value, key_mask, query_start)
+        return self.with_tail(query, out, key_mask)
+
+    def with_tail(
+        self, query: Tensor, out: Tensor, key_mask: Tensor | None, position: Tensor | None = None
+    ) -> Tensor:
+        """out [B, H, T, Dv], the rest of the output, and the tail.
+
+        position: Of the queries, int64 [B, T]; None: those of a whole sequence.
+        """
+        if self.tail_weight is None:
+            return out
+        return out + self.tail_features(query, out, key_mask, position) @ self.tail_weight.to(out.dtype).mT
+
+    def tail_features(
+        self, query: Tensor, out: Tensor, key_mask: Tensor | None, position: Tensor | None = None
+    ) -> Tensor:
+        """What `tail_weight` [H, Dv, F] is multiplied with, [B, H, T, F]; arguments as in `with_tail`."""
+        if position is None:
+            position = _ranks(query, key_mask)
+        if self.spec.causal:
+            dropped = tail.dropped_after(position, self.sizes)
+        else:
+            count = position.amax(1) + 1 if key_mask is None else key_mask.sum(1)
+            dropped = tail.dropped_of(count, query.shape[2], self.sizes)
+        found = tail.features(widen(query) * self.scale, out, dropped, self.sizes)
+        if key_mask is None:
+            return found
+        return found.masked_fill(~key_mask[:, None, :, None], 0)  # whatever padding holds, NaN included
 
     def new_state(
         self, batch: int, *, dtype: torch.dtype, device: torch.device, max_rewind: int = 0
@@ -126,6 +175,24 @@ class AugmentedAttention(ComposedAttention):
         )
         return self.merge_heads(rows)
 
+    def total_after(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        state: States,
+        key_mask: Tensor | None,
+        parents: Tensor | Lineage | None,
+    ) -> Tensor:
+        if parents is None:
+            ahead = _ranks(query, key_mask)
+        else:
+            parents = lineage(parents, query.shape[0], query.shape[2], query.device)
+            ahead = parents[0]
+        position = state.length[:, None] + ahead  # before the tokens are taken in
+        out = super().total_after(query, key, value, state, key_mask, parents)
+        return self.with_tail(query, out, key_mask, position)
+
     def commit(
         self, query: Tensor, key: Tensor, value: Tensor, state: States, path: Tensor | None = None
     ) -> None:
@@ -169,6 +236,13 @@ class AugmentedAttention(ComposedAttention):
     def extra_repr(self) -> str:
         window, sinks, number = self.sizes
         return f"{super().extra_repr()}, window={window}, sinks={sinks}, salient={number}"
+
+
+def _ranks(query: Tensor, key_mask: Tensor | None) -> Tensor:
+    """How many real tokens of the call come before each, int64 [B, T]."""
+    if key_mask is None:
+        return torch.arange(query.shape[2], device=query.device).expand(query.shape[0], -1)
+    return (key_mask.cumsum(1) - 1).clamp_min(0)
 
 
 def naive(
@@ -232,5 +306,6 @@ MECHANISM = Mechanism(
         "window": whole(128, "tokens before a query that it sees exactly; up to 31 more are", 0),
         "sinks": whole(4, "first tokens of the sequence that are seen exactly for ever", 0),
         "salient": whole(128, "tokens per key/value head that are kept for the attention they got", 0),
+        "tail": switch(True, "whether all other tokens get an estimate, zero until it is fitted or trained"),
     },
 )

@@ -96,6 +96,23 @@ def whole(default: int | None, meaning: str, least: int = 1) -> Option:
     return Option(default, meaning, f"an int >= {least}", valid)
 
 
+def switch(default: bool, meaning: str) -> Option:
+    """An option that is on or off.
+
+    Args:
+        default: Its value where the user gives none.
+        meaning: What it does, for people.
+
+    Returns:
+        The option.
+    """
+
+    def valid(value: Any) -> bool:
+        return isinstance(value, int) and value in (0, 1)
+
+    return Option(default, meaning, "True or False", valid)
+
+
 def choice(default: str, meaning: str, values: tuple[str, ...]) -> Option:
     """An option that is one of a few words.
 

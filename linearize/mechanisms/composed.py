@@ -92,10 +92,21 @@ class ComposedAttention(AttentionModule):
     ) -> Tensor:
         start = query_start if self.spec.causal or self.spec.cross else None
         with full_precision(value.device):
-            out = self.mix(query, key, value, key_mask, start)
-            if self.conv_weight is not None and not self.conv_joins:
-                out = out + self.convolution(query, key, value, key_mask, start)
-        return out.to(value.dtype)
+            return self.total(query, key, value, key_mask, start).to(value.dtype)
+
+    def total(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_mask: Tensor | None,
+        query_start: int | Tensor | None,
+    ) -> Tensor:
+        """The mechanism and the convolution, [B, H, T, Dv]."""
+        out = self.mix(query, key, value, key_mask, query_start)
+        if self.conv_weight is not None and not self.conv_joins:
+            out = out + self.convolution(query, key, value, key_mask, query_start)
+        return out
 
     def convolution(
         self,
@@ -195,7 +206,8 @@ class ComposedAttention(AttentionModule):
         Raises:
             InputError: The tokens do not fit together or to the state, which is then unchanged.
         """
-        return self._after(query, key, value, state, key_mask, None)
+        with full_precision(value.device):
+            return self.total_after(query, key, value, state, key_mask, None).to(value.dtype)
 
     def tree(
         self, query: Tensor, key: Tensor, value: Tensor, state: States, parents: Tensor | ops.Lineage
@@ -215,7 +227,8 @@ class ComposedAttention(AttentionModule):
         Raises:
             InputError: The arguments do not fit.
         """
-        return self._after(query, key, value, state, None, parents)
+        with full_precision(value.device):
+            return self.total_after(query, key, value, state, None, parents).to(value.dtype)
 
     def commit(
         self, query: Tensor, key: Tensor, value: Tensor, state: States, path: Tensor | None = None
@@ -305,7 +318,7 @@ class ComposedAttention(AttentionModule):
         terms = zip(self.terms(query, key, value), parts, strict=True)
         return self.combine([self._run_after(term, part, key_mask, parents) for term, part in terms])
 
-    def _after(
+    def total_after(
         self,
         query: Tensor,
         key: Tensor,
@@ -314,13 +327,13 @@ class ComposedAttention(AttentionModule):
         key_mask: Tensor | None,
         parents: Tensor | ops.Lineage | None,
     ) -> Tensor:
-        with full_precision(value.device):
-            apart = self._apart(query, key, value)
-            own = len(state.parts) - len(apart)
-            out = self.mix_after(query, key, value, state.parts[:own], key_mask, parents)
-            for term, part in zip(apart, state.parts[own:], strict=True):
-                out = out + self._run_after(term, part, key_mask, parents)
-        return out.to(value.dtype)
+        """`total` of the next tokens after a state, or of a tree of drafts if `parents` is given."""
+        apart = self._apart(query, key, value)
+        own = len(state.parts) - len(apart)
+        out = self.mix_after(query, key, value, state.parts[:own], key_mask, parents)
+        for term, part in zip(apart, state.parts[own:], strict=True):
+            out = out + self._run_after(term, part, key_mask, parents)
+        return out
 
     def _run_after(
         self, term: Term, part: Part, key_mask: Tensor | None, parents: Tensor | ops.Lineage | None

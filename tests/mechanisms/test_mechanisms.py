@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import itertools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -233,7 +234,19 @@ def expected(case: str, module: AttentionModule, args: list[Tensor], params: dic
             conv_weight=params["conv_weight"],
             causal=spec.causal,
         )
-    return out
+    return out if "tail_weight" not in params else with_tail(query, out, params["tail_weight"], spec.causal)
+
+
+def with_tail(query: Tensor, out: Tensor, weight: Tensor, causal: bool) -> Tensor:
+    """Token by token; the sizes are those of the case `augmented`."""
+    rows, length = [], query.shape[2]
+    for t in range(length):
+        dropped = t // 32 * 32 - WINDOW - 7 if causal else length - (2 * WINDOW + 1) - 7
+        share = math.log(1 + max(dropped, 0) / (WINDOW + 7))
+        one = out.new_ones(*out.shape[:2], 1)
+        found = torch.cat([query[:, :, t] * 0.4, out[:, :, t], one], 2) * share
+        rows.append(torch.einsum("hvf,bhf->bhv", weight, found))
+    return out + torch.stack(rows, 2)
 
 
 def wide(module: nn.Module) -> dict[str, Tensor]:
