@@ -1,4 +1,4 @@
-"""Observing attention: exact softmax in place of a site's module, which passes on the tensors of calls."""
+"""Observing attention: exact softmax in place of a module, whose calls a watcher sees and may answer."""
 
 from __future__ import annotations
 
@@ -52,8 +52,8 @@ class Watcher(Protocol):
     def module(self) -> Any:
         """The site's own module, which exact softmax replaces meanwhile."""
 
-    def see(self, call: Observation) -> None:
-        """Take one call."""
+    def see(self, call: Observation) -> Tensor | None:
+        """Take one call; the output to pass on in place of softmax's, if not that."""
 
 
 @contextlib.contextmanager
@@ -92,8 +92,8 @@ class _InterfaceObserver(SoftmaxAttention):
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, **call: Any) -> Tensor:
         out = super().forward(query, key, value, **call)
-        self.watcher.see(_observation(self, query, key, value, out, call))
-        return out
+        other = self.watcher.see(_observation(self, query, key, value, out, call))
+        return out if other is None else other
 
 
 class _PlainObserver(AttentionModule):
@@ -103,8 +103,8 @@ class _PlainObserver(AttentionModule):
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, **call: Any) -> Tensor:
         out = SoftmaxAttention(self.spec).eval()(query, key, value, **call)
-        self.watcher.see(_observation(self, query, key, value, out, call))
-        return out
+        other = self.watcher.see(_observation(self, query, key, value, out, call))
+        return out if other is None else other
 
 
 def _observation(

@@ -111,6 +111,47 @@ class AugmentedAttention(ComposedAttention):
             return out
         return out + self.tail_features(query, out, key_mask, position) @ self.tail_weight.to(out.dtype).mT
 
+    def base(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_mask: Tensor | None,
+        query_start: int | Tensor | None,
+    ) -> Tensor:
+        if self.tail_weight is None:
+            return super().base(query, key, value, key_mask, query_start)
+        return widen(super().total(query, key, value, key_mask, query_start))
+
+    def columns(
+        self,
+        base: Tensor,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_mask: Tensor | None,
+        query_start: int | Tensor | None,
+        *,
+        rows: Tensor,
+    ) -> dict[str, Tensor]:
+        if self.tail_weight is None:
+            return super().columns(base, query, key, value, key_mask, query_start, rows=rows)
+        found = self.tail_features(query, base, key_mask)
+        return {"tail_weight": found.transpose(0, 1).flatten(1, 2).index_select(1, rows)}
+
+    def complete(
+        self,
+        base: Tensor,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_mask: Tensor | None,
+        query_start: int | Tensor | None,
+    ) -> Tensor:
+        if self.tail_weight is None:
+            return super().complete(base, query, key, value, key_mask, query_start)
+        return self.with_tail(query, base, key_mask)
+
     def tail_features(
         self, query: Tensor, out: Tensor, key_mask: Tensor | None, position: Tensor | None = None
     ) -> Tensor:

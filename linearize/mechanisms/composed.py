@@ -23,8 +23,10 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..kernels.padding import Ranks
 from ..kernels.tensors import full_precision, unit, with_one
 from ..kernels.tensors import widen as widen
 from ..ops import attention as ops
@@ -105,10 +107,10 @@ class ComposedAttention(AttentionModule):
         """The mechanism and the convolution, [B, H, T, Dv]."""
         out = self.mix(query, key, value, key_mask, query_start)
         if self.conv_weight is not None and not self.conv_joins:
-            out = out + self.convolution(query, key, value, key_mask, query_start)
+            out = out + self._convolution(query, key, value, key_mask, query_start)
         return out
 
-    def convolution(
+    def _convolution(
         self,
         query: Tensor,
         key: Tensor,
@@ -116,8 +118,73 @@ class ComposedAttention(AttentionModule):
         key_mask: Tensor | None,
         query_start: int | Tensor | None,
     ) -> Tensor:
-        """The convolution of value alone, linear in `conv_weight`; query and key give shapes."""
+        """Of value alone; query and key give shapes."""
         return self.run(Term(query, key, value, conv_weight=self.conv_weight), key_mask, query_start)
+
+    def base(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_mask: Tensor | None,
+        query_start: int | Tensor | None,
+    ) -> Tensor:
+        out = widen(self.mix(query, key, value, key_mask, query_start))
+        if not self.conv_joins:
+            return out
+        return out - self._convolution(query, key, value, key_mask, query_start)
+
+    def columns(
+        self,
+        base: Tensor,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_mask: Tensor | None,
+        query_start: int | Tensor | None,
+        *,
+        rows: Tensor,
+    ) -> dict[str, Tensor]:
+        return {"conv_weight": self.taps(value, key_mask, query_start, query.shape[2], rows)}
+
+    def complete(
+        self,
+        base: Tensor,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_mask: Tensor | None,
+        query_start: int | Tensor | None,
+    ) -> Tensor:
+        return base + self._convolution(query, key, value, key_mask, query_start)
+
+    def taps(
+        self,
+        value: Tensor,
+        key_mask: Tensor | None,
+        query_start: int | Tensor | None,
+        queries: int,
+        rows: Tensor,
+    ) -> Tensor:
+        """The values that `conv_weight` [H, n] weighs, [H, N, Dv, n], for the queries `rows` of [B * T].
+
+        Padding does not count: a tap is so many real tokens away.
+        """
+        assert self.conv_weight is not None
+        number = self.conv_weight.shape[1]
+        ahead = 0 if self.spec.causal else number // 2
+        start = value.shape[2] - queries if query_start is None else query_start
+        column = torch.arange(queries, device=value.device).expand(value.shape[0], -1) + start
+        if key_mask is not None:
+            rank = key_mask.cumsum(1) - 1
+            column = rank.gather(1, column)
+            value = Ranks(key_mask).to_front(value)
+        lag = torch.arange(number, device=value.device) - ahead
+        index = (column.flatten()[rows, None] - lag) % (value.shape[2] + number)  # [N, n]; past the end: zero
+        padded = F.pad(widen(value), (0, 0, 0, number))
+        batch = torch.div(rows, queries, rounding_mode="floor")
+        found = padded.transpose(1, 2)[batch[:, None], index]  # [N, n, Hkv, Dv]
+        return self.of_query_heads(found.permute(2, 0, 3, 1))
 
     def mix(
         self,

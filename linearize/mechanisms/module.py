@@ -31,7 +31,9 @@ class AttentionModule(nn.Module):
     """`forward` takes the site's relative position bias too, as `bias` [1, H, T, S]."""
 
     linear_parameters: tuple[str, ...] = ()
-    """Parameters [H] or [H, n] in which each head's output is affine: what `lz.calibrate` fits."""
+    """Parameters in which each head's output is affine: what `lz.calibrate` fits. Either any number of them,
+    [H] or [H, n], or a single one, [H, Dv, F]. Modules with such have `base`, `columns` and `complete`.
+    """
 
     def __init__(self, spec: SiteSpec) -> None:
         super().__init__()
@@ -108,6 +110,50 @@ class AttentionModule(nn.Module):
         raise ExportError(
             f"{type(self).__name__} has no ONNX form with a state; choose another mechanism for this model"
         )
+
+    def base(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_mask: Tensor | None,
+        query_start: int | Tensor | None,
+    ) -> Tensor:
+        """The output without what `linear_parameters` give, [B, H, T, Dv], float32 or wider.
+
+        Arguments as for `forward`. Subclasses with such parameters give it.
+        """
+        raise NotImplementedError
+
+    def columns(
+        self,
+        base: Tensor,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_mask: Tensor | None,
+        query_start: int | Tensor | None,
+        *,
+        rows: Tensor,
+    ) -> dict[str, Tensor]:
+        """What each of `linear_parameters` is multiplied with, for the queries `rows` [N] of [B * T].
+
+        Returns:
+            For a parameter [H] or [H, n] columns [H, N, Dv, n], for one [H, Dv, F] features [H, N, F].
+        """
+        raise NotImplementedError
+
+    def complete(
+        self,
+        base: Tensor,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_mask: Tensor | None,
+        query_start: int | Tensor | None,
+    ) -> Tensor:
+        """The output [B, H, T, Dv], from what `base` gave."""
+        raise NotImplementedError
 
     @property
     def has_summary(self) -> bool:
