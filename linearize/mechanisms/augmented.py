@@ -33,10 +33,12 @@ from ..kernels.tensors import full_precision
 from ..ops.arguments import check, check_held
 from ..ops.attention import Lineage, checked_path, lineage
 from ..ops.state import Part, SalientState, States
+from . import salient_onnx
 from .augmented_paper import PaperAttention
 from .base import EVERYWHERE, Mechanism, whole
 from .composed import ComposedAttention, Term
 from .module import AttentionModule
+from .onnx_form import Nodes
 from .spec import SiteSpec
 
 if TYPE_CHECKING:
@@ -140,6 +142,13 @@ class AugmentedAttention(ComposedAttention):
             )
         super().commit(query, key, value, States(tuple(convolution)), path)
 
+    def emit_onnx(self, nodes: Nodes, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        rows, joined = self.split_heads(query), self._joined_weight()
+        weight = None if joined is None else joined.flatten(0, 1)
+        out = nodes.operator(salient_onnx.node(rows.flatten(1, 2), key, value, weight, self.sizes, self.scale))
+        out = self.merge_heads(out.unflatten(1, rows.shape[1:3]))
+        return self.emit_apart(nodes, out, query, key, value)
+
     def _apart(self, query: Tensor, key: Tensor, value: Tensor) -> list[Term]:
         return [] if self._ring_serves else super()._apart(query, key, value)
 
@@ -228,6 +237,7 @@ MECHANISM = Mechanism(
     supports=EVERYWHERE,
     build=_build,
     augmentation=True,
+    onnx=salient_onnx.OPERATOR,
     options={
         "window": whole(128, "tokens before a query that it sees exactly; up to 31 more are", 0),
         "sinks": whole(4, "first tokens of the sequence that are seen exactly for ever", 0),

@@ -16,7 +16,6 @@ from ..mechanisms.onnx_form import OperatorCall
 from ..mechanisms.term import Term
 from . import nodes
 from .nodes import Call, Past
-from .schema import window_rows
 
 
 class ExportLayer(StateLayer):
@@ -86,7 +85,7 @@ class _Empty:
 
     def operator(self, given: OperatorCall) -> Tensor:
         key, value = given.key, given.value
-        self.states.append(nodes.empty_past(key, value, window_rows(given.window), given.sums))
+        self.states.append(nodes.empty_past(key, value, given.rows, given.sums))
         return value.new_zeros(*given.query.shape[:3], value.shape[3])
 
 

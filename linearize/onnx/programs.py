@@ -25,10 +25,12 @@ from ..convert.inputs import example_inputs
 from ..errors import ExportError
 from ..mechanisms import available
 from ..mechanisms.module import AttentionModule
+from ..mechanisms.onnx_form import StateOperator
 from ..passes.tracing import TRACING
 from . import nodes
 from .nodes import Call, Past
 from .past import ExportLayer, KeyValueLayer, empty
+from .schema import WHOLE
 
 BATCH, LENGTH, TOTAL = "batch_size", "sequence_length", "total_sequence_length"
 PAST, ENCODED = "past_sequence_length", "encoder_sequence_length"
@@ -362,8 +364,18 @@ class _Nodes(TorchFunctionMode):
         if func is torch.ops.linearize.augmented_attention.default:
             return nodes.attention(*args, **(kwargs or {}))
         if getattr(func, "namespace", "") == "linearize":
-            raise _no_form(func.name().removeprefix("linearize::"))
+            name = func.name().removeprefix("linearize::")
+            if name in WHOLE:
+                return _whole(WHOLE[name], *args, **(kwargs or {}))
+            raise _no_form(name)
         return func(*args, **(kwargs or {}))
+
+
+def _whole(operator: StateOperator, query: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    """Query [B, Hkv, R, T, D] and what follows of a mechanism's registered operator, as one node."""
+    assert operator.whole is not None
+    out = nodes.whole(*operator.whole.call(query, *args, **kwargs))
+    return out.unflatten(1, (query.shape[1], -1)).float()
 
 
 def _no_form(name: str) -> ExportError:
