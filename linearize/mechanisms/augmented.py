@@ -145,8 +145,8 @@ class AugmentedAttention(ComposedAttention):
     def emit_onnx(self, nodes: Nodes, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         rows, joined = self.split_heads(query), self._joined_weight()
         weight = None if joined is None else joined.flatten(0, 1)
-        out = nodes.operator(salient_onnx.node(rows.flatten(1, 2), key, value, weight, self.sizes, self.scale))
-        out = self.merge_heads(out.unflatten(1, rows.shape[1:3]))
+        node = salient_onnx.node(rows.flatten(1, 2), key, value, weight, self.sizes, self.scale)
+        out = self.merge_heads(nodes.operator(node).unflatten(1, rows.shape[1:3]))
         return self.emit_apart(nodes, out, query, key, value)
 
     def _apart(self, query: Tensor, key: Tensor, value: Tensor) -> list[Term]:

@@ -48,8 +48,9 @@ class StateOperator:
 class WholeForm:
     """How the mechanism's registered operator on a whole sequence becomes one node.
 
-    Causal sequences are the operator itself after an empty state. Others are an operator of their own, called
-    `Bidirectional` and the operator's name: inputs query, key, value and mask, the same attributes, one output.
+    A causal sequence is the operator itself after an empty state. Any other is an operator of its own, called
+    `Bidirectional` and the operator's name: inputs query, key, value and mask, the same attributes, and one
+    output.
 
     Attributes:
         registered: Name of the registered operator, `torch.ops.linearize.<name>`. It takes query

@@ -120,7 +120,8 @@ class _Steps:
         self.asked = op.Unsqueeze(op.Add(self.before, self.slots), op.ints(3))  # [I, B, W, 1]
 
     def index(self) -> Any:
-        """Where each recent row lies among the rows before the step and the W tokens, [I, B, Hkv, R - K, 1]."""
+        """Where each recent row lies among the rows before the step and its W tokens after them,
+        [I, B, Hkv, R - K, 1]."""
         op, sizes = self.op, self.sizes
         index = op.Add(op.Add(self.taken, sizes.kept), op.arange(sizes.recent))
         index = op.Unsqueeze(index, op.ints(2, 4))
@@ -131,9 +132,7 @@ class _Steps:
         op, tokens = self.op, self.tokens
         last = op.Sub(tokens.length, op.ints(1))
         rank = op.Min(op.Add(self.start, self.slots), last)
-        rank = op.reshape(op.Transpose(rank, perm=[1, 0, 2]), tokens.batch, -1)
-        column = op.Min(op.GatherElements(tokens.order, rank, axis=1), last)
-        return op.Transpose(op.reshape(column, tokens.batch, -1, self.width), perm=[1, 0, 2])
+        return op.Min(_of_rows(op, tokens.order, rank, tokens), last)
 
     def contest(self) -> tuple[Any, Any]:
         """Of the kept rows and the 32 that leave the window: whether a row's score decides, and what does
@@ -319,14 +318,18 @@ def _bidirectional(op: Any, call: Any) -> Any:
     return op.CastLike(tokens.columns(out, heads.value_dim), call.query)
 
 
+def _of_rows(op: Any, x: Any, index: Any, tokens: Any) -> Any:
+    """x [B, n] at index [..., B, k] of each row of the batch, [..., B, k]."""
+    first = op.column(op.Mul(op.arange(tokens.batch), op.size(x, 1)))
+    return op.Gather(op.reshape(x, -1), op.Add(index, first), axis=0)
+
+
 def _landmarks(op: Any, tokens: Any, sizes: _Sizes, query: Any, key: Any) -> tuple[Any, Any]:
     """The first `sinks` tokens, and the `salient` others to which `VOTERS` queries, evenly spread, give most:
     rows in [B Hkv (T + 1)], and ranks, -1 for none, [B, Hkv, k]."""
     heads = tokens.heads
     voters = op.Div(op.Mul(op.arange(op.ints(VOTERS)), tokens.count), op.ints(VOTERS))  # [B, VOTERS]
-    columns = op.Min(
-        op.GatherElements(tokens.order, voters, axis=1), op.Sub(tokens.length, op.ints(1))
-    )
+    columns = op.Min(_of_rows(op, tokens.order, voters, tokens), op.Sub(tokens.length, op.ints(1)))
     first = op.reshape(
         op.Mul(op.arange(op.Mul(tokens.batch, heads.heads)), tokens.length), tokens.batch, heads.heads, 1
     )
@@ -341,7 +344,8 @@ def _landmarks(op: Any, tokens: Any, sizes: _Sizes, query: Any, key: Any) -> tup
     number = op.Min(sizes.kept, tokens.length)
     best, column = op.TopK(mass, number, axis=2, _outputs=2)
     valid = op.And(op.GreaterOrEqual(best, 0.0), op.Less(op.arange(number), sizes.chosen))
-    rank = op.GatherElements(op.Expand(rank, op.Shape(mass)), column, axis=2)
+    of_row = op.Mul(op.arange(tokens.batch), tokens.length)
+    rank = op.Gather(op.reshape(tokens.rank, -1), op.Add(column, op.reshape(of_row, -1, 1, 1)), axis=0)
     begin = op.Mul(op.arange(op.Mul(tokens.batch, heads.kv_heads)), op.Add(tokens.length, op.ints(1)))
     index = op.Add(op.reshape(begin, tokens.batch, heads.kv_heads, 1), column)
     return index, op.Where(valid, rank, op.ints(-1))

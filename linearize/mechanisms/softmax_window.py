@@ -87,7 +87,8 @@ def _onnx_body(op: Any, call: Any, query_map: Any, key_map: Any, far_weight: Any
     rows = op.Sub(op.Max(near, op.ints(2)), op.ints(1))
     recent = call.recent(near, rows)
     heads = recent.heads
-    position = op.Add(op.reshape(op.Sub(call.past_length, rows), -1, 1, 1), recent.places)  # [B, blocks, span]
+    first = op.reshape(op.Sub(call.past_length, rows), -1, 1, 1)
+    position = op.Add(first, recent.places)  # [B, blocks, span]
     known = op.GreaterOrEqual(position, op.ints(0))
     there = op.Unsqueeze(known, op.ints(1, 2, 4))  # [B, 1, 1, blocks, 1, span]
     of_near, largest, sum_near = _onnx_near(op, recent, near, there)
@@ -155,7 +156,11 @@ def _onnx_features(op: Any, x: Any, maps: Any) -> Any:
 
 
 OPERATOR = StateOperator(
-    "WindowSoftmaxLinearAttention", ("query_map", "key_map", "far_weight"), ("window",), ("scale",), _onnx_body
+    "WindowSoftmaxLinearAttention",
+    ("query_map", "key_map", "far_weight"),
+    ("window",),
+    ("scale",),
+    _onnx_body,
 )
 
 

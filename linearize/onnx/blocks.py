@@ -123,7 +123,7 @@ class Builder:
             for name in (*names[0], "output")
         ]
         builder = self._op.builder
-        builder.push_module("step")  # names of its own: what is in a loop shares a scope with what is around it
+        builder.push_module("step")  # for names of its own: the loop shares a scope with what is around it
         body = builder.subgraph(lambda op, *values: step(Builder(op), *values), [*held, *rows], made)
         builder.pop_module()
         return self._op.Scan(*states, *given, body=body, num_scan_inputs=len(given), _outputs=len(made))
@@ -319,8 +319,8 @@ class StateCall(NamedTuple):
         """In blocks of at least `block` queries, each with the `rows` of the window before it."""
         op = self.op
         block = op.Max(block, op.ints(LEAST_BLOCK))
-        tokens = (op.float(x) for x in (self.query, self.key, self.value))
-        return Recent(op, self.heads, self.mask, block, rows, *tokens, self.past_window)
+        query, key, value = (op.float(x) for x in (self.query, self.key, self.value))
+        return Recent(op, self.heads, self.mask, block, rows, query, key, value, self.past_window)
 
     def tokens(self, block: Value) -> Tokens:
         """The call's tokens alone, by rank."""

@@ -386,6 +386,6 @@ def _no_form(name: str) -> ExportError:
             f"the mechanism {name} has an ONNX form with a state only, as in a decoder; leave other layers "
             "as softmax (`keep_softmax=`) or choose another mechanism"
         )
-    with_one = ", ".join(m.name for m in available().values() if m.onnx is not None)
+    with_one = " and ".join(m.name for m in available().values() if m.onnx is not None)
     what = "operator" if mechanism is None else "mechanism"
-    return ExportError(f"the {what} {name} has no ONNX form; {with_one} has one in decoders")
+    return ExportError(f"the {what} {name} has no ONNX form; in decoders {with_one} have one")
