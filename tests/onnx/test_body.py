@@ -276,7 +276,7 @@ SALIENT_SIZES = [
 
 
 def salient_case(window: int, length: int = 200) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """query, key, value with scores that differ enough, and the weights of as many taps as the window lets."""
+    """query, key, value with scores that differ enough, and weights of as many taps as the window lets."""
     sizes = ((HEADS, DIM), (KV_HEADS, DIM), (KV_HEADS, VALUE_DIM))
     query, key, value = (normal(2, heads, length, width) for heads, width in sizes)
     return query * 2, key, value, normal(HEADS, min(window, 5) + 1)
