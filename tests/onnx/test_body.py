@@ -268,6 +268,7 @@ def test_window_softmax_in_pieces_with_padding_is_the_oracle(level: str, window:
 SALIENT_SIZES = [
     pytest.param((8, 2, 4), id="all parts"),
     pytest.param((40, 0, 50), id="more kept than leave at once"),
+    pytest.param((100, 12, 4), id="first tokens that leave the window with scores"),
     pytest.param((8, 3, 0), id="no salient tokens"),
     pytest.param((5, 40, 3), id="more sinks than a block"),
     pytest.param((5, 0, 0), id="a window alone"),
