@@ -14,7 +14,7 @@ Bidirectional sites see `window` tokens on either side, and one selection serves
 attention has no window: such sites get the form of `augmented_paper`.
 
 State: as many keys and values as are seen exactly, with scores and the weights that were not counted yet. The
-convolution reads the same values, unless it reaches farther back than the window.
+convolution reads the same values, unless it reaches farther back than the window. In ONNX: `salient_onnx.py`.
 """
 
 from __future__ import annotations

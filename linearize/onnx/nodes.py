@@ -19,7 +19,8 @@ from .schema import DOMAIN, FAMILIES, OPERATORS, VERSION, window_rows
 
 
 class Past(NamedTuple):
-    """State of one node: recurrent [B, Hkv, D, Dv] float32, window [B, Hkv, R, D + Dv]."""
+    """State of one node: recurrent [B, Hkv, D, Dv] float32 (other sizes for a mechanism's own operator),
+    window [B, Hkv, R, D + Dv]."""
 
     recurrent: Tensor
     window: Tensor

@@ -46,8 +46,10 @@ class StateNames:
     `.2`, ... to the names of the others.
 
     Attributes:
-        past_recurrent: Input of a linear layer: sums over older tokens, float32 [B, Hkv, D, Dv].
-        past_conv: Input of a linear layer: its last tokens as [key | value], [B, Hkv * rows, D + Dv].
+        past_recurrent: Input of a linear layer: sums over older tokens, float32 [B, Hkv, D, Dv], or what the
+            mechanism's own operator has in their place (`onnx/schema.py`).
+        past_conv: Input of a linear layer: its last tokens, and those that it keeps, as [key | value],
+            [B, Hkv * rows, D + Dv].
         present_recurrent: The output that follows `past_recurrent`.
         present_conv: The output that follows `past_conv`.
         past_key: Input of a softmax layer, [B, Hkv, past, D].
