@@ -16,7 +16,7 @@ Bidirectional sites see `window` tokens on either side, and one selection serves
 attention has no window: such sites get the form of `augmented_paper`.
 
 State: as many keys and values as are seen exactly, with scores and the weights that were not counted yet. The
-convolution reads the same values, unless it reaches farther back than the window.
+convolution reads the same values, unless it reaches farther back than the window. In ONNX: `salient_onnx.py`.
 """
 
 from __future__ import annotations
@@ -35,11 +35,12 @@ from ..kernels.tensors import full_precision, widen
 from ..ops.arguments import check, check_held
 from ..ops.attention import Lineage, checked_path, lineage
 from ..ops.state import Part, SalientState, States
-from . import tail
+from . import salient_onnx, tail
 from .augmented_paper import PaperAttention
 from .base import EVERYWHERE, Mechanism, switch, whole
 from .composed import ComposedAttention, Term
 from .module import AttentionModule
+from .onnx_form import Nodes
 from .spec import SiteSpec
 
 if TYPE_CHECKING:
@@ -248,6 +249,17 @@ class AugmentedAttention(ComposedAttention):
             )
         super().commit(query, key, value, States(tuple(convolution)), path)
 
+    def emit_onnx(self, nodes: Nodes, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        rows, joined = self.split_heads(query), self._joined_weight()
+        weight = None if joined is None else joined.flatten(0, 1)
+        node = salient_onnx.node(rows.flatten(1, 2), key, value, weight, self.sizes, self.scale)
+        out = self.merge_heads(nodes.operator(node).unflatten(1, rows.shape[1:3]))
+        out = self.emit_apart(nodes, out, query, key, value)
+        if self.tail_weight is None:
+            return out
+        real, past = nodes.tokens(value)
+        return self.with_tail(query, out.float(), real, past[:, None] + _ranks(query, real))
+
     def _apart(self, query: Tensor, key: Tensor, value: Tensor) -> list[Term]:
         return [] if self._ring_serves else super()._apart(query, key, value)
 
@@ -343,6 +355,7 @@ MECHANISM = Mechanism(
     supports=EVERYWHERE,
     build=_build,
     augmentation=True,
+    onnx=salient_onnx.OPERATOR,
     options={
         "window": whole(128, "tokens before a query that it sees exactly; up to 31 more are", 0),
         "sinks": whole(4, "first tokens of the sequence that are seen exactly for ever", 0),

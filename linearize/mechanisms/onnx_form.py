@@ -18,27 +18,51 @@ from .term import Term
 
 @dataclass(frozen=True)
 class StateOperator:
-    """An operator of domain `ai.linearize`: exact over a window of tokens, sums over all earlier ones.
+    """An operator of domain `ai.linearize`: T more tokens after a state.
 
-    Its node takes T more tokens after a state. The inputs are query, key, value, mask, past_recurrent,
-    past_window and past_length, as `onnx/schema.py` describes them, then the mechanism's own; the outputs are
-    output, present_recurrent and present_window. past_window holds the last max(window, 2) - 1 tokens.
+    The inputs of its node are query, key, value, mask, past_recurrent, past_window and past_length, as
+    `onnx/schema.py` describes them, then the mechanism's own; the outputs are output, present_recurrent and
+    present_window.
 
     Attributes:
         name: Of the operator.
         own: Names of the mechanism's own inputs, each a float32 tensor.
-        floats: Names of its float attributes. Every such operator has the int attribute `window` too.
+        ints: Names of its int attributes.
+        floats: Names of its float attributes.
         body: The formula in standard ONNX operators:
-            `body(op, recent, near, past_recurrent, past_length, *own) -> (out, present_recurrent)`.
-            `op` writes operators (`op.MatMul(a, b)`, and the idioms of `onnx/blocks.py` `Builder`), `recent`
-            is that file's `Recent`: the window and the call in blocks. `near` is the attribute `window` as a
-            tensor [1]; out is [B, Hkv, repeats, blocks, block, Dv].
+            `body(op, call, *own) -> (output, present_recurrent, present_window)`.
+            `op` writes operators (`op.MatMul(a, b)`, and the idioms of `onnx/blocks.py` `Builder`), `call` is
+            that file's `StateCall`: the other inputs, and ways to cut them into blocks.
+        whole: Attention of a whole sequence, without a state; None where that has no ONNX form.
     """
 
     name: str
     own: tuple[str, ...]
+    ints: tuple[str, ...]
     floats: tuple[str, ...]
-    body: Callable[..., tuple[Any, Any]]
+    body: Callable[..., tuple[Any, Any, Any]]
+    whole: WholeForm | None = None
+
+
+@dataclass(frozen=True)
+class WholeForm:
+    """How the mechanism's registered operator on a whole sequence becomes one node.
+
+    A causal sequence is the operator itself after an empty state. Any other is an operator of its own, called
+    `Bidirectional` and the operator's name: inputs query, key, value and mask, the same attributes, and one
+    output.
+
+    Attributes:
+        registered: Name of the registered operator, `torch.ops.linearize.<name>`. It takes query
+            [B, Hkv, R, T, D] and gives [B, Hkv, R, T, Dv].
+        call: Its arguments -> the node, the mask (bool [B, T] or None) and whether it is causal.
+        bidirectional: The formula of the other one, `bidirectional(op, call) -> output`; `call` is the
+            `WholeCall` of `onnx/blocks.py`.
+    """
+
+    registered: str
+    call: Callable[..., tuple[OperatorCall, Tensor | None, bool]]
+    bidirectional: Callable[..., Any]
 
 
 @dataclass(frozen=True)
@@ -51,8 +75,9 @@ class OperatorCall:
         key: [B, Hkv, T, D].
         value: [B, Hkv, T, Dv].
         own: The operator's own inputs, in order.
-        window: Its attribute `window`.
+        ints: Its int attributes by name.
         floats: Its float attributes by name.
+        rows: Rows of the window of its state, [key | value] each, per key/value head.
         sums: Rows and columns of the recurrent part of its state, per key/value head.
     """
 
@@ -61,8 +86,9 @@ class OperatorCall:
     key: Tensor
     value: Tensor
     own: Sequence[Tensor]
-    window: int
+    ints: Mapping[str, int]
     floats: Mapping[str, float]
+    rows: int
     sums: tuple[int, int]
 
 
@@ -76,4 +102,9 @@ class Nodes(Protocol):
 
     def operator(self, given: OperatorCall) -> Tensor:
         """The mechanism's own operator after its past: [B, H, T, Dv] in the dtype of `given.value`."""
+        ...
+
+    def tokens(self, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Of the call that brings value [B, Hkv, T, Dv]: bool [B, T], which tokens are no padding, and int64
+        [B], how many real ones came before."""
         ...

@@ -69,8 +69,9 @@ class SoftmaxWindowAttention(WindowedAttention):
                 key,
                 value,
                 own=(query_map, self.key_map, far_weight),
-                window=self.window,
+                ints={"window": self.window},
                 floats={"scale": self.scale},
+                rows=max(self.window, 2) - 1,
                 sums=(2 * self.spec.head_dim, self.spec.value_dim + 1),
             )
         )
@@ -78,31 +79,29 @@ class SoftmaxWindowAttention(WindowedAttention):
         return self.emit_apart(nodes, out, query, key, value)
 
 
-def _onnx_body(
-    op: Any,
-    recent: Any,
-    near: Any,
-    past_recurrent: Any,
-    past_length: Any,
-    query_map: Any,
-    key_map: Any,
-    far_weight: Any,
-) -> tuple[Any, Any]:
+def _onnx_body(op: Any, call: Any, query_map: Any, key_map: Any, far_weight: Any) -> tuple[Any, Any, Any]:
     """Tokens less than `window` back weigh exp(scale q.k), older ones exp(far_weight) f(q).g(k), and one sum
-    divides both. query_map [H, D, D], key_map [Hkv, D, D], far_weight [H]. Called as `StateOperator` says."""
-    heads, rows = recent.heads, recent.tokens.window
-    position = op.Add(op.reshape(op.Sub(past_length, rows), -1, 1, 1), recent.places)  # [B, blocks, span]
+    divides both. The recurrent part sums g(k)^T [v | 1] over the tokens older than the window of max(window,
+    2) - 1 rows. query_map [H, D, D], key_map [Hkv, D, D], far_weight [H]. Called as `StateOperator` says."""
+    near = op.attribute("window", "int")
+    rows = op.Sub(op.Max(near, op.ints(2)), op.ints(1))
+    recent = call.recent(near, rows)
+    heads = recent.heads
+    first = op.reshape(op.Sub(call.past_length, rows), -1, 1, 1)
+    position = op.Add(first, recent.places)  # [B, blocks, span]
     known = op.GreaterOrEqual(position, op.ints(0))
     there = op.Unsqueeze(known, op.ints(1, 2, 4))  # [B, 1, 1, blocks, 1, span]
     of_near, largest, sum_near = _onnx_near(op, recent, near, there)
-    of_far, present_recurrent = _onnx_far(op, recent, near, known, there, past_recurrent, query_map, key_map)
+    sums = call.past_recurrent
+    of_far, present_recurrent = _onnx_far(op, recent, near, known, there, sums, query_map, key_map)
     of_far, total = op.split(of_far, heads.value_dim, 1)
     some = op.Greater(total, 0.0)
     total = op.Where(some, total, 1.0)
     log_far = op.Add(op.Log(total), heads.table(op, far_weight))
     share = op.Sigmoid(op.Sub(log_far, op.Add(largest, op.Log(sum_near))))
     share = op.Where(some, share, 0.0)
-    return op.Add(of_near, op.Mul(share, op.Sub(op.Div(of_far, total), of_near))), present_recurrent
+    out = op.Add(of_near, op.Mul(share, op.Sub(op.Div(of_far, total), of_near)))
+    return recent.outputs(out, present_recurrent, call.query)
 
 
 def _onnx_near(op: Any, recent: Any, near: Any, there: Any) -> tuple[Any, Any, Any]:
@@ -157,7 +156,11 @@ def _onnx_features(op: Any, x: Any, maps: Any) -> Any:
 
 
 OPERATOR = StateOperator(
-    "WindowSoftmaxLinearAttention", ("query_map", "key_map", "far_weight"), ("scale",), _onnx_body
+    "WindowSoftmaxLinearAttention",
+    ("query_map", "key_map", "far_weight"),
+    ("window",),
+    ("scale",),
+    _onnx_body,
 )
 
 

@@ -12,7 +12,7 @@ Tensors of blocks are [B, Hkv, repeats, blocks, rows, features], repeats = H // 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import onnx_ir as ir
@@ -105,6 +105,28 @@ class Builder:
     def transposed(self, x: Value) -> Value:
         """The last two of six axes exchanged."""
         return self._op.Transpose(x, perm=[0, 1, 2, 3, 5, 4])
+
+    def scan(
+        self, step: Callable[..., Sequence[Value]], states: Sequence[Value], given: Sequence[Value]
+    ) -> Sequence[Value]:
+        """A loop over the first axis of `given`: step(op, *states, *rows of given) -> states and one output,
+        all of them float with four axes. The last states, and the outputs stacked.
+
+        `step` may read values from around the loop.
+        """
+        names = [f"state_{n}" for n in range(len(states))], [f"row_{n}" for n in range(len(given))]
+        held = [ir.Value(name=name, type=ir.TensorType(FLOAT)) for name in names[0]]
+        rows = [ir.Value(name=name, type=x.type) for name, x in zip(names[1], given, strict=True)]
+        # onnxruntime takes no output whose number of axes is unknown.
+        made = [
+            ir.Value(name=f"next_{name}", type=ir.TensorType(FLOAT), shape=ir.Shape([None] * 4))
+            for name in (*names[0], "output")
+        ]
+        builder = self._op.builder
+        builder.push_module("step")  # for names of its own: the loop shares a scope with what is around it
+        body = builder.subgraph(lambda op, *values: step(Builder(op), *values), [*held, *rows], made)
+        builder.pop_module()
+        return self._op.Scan(*states, *given, body=body, num_scan_inputs=len(given), _outputs=len(made))
 
     def lags(self, block: Value, span: Value, window: Value) -> Value:
         """Distance from a key of the span back from a query of its block, [block, span]."""
@@ -278,3 +300,43 @@ class Recent:
             present_recurrent,
             op.CastLike(self.tokens.last(self.joined), self.past_window),
         )
+
+
+class StateCall(NamedTuple):
+    """The inputs of a node with a state, but for a mechanism's own; shapes as in `schema.py`."""
+
+    op: Builder
+    heads: Heads
+    query: Value
+    key: Value
+    value: Value
+    mask: Value
+    past_recurrent: Value
+    past_window: Value
+    past_length: Value
+
+    def recent(self, block: Value, rows: Value) -> Recent:
+        """In blocks of at least `block` queries, each with the `rows` of the window before it."""
+        op = self.op
+        block = op.Max(block, op.ints(LEAST_BLOCK))
+        query, key, value = (op.float(x) for x in (self.query, self.key, self.value))
+        return Recent(op, self.heads, self.mask, block, rows, query, key, value, self.past_window)
+
+    def tokens(self, block: Value) -> Tokens:
+        """The call's tokens alone, by rank."""
+        return Tokens(self.op, self.heads, self.mask, block, self.op.ints(0))
+
+
+class WholeCall(NamedTuple):
+    """The inputs of a node without a state; shapes as in `schema.py`."""
+
+    op: Builder
+    heads: Heads
+    query: Value
+    key: Value
+    value: Value
+    mask: Value
+
+    def tokens(self) -> Tokens:
+        """The tokens by rank, in blocks."""
+        return Tokens(self.op, self.heads, self.mask, self.op.ints(LEAST_BLOCK), self.op.ints(0))

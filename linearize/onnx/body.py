@@ -1,8 +1,9 @@
 """The operators of `schema.py` written in standard ONNX operators, one function each.
 
-No control flow, no shape that depends on data, no contraction over an empty axis (onnxruntime 1.31.1's fused
-transpose and product leaves its output unset there), no operator that a provider lacks for float32. Sums are
-float32 whatever the type of the tokens.
+No shape that depends on data, no contraction over an empty axis (onnxruntime 1.31.1's fused transpose and
+product leaves its output unset there), no operator that a provider lacks for float32. No control flow, but
+one `Scan` over the blocks of a call where what a block keeps depends on the block before it. Sums are float32
+whatever the type of the tokens.
 
 The causal families in blocks of queries (`blocks.py`):
 
@@ -10,8 +11,7 @@ The causal families in blocks of queries (`blocks.py`):
     P       = act or linear by group, band of the convolution; the group border lies at the same place in
             every block of a row of the batch, so the masks have no block axis
 
-A mechanism's own operator says in the mechanism's file what lies between the blocks and the outputs
-(`mechanisms/onnx_form.py`).
+A mechanism's own operator brings its formula along (`mechanisms/onnx_form.py`).
 
 Decoding is many small operators, so their number is its time. What a node reads of `mask`, `past_length` and
 constants alone is the same for every layer, and onnxruntime computes it once. Sizes are such constants where
@@ -28,8 +28,19 @@ from typing import Any
 import onnx_ir as ir
 from onnxscript import build_function
 
-from ..mechanisms.onnx_form import StateOperator
-from .blocks import ATTRIBUTES, FLOAT, INT64, LEAST_BLOCK, Builder, Heads, Recent, Tokens
+from ..mechanisms.onnx_form import StateOperator, WholeForm
+from .blocks import (
+    ATTRIBUTES,
+    FLOAT,
+    INT64,
+    LEAST_BLOCK,
+    Builder,
+    Heads,
+    Recent,
+    StateCall,
+    Tokens,
+    WholeCall,
+)
 from .blocks import Sizes as Sizes
 from .schema import DOMAIN, FAMILIES, OPERATORS, OWN
 
@@ -67,7 +78,9 @@ def _bodies() -> dict[str, Callable[..., Any]]:
         bodies[f"Bidirectional{name}"] = partial(_bidirectional, act)
         bodies[f"Cross{name}"] = partial(_cross, act)
     for name, operator in OWN.items():
-        bodies[name] = partial(_after_window, operator)
+        bodies[name] = partial(_after_state, operator)
+        if operator.whole is not None:
+            bodies[f"Bidirectional{name}"] = partial(_whole, operator.whole)
     return bodies
 
 
@@ -256,7 +269,7 @@ def _cross(
     return op.CastLike(op.cut(out, ahead, op.Add(ahead, length), 2), query)
 
 
-def _after_window(
+def _after_state(
     operator: StateOperator,
     op: Builder,
     sizes: Sizes | None,
@@ -269,12 +282,14 @@ def _after_window(
     past_length: Value,
     *own: Value,
 ) -> Sequence[Value]:
-    """A mechanism's own operator: its body between the blocks of the call and the node's outputs."""
-    near, heads = op.attribute("window", "int"), Heads(op, sizes, query, key, value)
-    rows = op.Sub(op.Max(near, op.ints(2)), op.ints(1))  # schema.window_rows
-    block = op.Max(near, op.ints(LEAST_BLOCK))
-    recent = Recent(
-        op, heads, mask, block, rows, op.float(query), op.float(key), op.float(value), past_window
-    )
-    out, present_recurrent = operator.body(op, recent, near, past_recurrent, past_length, *own)
-    return recent.outputs(out, present_recurrent, query)
+    """A mechanism's own operator."""
+    heads = Heads(op, sizes, query, key, value)
+    call = StateCall(op, heads, query, key, value, mask, past_recurrent, past_window, past_length)
+    return operator.body(op, call, *own)
+
+
+def _whole(
+    form: WholeForm, op: Builder, sizes: Sizes | None, query: Value, key: Value, value: Value, mask: Value
+) -> Value:
+    """A mechanism's own operator on a whole sequence."""
+    return form.bidirectional(op, WholeCall(op, Heads(op, sizes, query, key, value), query, key, value, mask))

@@ -19,7 +19,8 @@ from .schema import DOMAIN, FAMILIES, OPERATORS, VERSION, window_rows
 
 
 class Past(NamedTuple):
-    """State of one node: recurrent [B, Hkv, D, Dv] float32, window [B, Hkv, R, D + Dv]."""
+    """State of one node: recurrent [B, Hkv, D, Dv] float32 (other sizes for a mechanism's own operator),
+    window [B, Hkv, R, D + Dv]."""
 
     recurrent: Tensor
     window: Tensor
@@ -83,11 +84,28 @@ def own_operator(given: OperatorCall, past: Past, call: Call) -> tuple[Tensor, P
     out, *present = _node(
         given.operator.name,
         (query, given.key, value, call.mask, *past, call.length, *(x.float() for x in given.own)),
-        dict(window=given.window, **{name: float(number) for name, number in given.floats.items()}),
+        _attributes(given),
         (value.dtype, *(x.dtype for x in past)),
         ((*query.shape[:3], value.shape[3]), *(x.shape for x in past)),
     )
     return out, Past(*present)
+
+
+def whole(given: OperatorCall, mask: Tensor | None, causal: bool) -> Tensor:
+    """A mechanism's own operator on a whole sequence -> [B, H, T, Dv]."""
+    query, key, value = given.query, given.key, given.value
+    if mask is None:
+        mask = key.new_ones(key.shape[0], key.shape[2], dtype=torch.bool)
+    if causal:
+        past = empty_past(key, value, given.rows, given.sums)
+        return own_operator(given, past, Call(mask, key.new_zeros(key.shape[0], dtype=torch.int64)))[0]
+    name, shape = f"Bidirectional{given.operator.name}", (*query.shape[:3], value.shape[3])
+    (out,) = _node(name, (query, key, value, mask), _attributes(given), (value.dtype,), (shape,))
+    return out
+
+
+def _attributes(given: OperatorCall) -> dict[str, Any]:
+    return {**given.ints, **{name: float(number) for name, number in given.floats.items()}}
 
 
 def attention(

@@ -16,7 +16,6 @@ from ..mechanisms.onnx_form import OperatorCall
 from ..mechanisms.term import Term
 from . import nodes
 from .nodes import Call, Past
-from .schema import window_rows
 
 
 class ExportLayer(StateLayer):
@@ -86,8 +85,12 @@ class _Empty:
 
     def operator(self, given: OperatorCall) -> Tensor:
         key, value = given.key, given.value
-        self.states.append(nodes.empty_past(key, value, window_rows(given.window), given.sums))
+        self.states.append(nodes.empty_past(key, value, given.rows, given.sums))
         return value.new_zeros(*given.query.shape[:3], value.shape[3])
+
+    def tokens(self, value: Tensor) -> tuple[Tensor, Tensor]:
+        real = value.new_ones(value.shape[0], value.shape[2], dtype=torch.bool)
+        return real, real.new_zeros(value.shape[0], dtype=torch.int64)
 
 
 class _Written:
@@ -106,6 +109,9 @@ class _Written:
         out, after = nodes.own_operator(given, self._next(), self._call)
         self.present.append(after)
         return out
+
+    def tokens(self, value: Tensor) -> tuple[Tensor, Tensor]:
+        return self._call.mask, self._call.length
 
     def _next(self) -> Past:
         return self._past[len(self.present)]

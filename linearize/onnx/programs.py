@@ -25,10 +25,12 @@ from ..convert.inputs import example_inputs
 from ..errors import ExportError
 from ..mechanisms import available
 from ..mechanisms.module import AttentionModule
+from ..mechanisms.onnx_form import StateOperator
 from ..passes.tracing import TRACING
 from . import nodes
 from .nodes import Call, Past
 from .past import ExportLayer, KeyValueLayer, empty
+from .schema import WHOLE
 
 BATCH, LENGTH, TOTAL = "batch_size", "sequence_length", "total_sequence_length"
 PAST, ENCODED = "past_sequence_length", "encoder_sequence_length"
@@ -44,8 +46,10 @@ class StateNames:
     `.2`, ... to the names of the others.
 
     Attributes:
-        past_recurrent: Input of a linear layer: sums over older tokens, float32 [B, Hkv, D, Dv].
-        past_conv: Input of a linear layer: its last tokens as [key | value], [B, Hkv * rows, D + Dv].
+        past_recurrent: Input of a linear layer: sums over older tokens, float32 [B, Hkv, D, Dv], or what the
+            mechanism's own operator has in their place (`onnx/schema.py`).
+        past_conv: Input of a linear layer: its last tokens, and those that it keeps, as [key | value],
+            [B, Hkv * rows, D + Dv].
         present_recurrent: The output that follows `past_recurrent`.
         present_conv: The output that follows `past_conv`.
         past_key: Input of a softmax layer, [B, Hkv, past, D].
@@ -362,8 +366,18 @@ class _Nodes(TorchFunctionMode):
         if func is torch.ops.linearize.augmented_attention.default:
             return nodes.attention(*args, **(kwargs or {}))
         if getattr(func, "namespace", "") == "linearize":
-            raise _no_form(func.name().removeprefix("linearize::"))
+            name = func.name().removeprefix("linearize::")
+            if name in WHOLE:
+                return _whole(WHOLE[name], *args, **(kwargs or {}))
+            raise _no_form(name)
         return func(*args, **(kwargs or {}))
+
+
+def _whole(operator: StateOperator, query: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    """Query [B, Hkv, R, T, D] and what follows of a mechanism's registered operator, as one node."""
+    assert operator.whole is not None
+    out = nodes.whole(*operator.whole.call(query, *args, **kwargs))
+    return out.unflatten(1, (query.shape[1], -1)).float()
 
 
 def _no_form(name: str) -> ExportError:
@@ -374,6 +388,6 @@ def _no_form(name: str) -> ExportError:
             f"the mechanism {name} has an ONNX form with a state only, as in a decoder; leave other layers "
             "as softmax (`keep_softmax=`) or choose another mechanism"
         )
-    with_one = ", ".join(m.name for m in available().values() if m.onnx is not None)
+    with_one = " and ".join(m.name for m in available().values() if m.onnx is not None)
     what = "operator" if mechanism is None else "mechanism"
-    return ExportError(f"the {what} {name} has no ONNX form; {with_one} has one in decoders")
+    return ExportError(f"the {what} {name} has no ONNX form; in decoders {with_one} have one")

@@ -7,7 +7,7 @@ family is one choice of `act`:
 
 | family                       | act(s)                                  | mechanisms                      |
 |------------------------------|-----------------------------------------|---------------------------------|
-| AugmentedLinearAttention     | relu(s)^2                               | augmented, local, grouped,      |
+| AugmentedLinearAttention     | relu(s)^2                               | augmented_paper, local, grouped,|
 |                              |                                         | flash_local                     |
 | PlainLinearAttention         | s                                       | relu, performer, hedgehog, rfa, |
 |                              |                                         | transnormer, castling,          |
@@ -56,14 +56,24 @@ Cross families (`Cross` + name): queries [B,H,T,D] on keys [B,Hkv,S,D] of anothe
     attrs    group_size, normalize
     Key positions count real keys. Keys of group (start + t) // G: local_scale * act(q.k); all: alpha * q.k.
 
-A mechanism's own operator (`OWN`; its formula stands in the mechanism's file): causal, T more tokens after a
+A mechanism's own operator (`OWN`; its formula stands in the mechanism's files): causal, T more tokens after a
 state.
 
-    inputs   query, key, value, mask, past_window, past_length as for the causal families,
-             past_recurrent [B,Hkv,rows,columns] float, then the operator's own inputs, all float
+    inputs   query, key, value, mask, past_length as for the causal families,
+             past_recurrent [B,Hkv,rows,columns] float, past_window [B,Hkv,R,D+Dv] T,
+             then the operator's own inputs, all float
     outputs  output, present_recurrent, present_window
-    attrs    window: int >= 1; the operator's own attributes, all float
-    R = max(window, 2) - 1.
+    attrs    the operator's own, int and float
+    An empty state is all zeros.
+
+| operator                     | R                                  | rows, columns | mechanism      |
+|------------------------------|------------------------------------|---------------|----------------|
+| WindowSoftmaxLinearAttention | max(window, 2) - 1                 | 2 D, Dv + 1   | softmax_window |
+| SalientAttention             | max(sinks + salient, 1) + window   | R, 4          | augmented      |
+|                              | + 32                               |               |                |
+
+`Bidirectional` and its name is one without a state, where the mechanism has it: inputs query, key, value and
+mask, output and attributes as above.
 """
 
 from __future__ import annotations
@@ -88,7 +98,12 @@ FAMILIES: Mapping[str, str] = {
 OWN: Mapping[str, StateOperator] = {
     mechanism.onnx.name: mechanism.onnx for mechanism in available().values() if mechanism.onnx is not None
 }
-"""The operators that mechanisms bring along, by name."""
+"""The operators with a state that mechanisms bring along, by name."""
+
+WHOLE: Mapping[str, StateOperator] = {
+    own.whole.registered: own for own in OWN.values() if own.whole is not None
+}
+"""Those that whole sequences have too, by the name of the registered operator."""
 
 
 @dataclass(frozen=True)
@@ -119,25 +134,25 @@ def _family(name: str) -> tuple[Operator, ...]:
     )
 
 
+def _of_mechanism(own: StateOperator) -> tuple[Operator, ...]:
+    attributes = (*((name, "int") for name in own.ints), *((name, "float") for name in own.floats))
+    inputs = (*_TOKENS, *_PAST, *((name, "float") for name in own.own))
+    after = Operator(own.name, inputs, _PRESENT, attributes)
+    if own.whole is None:
+        return (after,)
+    return after, Operator(f"Bidirectional{own.name}", _TOKENS, _OUTPUT, attributes)
+
+
 OPERATORS: Mapping[str, Operator] = {
     operator.name: operator
     for operator in (
         *(operator for name in FAMILIES.values() for operator in _family(name)),
-        *(
-            Operator(
-                own.name,
-                (*_TOKENS, *_PAST, *((name, "float") for name in own.own)),
-                _PRESENT,
-                (("window", "int"), *((name, "float") for name in own.floats)),
-            )
-            for own in OWN.values()
-        ),
+        *(operator for own in OWN.values() for operator in _of_mechanism(own)),
     )
 }
 """All operators of the domain by name."""
 
 
 def window_rows(group_size: int, taps: int = 1) -> int:
-    """R, the rows of a state's window: for a causal family, or with `group_size` the attribute `window` of a
-    mechanism's own operator."""
+    """R of a causal family, the rows of a state's window."""
     return max(group_size, taps, 2) - 1

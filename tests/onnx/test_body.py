@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from onnx.reference import ReferenceEvaluator
 from onnx_nodes import Case, session_options, write_node
 from torch import Tensor
 
+from linearize.mechanisms.augmented import naive as salient_oracle
 from linearize.mechanisms.softmax_window import naive as window_oracle
 from linearize.onnx import body
 from linearize.onnx.file import OPSETS
@@ -26,7 +28,7 @@ HEADS, KV_HEADS, DIM, VALUE_DIM = 4, 2, 8, 9
 SIZES = body.Sizes(HEADS, KV_HEADS, DIM, VALUE_DIM, taps=5)
 # Calls that begin at 0 and at 1 modulo the group, of one token, of a part of a group and of several groups.
 CHUNKS = (33, 1, 1, 13, 16, 1, 20)
-(WINDOW_SOFTMAX,) = OWN
+WINDOW_SOFTMAX, SALIENT = "WindowSoftmaxLinearAttention", "SalientAttention"
 
 
 def session(path: Path, level: str) -> ort.InferenceSession:
@@ -145,7 +147,7 @@ def test_rows_of_zeros_stay_zeros(tmp_path: Path) -> None:
 @pytest.mark.parametrize("opset", OPSETS)
 def test_every_opset_that_is_offered_runs(tmp_path: Path, opset: int) -> None:
     for name, operator in OPERATORS.items():
-        if "Augmented" in name or name == WINDOW_SOFTMAX:
+        if "Augmented" in name or name.removeprefix("Bidirectional") in OWN:
             values = {"int": 16, "float": 0.5}
             for sizes in (None, SIZES):
                 opened(single(name, opset, sizes, **{n: values[kind] for n, kind in operator.attributes}))
@@ -261,6 +263,129 @@ def test_window_softmax_in_pieces_with_padding_is_the_oracle(level: str, window:
     ]
     expected = window_oracle(*double, window=window, scale=0.5, causal=True)
     np.testing.assert_allclose(np.concatenate(found, 2), expected, atol=1e-5)
+
+
+SALIENT_SIZES = [
+    pytest.param((8, 2, 4), id="all parts"),
+    pytest.param((40, 0, 50), id="more kept than leave at once"),
+    pytest.param((100, 12, 4), id="first tokens that leave the window with scores"),
+    pytest.param((8, 3, 0), id="no salient tokens"),
+    pytest.param((5, 40, 3), id="more sinks than a block"),
+    pytest.param((5, 0, 0), id="a window alone"),
+    pytest.param((0, 1, 5), id="no window"),
+]
+
+
+def salient_case(window: int, length: int = 200) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """query, key, value with scores that differ enough, and weights of as many taps as the window lets."""
+    sizes = ((HEADS, DIM), (KV_HEADS, DIM), (KV_HEADS, VALUE_DIM))
+    query, key, value = (normal(2, heads, length, width) for heads, width in sizes)
+    return query * 2, key, value, normal(HEADS, min(window, 5) + 1)
+
+
+def salient_expected(
+    query: Tensor, key: Tensor, value: Tensor, conv_weight: Tensor | None, sizes: tuple[int, int, int]
+) -> Tensor:
+    """Token by token in float64."""
+    query, key, value = (x.double() for x in (query, key, value))
+    causal, rows = conv_weight is not None, []
+    for row in zip(query.unflatten(1, (KV_HEADS, -1)), key, value, strict=True):
+        heads = [
+            salient_oracle(*one, sizes=sizes, scale=0.5, causal=causal) for one in zip(*row, strict=True)
+        ]
+        rows.append(torch.cat(heads))
+    out = torch.stack(rows)
+    for lag in range(0 if conv_weight is None else conv_weight.shape[1]):
+        moved = torch.nn.functional.pad(repeated(value), (0, 0, lag, 0))[:, :, : value.shape[2]]
+        out = out + conv_weight.double()[:, lag, None, None] * moved
+    return out
+
+
+def salient_pieces(
+    running: Any,
+    case: tuple[Tensor, Tensor, Tensor, Tensor],
+    sizes: tuple[int, int, int],
+    chunks: Sequence[int],
+    forget: bool = False,
+) -> np.ndarray:
+    """Outputs [B, H, T, Dv] of calls with padding between the tokens, NaN in it; row 1 is 5 tokens ahead."""
+    query, key, value, conv_weight = case
+    rows = max(sizes[1] + sizes[2], 1) + sizes[0] + 32
+    empty = (
+        np.zeros((2, KV_HEADS, rows, 4), np.float32),
+        np.zeros((2, KV_HEADS, rows, DIM + VALUE_DIM), np.float32),
+    )
+    state, seen, found = empty, np.zeros(2, np.int64), [list[np.ndarray](), list[np.ndarray]()]
+    length = query.shape[2]
+    calls = [(count, count) for count in chunks]
+    calls[0], calls[-1] = (calls[0][0], calls[0][1] + 5), (calls[-1][0], calls[-1][1] - 5)
+    for counts in calls:
+        width = max(counts) + (0 if max(counts) == 1 else 3)
+        mask = np.zeros((2, width), bool)
+        given = {
+            n: np.full((2, x.shape[1], width, x.shape[3]), np.nan, np.float32)
+            for n, x in (("query", query), ("key", key), ("value", value))
+        }
+        for row, count in enumerate(counts):
+            at = np.sort(np.random.default_rng(width).permutation(width)[:count])
+            mask[row, at] = True
+            part = slice(seen[row], seen[row] + count)
+            for n, x in (("query", query), ("key", key), ("value", value)):
+                given[n][row][:, at] = x[row, :, part]
+        past = dict(past_recurrent=state[0], past_window=state[1], past_length=seen)
+        out, *state = running.run(None, {**given, "mask": mask, **past, "conv_weight": conv_weight.numpy()})
+        assert [x.shape for x in state] == [x.shape for x in empty]
+        assert not out.transpose(0, 2, 1, 3)[~mask].any()
+        for row, parts in enumerate(found):
+            parts.append(out[row][:, mask[row]])
+        state = empty if forget else state
+        seen = seen + counts
+    assert seen.tolist() == [length, length]
+    return np.stack([np.concatenate(parts, 1) for parts in found])
+
+
+SALIENT_CHUNKS = (70, 1, 1, 13, 33, 1, 40, *[1] * 30, 11)
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("sizes", SALIENT_SIZES)
+def test_salient_tokens_in_pieces_with_padding_are_the_oracle(
+    level: str, sizes: tuple[int, int, int]
+) -> None:
+    case = salient_case(sizes[0])
+    told = SIZES._replace(taps=case[3].shape[1]) if sizes[0] > 5 else None
+    attributes = dict(zip(("window", "sinks", "salient"), sizes, strict=True), scale=0.5)
+    running = opened(single(SALIENT, sizes=told, **attributes), level)
+    expected = salient_expected(*case, sizes)
+    np.testing.assert_allclose(salient_pieces(running, case, sizes, SALIENT_CHUNKS), expected, atol=2e-5)
+    forgetful = salient_pieces(running, case, sizes, SALIENT_CHUNKS, forget=True)
+    assert np.abs(forgetful - expected.numpy()).max() > 0.1
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("length", [150, 20, 1])
+@pytest.mark.parametrize("sizes", [(8, 2, 4), (5, 0, 0), (0, 0, 3), (200, 4, 9)])
+def test_bidirectional_salient_tokens_are_the_oracle(
+    level: str, length: int, sizes: tuple[int, int, int]
+) -> None:
+    query, key, value, _ = salient_case(0, length)
+    columns, mask = random_columns(length, 5)
+    attributes = dict(zip(("window", "sinks", "salient"), sizes, strict=True), scale=0.5)
+    model = single(f"Bidirectional{SALIENT}", sizes=SIZES if length % 2 else None, **attributes)
+    tokens = {
+        n: padded(x, columns, length + 5) for n, x in (("query", query), ("key", key), ("value", value))
+    }
+    (out,) = opened(model, level).run(None, {**tokens, "mask": mask})
+    found = np.stack([row[:, at] for row, at in zip(out, columns, strict=True)])
+    np.testing.assert_allclose(found, salient_expected(query, key, value, None, sizes), atol=1e-5)
+    assert not out.transpose(0, 2, 1, 3)[~mask].any()
+
+
+def test_the_reference_evaluator_runs_salient_tokens() -> None:
+    sizes, case = (8, 2, 4), salient_case(8, 120)
+    attributes = dict(zip(("window", "sinks", "salient"), sizes, strict=True), scale=0.5)
+    found = salient_pieces(ReferenceEvaluator(single(SALIENT, **attributes)), case, sizes, (70, 1, 49))
+    np.testing.assert_allclose(found, salient_expected(*case, sizes), atol=2e-5)
 
 
 def test_the_reference_evaluator_agrees(tmp_path: Path) -> None:

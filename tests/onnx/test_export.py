@@ -47,7 +47,8 @@ def one_thread() -> Iterator[None]:
 
 def converted(model: nn.Module, mechanism: str = "augmented_paper", **options: Any) -> Any:
     """With every parameter of the attention away from where it starts, so that each part counts."""
-    model = lz.linearize(model, mechanism=mechanism, group_size=GROUP, conv_taps=TAPS, **options)
+    options = {"conv_taps": TAPS, **options}
+    model = lz.linearize(model, mechanism=mechanism, group_size=GROUP, **options)
     numbers = torch.Generator().manual_seed(1)
     for module in model.modules():
         if isinstance(module, lz.AttentionModule):
@@ -293,10 +294,12 @@ def greedy_pieces(written: np.ndarray, prompt: int) -> tuple[np.ndarray, np.ndar
     return written[None], np.ones((1, len(written)), np.int64), [prompt] + [1] * (len(written) - prompt)
 
 
+SMALL = {"softmax_window": {"window": 8}, "augmented": {"window": 8, "sinks": 2, "salient": 4}}
+"""Options with which a few dozen tokens are more than all of them."""
 CAUSAL = [
     (name, augmentation)
     for name, mechanism in available().items()
-    if "causal" in mechanism.supports and name != "softmax"
+    if "causal" in mechanism.supports and name not in ("softmax", "power_window")
     for augmentation in (False, True)
 ]
 
@@ -304,16 +307,38 @@ CAUSAL = [
 @pytest.mark.parametrize(
     ("mechanism", "augmentation"),
     [
-        pytest.param(*case, marks=[] if case == ("softmax_window", True) else pytest.mark.slow)
+        pytest.param(*case, marks=[] if case[0] in SMALL and case[1] else pytest.mark.slow)
         for case in CAUSAL
     ],
 )
 def test_every_causal_mechanism(tmp_path: Path, mechanism: str, augmentation: bool) -> None:
-    options = {"window": 8} if mechanism == "softmax_window" else {}
+    options = SMALL.get(mechanism, {})
     model = converted(llama(num_hidden_layers=1), mechanism, augmentation=augmentation, options=options)
     made = lz.export_onnx(model, tmp_path / "m.onnx")
     assert made.states == 1 and made.caches == 0
-    check_decoder(model, tmp_path / "m.onnx")
+    chunks = (70, 1, 1, 13, 33, 1, *[1] * 34, 47) if mechanism == "augmented" else CHUNKS
+    check_decoder(model, tmp_path / "m.onnx", chunks=chunks)
+
+
+def test_salient_tokens_beside_softmax_and_a_convolution_wider_than_the_window(tmp_path: Path) -> None:
+    options = SMALL["augmented"]
+    model = converted(llama(), "augmented", options=options, keep_softmax=[1], conv_taps=12)
+    made = lz.export_onnx(model, tmp_path / "m.onnx")
+    assert made.states == 1 and made.caches == 1
+    assert made.nodes == {"SalientAttention": 1, "PlainLinearAttention": 1}, "the convolution has its own"
+    check_decoder(model, tmp_path / "m.onnx", LEVELS[1:], chunks=(70, 1, 30, 1, 1, 25))
+
+
+@pytest.mark.slow
+def test_salient_tokens_in_half_precision(tmp_path: Path) -> None:
+    model = converted(llama(num_hidden_layers=1), "augmented", options=SMALL["augmented"])
+    ids, mask = tokens(130), padded_mask(130)
+    expected = expected_logits(model, ids, mask)
+    made = lz.export_onnx(model, tmp_path / "half.onnx", dtype="float16")
+    types = {node.name: node.type for node in session(made.path).get_inputs()}
+    assert types["past.0.recurrent"] == "tensor(float)" and types["past.0.conv"] == "tensor(float16)"
+    found = decode(session(made.path), ids, mask, (70, 1, 59))
+    assert np.abs(found - expected)[mask == 1].max() < 0.03 * np.abs(expected).max()
 
 
 def test_float16_with_weights_beside_the_file_keeps_sums_in_float32(decoder: Any, tmp_path: Path) -> None:
@@ -355,17 +380,16 @@ def test_embeddings_of_minilm_are_pytorchs(tmp_path: Path) -> None:
         assert torch.nn.functional.cosine_similarity(found[:1], expected[1:2]) < 0.999
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     "mechanism",
     [
-        n
+        pytest.param(n, marks=[] if n == "augmented" else pytest.mark.slow)
         for n, m in available().items()
-        if "bidirectional" in m.supports and n not in ("softmax", "softmax_window")
+        if "bidirectional" in m.supports and n not in ("softmax", "softmax_window", "power_window")
     ],
 )
 def test_every_bidirectional_mechanism(tmp_path: Path, mechanism: str) -> None:
-    model = converted(bert(), mechanism, augmentation=True)
+    model = converted(bert(), mechanism, augmentation=True, options=SMALL.get(mechanism, {}))
     running = lz.export_onnx(model, tmp_path / "m.onnx")
     assert running.converted and "not converted" not in str(running)
     ids, mask = tokens(40), np.ones((3, 40), np.int64)
@@ -431,6 +455,18 @@ def test_a_plain_module_by_its_example_inputs(tmp_path: Path) -> None:
     model = converted(EagerAttention().eval().requires_grad_(False), inputs=inputs)
     made = lz.export_onnx(model, tmp_path / "plain.onnx", inputs)
     other = torch.randn(3, 40, 32)
+    found = session(made.path).run(None, {made.inputs["plain.onnx"][0]: other.numpy()})[0]
+    np.testing.assert_allclose(found, model(other).detach(), atol=1e-4)
+
+
+def test_a_causal_module_without_a_state_keeps_salient_tokens(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    inputs = torch.randn(2, 11, 32)
+    model = EagerAttention().eval().requires_grad_(False)
+    model = converted(model, "augmented", inputs=inputs, options=SMALL["augmented"])
+    made = lz.export_onnx(model, tmp_path / "plain.onnx", inputs)
+    assert made.nodes["SalientAttention"] == 1
+    other = torch.randn(3, 150, 32)
     found = session(made.path).run(None, {made.inputs["plain.onnx"][0]: other.numpy()})[0]
     np.testing.assert_allclose(found, model(other).detach(), atol=1e-4)
 

@@ -94,6 +94,16 @@ def hybrid(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path]:
     return model, folder
 
 
+@pytest.fixture(scope="module")
+def salient(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path]:
+    """A model whose layers choose tokens of a text this long, and its folder."""
+    options = {"window": 8, "sinks": 2, "salient": 4}
+    model = llama(mechanism="augmented", augmentation=True, options=options)
+    folder = tmp_path_factory.mktemp("salient") / "model"
+    lz.export_onnx(model, folder)
+    return model, folder
+
+
 @pytest.fixture(params=["body", "library"])
 def kind(request: pytest.FixtureRequest) -> str:
     if request.param == "library" and library.unavailable_reason() is not None:
@@ -234,6 +244,30 @@ def test_a_hybrid_with_softmax_layers_generates(hybrid: tuple[Any, Path], kind: 
     assert library.calls() - before == (20 if kind == "library" else 0)
 
 
+def test_salient_tokens_are_chosen_as_in_pytorch(salient: tuple[Any, Path], tmp_path: Path) -> None:
+    model, folder = salient
+    running, ids = OrtModel(folder, piece=50), tokens(2, 150)
+    mask = torch.ones_like(ids)
+    mask[0, :9] = 0
+    first = running(ids[:, :40], mask[:, :40]).past_key_values
+    last = running(ids[:, 40:], mask, first)
+    with torch.no_grad():
+        expected = model(ids, attention_mask=mask).logits[:, 40:]
+    torch.testing.assert_close(last.logits, expected, atol=1e-4, rtol=0)
+    assert last.past_key_values.nbytes == first.nbytes
+    lost = running(ids[:, 40:], mask, OrtStates(running.empty_states(2).values, 40)).logits
+    assert (lost - expected).abs().max() > 0.1
+    how = dict(attention_mask=mask, max_new_tokens=50, num_beams=2)
+    assert torch.equal(*(one.generate(ids, **how) for one in (model, running)))
+    assert running.obstacle is not None, "the library has no kernel for it"
+    with pytest.raises(ExportError, match="genai cannot run .* by the library"):
+        lz.onnx.write_genai(folder / "model.onnx", model.config, model.generation_config, library=True)
+    small = lz.onnx.quantize(folder / "model.onnx", tmp_path / "model.onnx")
+    out = OrtModel(tmp_path / "model.onnx")(ids[:, 40:], mask, first).logits
+    assert (out - expected).norm() < 0.1 * expected.norm()
+    assert small.error is not None and small.error < 0.1
+
+
 def test_embeddings_of_an_encoder_are_pytorchs(tmp_path: Path) -> None:
     torch.manual_seed(0)
     config = BertConfig(
@@ -315,6 +349,13 @@ def test_genai_runs_a_hybrid_with_softmax_layers(genai: Any, hybrid: tuple[Any, 
     ids = tokens(1, 17)
     expected = model.generate(ids, max_new_tokens=60, do_sample=False)[0].tolist()
     assert written_by(genai, folder, ids, 60) == expected
+
+
+def test_genai_writes_with_salient_tokens_like_pytorch(genai: Any, salient: tuple[Any, Path]) -> None:
+    model, folder = salient
+    ids = tokens(1, 70)
+    expected = model.generate(ids, max_new_tokens=100, do_sample=False)[0].tolist()
+    assert written_by(genai, folder, ids, 100) == expected
 
 
 def test_genai_runs_by_the_library_when_asked_to(
