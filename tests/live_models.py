@@ -170,10 +170,11 @@ def wake(model: nn.Module) -> nn.Module:
 
 
 @cache
-def _converted(name: str, options: tuple[tuple[str, Any], ...]) -> nn.Module:
+def _converted(name: str, given: tuple[tuple[str, Any], ...]) -> nn.Module:
     model = globals()[name]()
     inputs = activations() if name == "plain" else None
-    return wake(linearize(model, inputs, group_size=4, **dict(options)))
+    options = {"mechanism": "augmented_paper", **dict(given)}
+    return wake(linearize(model, inputs, group_size=4, **options))
 
 
 def converted(name: str, **options: Any) -> nn.Module:

@@ -55,7 +55,7 @@ def original() -> LlamaForCausalLM:
 
 @cache
 def _converted() -> Any:
-    return lz.linearize(original(), group_size=8, conv_taps=4)
+    return lz.linearize(original(), mechanism="augmented_paper", group_size=8, conv_taps=4)
 
 
 def converted() -> Any:

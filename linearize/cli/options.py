@@ -58,7 +58,7 @@ Device = Annotated[str, typer.Option(help="where it runs, such as cpu or cuda")]
 class Rewriting:
     """How a model is to be rewritten."""
 
-    mechanism: Mechanism = "augmented_paper"
+    mechanism: Mechanism = "augmented"
     group_size: Group = 64
     conv_taps: Taps = 32
     option: Option = None

@@ -67,7 +67,7 @@ class LinearizeConfig:
         ConfigError: A value is of the wrong kind or out of range; the message names the field.
     """
 
-    mechanism: str = "augmented_paper"
+    mechanism: str = "augmented"
     group_size: int = 64
     conv_taps: int = 32
     local_scale: float = 1.0

@@ -44,7 +44,7 @@ class Recipe:
 
 RECIPES: Mapping[str, Recipe] = {
     "quick": Recipe(
-        config={"mechanism": "augmented_paper"},
+        config={"mechanism": "augmented"},
         calibrate=16_384,
         tune=dict(
             method="full",

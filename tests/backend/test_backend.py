@@ -389,7 +389,9 @@ def test_what_cannot_be_rewritten_stays_softmax_and_is_reported(caplog):
 
 
 def test_on_refusal_error_stops_the_compilation():
-    backend = Backend(LinearizeConfig(group_size=4, on_refusal="error"), inner="eager")
+    backend = Backend(
+        LinearizeConfig(mechanism="augmented_paper", group_size=4, on_refusal="error"), inner="eager"
+    )
     with pytest.raises(Exception, match="cannot be rewritten"):
         torch.compile(TwoAttentionsOneRefused(), backend=backend)(torch.randn(2, 6, 16))
 

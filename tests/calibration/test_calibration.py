@@ -14,6 +14,7 @@ from torch import nn
 import linearize as lz
 from linearize.calibration.calibrate import Calibration, calibrate
 from linearize.calibration.observers import Observation
+from linearize.calibration.regression import Regression
 from linearize.calibration.site_fit import Fit, fitted_parameters
 from linearize.demo.walkthrough import encode, held_out_text, perplexity, training_text, windows
 from linearize.errors import InputError, InvalidModelError
@@ -178,3 +179,77 @@ def test_the_report_is_a_table_of_sites() -> None:
     console.print(calibrate(converted("llama"), [tokens(2, 40)]))
     text = console.export_text()
     assert "model.layers.1.self_attn.linear_attention" in text and "80 tokens" in text
+
+
+# --- what does not help is not kept
+
+
+def test_the_tail_that_made_the_target_is_found_again() -> None:
+    spec = SiteSpec(num_heads=4, num_key_value_heads=2, head_dim=8, value_dim=6, causal=True)
+    config = LinearizeConfig(
+        mechanism="augmented", options={"window": 8, "sinks": 1, "salient": 3}, conv_taps=4
+    )
+    torch.manual_seed(0)
+    wanted, module = build_attention(spec, config), build_attention(spec, config)
+    with torch.no_grad():
+        wanted.tail_weight.normal_(std=0.2)
+    fit = Fit(module, SitePlan("layer", 0, "interface", spec, 0, "causal"), 1e-9)
+    for length in (300, 200):
+        query, key = torch.randn(2, 4, length, 8), torch.randn(2, 2, length, 8)
+        value, mask = torch.randn(2, 2, length, 6), torch.ones(2, length, dtype=torch.bool)
+        mask[1, :40] = False
+        with torch.no_grad():
+            target = wanted(query, key, value, key_mask=mask)
+            passed_on = fit.see(Observation(query, key, value, target, mask, None, False))
+            torch.testing.assert_close(passed_on, module(query, key, value, key_mask=mask))
+    fit.finish()
+    torch.testing.assert_close(module.tail_weight, wanted.tail_weight, atol=1e-3, rtol=1e-3)
+
+
+def test_a_head_whose_target_cannot_be_predicted_stays_as_it_was() -> None:
+    generator = torch.Generator().manual_seed(0)
+    regression = Regression()
+    truth = torch.randn(5, 3, generator=generator)
+    for _ in range(4):
+        columns = torch.randn(2, 20, 5, generator=generator)
+        noise = torch.randn(1, 20, 3, generator=generator) * 30
+        regression.add(columns, torch.cat([columns[:1] @ truth, noise]))
+    found = regression.weights(last=True)
+    torch.testing.assert_close(found[0].float(), truth, atol=1e-2, rtol=1e-2)
+    assert (found[1] == 0).all()
+    before, after = regression.errors()
+    assert after < before
+
+
+def test_layers_whose_fit_makes_held_out_text_worse_are_put_back_and_said() -> None:
+    model = converted("llama")
+    before = weights(model)
+    same, other = torch.full((2, 40), 7), tokens(2, 40)
+    with torch.no_grad():  # the head of the model likes what the present layers give
+        inputs = model(other).logits.argmax(-1)
+    other = torch.cat([other[:, :1], inputs[:, :-1]], 1)
+    report = calibrate(model, [same, same, same, same, other])
+    (row,) = report.held_out
+    assert (row.first, row.last) == (0, 511) and row.after <= row.before
+    back = {site.name for site in report.sites if site.left_out}
+    for name, value in model.state_dict().items():
+        kept = torch.equal(value, before[name])
+        assert kept or not any(name.startswith(site) for site in back)
+    assert report.tokens == 5 * 80
+
+
+def test_downstream_layers_see_what_the_fitted_ones_give() -> None:
+    """The second layer is fitted on the converted model's own activations: the first layer's parameters
+    change what it finds."""
+    found = []
+    for scale in (0.0, 3.0):
+        model = converted("llama")
+        first: Any = model.get_submodule("model.layers.0.self_attn.linear_attention")
+        first.linear_parameters = ()  # not fitted: gives what its parameters say
+        with torch.no_grad():
+            first.local_scale.fill_(scale)
+        report = calibrate(model, [tokens(2, 40)])
+        assert report.sites[0].left_out
+        second: Any = model.get_submodule("model.layers.1.self_attn.linear_attention")
+        found.append(second.conv_weight.clone())
+    assert not torch.allclose(*found)

@@ -34,7 +34,7 @@ from linearize.planning.config import LinearizeConfig
 from linearize.planning.plan import Plan, SitePlan
 from linearize.rewrite.apply import apply_plan
 
-CONFIG = LinearizeConfig(group_size=4, conv_taps=3)
+CONFIG = LinearizeConfig(mechanism="augmented_paper", group_size=4, conv_taps=3)
 
 
 def tiny_llama(tie: bool = False) -> LlamaForCausalLM:

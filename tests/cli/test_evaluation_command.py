@@ -27,7 +27,9 @@ def data() -> Path:
 @pytest.fixture(scope="module")
 def converted(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tiny llama, converted, on disk with its tokenizer. Not to be written to."""
-    model = lz.linearize(LlamaForCausalLM.from_pretrained(folder), group_size=8, conv_taps=4)
+    model = lz.linearize(
+        LlamaForCausalLM.from_pretrained(folder), mechanism="augmented_paper", group_size=8, conv_taps=4
+    )
     path = lz.save(model, tmp_path_factory.mktemp("linear") / "model")
     lz.load_demo()[1].save_pretrained(path)
     return path

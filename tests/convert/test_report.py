@@ -191,7 +191,7 @@ def test_a_module_with_one_refused_attention_is_refused_as_a_whole() -> None:
 
 def test_a_converted_model_is_reported_from_its_plan() -> None:
     model = TwoHeads(leak=False).eval()
-    linearize(model, torch.randn(2, 9, 16), group_size=4)
+    linearize(model, torch.randn(2, 9, 16), mechanism="augmented_paper", group_size=4)
     report = inspect(model)
     assert [(row.path, row.ordinal, row.verdict) for row in report.rows] == [
         ("inner", 0, CONVERTED),

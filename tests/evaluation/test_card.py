@@ -87,7 +87,10 @@ def test_another_device_order_or_copy_is_the_same_weights_and_another_dtype_is_n
     weights = measure(model).weights
     assert measure(converted("llama")).weights == weights
     assert measure(model.bfloat16()).weights != weights
-    assert measure(wake(lz.linearize(llama(), group_size=4, conv_taps=8))).weights != weights
+    assert (
+        measure(wake(lz.linearize(llama(), mechanism="augmented_paper", group_size=4, conv_taps=8))).weights
+        != weights
+    )
 
 
 def test_rows_that_change_places_are_other_weights(model: Any) -> None:

@@ -143,7 +143,9 @@ def mistral(**changes: Any) -> nn.Module:
 
 
 def test_a_dropped_window_is_dropped_in_the_cache_and_the_masks_too() -> None:
-    model: Any = wake(linearize(mistral(), group_size=4, approximate=("window",)))
+    model: Any = wake(
+        linearize(mistral(), mechanism="augmented_paper", group_size=4, approximate=("window",))
+    )
     prompt, mask = tokens(2, 11), left_padding(2, 11)
     out = model.generate(prompt, attention_mask=mask, **GREEDY)
     for row, keep in enumerate(mask.bool()):
@@ -227,7 +229,7 @@ def test_speculation_by_transformers_equals_greedy(model: Any, helper: str) -> N
 
 
 def test_layers_that_keep_softmax_share_the_cache() -> None:
-    model: Any = wake(linearize(llama(), group_size=4, keep_softmax=(0,)))
+    model: Any = wake(linearize(llama(), mechanism="augmented_paper", group_size=4, keep_softmax=(0,)))
     prompt, mask = tokens(2, 11), left_padding(2, 11)
     out = model.generate(prompt, attention_mask=mask, **GREEDY, return_dict_in_generate=True)
     kinds = layers_of(out)

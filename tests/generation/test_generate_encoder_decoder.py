@@ -261,7 +261,11 @@ def test_whisper_generates_by_its_own_generate() -> None:
     )
     sound = {"input_features": torch.randn(2, 8, 60, generator=torch.Generator().manual_seed(1))}
     model: Any = transformers.WhisperForConditionalGeneration(config).eval()
-    wake(linearize(model, {**sound, "decoder_input_ids": tokens(2, 5)}, group_size=4))
+    wake(
+        linearize(
+            model, {**sound, "decoder_input_ids": tokens(2, 5)}, mechanism="augmented_paper", group_size=4
+        )
+    )
     out = model.generate(**sound, **GREEDY)
     assert torch.equal(out, recompute(model, sound)[:, 1:])
     # It takes a returned cache apart by rows; what is left of it has no state, and is refused.

@@ -145,7 +145,7 @@ def test_a_cache_survives_a_pickle_and_a_copy_beside_its_model(model: Any) -> No
 
 def test_an_unpickled_cache_of_another_form_is_refused(model: Any) -> None:
     loaded = pickle.loads(pickle.dumps(filled(model, tokens(2, 9))))
-    other = linearize(llama(), group_size=8)
+    other = linearize(llama(), mechanism="augmented_paper", group_size=8)
     with pytest.raises(InputError, match="another model"):
         following(other, tokens(2, 1), loaded)
     assert torch.isfinite(following(model, tokens(2, 1), loaded)).all()
@@ -273,7 +273,7 @@ def gemma() -> nn.Module:
 
 @pytest.fixture(scope="module")
 def windowed() -> Any:
-    return wake(linearize(gemma(), group_size=4, approximate=("window",)))
+    return wake(linearize(gemma(), mechanism="augmented_paper", group_size=4, approximate=("window",)))
 
 
 @pytest.mark.parametrize("length", [4, 11])
@@ -309,7 +309,9 @@ def test_two_attentions_of_one_owner_share_keys_and_values() -> None:
         initializer_range=0.2,
         pad_token_id=0,
     )
-    model: Any = wake(linearize(transformers.DiffLlamaForCausalLM(config).eval(), group_size=4))
+    model: Any = wake(
+        linearize(transformers.DiffLlamaForCausalLM(config).eval(), mechanism="augmented_paper", group_size=4)
+    )
     prompt, mask = tokens(2, 9), torch.ones(2, 9, dtype=torch.long)
     mask[0, :3] = 0
     for settings in ({}, {"cache_implementation": "static"}):

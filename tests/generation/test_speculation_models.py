@@ -24,7 +24,9 @@ GREEDY: dict[str, Any] = dict(max_new_tokens=30, do_sample=False, pad_token_id=0
 
 
 def hybrid() -> Any:
-    return wake(linearize(llama(num_hidden_layers=3), group_size=4, keep_softmax=(1,)))
+    return wake(
+        linearize(llama(num_hidden_layers=3), mechanism="augmented_paper", group_size=4, keep_softmax=(1,))
+    )
 
 
 def gpt2() -> Any:

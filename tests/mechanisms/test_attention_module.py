@@ -43,7 +43,9 @@ def inputs(length: int, keys: int | None = None, batch: int = 2, dtype=torch.flo
 
 
 def linear(spec: SiteSpec = SPEC, **options) -> PaperAttention:
-    module = build_attention(spec, LinearizeConfig(group_size=16, conv_taps=4, **options))
+    module = build_attention(
+        spec, LinearizeConfig(mechanism="augmented_paper", group_size=16, conv_taps=4, **options)
+    )
     assert isinstance(module, PaperAttention)
     with torch.no_grad():
         for parameter in module.parameters():
@@ -126,7 +128,7 @@ def test_meta_module_gets_its_initial_values_back():
 
 def test_fresh_module_learns_alpha_and_convolution():
     """Both start at zero; a zero gradient as well would leave them there."""
-    module = build_attention(SPEC, LinearizeConfig(group_size=16, conv_taps=4))
+    module = build_attention(SPEC, LinearizeConfig(mechanism="augmented_paper", group_size=16, conv_taps=4))
     module(*inputs(40)).square().sum().backward()
     assert module.alpha.grad.abs().sum() > 0 and module.conv_weight.grad.abs().sum() > 0
 

@@ -278,7 +278,11 @@ def test_embeddings_of_an_encoder_are_pytorchs(tmp_path: Path) -> None:
         intermediate_size=32,
         max_position_embeddings=128,
     )
-    model = awake(lz.linearize(BertModel(config, add_pooling_layer=False).eval(), group_size=GROUP))
+    model = awake(
+        lz.linearize(
+            BertModel(config, add_pooling_layer=False).eval(), mechanism="augmented_paper", group_size=GROUP
+        )
+    )
     with pytest.raises(ExportError, match="last_logits"):
         lz.export_onnx(model, tmp_path / "encoder", last_logits=True)
     lz.export_onnx(model, tmp_path / "encoder")

@@ -51,7 +51,11 @@ MAKERS = {"llama": llama, "bert": bert, "bloom": bloom, "gptj": gptj, "bart": ba
 @cache
 def converted(name: str) -> Any:
     approximate = ("bias",) if name == "bloom" else ()
-    return wake(linearize(MAKERS[name](), group_size=4, conv_taps=3, approximate=approximate))
+    return wake(
+        linearize(
+            MAKERS[name](), mechanism="augmented_paper", group_size=4, conv_taps=3, approximate=approximate
+        )
+    )
 
 
 @contextmanager
@@ -235,7 +239,7 @@ def test_a_mask_that_is_refused_costs_the_cache_nothing() -> None:
 @pytest.mark.parametrize("kind", (transformers.DynamicCache, transformers.StaticCache))
 @torch.no_grad()
 def test_a_prompt_cut_off_before_a_softmax_layer_is_refused_later(kind: Any, length: int) -> None:
-    model: Any = wake(linearize(llama(), keep_softmax=(1,), group_size=4))
+    model: Any = wake(linearize(llama(), keep_softmax=(1,), mechanism="augmented_paper", group_size=4))
     sizes = {"max_cache_len": 32} if kind is transformers.StaticCache else {}
     cache, other = (kind(config=model.config, **sizes) for _ in range(2))
     ids = tokens(1, length)
@@ -277,7 +281,10 @@ def test_models_can_be_converted_and_traced_in_threads_at_once(monkeypatch: pyte
     model = converted("gptj")
     alone = [generated(model, index) for index in range(2)]
     cold = [copy.deepcopy(model) for _ in range(2)]
-    convert = [lambda make=make: linearize(make(), group_size=4) for make in (llama, gptj)]
+    convert = [
+        lambda make=make: linearize(make(), mechanism="augmented_paper", group_size=4)
+        for make in (llama, gptj)
+    ]
     found = together(*convert, *(lambda i=i: generated(cold[i], i) for i in range(2)))
     assert all(isinstance(x, nn.Module) for x in found[:2]), found
     assert all(torch.equal(x, y) for x, y in zip(found[2:], alone, strict=True)), found
@@ -285,7 +292,7 @@ def test_models_can_be_converted_and_traced_in_threads_at_once(monkeypatch: pyte
 
 def test_threads_whose_graphs_show_no_state_all_keep_keys_and_values(monkeypatch: pytest.MonkeyPatch) -> None:
     refuse_states(monkeypatch)
-    converted = wake(linearize(gptj(), group_size=4))
+    converted = wake(linearize(gptj(), mechanism="augmented_paper", group_size=4))
     alone = [generated(converted, i) for i in range(THREADS)]
     model = copy.deepcopy(converted)
     found = together(*(lambda i=i: generated(model, i) for i in range(THREADS)))

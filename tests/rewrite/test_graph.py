@@ -109,7 +109,7 @@ def test_every_length_works_and_the_past_does_not_see_the_future(length: int) ->
 
 def test_two_attentions_in_one_forward_get_a_module_each() -> None:
     torch.manual_seed(0)
-    model = linearize(TwoAttentions().eval(), activations(), group_size=4)
+    model = linearize(TwoAttentions().eval(), activations(), mechanism="augmented_paper", group_size=4)
     assert children(model) == ["linear_attention", "linear_attention_1"] and routes(model) == {"graph"}
     x = activations(3, 9)
     before = model(x)
@@ -122,7 +122,9 @@ def test_padding_and_flags_reach_a_grafted_owner() -> None:
     torch.manual_seed(0)
     keep = torch.ones(2, 11, dtype=torch.bool)
     keep[0, -4:] = False
-    model = linearize(Outer().eval(), {"x": activations(2, 11), "keep": keep}, group_size=4)
+    model = linearize(
+        Outer().eval(), {"x": activations(2, 11), "keep": keep}, mechanism="augmented_paper", group_size=4
+    )
     x = activations(2, 11)
     padded = model(x, keep)
     torch.testing.assert_close(padded[:1, :-4], model(x[:1, :-4], keep[:1, :-4]), atol=1e-5, rtol=1e-4)

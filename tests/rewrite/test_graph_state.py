@@ -54,7 +54,9 @@ def made(name: str) -> nn.Module:
             if parameter.ndim > 1:
                 parameter.normal_(std=0.2)
     biased = name in ("bloom", "mpt")
-    return wake(linearize(model, group_size=4, approximate=("bias",) if biased else ()))
+    return wake(
+        linearize(model, mechanism="augmented_paper", group_size=4, approximate=("bias",) if biased else ())
+    )
 
 
 @pytest.fixture(params=EVERY)
@@ -145,7 +147,7 @@ def test_a_decoder_whose_graph_shows_no_state_keeps_keys_and_values_and_says_so(
 ) -> None:
     refuse_states(monkeypatch)
     with caplog.at_level(logging.WARNING, "linearize"):
-        model: Any = wake(linearize(gptj(), group_size=4))
+        model: Any = wake(linearize(gptj(), mechanism="augmented_paper", group_size=4))
     assert "no state today; its cache keeps keys and values" in caplog.text
     out = model.generate(tokens(2, 9), return_dict_in_generate=True, **GREEDY)
     assert layers_of(out.past_key_values) == {"DynamicLayer"}

@@ -34,7 +34,9 @@ def test_padding_reaches_the_rewritten_attention() -> None:
 
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
 def test_padding_reaches_it_when_only_some_layers_are_rewritten(implementation: str) -> None:
-    model: Any = linearize(llama(attn_implementation=implementation), layers=(0,), group_size=4)
+    model: Any = linearize(
+        llama(attn_implementation=implementation), layers=(0,), mechanism="augmented_paper", group_size=4
+    )
     assert not model._linearize.plan.compact_masks
     ids = tokens(2, 11)
     mask = torch.ones_like(ids)
@@ -80,8 +82,8 @@ def test_hooks_of_accelerate_attached_before_conversion_do_not_bypass_it() -> No
     hooked: Any = llama()
     for layer in hooked.model.layers:
         accelerate.hooks.add_hook_to_module(layer.self_attn, accelerate.hooks.ModelHook())
-    linearize(hooked, group_size=4)
-    reference: Any = linearize(llama(), group_size=4)
+    linearize(hooked, mechanism="augmented_paper", group_size=4)
+    reference: Any = linearize(llama(), mechanism="augmented_paper", group_size=4)
     ids = tokens(2, 9)
     assert torch.equal(hooked(ids).logits, reference(ids).logits)
     settings: dict[str, Any] = dict(
@@ -132,7 +134,7 @@ def test_an_owner_that_takes_its_eager_branch_on_an_unknown_name_is_rewritten_al
         pad_token_id=0,
     )
     original = transformers.FalconForCausalLM(config).eval()
-    model: Any = linearize(copy.deepcopy(original), group_size=4)
+    model: Any = linearize(copy.deepcopy(original), mechanism="augmented_paper", group_size=4)
     assert model._linearize.plan.sites[0].route == "graph"
     ids = tokens(2, 9)
     assert (model(ids).logits - original(ids).logits).abs().max() > 1e-3

@@ -129,9 +129,9 @@ def test_lora_from_before_the_conversion_merges_too(whole: bool, tmp_path: Path)
     base = llama()
     adapted = peft.get_peft_model(base, peft.LoraConfig(target_modules=["q_proj", "v_proj"]))
     if whole:
-        lz.linearize(adapted, {"input_ids": tokens(2, 12)}, group_size=4)
+        lz.linearize(adapted, {"input_ids": tokens(2, 12)}, mechanism="augmented_paper", group_size=4)
     else:
-        lz.linearize(base, group_size=4)
+        lz.linearize(base, mechanism="augmented_paper", group_size=4)
     trained(adapted, ("lora_", "linear_attention"))
     wanted = logits(adapted)
     merged = lz.merge(adapted)

@@ -228,7 +228,7 @@ def test_a_divergence_to_reach_takes_as_few_layers_as_do() -> None:
 
 
 def test_layers_that_the_config_leaves_are_none_of_the_budget() -> None:
-    config = LinearizeConfig(group_size=8, keep_softmax=("model.layers.2",))
+    config = LinearizeConfig(mechanism="augmented_paper", group_size=8, keep_softmax=("model.layers.2",))
     found = lz.plan(decoder(), batches(1), budget=1, config=config)
     assert [layer.keep for layer in found.layers] == [0, 1, 3]
     assert found.config.keep_softmax[0] == "model.layers.2" and len(found.config.keep_softmax) == 2

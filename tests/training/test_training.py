@@ -106,7 +106,7 @@ def test_lora_on_q_proj_added_after_conversion_changes_the_output_and_trains(nam
 def test_lora_added_before_conversion_survives_it() -> None:
     base = llama()
     adapted = peft.get_peft_model(base, peft.LoraConfig(r=4, target_modules=["q_proj"]))
-    linearize(base, group_size=4)
+    linearize(base, mechanism="augmented_paper", group_size=4)
     ids = tokens(2, 12)
     before = adapted(ids).logits.detach()
     with torch.no_grad():
@@ -119,7 +119,7 @@ def test_lora_added_before_conversion_survives_it() -> None:
 def test_a_peft_model_can_be_converted_as_a_whole() -> None:
     adapted = peft.get_peft_model(llama(), peft.LoraConfig(r=4, target_modules=["q_proj"]))
     ids = tokens(2, 12)
-    linearize(adapted, {"input_ids": ids}, group_size=4)
+    linearize(adapted, {"input_ids": ids}, mechanism="augmented_paper", group_size=4)
     assert len(new_parameters(adapted)) == 6
     out = adapted.generate(input_ids=ids, max_new_tokens=3, do_sample=False)
     assert out.shape[0] == 2 and torch.isfinite(adapted(ids).logits).all()

@@ -102,7 +102,7 @@ def test_a_checkpoint_of_another_run_is_refused_and_left_alone(tmp_path: Path) -
     run = settings(save_steps=2, max_steps=2, output_dir=tmp_path)
     lz.tune(converted(), ids(), method="full", **run)
     files = {path: path.read_bytes() for path in (tmp_path / "checkpoint-2").iterdir()}
-    other = lz.linearize(original(), group_size=8, conv_taps=8)
+    other = lz.linearize(original(), mechanism="augmented_paper", group_size=8, conv_taps=8)
     for model, call, more in (
         (converted(), lz.tune, dict(method="lora")),
         (other, lz.tune, dict(method="full")),

@@ -129,7 +129,7 @@ def test_encoders_and_pairs(name: str) -> None:
         model, data = converted("bert"), {"input_ids": IDS, "attention_mask": torch.ones_like(IDS)}
         stage = lz.tune(model, data, teacher=bert(), distill_weight=1.0, **settings)
     else:
-        model = lz.linearize(t5(), group_size=4, approximate=("bias",))
+        model = lz.linearize(t5(), mechanism="augmented_paper", group_size=4, approximate=("bias",))
         stage = lz.tune(model, {"input_ids": IDS, "labels": tokens(12, 7)}, **settings)
     assert stage.after < stage.before
 
