@@ -11,6 +11,8 @@ from .checkpoint.released_heads import load_released_heads as load_released_head
 from .checkpoint.saving import load as load
 from .checkpoint.saving import save as save
 from .common.version import __version__ as __version__
+from .convert.compare import Comparison as Comparison
+from .convert.compare import compare as compare
 from .convert.inspect import inspect as inspect
 from .convert.linearize import linearize as linearize
 from .convert.report import Report as Report

@@ -228,6 +228,7 @@ MECHANISM = Mechanism(
     supports=EVERYWHERE,
     build=_build,
     augmentation=True,
+    parts={"salient tokens": {"salient": 0}},
     options={
         "window": whole(128, "tokens before a query that it sees exactly; up to 31 more are", 0),
         "sinks": whole(4, "first tokens of the sequence that are seen exactly for ever", 0),
