@@ -20,6 +20,8 @@ from .demo.load import load_demo as load_demo
 from .errors import LinearizeError as LinearizeError
 from .evaluation import Evaluation as Evaluation
 from .evaluation import evaluate as evaluate
+from .evaluation.recall import Recall as Recall
+from .evaluation.recall import recall as recall
 from .generation.speculative import DraftModel as DraftModel
 from .generation.speculative import Medusa as Medusa
 from .generation.speculative import MedusaHeads as MedusaHeads
