@@ -11,6 +11,8 @@ from .checkpoint.released_heads import load_released_heads as load_released_head
 from .checkpoint.saving import load as load
 from .checkpoint.saving import save as save
 from .common.version import __version__ as __version__
+from .convert.compare import Comparison as Comparison
+from .convert.compare import compare as compare
 from .convert.inspect import inspect as inspect
 from .convert.linearize import linearize as linearize
 from .convert.report import Report as Report
@@ -18,6 +20,8 @@ from .demo.load import load_demo as load_demo
 from .errors import LinearizeError as LinearizeError
 from .evaluation import Evaluation as Evaluation
 from .evaluation import evaluate as evaluate
+from .evaluation.recall import Recall as Recall
+from .evaluation.recall import recall as recall
 from .generation.speculative import DraftModel as DraftModel
 from .generation.speculative import Medusa as Medusa
 from .generation.speculative import MedusaHeads as MedusaHeads

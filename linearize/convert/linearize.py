@@ -20,8 +20,10 @@ from ..passes.capture import capture
 from ..passes.site import MatchReport
 from ..planning.config import LinearizeConfig
 from ..planning.plan import Plan, plan_sites
+from ..planning.state import state_of
 from ..rewrite.apply import check_unconverted, finish
 from ..rewrite.snapshot import Snapshot
+from .change import change, converted_here
 from .inputs import example_inputs
 from .pipeline import apply_exact, apply_mechanism, prove_exact, prove_mechanism
 from .proof import record
@@ -41,6 +43,14 @@ def linearize(
     The conversion is proved on the example inputs with exact softmax before the mechanism is put in. Whatever
     is raised, the model is as it was before.
 
+    A converted model changes to other settings in place, for example `linearize(model, mechanism="hedgehog")`
+    or `linearize(model, options={"window": 256})`. Where its attention is and what it means was found and
+    proved by the conversion and is not asked again; only the attention modules are made anew. Settings that
+    are not named stay, but `options` and `augmentation` go back to their defaults with another mechanism, and
+    `options` are replaced as a whole. New parameters start from their initial values: what was calibrated or
+    trained of the old ones is gone, and so are stored evaluations. Layers can become softmax again this way;
+    those that are softmax cannot be rewritten without the original.
+
     Args:
         model: a live `nn.Module` with values, on any device and in any floating-point dtype.
         inputs: example inputs: a dict of keyword arguments, a tuple of positional ones, one tensor, or a list
@@ -55,13 +65,21 @@ def linearize(
         dtype of its owner, and the record `model._linearize`.
 
     Raises:
-        InvalidModelError: the model is no module, is converted, compiled or scripted, or holds no values.
+        InvalidModelError: the model is no module, is compiled or scripted, or holds no values; or it is
+            converted and no setting is named, the settings rewrite a layer that is softmax, or an adapter
+            trains its attention modules.
         InputError: the model does not run on the inputs, or cannot be captured.
         ConfigError: the config has an unknown field or a wrong value.
         NoAttentionError: the model holds no softmax attention.
         RefusedError: some attention cannot be rewritten and `on_refusal` is "error"; it names each and why.
         VerificationError: the rewritten model with exact softmax differs from the original.
     """
+    if converted_here(model):
+        check_live(model)
+        change(model, inputs, changed_config(model, config, overrides))
+        if calibrate is not None:
+            calibration.calibrate(model, calibrate)
+        return model
     settings = resolve_config(config, overrides)
     check_model(model)
     examples = example_inputs(model, inputs)
@@ -101,6 +119,25 @@ def planned(
         return plan_sites(model, report, settings)
 
 
+def changed_config(
+    model: nn.Module, config: LinearizeConfig | Mapping[str, Any] | None, overrides: Mapping[str, Any]
+) -> LinearizeConfig:
+    """The settings that a converted model is to change to. Raises ConfigError, or InvalidModelError when none
+    is named."""
+    if config is not None:
+        return resolve_config(config, overrides)
+    if not overrides:
+        raise InvalidModelError(
+            f"{type(model).__name__} is already linearized; name the settings to change, such as mechanism= "
+            "or options=, or load the original to convert it again"
+        )
+    base = state_of(model).config
+    mechanism = overrides.get("mechanism", base.mechanism)
+    if mechanism != base.mechanism:
+        base = dataclasses.replace(base, mechanism=mechanism, options={}, augmentation=None)
+    return resolve_config(base, overrides)
+
+
 def resolve_config(
     config: LinearizeConfig | Mapping[str, Any] | None, overrides: Mapping[str, Any]
 ) -> LinearizeConfig:
@@ -126,6 +163,12 @@ def resolve_config(
 
 def check_model(model: Any) -> None:
     """Raise InvalidModelError unless `model` is a live, unconverted `nn.Module` with values."""
+    check_live(model)
+    check_unconverted(model)
+
+
+def check_live(model: Any) -> None:
+    """Raise InvalidModelError unless `model` is a live `nn.Module` with values."""
     if not isinstance(model, nn.Module):
         raise InvalidModelError(f"linearize() works on an nn.Module, got {type(model).__name__}")
     if isinstance(model, torch.jit.ScriptModule):
@@ -134,7 +177,6 @@ def check_model(model: Any) -> None:
         )
     if isinstance(model, torch._dynamo.OptimizedModule):
         raise InvalidModelError("the model is compiled; linearize the original, then compile the result")
-    check_unconverted(model)
     _check_dense(model)
     if any(parameter.is_meta for parameter in model.parameters()):
         raise InvalidModelError("the model is on the meta device and holds no values; load its weights first")

@@ -154,7 +154,7 @@ def allow_compact_masks(model: nn.Module, plan: Plan) -> Plan:
     return plan
 
 
-def check_dropped_windows(plan: Plan, config: LinearizeConfig, report: MatchReport) -> None:
+def check_dropped_windows(plan: Plan, config: LinearizeConfig, report: MatchReport | None) -> None:
     """Raise RefusedError where a causal window would be dropped while masks still say it.
 
     During decoding such a mask hides every key before the window, padding or not, so padding cannot be told.
@@ -168,7 +168,9 @@ def check_dropped_windows(plan: Plan, config: LinearizeConfig, report: MatchRepo
         )
 
 
-def check_hidden_windows(plan: Plan, seen: Seen, config: LinearizeConfig, report: MatchReport) -> None:
+def check_hidden_windows(
+    plan: Plan, seen: Seen, config: LinearizeConfig, report: MatchReport | None
+) -> None:
     """Raise RefusedError when an owner asked for a sliding window too wide to show on the example inputs."""
     if "window" in mechanisms.get(config.mechanism).supports or "window" in config.approximate:
         return

@@ -79,7 +79,7 @@ def evaluate(
     """
     compared = Compared(model, reference)
     kind = _check_models(compared)
-    _check_settings(lengths, max_tokens, batch_tokens, decode_tokens)
+    check_settings(lengths, max_tokens, batch_tokens, decode_tokens)
     if not isinstance(data, (Tensor, Iterable)):
         raise InputError(f"data must be token ids, texts or dicts, got {type(data).__name__}")
     wanted = None if lengths is None else sorted(set(lengths))
@@ -102,7 +102,7 @@ def evaluate(
         model=describe(model),
         reference=None if reference is None else describe(reference),
         rows=tuple(rows),
-        setting=_setting(model),
+        setting=setting_of(model),
         weights=fingerprint(model),
     )
 
@@ -119,9 +119,10 @@ def _check_models(compared: Compared) -> str:
     return kind
 
 
-def _check_settings(
+def check_settings(
     lengths: Sequence[int] | None, max_tokens: int, batch_tokens: int, decode_tokens: int
 ) -> None:
+    """Raise ConfigError for settings out of range."""
     for setting, value in (("max_tokens", max_tokens), ("batch_tokens", batch_tokens)):
         if value < 1:
             raise ConfigError(f"{setting} must be at least 1, got {value}")
@@ -133,7 +134,7 @@ def _check_settings(
         raise ConfigError(f"lengths must be 2 or more tokens, got {list(lengths)}")
 
 
-def _setting(model: nn.Module) -> str:
+def setting_of(model: nn.Module) -> str:
     """The dtype, device and threads of the run."""
     dtype = next((str(p.dtype).removeprefix("torch.") for p in model.parameters()), "no weights")
     threads = f", {torch.get_num_threads()} threads" if device_of(model).type == "cpu" else ""

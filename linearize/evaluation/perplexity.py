@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..common.running import shapes
 from ..common.text import IGNORED, sequences
 from ..errors import InputError
-from .compared import Compared, check_vocabulary, dicts, positions, with_forward_rate
+from .compared import Compared, check_vocabulary, dicts, output, positions, with_forward_rate
 from .figures import Figures, Measurement
 from .quality import Tally, scored_positions
-from .speed import decode_rates, forward_rates
+from .speed import decode_rates, device_of, forward_rates, in_turn, timed
 
 LENGTHS = (128, 512, 2048)
 """The default context lengths; those are used that data and model have room for."""
+_WARM = 64
+"""Tokens of a first pass that is not timed."""
 
 
 def joined(compared: Compared, data: Any, tokenizer: Any, max_tokens: int) -> Tensor:
@@ -65,7 +68,19 @@ def decoder_measurements(
     compared: Compared, stream: Tensor, lengths: Sequence[int] | None, batch_tokens: int, decode_tokens: int
 ) -> list[Measurement]:
     """Measure at each length; lengths: None for those of `LENGTHS` that data and models have room for."""
-    limit = min(len(stream), *(positions(model) for model in compared.all))
+    stream, lengths = cut(compared.all, stream, lengths)
+    keep = scored_positions(len(stream), lengths)
+    return [_at_length(compared, stream, keep, length, batch_tokens, decode_tokens) for length in lengths]
+
+
+def cut(
+    models: Sequence[nn.Module], stream: Tensor, lengths: Sequence[int] | None
+) -> tuple[Tensor, Sequence[int]]:
+    """The tokens that are used, a multiple of the longest length, and the lengths, in ascending order.
+
+    lengths: None for those of `LENGTHS` that data and models have room for.
+    """
+    limit = min(len(stream), *(positions(model) for model in models))
     lengths = lengths or [length for length in LENGTHS if length <= limit]
     if not lengths:
         raise InputError(
@@ -77,9 +92,55 @@ def decoder_measurements(
             f"the data has {len(stream)} tokens, fewer than a window of {lengths[-1]}: give more, or shorter "
             "lengths="
         )
-    stream = stream[: len(stream) // lengths[-1] * lengths[-1]]
+    return stream[: len(stream) // lengths[-1] * lengths[-1]], lengths
+
+
+def measure_side_by_side(
+    models: Sequence[nn.Module],
+    stream: Tensor,
+    lengths: Sequence[int] | None,
+    batch_tokens: int,
+    decode_tokens: int,
+) -> tuple[list[dict[int, Figures]], int]:
+    """The figures of each model by length, and how many tokens were scored.
+
+    As `decoder_measurements`, of any number of models and cheaper: what is scored is what is timed. The
+    models take turns at every batch, every second time in reverse order, and the median counts.
+
+    Args:
+        models: Decoders.
+        stream: int64 `[N]`.
+        lengths: As in `cut`.
+        batch_tokens: How many tokens run at once.
+        decode_tokens: How many tokens to decode for the speed; 0 leaves speed out.
+    """
+    stream, lengths = cut(models, stream, lengths)
     keep = scored_positions(len(stream), lengths)
-    return [_at_length(compared, stream, keep, length, batch_tokens, decode_tokens) for length in lengths]
+    found: list[dict[int, Figures]] = [{} for _ in models]
+    for length in lengths:
+        tallies, times = [Tally() for _ in models], [list[float]() for _ in models]
+        warm = stream[:length][None, :_WARM]
+        for model in models if decode_tokens else ():
+            output(model, {"input_ids": warm}, "the first tokens")
+        batches = _windows(stream, keep, length, max(1, batch_tokens // length))
+        for turn, (ids, scored, where) in enumerate(batches):
+            for index in in_turn(len(models), turn):
+                logits, seconds = timed(
+                    lambda model=models[index], ids=ids, where=where: _logits(
+                        output(model, {"input_ids": ids}, where)
+                    ),
+                    device_of(models[index]),
+                )
+                times[index].append(seconds / ids.numel())
+                tallies[index].add(logits[:, :-1][scored], None, ids[:, 1:][scored], where)
+        rates: list[float | None] = [None] * len(models)
+        held: list[int | None] = [None] * len(models)
+        if decode_tokens:
+            rates, held = decode_rates(models, stream[:length][None], min(decode_tokens, length - 1))
+        for index, tally in enumerate(tallies):
+            prefill = 1 / statistics.median(times[index]) if decode_tokens else None
+            found[index][length] = Figures(tally.perplexity, prefill, rates[index], held[index])
+    return found, tallies[0].tokens
 
 
 def _at_length(

@@ -6,13 +6,14 @@ import inspect
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from ..common.running import without_cache
 
+Result = TypeVar("Result")
 ROUNDS = 3
 SECONDS = 0.5
 """A call is timed at least this often, and until this long was spent on it. The median counts."""
@@ -31,7 +32,7 @@ def interleaved(calls: Sequence[Callable[[], object]], device: torch.device) -> 
     for turn in range(_MOST):
         if turn >= ROUNDS and spent >= SECONDS * len(calls):
             break
-        for index in _order(len(calls), turn):
+        for index in in_turn(len(calls), turn):
             times[index].append(_seconds(calls[index], device))
             spent += times[index][-1]
     return [statistics.median(found) for found in times]
@@ -65,7 +66,7 @@ def decode_rates(
     running = [Decoding.start(model, prompt) for model in models]
     times: list[list[float]] = [[] for _ in models]
     for turn in range(steps):
-        for index in _order(len(running), turn):
+        for index in in_turn(len(running), turn):
             decoding = running[index]
             if decoding is not None:
                 times[index].append(_seconds(decoding.step, decoding.token.device))
@@ -130,16 +131,22 @@ def device_of(model: nn.Module) -> torch.device:
     return torch.device("cpu") if tensor is None else tensor.device
 
 
-def _order(count: int, turn: int) -> list[int]:
+def in_turn(count: int, turn: int) -> list[int]:
+    """The order of `count` things in a turn: every second one is in reverse."""
     return list(range(count))[:: -1 if turn % 2 else 1]
 
 
 def _seconds(call: Callable[[], object], device: torch.device) -> float:
+    return timed(call, device)[1]
+
+
+def timed(call: Callable[[], Result], device: torch.device) -> tuple[Result, float]:
+    """What a call gives, and the seconds it took on a device."""
     _wait(device)
     began = time.perf_counter()
-    call()
+    result = call()
     _wait(device)
-    return max(time.perf_counter() - began, 1e-9)
+    return result, max(time.perf_counter() - began, 1e-9)
 
 
 def _wait(device: torch.device) -> None:

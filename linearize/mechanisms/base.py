@@ -139,6 +139,8 @@ class Mechanism:
         options: What `LinearizeConfig.options` may set, by name.
         augmentation: Whether the convolution of the paper is added unless the user says otherwise; None where
             it cannot be.
+        parts: What it adds to a window and the first tokens, by name and in the order in which to add it:
+            the options that leave the part out. The convolution is known without being named.
         onnx: Its own operator in ONNX files. None where it needs none, because it is a sum of core calls, or
             where it has no ONNX form with a state.
     """
@@ -150,6 +152,7 @@ class Mechanism:
     options: Mapping[str, Option] = field(default_factory=lambda: MappingProxyType({}))
     augmentation: bool | None = False
     onnx: StateOperator | None = None
+    parts: Mapping[str, Mapping[str, Any]] = field(default_factory=lambda: MappingProxyType({}))
 
     def check_options(self, options: Mapping[str, Any]) -> None:
         """Check what a user set for this mechanism.

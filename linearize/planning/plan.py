@@ -15,7 +15,7 @@ from typing import Any
 from torch import nn
 
 from .. import mechanisms
-from ..errors import CheckpointError, ConfigError, NoAttentionError, RefusedError
+from ..errors import CheckpointError, ConfigError, InvalidModelError, NoAttentionError, RefusedError
 from ..mechanisms.spec import SiteSpec
 from ..passes.site import KVKind, MatchReport, Pattern, Reason, Refusal, Site
 from .config import LinearizeConfig
@@ -26,6 +26,9 @@ ROUTES = ("interface", "graph")
 """How an owner is rewritten: through transformers' attention interface, or on a graph of itself."""
 _ROUTE_OF_VERSION_1 = {"seam": "interface", "graft": "graph"}
 CHILD = "linear_attention"
+KEPT = "kept"
+"""The reason code of what the user asked to leave as softmax."""
+_KEPT = "left as softmax by `layers` or `keep_softmax`"
 
 # Candidates that turned out not to be attention at all (a router's softmax, a classifier head) do not stand
 # in the way of rewriting everything that is.
@@ -220,9 +223,7 @@ def plan_sites(model: nn.Module, report: MatchReport, config: LinearizeConfig) -
         slot = slots[site.path, site.call]
         slots[site.path, site.call] += 1
         if stays_softmax(config, path, index):
-            skipped.append(
-                Skipped(path, site.ordinal, "kept", "left as softmax by `layers` or `keep_softmax`")
-            )
+            skipped.append(Skipped(path, site.ordinal, KEPT, _KEPT))
             continue
         problem = problem_of(site, config)
         if problem is not None:
@@ -248,9 +249,48 @@ def plan_sites(model: nn.Module, report: MatchReport, config: LinearizeConfig) -
     return Plan(sites=sites, skipped=tuple(skipped))
 
 
-def _index(model: nn.Module, refusal: Refusal) -> int | None:
+def replan(model: nn.Module, plan: Plan, config: LinearizeConfig) -> Plan:
+    """The plan of a converted model under other settings, from what its own plan knows of the sites.
+
+    Sites leave the plan as they do in `plan_sites`; none joins it, for nothing is known of those it lacks.
+    Raises InvalidModelError where the settings rewrite a layer that is softmax in this model, otherwise as
+    `plan_sites`.
+    """
+    wanted = [
+        skip.path
+        for skip in plan.skipped
+        if skip.reason != Reason.NOT_ATTENTION.value
+        and (skip.reason == KEPT or config.on_refusal == "error")
+        and not stays_softmax(config, skip.path, _index(model, skip))
+    ]
+    if wanted:
+        raise InvalidModelError(
+            f"these settings rewrite {wanted[0]}, which is softmax in this model, as "
+            f"{len(set(wanted))} module(s) are, so that nothing is known of it; load the original to rewrite "
+            "it, or keep the settings `layers`, `keep_softmax` and `on_refusal` of the model"
+        )
+    skipped, blocked, sites = list(plan.skipped), list[Skipped](), list[SitePlan]()
+    for site in plan.sites:
+        refused = mechanisms.get(config.mechanism).refusal(site.spec, site.terms, config.approximate)
+        if stays_softmax(config, site.path, site.layer_index):
+            skipped.append(Skipped(site.path, site.slot, KEPT, _KEPT))
+        elif refused is not None:
+            blocked.append(Skipped(site.path, site.slot, refused[0].value, refused[1]))
+        else:
+            sites.append(site)
+    _raise_blocked(blocked, config, None)
+    owners_blocked = {skip.path for skip in blocked}
+    left = tuple(site for site in sites if site.path not in owners_blocked)
+    if not left and not blocked:
+        raise RefusedError("`layers` and `keep_softmax` leave no attention to rewrite")
+    if not left:
+        raise RefusedError(f"no attention site can be rewritten: {_sentences(blocked)}")
+    return dataclasses.replace(plan, sites=left, skipped=(*skipped, *blocked))
+
+
+def _index(model: nn.Module, candidate: Refusal | Skipped) -> int | None:
     try:
-        return layer_index(model, refusal.path)
+        return layer_index(model, candidate.path)
     except AttributeError:
         return None
 
@@ -277,7 +317,7 @@ def problem_of(site: Site, config: LinearizeConfig) -> tuple[str, str] | None:
     return None if refused is None else (refused[0].value, refused[1])
 
 
-def _raise_blocked(blocked: list[Skipped], config: LinearizeConfig, report: MatchReport) -> None:
+def _raise_blocked(blocked: list[Skipped], config: LinearizeConfig, report: MatchReport | None) -> None:
     if blocked and config.on_refusal == "error":
         raise RefusedError(
             f"{len(blocked)} attention site(s) cannot be rewritten, so nothing was: {_sentences(blocked)} "

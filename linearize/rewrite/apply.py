@@ -59,7 +59,10 @@ def apply_owners(model: nn.Module, plan: Plan, config: LinearizeConfig) -> None:
         attach(owner, sites, config)
         on_graph = sites[0].route == "graph"
         graphs = Graphs() if on_graph else None
-        record = OwnerRecord(path, sites, beside[path], takes_keywords(owner), graphs)
+        named = None if on_graph else getattr(owner.config, "_attn_implementation_internal", None)
+        record = OwnerRecord(
+            path, sites, beside[path], takes_keywords(owner), graphs, implementation=named
+        )
         if on_graph:
             apply_graph(owner, record)
         else:
@@ -84,6 +87,10 @@ def attach(owner: nn.Module, sites: Sequence[SitePlan], config: LinearizeConfig)
 def finish(model: nn.Module, plan: Plan, config: LinearizeConfig) -> None:
     """Record what was done: `model._linearize`, and `model.config.linearize` on transformers models."""
     live: Any = model
+    for site in plan.sites:
+        # Made while the model was in evaluation mode.
+        owner = model.get_submodule(site.path)
+        owner.get_submodule(site.child).train(owner.training)
     live._linearize = LinearizeState(plan, config)
     if hasattr(getattr(model, "config", None), "to_dict"):
         from .model import save_with_plan

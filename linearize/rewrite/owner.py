@@ -32,6 +32,7 @@ class OwnerRecord:
         takes_keywords: its forward takes any keyword argument, so that a call can travel as one.
         graphs: the graph route's memo of traced graphs; None on the interface route.
         witness: is told of every site that runs, while a conversion is being proved.
+        implementation: on the interface route, the attention that its config named before.
     """
 
     path: str
@@ -40,6 +41,7 @@ class OwnerRecord:
     takes_keywords: bool = False
     graphs: Any = None
     witness: Witness | None = None
+    implementation: str | None = None
 
     @property
     def name(self) -> str:
