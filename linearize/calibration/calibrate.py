@@ -30,6 +30,7 @@ TOKENS = 50_000
 """The default number of tokens that are read; far fewer give much the same fit."""
 _HELD_OUT = 5
 """Every so many batches one is held out."""
+_UNUSED = "what is fitted took no part on these batches: give longer ones"
 
 
 @dataclass(frozen=True)
@@ -124,13 +125,14 @@ def calibrate(
                     if tokens >= max_tokens:
                         break
             errors = {name: fit.finish() for name, fit in able.items()}
+            unused = {name: _UNUSED for name, fit in able.items() if not fit.evidence}
             worse, by_length = held_out.settle(model, kept, able, forward)
     except BaseException:
         for fit in able.values():
             fit.restore()
         raise
     reports = {name: SiteFit(name, left_out=fit.left_out) for name, fit in fits.items()}
-    reports |= {name: SiteFit(name, *errors[name], left_out=worse.get(name, "")) for name in able}
+    reports |= {name: SiteFit(name, *errors[name], left_out=(worse | unused).get(name, "")) for name in able}
     return Calibration(tokens, tuple(reports.values()), by_length)
 
 

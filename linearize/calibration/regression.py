@@ -66,6 +66,11 @@ class Regression:
         return torch.linalg.solve(self._products + torch.diag_embed(ridge), self._right)
 
     @property
+    def evidence(self) -> bool:
+        """Whether any column was ever other than zero."""
+        return self._products is not None and bool(self._products.diagonal(dim1=1, dim2=2).any())
+
+    @property
     def finite(self) -> bool:
         """Whether everything that came was finite."""
         sums = () if self._products is None else (self._products, self._right)

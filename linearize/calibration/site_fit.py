@@ -72,6 +72,11 @@ class Fit:
         return math.sqrt(before / size), math.sqrt(after / size)
 
     @property
+    def evidence(self) -> bool:
+        """Whether what is fitted took part in any output."""
+        return self._regression.evidence
+
+    @property
     def gain(self) -> float:
         """What the fit took off the squared error, relative to the output of softmax."""
         before, after = self._regression.errors()

@@ -80,7 +80,8 @@ class AugmentedAttention(ComposedAttention):
             message = (
                 f"got {query.shape[2]} queries and {key.shape[2]} keys: mechanism 'augmented' chooses tokens "
                 f"by the queries of all of them; after cached tokens it needs its state, which a converted "
-                f"model keeps in an empty cache that it is given"
+                f"model keeps in an empty cache that it is given; under the compile backend, where the model "
+                f"keeps its own cache, choose a mechanism such as 'softmax_window' or 'augmented_paper'"
             )
             if isinstance(query.shape[2], int) and isinstance(key.shape[2], int):
                 raise InputError(message)

@@ -17,7 +17,7 @@ from linearize.backend.backend import Backend, linearize_backend
 from linearize.errors import ConfigError, RefusedError
 from linearize.planning.config import LinearizeConfig
 
-SMALL = {"group_size": 4, "conv_taps": 3, "inner": "eager"}
+SMALL = {"mechanism": "augmented_paper", "group_size": 4, "conv_taps": 3, "inner": "eager"}
 
 
 class Attention(nn.Module):

@@ -78,7 +78,9 @@ def test_convert_writes_a_folder_that_works_by_itself(run, folder: Path, tmp_pat
 def test_convert_can_fit_the_new_parameters_to_text(run, folder: Path, tmp_path: Path) -> None:
     (tmp_path / "texts").mkdir()
     (tmp_path / "texts" / "a.py").write_text("def f(x):\n    return x + 1\n" * 20)
-    result = run("convert", folder, tmp_path / "out", "--calibrate", tmp_path / "texts")
+    result = run(
+        "convert", folder, tmp_path / "out", "--mechanism=augmented_paper", "--calibrate", tmp_path / "texts"
+    )
     assert result.code == 0 and "error before" in result.out, result.err
     module = lz.load(tmp_path / "out").model.layers[0].self_attn.linear_attention
     assert module.local_scale.unique().numel() == 4 and module.conv_weight.abs().min() > 0
@@ -142,8 +144,8 @@ def test_mechanisms_lists_every_one_with_its_options_and_where_it_fits(run) -> N
         (["inspect", "/nowhere"], "no such folder"),
         (["inspect", "{empty}"], "config.json is missing"),
         (["inspect", "{folder}", "--mechanism", "nonsense"], "unknown mechanism"),
-        (["inspect", "{folder}", "--option", "window=3"], "'augmented_paper' has no option 'window'"),
-        (["inspect", "{folder}", "--option", "window=3"], "(known: position_bias)"),
+        (["inspect", "{folder}", "--option", "widow=3"], "has no option 'widow'; did you mean 'window'"),
+        (["inspect", "{folder}", "--option", "far=3"], "(known: window, sinks, salient, tail)"),
         (["inspect", "{folder}", "--mechanism", "softmax", "--augmentation"], "takes no convolution"),
         (["convert", "{folder}", "{out}", "--option", "window"], "'window' is not NAME=VALUE"),
         (["convert", "{folder}", "{out}", "--option", "a=1", "--option", "a=2"], "'a=2' is there twice"),

@@ -173,7 +173,7 @@ def test_inspect_shows_what_linearize_would_do_and_changes_nothing() -> None:
         ("inner", 0, REWRITE),
         ("inner", 1, REWRITE),
     ]
-    assert [row.becomes for row in report.rows] == ["augmented_paper"] * 2
+    assert [row.becomes for row in report.rows] == ["augmented"] * 2
     assert report.rows[1].scale == 0.5 and report.rows[1].source.startswith("test_report.py:")
     kept = inspect(model, torch.randn(2, 9, 16), {"keep_softmax": ["inner"]})
     assert {row.verdict for row in kept.rows} == {KEEP}

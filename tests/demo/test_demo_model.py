@@ -74,7 +74,7 @@ def test_the_linear_decoder_is_the_distilled_one(loaded: Loaded, record: dict[st
     ids = tokenizer(tokenizer.bos_token + record["snippet"]["text"], return_tensors="pt").input_ids
     losses = [
         float(F.cross_entropy(which(input_ids=ids).logits[0, :-1], ids[0, 1:]))
-        for which in (loaded[0], model, linearize(demo.load_demo()[0]))
+        for which in (loaded[0], model, linearize(demo.load_demo()[0], mechanism="augmented_paper"))
     ]
     assert losses[0] < losses[1] < losses[0] + 0.5 < losses[2]
     how = demo.linear_record()

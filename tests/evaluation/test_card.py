@@ -134,7 +134,7 @@ def test_a_text_by_hand_is_kept_and_ours_is_replaced(save: Any, model: Any, tmp_
 def test_a_plain_module_has_a_card_too(tmp_path: Path) -> None:
     folder = lz.save(lz.linearize(plain(), activations()), tmp_path / "model")
     text = (folder / "README.md").read_text()
-    assert "# PlainNet with augmented_paper attention" in text and "model=fresh" in text
+    assert "# PlainNet with augmented attention" in text and "model=fresh" in text
     assert "transformers" not in text
 
 

@@ -140,7 +140,7 @@ def test_a_torch_transformer_encoder_is_rewritten_and_not_bypassed(batch_first: 
     x = activations(3, 9)
     with torch.no_grad():  # where PyTorch would take its fused path
         torch.testing.assert_close(exact(x), original(x), atol=1e-5, rtol=1e-4)
-        model = linearize(copy.deepcopy(original), activations())
+        model = linearize(copy.deepcopy(original), activations(), mechanism="augmented_paper")
         assert (model(x) - original(x)).abs().max() > 1e-3
 
 

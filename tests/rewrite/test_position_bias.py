@@ -33,7 +33,13 @@ def inputs(length: int = 21) -> dict[str, torch.Tensor]:
 
 def convert(model: T5ForConditionalGeneration, where: str = "local") -> T5ForConditionalGeneration:
     return lz.linearize(
-        model, inputs(), group_size=8, conv_taps=3, approximate=("bias",), options={"position_bias": where}
+        model,
+        inputs(),
+        mechanism="augmented_paper",
+        group_size=8,
+        conv_taps=3,
+        approximate=("bias",),
+        options={"position_bias": where},
     )
 
 

@@ -22,7 +22,7 @@ from linearize.training.recipes import recipe_of
 
 IDS = tokens(16, 16)
 SMALL: dict[str, Any] = dict(context=16, batch_size=4)
-CONFIG: dict[str, Any] = dict(group_size=4)
+CONFIG: dict[str, Any] = dict(mechanism="augmented_paper", group_size=4)
 FOLLOW: dict[str, Any] = dict(lm_weight=0.0, distill_weight=1.0, learning_rate=3e-3, new_learning_rate=3e-3)
 SLOW: dict[str, Any] = dict(learning_rate=3e-4, new_learning_rate=3e-4)
 

@@ -26,6 +26,8 @@ from linearize.training.hybrid import Sensitivity
 
 PATHS = [f"model.layers.{i}.self_attn" for i in range(4)]
 
+PAPER: dict[str, Any] = {"mechanism": "augmented_paper"}
+
 
 def decoder() -> nn.Module:
     """Four layers, of which the second matters little and the third much."""
@@ -64,14 +66,14 @@ class Asked:
 
     def __init__(self) -> None:
         self.model, self.ids = decoder(), batches()
-        self.found = lz.plan(self.model, self.ids, budget=2, group_size=8)
+        self.found = lz.plan(self.model, self.ids, budget=2, **PAPER, group_size=8)
         self.known: dict[frozenset[int], float] = {}
 
     def keeping(self, *layers: int) -> float:
         """Of a model that was converted so; each is converted once."""
         kept = frozenset(layers)
         if kept not in self.known:
-            linear = converted_with(self.model, sorted(kept), self.ids, group_size=8)
+            linear = converted_with(self.model, sorted(kept), self.ids, **PAPER, group_size=8)
             self.known[kept] = kl(self.model, linear, self.ids)
         return self.known[kept]
 
@@ -124,7 +126,7 @@ def test_the_model_and_the_random_state_are_left_as_they_were() -> None:
     torch.manual_seed(3)
     expected = torch.rand(3)
     torch.manual_seed(3)
-    lz.plan(model, batches(1), budget=1, group_size=8)
+    lz.plan(model, batches(1), budget=1, **PAPER, group_size=8)
     assert torch.equal(torch.rand(3), expected)
     assert unchanged(model, before, bits)
     assert not any(p.grad is not None for p in model.parameters())
@@ -145,7 +147,7 @@ def test_whatever_stops_it_leaves_the_model_as_it_was(at: int, monkeypatch: pyte
 
     monkeypatch.setattr(sensitivity._Meter, "_output", stop)
     with pytest.raises(KeyboardInterrupt):
-        lz.plan(model, batches(1), budget=2, group_size=8)
+        lz.plan(model, batches(1), budget=2, **PAPER, group_size=8)
     assert unchanged(model, before, bits)
 
 
@@ -161,18 +163,18 @@ def test_batches_that_do_not_run_are_refused_and_change_nothing() -> None:
         ([padding], "nothing but padding"),
     ):
         with pytest.raises(InputError, match=words):
-            lz.plan(model, given, budget=1, group_size=8)
+            lz.plan(model, given, budget=1, **PAPER, group_size=8)
         assert unchanged(model, before, bits)
     with torch.no_grad():
         model.get_submodule("lm_head").weight[0, 0] = math.nan
     with pytest.raises(InputError, match="gives NaN"):
-        lz.plan(model, batches(1), budget=1, group_size=8)
+        lz.plan(model, batches(1), budget=1, **PAPER, group_size=8)
 
 
 def test_a_budget_is_a_number_of_layers_or_a_share_rounded_down() -> None:
     for budget, kept in ((0, 0), (1, 1), (0.0, 0), (0.49, 1), (0.5, 2), (0.99, 3), (3, 3)):
         assert sensitivity._most(budget, 4) == kept
-    found = lz.plan(decoder(), batches(1), budget=0.74, group_size=8)
+    found = lz.plan(decoder(), batches(1), budget=0.74, **PAPER, group_size=8)
     assert len(found.kept) == 2 == len(found.config.keep_softmax) == len(found.choices) - 1
 
 
@@ -182,7 +184,7 @@ def test_a_search_by_ranking_gives_back_in_the_order_of_what_layers_cost_alone()
     handle = model.get_submodule("lm_head").register_forward_hook(lambda *_: passes.append(1))
     calls = []
     for search in ("greedy", "ranking"):
-        found = lz.plan(model, ids, budget=2, group_size=8, search=search)
+        found = lz.plan(model, ids, budget=2, **PAPER, group_size=8, search=search)
         calls.append(len(passes))
         passes.clear()
     handle.remove()
@@ -212,7 +214,7 @@ def test_limits_that_make_no_sense_are_refused() -> None:
         (dict(budget=1, search="all"), "search must be"),
     ):
         with pytest.raises(ConfigError, match=words):
-            lz.plan(model, batches(1), **limits)
+            lz.plan(model, batches(1), **PAPER, **limits)
     with pytest.raises(InvalidModelError, match="already linearized"):
         lz.plan(lz.linearize(llama()), batches(1), budget=1)
     with pytest.raises(NoAttentionError):
@@ -221,9 +223,9 @@ def test_limits_that_make_no_sense_are_refused() -> None:
 
 def test_a_divergence_to_reach_takes_as_few_layers_as_do() -> None:
     model, ids = decoder(), batches(1)
-    steps = [choice.divergence for choice in lz.plan(model, ids, budget=3, group_size=8).choices]
+    steps = [choice.divergence for choice in lz.plan(model, ids, budget=3, **PAPER, group_size=8).choices]
     for count in (0, 2):
-        found = lz.plan(model, ids, max_divergence=steps[count] * 1.001, group_size=8)
+        found = lz.plan(model, ids, max_divergence=steps[count] * 1.001, **PAPER, group_size=8)
         assert len(found.kept) == count and found.divergence == pytest.approx(steps[count])
 
 
@@ -240,7 +242,7 @@ def test_padding_counts_for_nothing() -> None:
     mask = torch.ones_like(padded)
     mask[:, 12:] = 0
     plain_, with_padding = (
-        lz.plan(model, [batch], budget=1, group_size=8)
+        lz.plan(model, [batch], budget=1, **PAPER, group_size=8)
         for batch in (ids, {"input_ids": padded, "attention_mask": mask})
     )
     assert with_padding.tokens == plain_.tokens == 12 and with_padding.kept == plain_.kept
@@ -249,7 +251,7 @@ def test_padding_counts_for_nothing() -> None:
 
 
 def test_divergence_is_measured_on_no_more_than_asked_for_and_batches_may_come_from_a_generator() -> None:
-    found = lz.plan(llama(), (x for x in batches(3)), budget=1, group_size=8, max_tokens=41)
+    found = lz.plan(llama(), (x for x in batches(3)), budget=1, **PAPER, group_size=8, max_tokens=41)
     assert found.tokens == 40 + 42
 
 
@@ -259,7 +261,7 @@ def test_an_encoder_is_measured_by_its_hidden_states() -> None:
     mask[0, 11:] = 0
     batch = {"input_ids": ids, "attention_mask": mask}
     before, bits = snapshot(model), state_bits(model)
-    found = lz.plan(model, [batch], budget=1, group_size=8)
+    found = lz.plan(model, [batch], budget=1, **PAPER, group_size=8)
     assert unchanged(model, before, bits)
     assert found.measure == "distance" and found.tokens == 31
     linear = lz.linearize(copy.deepcopy(model), config=found.config, calibrate=[batch])
@@ -272,7 +274,7 @@ def test_an_encoder_decoder_names_its_layers_by_path() -> None:
     model = bart()
     batch = {"input_ids": tokens(2, 15), "decoder_input_ids": tokens(2, 9)}
     before, bits = snapshot(model), state_bits(model)
-    found = lz.plan(model, [batch], budget=2, group_size=4)
+    found = lz.plan(model, [batch], budget=2, **PAPER, group_size=4)
     assert unchanged(model, before, bits)
     assert len(found.layers) == 5 and found.measure == "kl" and found.tokens == 18
     assert {layer.keep for layer in found.layers} == {layer.path for layer in found.layers}
@@ -284,7 +286,7 @@ def test_an_encoder_decoder_names_its_layers_by_path() -> None:
 def test_modules_that_are_rewritten_as_graphs_are_switched_too() -> None:
     model, batch = plain(), {"x": activations()}
     before, bits = snapshot(model), state_bits(model)
-    found = lz.plan(model, [batch], budget=1, inputs=activations(), group_size=4)
+    found = lz.plan(model, [batch], budget=1, inputs=activations(), **PAPER, group_size=4)
     assert unchanged(model, before, bits)
     linear = lz.linearize(copy.deepcopy(model), activations(), config=found.config, calibrate=[batch])
     with torch.no_grad():
@@ -302,7 +304,7 @@ def test_a_mechanism_without_anything_to_fit_is_measured_as_it_is() -> None:
 
 
 def test_the_result_can_be_printed_and_stored() -> None:
-    found = lz.plan(decoder(), batches(1), budget=1, group_size=8)
+    found = lz.plan(decoder(), batches(1), budget=1, **PAPER, group_size=8)
     console = Console(width=120, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
     console.print(found)
     text = console.export_text()
