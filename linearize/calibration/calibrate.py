@@ -80,7 +80,12 @@ class Calibration:
 
 
 def calibrate(
-    model: nn.Module, batches: Iterable[Any], *, max_tokens: int = TOKENS, ridge: float | None = None
+    model: nn.Module,
+    batches: Iterable[Any],
+    *,
+    max_tokens: int = TOKENS,
+    ridge: float | None = None,
+    sequential: bool = True,
 ) -> Calibration:
     """Fit the new parameters of a freshly converted model to its original attention, in place.
 
@@ -95,6 +100,9 @@ def calibrate(
         max_tokens: Batches are read until this number of tokens is reached.
         ridge: How strongly parameters are pulled towards their present values, relative to the evidence for
             each. Chosen for each head when omitted.
+        sequential: Fit each layer on what it gets behind the layers that are fitted already. False: on what
+            it gets in the original, so that its fit does not depend on which other layers are converted;
+            nothing is held out then.
 
     Returns:
         The error of every attention site before and after the fit, and held-out perplexity.
@@ -105,7 +113,7 @@ def calibrate(
             not finite.
     """
     sites = state_of(model).plan.sites
-    fits = {site.name: Fit(model.get_submodule(site.name), site, ridge) for site in sites}
+    fits = {site.name: Fit(model.get_submodule(site.name), site, ridge, sequential) for site in sites}
     able = {name: fit for name, fit in fits.items() if not fit.left_out}
     if not able:
         reasons = {fit.left_out for fit in fits.values()}
@@ -117,7 +125,7 @@ def calibrate(
             with watching(model, watchers):
                 for number, batch in enumerate(batches, 1):
                     given = model_inputs(batch)
-                    if number % _HELD_OUT == 0 and held_out.predicts(model, given):
+                    if sequential and number % _HELD_OUT == 0 and held_out.predicts(model, given):
                         kept.append(given)
                     else:
                         forward(model, given)

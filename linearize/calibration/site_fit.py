@@ -22,8 +22,10 @@ _ROWS = 512
 class Fit:
     """Watches one site: compares its module with softmax, fits it, and passes on what the fit gives."""
 
-    def __init__(self, module: Any, site: SitePlan, ridge: float | None) -> None:
-        self.module, self.name = module, site.name
+    def __init__(
+        self, module: Any, site: SitePlan, ridge: float | None, sequential: bool = True
+    ) -> None:
+        self.module, self.name, self.sequential = module, site.name, sequential
         self.left_out = _why_not(module, site)
         self._names = fitted_parameters(module)
         self._start = {name: getattr(module, name).detach().clone() for name in self._names}
@@ -31,14 +33,16 @@ class Fit:
         self._regression = Regression(strengths)
         self._size = 0.0
 
-    def see(self, call: Observation) -> Tensor:
-        """Add one call; the output of the site with what has been fitted so far."""
+    def see(self, call: Observation) -> Tensor | None:
+        """Add one call; if sequential, the output of the site with what has been fitted so far."""
         given = call.query, call.key, call.value, call.key_mask, call.query_start
         with full_precision(call.value.device):
             base = self.module.base(*given)
             rows = _spread(call.real_queries())
             if len(rows):
                 self._add(base, given, call.target, rows)
+            if not self.sequential:
+                return None
             self._assign(self._regression.weights())
             return self.module.complete(base, *given).to(call.value.dtype)
 

@@ -300,7 +300,7 @@ def _switchable(
         linearize(model, inputs, config)
         plan = state_of(model).plan
         try:
-            calibrate(model, batches)
+            calibrate(model, batches, sequential=False)
             calibrated = True
         except InvalidModelError:  # the mechanism has nothing to fit
             calibrated = False

@@ -48,7 +48,7 @@ def test_quick_converts_calibrates_and_tunes_in_place() -> None:
     assert all(dict(model.named_modules())[name] is module for name, module in children.items())
     fitted = lz.linearize(llama(), **CONFIG)
     lz.calibrate(fitted, [IDS])
-    assert divergence(model, original) < 0.6 * divergence(fitted, original)
+    assert divergence(model, original) < 0.8 * divergence(fitted, original)
     console = Console(record=True, width=100)
     console.print(report)
     shown = console.export_text()
@@ -157,7 +157,7 @@ def test_an_error_names_its_stage_and_leaves_the_model_as_that_found_it() -> Non
 
 def test_a_cut_off_recipe_goes_on(tmp_path: Path) -> None:
     settings: dict[str, Any] = dict(
-        **SMALL, recipe="lolcats-like", max_steps=4, save_steps=2, config=dict(mechanism="hedgehog", **CONFIG)
+        **SMALL, recipe="lolcats-like", max_steps=4, save_steps=2, config=CONFIG | dict(mechanism="hedgehog")
     )
     whole, resumed, again = llama(), llama(), llama()
     lz.distill(whole, IDS, **settings, output_dir=tmp_path)

@@ -92,7 +92,8 @@ def test_every_figure_is_that_of_a_model_converted_so(asked: Asked) -> None:
         assert layer.alone == pytest.approx(alone, rel=1e-3)
     assert [len(choice.kept) for choice in found.choices] == [0, 1, 2]
     assert found.choices[0].divergence == pytest.approx(asked.keeping(), rel=1e-3)
-    linear = lz.linearize(copy.deepcopy(model), config=found.config, calibrate=ids)
+    linear = lz.linearize(copy.deepcopy(model), config=found.config)
+    lz.calibrate(linear, ids, sequential=False)
     assert found.divergence == pytest.approx(kl(model, linear, ids), rel=1e-3)
     assert found.config.group_size == 8
     left = {skip.path for skip in state_of(linear).plan.skipped}
@@ -192,7 +193,8 @@ def test_a_search_by_ranking_gives_back_in_the_order_of_what_layers_cost_alone()
     assert calls[0] - calls[1] == 5
     costs = sorted(found.layers, key=lambda layer: -layer.alone)
     assert [set(choice.kept) for choice in found.choices] == [{x.path for x in costs[:n]} for n in range(3)]
-    linear = lz.linearize(copy.deepcopy(model), config=found.config, calibrate=ids)
+    linear = lz.linearize(copy.deepcopy(model), config=found.config)
+    lz.calibrate(linear, ids, sequential=False)
     assert found.divergence == pytest.approx(kl(model, linear, ids), rel=1e-3)
 
 
@@ -214,7 +216,7 @@ def test_limits_that_make_no_sense_are_refused() -> None:
         (dict(budget=1, search="all"), "search must be"),
     ):
         with pytest.raises(ConfigError, match=words):
-            lz.plan(model, batches(1), **PAPER, **limits)
+            lz.plan(model, batches(1), **PAPER | limits)
     with pytest.raises(InvalidModelError, match="already linearized"):
         lz.plan(lz.linearize(llama()), batches(1), budget=1)
     with pytest.raises(NoAttentionError):
@@ -264,7 +266,8 @@ def test_an_encoder_is_measured_by_its_hidden_states() -> None:
     found = lz.plan(model, [batch], budget=1, **PAPER, group_size=8)
     assert unchanged(model, before, bits)
     assert found.measure == "distance" and found.tokens == 31
-    linear = lz.linearize(copy.deepcopy(model), config=found.config, calibrate=[batch])
+    linear = lz.linearize(copy.deepcopy(model), config=found.config)
+    lz.calibrate(linear, [batch], sequential=False)
     with torch.no_grad():
         was, now = (m(**batch).last_hidden_state[mask.bool()] for m in (model, linear))
     assert found.divergence == pytest.approx(float((now - was).norm() / was.norm()), rel=1e-3)
@@ -278,7 +281,8 @@ def test_an_encoder_decoder_names_its_layers_by_path() -> None:
     assert unchanged(model, before, bits)
     assert len(found.layers) == 5 and found.measure == "kl" and found.tokens == 18
     assert {layer.keep for layer in found.layers} == {layer.path for layer in found.layers}
-    linear = lz.linearize(copy.deepcopy(model), config=found.config, calibrate=[batch])
+    linear = lz.linearize(copy.deepcopy(model), config=found.config)
+    lz.calibrate(linear, [batch], sequential=False)
     assert len(state_of(linear).plan.sites) == 3
     assert found.divergence == pytest.approx(kl(model, linear, [batch]), rel=1e-3)
 
@@ -288,7 +292,8 @@ def test_modules_that_are_rewritten_as_graphs_are_switched_too() -> None:
     before, bits = snapshot(model), state_bits(model)
     found = lz.plan(model, [batch], budget=1, inputs=activations(), **PAPER, group_size=4)
     assert unchanged(model, before, bits)
-    linear = lz.linearize(copy.deepcopy(model), activations(), config=found.config, calibrate=[batch])
+    linear = lz.linearize(copy.deepcopy(model), activations(), config=found.config)
+    lz.calibrate(linear, [batch], sequential=False)
     with torch.no_grad():
         was, now = (m(**batch) for m in (model, linear))
     assert found.divergence == pytest.approx(float((now - was).norm() / was.norm()), rel=1e-3)
