@@ -15,11 +15,13 @@ from .convert.compare import Comparison as Comparison
 from .convert.compare import compare as compare
 from .convert.inspect import inspect as inspect
 from .convert.linearize import linearize as linearize
+from .convert.parts import measure_parts as measure_parts
 from .convert.report import Report as Report
 from .demo.load import load_demo as load_demo
 from .errors import LinearizeError as LinearizeError
 from .evaluation import Evaluation as Evaluation
 from .evaluation import evaluate as evaluate
+from .evaluation.parts import Parts as Parts
 from .evaluation.recall import Recall as Recall
 from .evaluation.recall import recall as recall
 from .generation.speculative import DraftModel as DraftModel

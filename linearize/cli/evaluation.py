@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json as codec
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -18,10 +19,41 @@ from .terminal import console
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from ..evaluation import Evaluation
+    from ..evaluation.recall import Recall
 
 TEXTS = 1000
 """Lines of the data that an encoder compares: pairs grow with the square."""
+
+
+@dataclass(frozen=True)
+class More:
+    """What else is measured of a decoder."""
+
+    parts: Annotated[
+        bool,
+        typer.Option("--parts", help="also what each part of a converted decoder gives, added one by one"),
+    ] = False
+    recall: Annotated[
+        bool,
+        typer.Option(
+            "--recall",
+            help="whether it finds again what stood far back, in 4096 tokens or the longest of --lengths",
+        ),
+    ] = False
+
+    def check(self, data: list[Path] | None, model: PreTrainedModel) -> None:
+        """Raises ConfigError or InvalidModelError for what cannot be measured: before all measuring."""
+        from ..evaluation.compared import kind_of
+        from ..planning.state import state_of
+
+        if not data and not self.recall:
+            raise ConfigError("there is nothing to measure on: give --data; only --recall needs none")
+        if not data and self.parts:
+            raise ConfigError("--parts needs --data")
+        if self.parts:
+            state_of(model)  # raises for a model that is not converted
+        if (self.parts or self.recall) and kind_of(model) != "decoder":
+            raise InvalidModelError(f"--parts and --recall are for decoders; this is an {kind_of(model)}")
 
 
 @dataclass(frozen=True)
@@ -37,27 +69,36 @@ class Outputs:
         bool, typer.Option("--card", help="put the figures into the model's folder and its README.md")
     ] = False
 
-    def check(self, source: str, model: PreTrainedModel) -> None:
+    def check(self, source: str, data: list[Path] | None, model: PreTrainedModel) -> None:
         """Raises ConfigError or InvalidModelError where a card cannot be written: before all measuring."""
         from ..planning.state import state_of
 
+        if self.plot is not None and not data:
+            raise ConfigError("--plot needs --data")
         if self.card:
             if not Path(source).is_dir():
                 raise ConfigError(f"--card writes into the model's folder, and {source} is none")
             state_of(model)
 
-    def write(self, evaluation: Evaluation, source: str, model: PreTrainedModel) -> None:
-        """Write what was asked for; the terminal has the table already."""
+    def write(self, found: Mapping[str, Any], source: str, model: PreTrainedModel) -> None:
+        """Write what was asked for; the terminal has the tables already.
+
+        found: "evaluation", "parts" and "recall", those that there are. The file has the first as it is, and
+        the others under their names beside it.
+        """
         from ..common.files import write_whole
 
         if self.json is not None:
-            write_whole(self.json, codec.dumps(evaluation.to_dict(), indent=2) + "\n")
-        if self.plot is not None:
-            evaluation.plot(self.plot)
+            parts = {name: result.to_dict() for name, result in found.items()}
+            data = {**parts.pop("evaluation", {}), **parts}
+            write_whole(self.json, codec.dumps(data, indent=2) + "\n")
+        if self.plot is not None and "evaluation" in found:
+            found["evaluation"].plot(self.plot)
         if self.card:
             from ..evaluation.card import update_folder
 
-            evaluation.attach(model)
+            for result in found.values():
+                result.attach(model)
             if not update_folder(model, Path(source)):
                 typer.echo(
                     f"{source}/README.md is not ours and stays; the figures are in config.json", err=True
@@ -67,11 +108,11 @@ class Outputs:
 def evaluate(
     source: Source,
     data: Annotated[
-        list[Path],
+        list[Path] | None,
         typer.Option(
             help="a text file, or a folder of them; repeat for several. An encoder takes each line as a text"
         ),
-    ],
+    ] = None,
     *,
     reference: Annotated[
         str | None, typer.Option(help="the original, to compare with: a folder, a Hub name, or `demo`")
@@ -82,6 +123,7 @@ def evaluate(
     ] = "",
     tokens: Annotated[int, typer.Option(help="tokens of the data to use")] = 32_768,
     speed: Annotated[bool, typer.Option(help="also take times and memory")] = True,
+    more: More,
     outputs: Outputs,
     dtype: Dtype = "auto",
     device: Device = "cpu",
@@ -93,22 +135,45 @@ def evaluate(
     if outputs.card and dtype != "auto":
         raise ConfigError("--card is about the weights as they are stored: leave out --dtype")
     model = load_model(source, dtype, device)
-    outputs.check(source, model)
+    outputs.check(source, data, model)
+    more.check(data, model)
     other = None if reference is None else load_model(reference, dtype, device)
     tokenizer = load_tokenizer(find_source(source))
     wanted = numbers(lengths, "lengths")
-    evaluation = measure(
-        model,
-        _texts(model, source, tokenizer, data, tokens, wanted, seed),
-        reference=other,
-        tokenizer=tokenizer,
-        lengths=wanted,
-        max_tokens=tokens,
-        speed=speed,
-        name=", ".join(path.name for path in data) if outputs.name is None else outputs.name,
-    )
-    console(160).print(evaluation)
-    outputs.write(evaluation, source, model)
+    shared: dict[str, Any] = dict(reference=other, tokenizer=tokenizer, lengths=wanted, max_tokens=tokens)
+    found: dict[str, Any] = {}
+
+    def tell(name: str, result: Any) -> None:
+        found[name] = result
+        console(160).print(result)
+
+    if data:
+        shared["name"] = ", ".join(path.name for path in data) if outputs.name is None else outputs.name
+        texts = _texts(model, source, tokenizer, data, tokens, wanted, seed)
+        tell("evaluation", measure(model, texts, **shared, speed=speed))
+        if more.parts:
+            from ..convert.parts import measure_parts
+
+            tell("parts", measure_parts(model, texts, **shared))
+    if more.recall:
+        tell("recall", _recalled(model, tokenizer, other, wanted, seed))
+    outputs.write(found, source, model)
+
+
+def _recalled(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    reference: PreTrainedModel | None,
+    lengths: tuple[int, ...] | None,
+    seed: int,
+) -> Recall:
+    """At the longest of the lengths, or at 4096 tokens where the models have room for as many."""
+    from ..evaluation.compared import positions
+    from ..evaluation.recall import recall
+
+    room = min(positions(live) for live in (model, reference) if live is not None)
+    length = max(lengths) if lengths else min(4096, room)
+    return recall(model, tokenizer, reference, length=length, seed=seed)
 
 
 def _texts(

@@ -13,7 +13,9 @@ from .. import mechanisms
 from ..common.files import read_json, write_whole
 from ..passes.site import Reason
 from ..planning.state import state_of
-from .result import measured
+from .parts import Parts
+from .recall import Recall
+from .result import fingerprint, measured
 
 if TYPE_CHECKING:
     from ..planning.state import LinearizeState
@@ -109,10 +111,12 @@ def card(model: nn.Module) -> str:
         "",
     ]
     found = measured(model)
-    if not found:
+    more = list(_more(model, state))
+    if not found and not more:
         lines += ["Not measured. `linearize eval FOLDER --reference ORIGINAL --data FILES --card` does it."]
     for evaluation in found:
         lines += [*_evaluation(evaluation), ""]
+    lines += more
     return "\n".join(lines).rstrip() + "\n"
 
 
@@ -148,6 +152,26 @@ def _evaluation(evaluation: Evaluation) -> Iterator[str]:
     yield from map(_line, rows)
     yield ""
     yield f"{evaluation.scored} Measured in {evaluation.setting}."
+
+
+def _more(model: nn.Module, state: LinearizeState) -> Iterator[str]:
+    """What else was measured of these weights: their parts, and what they recall."""
+    weights = fingerprint(model) if state.measured else ""
+    for record in state.measured:
+        parts, recalled = Parts.from_dict(record), Recall.from_dict(record)
+        found = parts or recalled
+        if found is None or found.weights != weights:
+            continue
+        where = f", on {parts.name}" if parts is not None and parts.name else ""
+        yield f"### {'What each part gives' if parts is not None else 'What it recalls'}{where}"
+        yield ""
+        headings, *rows = found.table()
+        yield _line(headings)
+        yield _line(["---"] + ["---:"] * (len(headings) - 1))
+        yield from map(_line, rows)
+        yield ""
+        yield found.note
+        yield ""
 
 
 def _line(cells: list[str]) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -125,14 +126,10 @@ def measure_side_by_side(
         batches = _windows(stream, keep, length, max(1, batch_tokens // length))
         for turn, (ids, scored, where) in enumerate(batches):
             for index in in_turn(len(models), turn):
-                logits, seconds = timed(
-                    lambda model=models[index], ids=ids, where=where: _logits(
-                        output(model, {"input_ids": ids}, where)
-                    ),
-                    device_of(models[index]),
-                )
+                model = models[index]
+                out, seconds = timed(partial(output, model, {"input_ids": ids}, where), device_of(model))
                 times[index].append(seconds / ids.numel())
-                tallies[index].add(logits[:, :-1][scored], None, ids[:, 1:][scored], where)
+                tallies[index].add(_logits(out)[:, :-1][scored], None, ids[:, 1:][scored], where)
         rates: list[float | None] = [None] * len(models)
         held: list[int | None] = [None] * len(models)
         if decode_tokens:

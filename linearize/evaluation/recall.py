@@ -14,7 +14,7 @@ import copy
 import dataclasses
 import inspect
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,11 +27,13 @@ from ..common.checks import require
 from ..common.running import quiet_run, without_cache
 from ..errors import InputError, InvalidModelError
 from .compared import Compared, check_vocabulary, kind_of, positions
-from .result import describe
+from .result import carry_record, describe, fingerprint
 from .speed import device_of
 
 DEPTHS = (0.1, 0.3, 0.5, 0.7, 0.9)
 TASKS = ("passkey", "fact")
+KIND = "recall"
+VERSION = 1
 LEAST = 256
 """Tokens of the shortest context."""
 _WHO = ("The baker", "A teacher", "The old sailor", "Her neighbour", "The gardener", "A student", "My uncle")
@@ -109,12 +111,14 @@ class Recall:
         model: The class of the model, and the mechanism of its attention.
         reference: The same of the reference; None without one.
         rows: The answers, by test and depth.
+        weights: A fingerprint of the weights that were measured.
     """
 
     length: int
     model: str
     reference: str | None
     rows: tuple[Depth, ...]
+    weights: str = ""
 
     def accuracy(self, task: str, *, reference: bool = False) -> float:
         """The share of right answers of one test, all depths together."""
@@ -128,7 +132,22 @@ class Recall:
     def to_dict(self) -> dict[str, Any]:
         """A dict that can be written as JSON."""
         rows = [dataclasses.asdict(row) for row in self.rows]
-        return {"version": 1, **dataclasses.asdict(self), "rows": rows}
+        return {"version": VERSION, "kind": KIND, **dataclasses.asdict(self), "rows": rows}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Recall | None:
+        """The inverse of `to_dict`; None for what is no such record of this version."""
+        try:
+            fields = dict(data)
+            if (fields.pop("version"), fields.pop("kind")) != (VERSION, KIND):
+                return None
+            return cls(**{**fields, "rows": tuple(_depth(row) for row in fields["rows"])})
+        except (KeyError, TypeError, ValueError):
+            return None
+
+    def attach(self, model: nn.Module) -> None:
+        """Store these answers in the model, as `Evaluation.attach` does."""
+        carry_record(model, self.to_dict())
 
     def table(self) -> list[list[str]]:
         """The cells of a table: headings, then a line per test and depth."""
@@ -222,7 +241,16 @@ def recall(
                 sides = [_together(side[place]) for side in found]
                 rows.append(Depth(task, float(depth), len(found[0][place]), *sides))
     described = None if reference is None else describe(reference)
-    return Recall(length, describe(model), described, tuple(rows))
+    return Recall(length, describe(model), described, tuple(rows), fingerprint(model))
+
+
+def _depth(data: Mapping[str, Any]) -> Depth:
+    fields = dict(data)
+    reference = fields.pop("reference")
+    return Depth(
+        **{**fields, "model": Answers(**fields["model"])},
+        reference=None if reference is None else Answers(**reference),
+    )
 
 
 def _together(answers: Sequence[tuple[bool, float]]) -> Answers:
@@ -343,7 +371,7 @@ def _continued(model: Any, context: Tensor, ids: Tensor) -> Tensor:
         cache = getattr(model(**inputs), "past_key_values", None)
     found = []
     for part in parts:
-        if hasattr(cache, "batch_repeat_interleave"):
+        if cache is not None and hasattr(cache, "batch_repeat_interleave"):
             own = copy.deepcopy(cache)
             own.batch_repeat_interleave(len(part))
             found.append(model(input_ids=part, past_key_values=own, use_cache=True).logits.cpu())

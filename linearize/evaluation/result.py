@@ -219,10 +219,27 @@ def _row_sums(tensor: Tensor) -> Tensor:
 
 def attach(evaluation: Evaluation, model: nn.Module) -> None:
     """See `Evaluation.attach`."""
-    if evaluation.weights != fingerprint(model):
+    carry_record(model, evaluation.to_dict())
+
+
+def carry_record(model: nn.Module, record: Mapping[str, Any]) -> None:
+    """Let a converted model carry one more record of its weights, in place of that of the same kind and name.
+
+    Those of other weights are dropped. Raises as `Evaluation.attach`.
+    """
+    if record["weights"] != fingerprint(model):
         raise InputError("the weights have changed since they were measured: evaluate the model again")
-    others = [found for found in measured(model) if found.name != evaluation.name]
-    carry(model, [found.to_dict() for found in (*others, evaluation)])
+    kept = [
+        other
+        for other in state_of(model).measured
+        if other.get("weights") == record["weights"] and _named(other) != _named(record)
+    ]
+    carry(model, [*kept, record])
+
+
+def _named(record: Mapping[str, Any]) -> tuple[Any, Any]:
+    kind = record.get("kind")
+    return "evaluation" if kind in KINDS else kind, record.get("name")
 
 
 def measured(model: nn.Module) -> list[Evaluation]:

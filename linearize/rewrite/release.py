@@ -10,7 +10,7 @@ from torch import nn
 
 from ..planning.plan import Plan
 from .apply import mask_configs
-from .interface import NAME, InterfaceOwner
+from .interface import NAME
 from .owner import OwnerRecord, original_class
 
 
@@ -24,8 +24,8 @@ def release(model: nn.Module, paths: Iterable[str]) -> None:
         record: OwnerRecord = owner._linearize_owner
         for site in record.sites:
             owner._modules.pop(site.child, None)
-        if isinstance(owner, InterfaceOwner):
-            # The owner's config is a copy of its own.
+        if record.graphs is None:
+            # The interface route: the owner's config is a copy of its own.
             owner.config._attn_implementation_internal = record.implementation
         base: Any = original_class(type(owner))
         if "_old_forward" in owner.__dict__:

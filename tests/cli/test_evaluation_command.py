@@ -15,6 +15,8 @@ from transformers import BertConfig, BertModel, LlamaForCausalLM, T5Config, T5Fo
 import linearize as lz
 from linearize.evaluation import Evaluation
 from linearize.evaluation.card import card
+from linearize.evaluation.parts import Parts
+from linearize.evaluation.recall import Recall
 
 FLAGS = ("--lengths", "32,64", "--tokens", 200, "--no-speed")
 
@@ -115,11 +117,32 @@ def test_mistakes_are_one_line_and_leave_the_folder_alone(
         (("demo", "--data", data, "--card", *FLAGS), "--card"),
         ((pairs, "--data", data), "linearize.evaluate with dicts"),
         ((own, "--data", data, *FLAGS, "--json", tmp_path), str(tmp_path)),
+        ((own,), "give --data"),
+        ((own, "--recall", "--parts"), "--parts needs --data"),
+        ((own, "--recall", "--plot", tmp_path / "a.png"), "--plot needs --data"),
+        ((folder, "--data", data, "--parts"), "not converted"),
     ):
         result = run("eval", *arguments)
         assert result.code == 1 and words in result.err, (arguments, result.err)
         assert len(result.err.strip().splitlines()) == 1
     assert {path.name: path.read_bytes() for path in own.iterdir()} == before
+
+
+def test_parts_and_recall_are_printed_written_and_put_on_the_card(
+    run: Any, own: Path, folder: Path, data: Path, tmp_path: Path
+) -> None:
+    files = ("--json", tmp_path / "figures.json", "--card")
+    result = run("eval", own, "--reference", folder, "--data", data, *FLAGS, "--parts", *files)
+    assert result.code == 0, result.err
+    parts = Parts.from_dict(json.loads((tmp_path / "figures.json").read_text())["parts"])
+    assert parts is not None and parts.rows[0].name == "original" and "no attention" in result.out
+    result = run("eval", own, "--recall", "--lengths", 256, *files)
+    assert result.code == 0, result.err
+    recalled = Recall.from_dict(json.loads((tmp_path / "figures.json").read_text())["recall"])
+    assert recalled is not None and recalled.length == 256 and "passkey" in result.out
+    text = (own / "README.md").read_text()
+    assert "What each part gives" in text and "What it recalls" in text
+    assert card(lz.load(own)) == text
 
 
 def test_without_the_harness_the_extra_is_named(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
