@@ -91,4 +91,6 @@ class Regression:
 
     def errors(self) -> tuple[float, float]:
         """Sum of squares on data before it had a part in the fit: without the weights, and with them."""
+        if self._products is None:
+            return 0.0, 0.0
         return float(self._errors[0].sum()), float(self._errors.amin(0).sum())

@@ -32,9 +32,11 @@ class Fit:
         strengths = STRENGTHS if ridge is None else (ridge,)
         self._regression = Regression(strengths)
         self._size = 0.0
+        self._called = False
 
     def see(self, call: Observation) -> Tensor | None:
         """Add one call; if sequential, the output of the site with what has been fitted so far."""
+        self._called = True
         given = call.query, call.key, call.value, call.key_mask, call.query_start
         with full_precision(call.value.device):
             base = self.module.base(*given)
@@ -66,9 +68,10 @@ class Fit:
     def finish(self) -> tuple[float, float]:
         """Put in the weights from all that came; the relative error before and after.
 
-        Raises InputError when nothing came.
+        Raises InputError when the site was never called.
         """
-        if self._regression.weights(last=True) is None:
+        self._regression.weights(last=True)
+        if not self._called:
             raise InputError(f"{self.name}: the batches never called this attention; give complete inputs")
         self.put()
         size = max(self._size, 1e-300)

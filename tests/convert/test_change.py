@@ -46,10 +46,27 @@ def decoded(model: Any) -> Tensor:
         ("llama", {"mechanism": "softmax"}, {"mechanism": "softmax_window"}),
         ("llama", {"mechanism": "augmented"}, {"keep_softmax": (0,)}),
         ("llama", {"mechanism": "augmented"}, {"mechanism": "relu", "layers": (1,)}),
-        ("bart", {"mechanism": "augmented"}, {"mechanism": "softmax_window", "on_refusal": "keep"}),
-        ("windowed", {"mechanism": "softmax"}, {"mechanism": "relu", "approximate": ("window",)}),
-        ("plain", {"mechanism": "augmented"}, {"mechanism": "hedgehog", "augmentation": True}),
-        ("plain", {"mechanism": "augmented"}, {"keep_softmax": ("blocks.1",)}),
+        pytest.param(
+            "bart",
+            {"mechanism": "augmented"},
+            {"mechanism": "softmax_window", "on_refusal": "keep"},
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            "windowed",
+            {"mechanism": "softmax"},
+            {"mechanism": "relu", "approximate": ("window",)},
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            "plain",
+            {"mechanism": "augmented"},
+            {"mechanism": "hedgehog", "augmentation": True},
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            "plain", {"mechanism": "augmented"}, {"keep_softmax": ("blocks.1",)}, marks=pytest.mark.slow
+        ),
     ],
 )
 def test_it_is_what_a_first_conversion_makes(name: str, first: Any, then: Any) -> None:

@@ -42,6 +42,7 @@ def found() -> Comparison:
     return lz.compare(llama(), IDS, [SMALL, HYBRID, TAIL], lengths=LENGTHS, decode_tokens=4)
 
 
+@pytest.mark.slow
 def test_every_line_is_what_a_model_converted_so_measures(found: Comparison) -> None:
     names = [row.name for row in found.rows]
     assert names[:2] == ["softmax, original", "augmented salient=16 window=32"]

@@ -320,6 +320,7 @@ def test_every_causal_mechanism(tmp_path: Path, mechanism: str, augmentation: bo
     check_decoder(model, tmp_path / "m.onnx", chunks=chunks)
 
 
+@pytest.mark.slow
 def test_salient_tokens_beside_softmax_and_a_convolution_wider_than_the_window(tmp_path: Path) -> None:
     options = SMALL["augmented"]
     model = converted(llama(), "augmented", options=options, keep_softmax=[1], conv_taps=12)

@@ -184,7 +184,7 @@ def test_the_command_writes_a_folder_that_works(run: Any, folder: Path, text: Pa
     assert result.code == 0, result.err
     assert "tune" in result.out and f"written to {tmp_path / 'out'}" in result.out.replace("\n", "")
     model: Any = lz.load(tmp_path / "out")
-    assert state_of(model).config.mechanism == "augmented_paper"
+    assert state_of(model).config.mechanism == "augmented"
     assert (tmp_path / "out" / "tokenizer.json").is_file()
     result = run("distill", folder, "--data", text, "--out", tmp_path / "again", *options, "--resume")
     assert result.code == 0, result.err

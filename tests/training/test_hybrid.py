@@ -57,7 +57,7 @@ def kl(original: nn.Module, model: nn.Module, ids: list[Any]) -> float:
 
 def converted_with(model: nn.Module, keep: Any, ids: list[Any], **settings: Any) -> nn.Module:
     linear = lz.linearize(copy.deepcopy(model), keep_softmax=tuple(keep), **settings)
-    lz.calibrate(linear, ids)
+    lz.calibrate(linear, ids, sequential=False)
     return linear
 
 
