@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import csv
 import http.client
 import inspect
 import logging
@@ -44,7 +43,7 @@ import linearize as lz
 
 SIZES = (128, 256, 512)
 FIRST = 4
-CALIBRATION_LENGTH = 3072
+CALIBRATION_LENGTH = 2048
 FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 LICENCES, VIM = Path("/usr/share/common-licenses"), Path("/usr/share/vim/vim90/doc")
 
@@ -135,15 +134,18 @@ def read(paths: Sequence[Path] | None) -> dict[str, str]:
 
 def calibration_batches(tokenizer: Any) -> Iterator[Tensor]:
     """Prose and code in turn, none of it among the texts that are measured."""
-    prose = [VIM / "usr_03.txt", LICENCES / "LGPL-2.1", VIM / "usr_27.txt", LICENCES / "Apache-2.0"]
-    prose += [VIM / "usr_10.txt", LICENCES / "GFDL-1.2", VIM / "usr_29.txt", VIM / "usr_08.txt"]
-    code = [random, typing, logging, http.client, tarfile, zipfile, csv, inspect]
-    documentation = "\n\n".join(topics[name] for name in sorted(topics))
-    texts = [documentation[: len(documentation) // 2], documentation[len(documentation) // 2 :]]
-    for path, module in zip(prose, code, strict=True):
-        texts += [path.read_text()] if path.is_file() else []
-        texts.append(inspect.getsource(module))
-    for text in texts:
+    topic = "\n\n".join(topics[name] for name in sorted(topics))
+    vim = [VIM / f"usr_{number}.txt" for number in ("03", "27", "10", "29")]
+    licences = [LICENCES / name for name in ("LGPL-2.1", "Apache-2.0", "GFDL-1.2")]
+    if not all(path.is_file() for path in (*vim, *licences)):
+        raise SystemExit("calibration reads Debian's vim-runtime and base-files: install them")
+    a, b, c, d = (path.read_text() for path in vim)
+    lgpl, apache, gfdl = (path.read_text() for path in licences)
+    source = inspect.getsource
+    for text in (
+        *(topic[20_000:], a, source(random), lgpl, b, source(typing)[20_000:], apache, source(logging)),
+        *(c, source(http.client), d, topic[200_000:], source(tarfile)[9_000:], gfdl, source(zipfile)),
+    ):
         yield tokenizer(text, return_tensors="pt").input_ids[:, :CALIBRATION_LENGTH]
 
 

@@ -8,7 +8,7 @@ trained. Nothing is dropped while everything fits, and then nothing is added. No
 from the position.
 
 A sum of k^T v over the dropped tokens, the linear part of the paper, was measured beside it on SmolLM2: it
-took off less of what dropping costs than as many bytes of salient tokens do (`docs/benchmarks.md`).
+took off less of what dropping costs than as many bytes of salient tokens do.
 """
 
 from __future__ import annotations
