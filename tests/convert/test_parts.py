@@ -52,17 +52,21 @@ def test_every_line_is_what_such_a_model_measures(parts: Parts, model: nn.Module
         "softmax, these weights",
         "the last 48 tokens, the first 4",
         "+ salient tokens",
+        "+ linear part",
         "+ convolution",
         "no attention",
     ]
-    simple: Any = {"window": 48, "sinks": 4, "salient": 0}
+    simple: Any = {"window": 48, "sinks": 4, "salient": 0, "tail": False}
     of = {"mechanism": "augmented", "augmentation": False}
+    with_tail = lz.linearize(llama(), options=SIZES, **of)
+    with_tail.load_state_dict({n: x for n, x in model.state_dict().items() if "conv_weight" not in n})
     for row, wanted in zip(
         parts.rows,
         (
             llama(),
             lz.linearize(llama(), options=simple, **of),
-            lz.linearize(llama(), options=SIZES, **of),
+            lz.linearize(llama(), options=SIZES | {"tail": False}, **of),
+            with_tail,
             model,
             without_attention(llama()),
         ),
@@ -70,7 +74,7 @@ def test_every_line_is_what_such_a_model_measures(parts: Parts, model: nn.Module
     ):
         assert row.perplexity == pytest.approx(measured(wanted), rel=1e-5), row.name
     sizes = [row.state_bytes for row in parts.rows]
-    assert sizes[0] is None and sizes[4] is None and sizes[1] == sizes[2] == sizes[3]
+    assert sizes[0] is None and sizes[5] is None and sizes[1] == sizes[2] == sizes[3] == sizes[4]
     assert parts.lengths == LENGTHS and parts.tokens == 252
 
 
@@ -100,7 +104,8 @@ def test_a_part_that_is_trained_keeps_what_it_learned() -> None:
         ({}, ["+ salient tokens", "+ convolution"]),
         ({"augmentation": False}, ["+ salient tokens"]),
         ({"options": {"salient": 0}}, ["+ convolution"]),
-        ({"options": {"salient": 0}, "augmentation": False}, ["augmented"]),
+        ({"options": {"salient": 0}, "augmentation": False}, ["+ linear part"]),
+        ({"options": {"salient": 0, "tail": False}, "augmentation": False}, ["augmented"]),
     ],
 )
 def test_parts_that_a_model_lacks_have_no_line_and_the_last_is_the_model(settings: Any, names: Any) -> None:

@@ -44,7 +44,7 @@ def inputs(length: int, keys: int | None = None, batch: int = 2, dtype=torch.flo
 
 def linear(spec: SiteSpec = SPEC, **options) -> PaperAttention:
     module = build_attention(
-        spec, LinearizeConfig(mechanism="augmented_paper", group_size=16, conv_taps=4, **options)
+        spec, LinearizeConfig(**{"mechanism": "augmented_paper", "group_size": 16, "conv_taps": 4} | options)
     )
     assert isinstance(module, PaperAttention)
     with torch.no_grad():
@@ -54,10 +54,10 @@ def linear(spec: SiteSpec = SPEC, **options) -> PaperAttention:
 
 
 def test_parameters_start_as_the_local_part_alone_and_fit_the_site():
-    module = build_attention(SPEC, LinearizeConfig(conv_taps=4))
+    module = build_attention(SPEC, LinearizeConfig(mechanism="augmented_paper", conv_taps=4))
     values = {name: (tuple(p.shape), set(p.flatten().tolist())) for name, p in module.named_parameters()}
     assert values == {"alpha": ((4,), {0.0}), "local_scale": ((4,), {1.0}), "conv_weight": ((4, 4), {0.0})}
-    scaled = build_attention(SPEC, LinearizeConfig(local_scale=0.5))
+    scaled = build_attention(SPEC, LinearizeConfig(mechanism="augmented_paper", local_scale=0.5))
     assert scaled.local_scale.tolist() == [0.5] * 4
     assert build_attention(BIDIRECTIONAL, LinearizeConfig(conv_taps=4)).conv_weight.shape == (4, 7)
     assert build_attention(CROSS, LinearizeConfig()).conv_weight is None
