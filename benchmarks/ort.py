@@ -88,7 +88,7 @@ def export(folder: Path, room: int, layers: int) -> Files:
         command += ["-i", folder / "original", "-o", softmax, "-c", folder / "cache"]
         command += ["--extra_options", "prune_lm_head=true"]
         subprocess.run(command, check=True, capture_output=True)
-    lz.export_onnx(lz.linearize(model), folder / "ours", last_logits=True)
+    lz.export_onnx(lz.linearize(model, mechanism="augmented_paper"), folder / "ours", last_logits=True)
     if library.unavailable_reason() is not None:
         notes["library"] = str(library.unavailable_reason())
     return Files(softmax, folder / "ours", notes)

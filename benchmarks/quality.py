@@ -92,7 +92,7 @@ def calibration() -> Iterator[Row]:
         linear = lz.linearize(copy.deepcopy(model), mechanism=mechanism, **settings)
         raw = perplexity(linear, held_out)
         began = time.perf_counter()
-        report = lz.calibrate(linear, batches)
+        report = lz.calibrate(linear, batches, sequential=False)
         seconds = time.perf_counter() - began
         fitted = perplexity(linear, held_out)
         gap = math.log(worst / fitted) / math.log(worst / original)
@@ -174,7 +174,7 @@ def compared(
 def fit(linear: Any, data: Sequence[Any]) -> None:
     """Calibration, where there is anything to calibrate."""
     with contextlib.suppress(lz.errors.InvalidModelError):
-        lz.calibrate(linear, data, max_tokens=CALIBRATION_TOKENS)
+        lz.calibrate(linear, data, max_tokens=CALIBRATION_TOKENS, sequential=False)
 
 
 def shuffled(rows: Tensor) -> Tensor:
