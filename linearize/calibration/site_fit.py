@@ -10,7 +10,9 @@ from torch import Tensor
 
 from ..errors import InputError
 from ..kernels.tensors import full_precision, widen
+from ..mechanisms.composed import of_queries
 from ..mechanisms.module import AttentionModule
+from ..mechanisms.term import Given
 from ..planning.plan import SitePlan
 from .observers import Observation, why_unseen
 from .regression import STRENGTHS, Regression
@@ -37,21 +39,21 @@ class Fit:
     def see(self, call: Observation) -> Tensor | None:
         """Add one call; if sequential, the output of the site with what has been fitted so far."""
         self._called = True
-        given = call.query, call.key, call.value, call.key_mask, call.query_start
+        given = Given(call.query, call.key, call.value, call.key_mask, call.query_start)
         with full_precision(call.value.device):
-            base = self.module.base(*given)
+            base = self.module.base(given)
             rows = _spread(call.real_queries())
             if len(rows):
                 self._add(base, given, call.target, rows)
             if not self.sequential:
                 return None
             self._assign(self._regression.weights())
-            return self.module.complete(base, *given).to(call.value.dtype)
+            return self.module.complete(base, given).to(call.value.dtype)
 
-    def _add(self, base: Tensor, given: tuple[Any, ...], target: Tensor, rows: Tensor) -> None:
-        columns = self.module.columns(base, *given, rows=rows)
-        wanted = _rows(widen(target), rows)
-        left = wanted - _rows(base, rows)
+    def _add(self, base: Tensor, given: Given, target: Tensor, rows: Tensor) -> None:
+        columns = self.module.columns(base, given, rows)
+        wanted = of_queries(widen(target), rows)
+        left = wanted - of_queries(base, rows)
         joined = torch.cat([columns[name] for name in self._names], -1)
         # What the values at the start explain is not asked of the regression.
         start = self._columns_of(self._start).to(joined)
@@ -144,8 +146,3 @@ def _spread(real: Tensor) -> Tensor:
     chosen = torch.zeros_like(real)
     chosen[:, ::step] = real[:, ::step]
     return chosen.flatten().nonzero()[:, 0]
-
-
-def _rows(x: Tensor, rows: Tensor) -> Tensor:
-    """`[B, H, T, Dv]` -> `[H, N, Dv]`, the chosen rows of `[B * T]`."""
-    return x.transpose(0, 1).flatten(1, 2).index_select(1, rows)

@@ -38,10 +38,11 @@ from ..ops.state import Part, SalientState, States
 from . import salient_onnx, tail
 from .augmented_paper import PaperAttention
 from .base import EVERYWHERE, Mechanism, switch, whole
-from .composed import ComposedAttention, Term
+from .composed import ComposedAttention, Term, of_queries
 from .module import AttentionModule
 from .onnx_form import Nodes
 from .spec import SiteSpec
+from .term import Given
 
 if TYPE_CHECKING:
     from .base import Settings
@@ -113,46 +114,19 @@ class AugmentedAttention(ComposedAttention):
             return out
         return out + self.tail_features(query, out, key_mask, position) @ self.tail_weight.to(out.dtype).mT
 
-    def base(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        key_mask: Tensor | None,
-        query_start: int | Tensor | None,
-    ) -> Tensor:
-        if self.tail_weight is None:
-            return super().base(query, key, value, key_mask, query_start)
-        return widen(super().total(query, key, value, key_mask, query_start))
+    def base(self, given: Given) -> Tensor:
+        return super().base(given) if self.tail_weight is None else widen(super().total(*given))
 
-    def columns(
-        self,
-        base: Tensor,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        key_mask: Tensor | None,
-        query_start: int | Tensor | None,
-        *,
-        rows: Tensor,
-    ) -> dict[str, Tensor]:
+    def columns(self, base: Tensor, given: Given, rows: Tensor) -> dict[str, Tensor]:
         if self.tail_weight is None:
-            return super().columns(base, query, key, value, key_mask, query_start, rows=rows)
-        found = self.tail_features(query, base, key_mask)
-        return {"tail_weight": found.transpose(0, 1).flatten(1, 2).index_select(1, rows)}
+            return super().columns(base, given, rows)
+        found = self.tail_features(given.query, base, given.key_mask)
+        return {"tail_weight": of_queries(found, rows)}
 
-    def complete(
-        self,
-        base: Tensor,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        key_mask: Tensor | None,
-        query_start: int | Tensor | None,
-    ) -> Tensor:
+    def complete(self, base: Tensor, given: Given) -> Tensor:
         if self.tail_weight is None:
-            return super().complete(base, query, key, value, key_mask, query_start)
-        return self.with_tail(query, base, key_mask)
+            return super().complete(base, given)
+        return self.with_tail(given.query, base, given.key_mask)
 
     def tail_features(
         self, query: Tensor, out: Tensor, key_mask: Tensor | None, position: Tensor | None = None

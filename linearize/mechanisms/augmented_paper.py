@@ -23,8 +23,9 @@ from torch import Tensor, nn
 
 from ..errors import InputError
 from .base import EVERYWHERE, Mechanism, choice
-from .composed import ComposedAttention, Term, widen
+from .composed import ComposedAttention, Term, of_queries, widen
 from .spec import SiteSpec
+from .term import Given
 
 if TYPE_CHECKING:
     from .base import Settings
@@ -103,48 +104,25 @@ class PaperAttention(ComposedAttention):
         return self.run(term, key_mask, start)
 
 
-    def base(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        key_mask: Tensor | None,
-        query_start: int | Tensor | None,
-    ) -> Tensor:
-        return widen(value).new_zeros(*query.shape[:3], value.shape[3])
+    def base(self, given: Given) -> Tensor:
+        return widen(given.value).new_zeros(*given.query.shape[:3], given.value.shape[3])
 
-    def columns(
-        self,
-        base: Tensor,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        key_mask: Tensor | None,
-        query_start: int | Tensor | None,
-        *,
-        rows: Tensor,
-    ) -> dict[str, Tensor]:
+    def columns(self, base: Tensor, given: Given, rows: Tensor) -> dict[str, Tensor]:
         found = {}
-        plain = Term(widen(query), widen(key), widen(value), activation="relu2", normalize=True)
+        query, key, value = map(widen, given[:3])
+        plain = Term(query, key, value, activation="relu2", normalize=True)
         one = {"local_scale": replace(plain, local_scale=1.0), "alpha": replace(plain, alpha=1.0)}
         for name, term in one.items():
             if getattr(self, name) is not None:
-                out = self.run(term, key_mask, query_start)
-                found[name] = out.transpose(0, 1).flatten(1, 2).index_select(1, rows)[..., None]
+                out = self.run(term, given.key_mask, given.query_start)
+                found[name] = of_queries(out, rows)[..., None]
         if self.conv_weight is not None:
-            found["conv_weight"] = self.taps(value, key_mask, query_start, query.shape[2], rows)
+            found["conv_weight"] = self.taps(given, rows)
         return found
 
-    def complete(
-        self,
-        base: Tensor,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        key_mask: Tensor | None,
-        query_start: int | Tensor | None,
-    ) -> Tensor:
-        return self.forward(query, key, value, key_mask=key_mask, query_start=query_start)
+    def complete(self, base: Tensor, given: Given) -> Tensor:
+        *tokens, key_mask, query_start = given
+        return self.forward(*tokens, key_mask=key_mask, query_start=query_start)
 
 
 def _bias_by_lag(

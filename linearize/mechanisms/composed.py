@@ -35,6 +35,7 @@ from .module import AttentionModule
 from .onnx_form import Nodes
 from .spec import SiteSpec
 from .summary import Summary, block_of, summed
+from .term import Given
 from .term import Term as Term
 
 if TYPE_CHECKING:
@@ -121,56 +122,36 @@ class ComposedAttention(AttentionModule):
         """Of value alone; query and key give shapes."""
         return self.run(Term(query, key, value, conv_weight=self.conv_weight), key_mask, query_start)
 
-    def base(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        key_mask: Tensor | None,
-        query_start: int | Tensor | None,
-    ) -> Tensor:
-        out = widen(self.mix(query, key, value, key_mask, query_start))
-        if not self.conv_joins:
-            return out
-        return out - self._convolution(query, key, value, key_mask, query_start)
+    def base(self, given: Given) -> Tensor:
+        """The output without what `linear_parameters` give: [B, H, T, Dv], float32 or wider."""
+        out = widen(self.mix(*given))
+        return out - self._convolution(*given) if self.conv_joins else out
 
-    def columns(
-        self,
-        base: Tensor,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        key_mask: Tensor | None,
-        query_start: int | Tensor | None,
-        *,
-        rows: Tensor,
-    ) -> dict[str, Tensor]:
-        return {"conv_weight": self.taps(value, key_mask, query_start, query.shape[2], rows)}
+    def columns(self, base: Tensor, given: Given, rows: Tensor) -> dict[str, Tensor]:
+        """What each of `linear_parameters` is multiplied with.
 
-    def complete(
-        self,
-        base: Tensor,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        key_mask: Tensor | None,
-        query_start: int | Tensor | None,
-    ) -> Tensor:
-        return base + self._convolution(query, key, value, key_mask, query_start)
+        Args:
+            base: What `base` gave.
+            given: As for `base`.
+            rows: The queries that are asked for, int64 [N], indices of [B * T].
 
-    def taps(
-        self,
-        value: Tensor,
-        key_mask: Tensor | None,
-        query_start: int | Tensor | None,
-        queries: int,
-        rows: Tensor,
-    ) -> Tensor:
+        Returns:
+            For a parameter [H] or [H, n] columns [H, N, Dv, n], for one [H, Dv, F] features [H, N, F].
+        """
+        return {"conv_weight": self.taps(given, rows)}
+
+    def complete(self, base: Tensor, given: Given) -> Tensor:
+        """The output [B, H, T, Dv], from what `base` gave."""
+        return base + self._convolution(*given)
+
+    def taps(self, given: Given, rows: Tensor) -> Tensor:
         """The values that `conv_weight` [H, n] weighs, [H, N, Dv, n], for the queries `rows` of [B * T].
 
         Padding does not count: a tap is so many real tokens away.
         """
         assert self.conv_weight is not None
+        query, _, value, key_mask, query_start = given
+        queries = query.shape[2]
         number = self.conv_weight.shape[1]
         ahead = 0 if self.spec.causal else number // 2
         start = value.shape[2] - queries if query_start is None else query_start
@@ -489,6 +470,11 @@ class NormalizedAttention(ComposedAttention):
 def _is_near(term: Term) -> bool:
     """Whether something of a cross-attention's term is left once the sum over all keys is known."""
     return term.local_scale is not None or term.alpha is None
+
+
+def of_queries(x: Tensor, rows: Tensor) -> Tensor:
+    """x [B, H, T, n] -> [H, N, n], the queries `rows`, int64 [N], of [B * T]."""
+    return x.transpose(0, 1).flatten(1, 2).index_select(1, rows)
 
 
 def orthogonal_gaussian(like: Tensor, seed: int) -> Tensor:

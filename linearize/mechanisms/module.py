@@ -32,7 +32,7 @@ class AttentionModule(nn.Module):
 
     linear_parameters: tuple[str, ...] = ()
     """Parameters in which each head's output is affine: what `lz.calibrate` fits. Either any number of them,
-    [H] or [H, n], or a single one, [H, Dv, F]. Modules with such have `base`, `columns` and `complete`.
+    [H] or [H, n], or a single one, [H, Dv, F]. `ComposedAttention` says how each enters.
     """
 
     def __init__(self, spec: SiteSpec) -> None:
@@ -110,50 +110,6 @@ class AttentionModule(nn.Module):
         raise ExportError(
             f"{type(self).__name__} has no ONNX form with a state; choose another mechanism for this model"
         )
-
-    def base(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        key_mask: Tensor | None,
-        query_start: int | Tensor | None,
-    ) -> Tensor:
-        """The output without what `linear_parameters` give, [B, H, T, Dv], float32 or wider.
-
-        Arguments as for `forward`. Subclasses with such parameters give it.
-        """
-        raise NotImplementedError
-
-    def columns(
-        self,
-        base: Tensor,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        key_mask: Tensor | None,
-        query_start: int | Tensor | None,
-        *,
-        rows: Tensor,
-    ) -> dict[str, Tensor]:
-        """What each of `linear_parameters` is multiplied with, for the queries `rows` [N] of [B * T].
-
-        Returns:
-            For a parameter [H] or [H, n] columns [H, N, Dv, n], for one [H, Dv, F] features [H, N, F].
-        """
-        raise NotImplementedError
-
-    def complete(
-        self,
-        base: Tensor,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        key_mask: Tensor | None,
-        query_start: int | Tensor | None,
-    ) -> Tensor:
-        """The output [B, H, T, Dv], from what `base` gave."""
-        raise NotImplementedError
 
     @property
     def has_summary(self) -> bool:

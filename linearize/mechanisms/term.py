@@ -1,8 +1,9 @@
-"""One call of the core operator, as a mechanism describes itself."""
+"""What a mechanism gets in one call, and one call of the core operator, as it describes itself."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from torch import Tensor
 
@@ -24,3 +25,16 @@ class Term:
     local_bias: Tensor | None = None
     activation: str = "linear"
     normalize: bool = False
+
+
+class Given(NamedTuple):
+    """What a site gets in one call, as `AttentionModule.forward` describes it.
+
+    query [B, H, T, D], key [B, Hkv, S, D], value [B, Hkv, S, Dv], key_mask bool [B, S].
+    """
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    key_mask: Tensor | None
+    query_start: int | Tensor | None
