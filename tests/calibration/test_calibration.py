@@ -12,7 +12,8 @@ from rich.console import Console
 from torch import nn
 
 import linearize as lz
-from linearize.calibration.calibrate import Calibration, calibrate
+from linearize.calibration.calibrate import Calibration, calibrate, forward
+from linearize.calibration.held_out import settle
 from linearize.calibration.observers import Observation
 from linearize.calibration.regression import Regression
 from linearize.calibration.site_fit import Fit, fitted_parameters
@@ -221,21 +222,48 @@ def test_a_head_whose_target_cannot_be_predicted_stays_as_it_was() -> None:
     assert after < before
 
 
-def test_layers_whose_fit_makes_held_out_text_worse_are_put_back_and_said() -> None:
-    model = converted("llama")
-    before = weights(model)
-    same, other = torch.full((2, 40), 7), tokens(2, 40)
-    with torch.no_grad():  # the head of the model likes what the present layers give
-        inputs = model(other).logits.argmax(-1)
-    other = torch.cat([other[:, :1], inputs[:, :-1]], 1)
-    report = calibrate(model, [same, same, same, same, other])
+class Change:
+    """Stands for a fit: `put` adds `amount` to one layer's local part."""
+
+    def __init__(self, module: Any, amount: float, gain: float) -> None:
+        self.module, self.amount, self.gain = module, amount, gain
+        self.before = module.local_scale.detach().clone()
+        self.put()
+
+    def put(self) -> None:
+        self.module.local_scale.data.copy_(self.before + self.amount)
+
+    def restore(self) -> None:
+        self.module.local_scale.data.copy_(self.before)
+
+
+@pytest.mark.parametrize(("gains", "stay"), (((0.1, 0.2), {1}), ((0.2, 0.1), set())))
+def test_layers_whose_fit_makes_held_out_text_worse_are_put_back_and_said(
+    gains: tuple[float, float], stay: set[int]
+) -> None:
+    """The first layer's fit is bad. Those that helped least go first, until nothing is worse."""
+    model: Any = converted("llama")
+    modules = [layer.self_attn.linear_attention for layer in model.model.layers]
+    with torch.no_grad():  # text that the model finds likely as it is
+        ids = torch.cat([tokens(2, 1), model(tokens(2, 40), use_cache=False).logits.argmax(-1)[:, :-1]], 1)
+        ids = torch.cat([ids[:, :1], model(ids, use_cache=False).logits.argmax(-1)[:, :-1]], 1)
+        start = model(ids, labels=ids, use_cache=False).loss.exp()
+        amounts = (30.0, 0.0)
+        fits = {str(n): Change(modules[n], amounts[n], gains[n]) for n in range(2)}
+        worse, (row,) = settle(model, [{"input_ids": ids}], fits, forward)  # type: ignore[arg-type]
+        end = model(ids, labels=ids, use_cache=False).loss.exp()
+    assert set(worse) == {"0", "1"} - set(map(str, stay)) and all("worse" in why for why in worse.values())
+    assert torch.equal(modules[0].local_scale, fits["0"].before)
+    assert (row.first, row.last) == (0, 511) and row.after == row.before
+    assert row.before == pytest.approx(float(start), rel=1e-5) and end == start
+
+
+def test_every_fifth_batch_is_held_out_and_has_no_part_in_the_fit() -> None:
+    batches, other = [tokens(2, 40) for _ in range(4)], torch.full((2, 40), 7)
+    alone, report = calibrate(converted("llama"), batches), calibrate(converted("llama"), [*batches, other])
     (row,) = report.held_out
-    assert (row.first, row.last) == (0, 511) and row.after <= row.before
-    back = {site.name for site in report.sites if site.left_out}
-    for name, value in model.state_dict().items():
-        kept = torch.equal(value, before[name])
-        assert kept or not any(name.startswith(site) for site in back)
-    assert report.tokens == 5 * 80
+    assert not alone.held_out and row.after <= row.before
+    assert report.tokens == 5 * 80 and errors(report) == errors(alone)
 
 
 def test_downstream_layers_see_what_the_fitted_ones_give() -> None:
