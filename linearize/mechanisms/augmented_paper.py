@@ -10,7 +10,8 @@ serves the open group and the convolution.
 
 A site with a relative position bias is refused unless `approximate=("bias",)`: outside the group it has no
 place. options={"position_bias": "local"} then keeps it inside, added after relu(q.k)^2 as the paper's T5
-does; such a site has no state and keeps keys and values. Untuned it is a poor start: it was made for the exponent of a softmax.
+does; such a site has no state and keeps keys and values. Untuned it is a poor start: it was made for the
+exponent of a softmax.
 """
 
 from __future__ import annotations
@@ -72,7 +73,7 @@ class PaperAttention(ComposedAttention):
     @property
     def has_state(self) -> bool:
         # A bias is between a query and a key of the whole sequence, which the state does not keep.
-        return super().has_state and not self.keeps_bias
+        return self.spec.causal and not self.keeps_bias
 
     def terms(self, query: Tensor, key: Tensor, value: Tensor) -> list[Term]:
         return [
