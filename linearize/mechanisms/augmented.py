@@ -10,6 +10,9 @@ a near part that a pretrained softmax model needs no training for. The first tok
 `kernels/salient.py`. While all tokens fit this is the site's own attention, exactly. The convolution starts
 at zero.
 
+A site with a window of its own that `window` covers sees exactly that, and nothing else; its form and state
+are those of `softmax_window` without sinks and tail.
+
 Bidirectional sites see `window` tokens on either side, and one selection serves the whole sequence. Cross-
 attention has no window: such sites get the form of `augmented_paper`.
 
@@ -37,6 +40,7 @@ from .augmented_paper import PaperAttention
 from .base import EVERYWHERE, Mechanism, whole
 from .composed import ComposedAttention, Term
 from .module import AttentionModule
+from .softmax_window import exact_window
 from .spec import SiteSpec
 
 if TYPE_CHECKING:
@@ -219,6 +223,8 @@ def naive(
 def _build(spec: SiteSpec, config: Settings) -> AttentionModule:
     if spec.cross:
         return PaperAttention(spec, config, alpha=0.0, local_scale=config.local_scale)
+    if MECHANISM.covers(spec, config.options):
+        return exact_window(spec, config)
     return AugmentedAttention(spec, config)
 
 
@@ -228,6 +234,7 @@ MECHANISM = Mechanism(
     supports=EVERYWHERE,
     build=_build,
     augmentation=True,
+    reach=lambda spec, window: window + 1 if spec.causal else window,
     options={
         "window": whole(128, "tokens before a query that it sees exactly; up to 31 more are", 0),
         "sinks": whole(4, "first tokens of the sequence that are seen exactly for ever", 0),

@@ -33,12 +33,14 @@ class StateOperator:
             `op` writes operators (`op.MatMul(a, b)`, and the idioms of `onnx/blocks.py` `Builder`), `recent`
             is that file's `Recent`: the window and the call in blocks. `near` is the attribute `window` as a
             tensor [1]; out is [B, Hkv, repeats, blocks, block, Dv].
+        beside: Other operators that the mechanism's modules may write in the place of this one.
     """
 
     name: str
     own: tuple[str, ...]
     floats: tuple[str, ...]
     body: Callable[..., tuple[Any, Any]]
+    beside: tuple[StateOperator, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -46,7 +48,7 @@ class OperatorCall:
     """One call of a mechanism's own operator after its past, as `Term` is one of the core operator.
 
     Attributes:
-        operator: The operator, which the mechanism's `Mechanism.onnx` names, so that the file can define it.
+        operator: The operator, which some mechanism's `Mechanism.onnx` names, so that the file can define it.
         query: [B, H, T, D]; query head h reads key/value head h // (H // Hkv).
         key: [B, Hkv, T, D].
         value: [B, Hkv, T, Dv].

@@ -75,6 +75,14 @@ def flash(module: Any, **more: Any) -> Oracle:
     )
 
 
+def windowed(module: Any, sinks: int, window: int = WINDOW, **more: Any) -> Oracle:
+    names = ("query_map", "key_map", "far_weight")
+    sizes = dict(window=window, sinks=sinks, scale=0.4)
+    return lambda q, k, v, p, causal, cross: module.naive(
+        q, k, v, *(p.get(name) for name in names), causal=causal, **sizes, **more
+    )
+
+
 def salient(q: Tensor, k: Tensor, v: Tensor, p: dict[str, Tensor], causal: bool, cross: bool) -> Tensor:
     """One key/value head at a time: its query heads are those whose keys are the same."""
     if cross:
@@ -136,36 +144,22 @@ CASES: dict[str, tuple[str, dict[str, Any], Oracle]] = {
         lambda q, k, v, p, causal, cross: yoso.naive(q, k, v, group_size=GROUP, causal=causal),
     ),
     "castling": ("castling", {}, lambda q, k, v, p, causal, cross: castling.naive(q, k, v, causal=causal)),
-    "softmax_window": (
+    "softmax_window": ("softmax_window", {"window": WINDOW}, windowed(softmax_window, 4)),
+    "softmax_window_only": (
         "softmax_window",
-        {"window": WINDOW},
-        lambda q, k, v, p, causal, cross: softmax_window.naive(
-            q,
-            k,
-            v,
-            p["query_map"],
-            p["key_map"],
-            p["far_weight"],
-            window=WINDOW,
-            scale=0.4,
-            causal=causal,
-        ),
+        {"window": WINDOW, "sinks": 0},
+        windowed(softmax_window, 0),
     ),
-    "power_window": (
+    "softmax_window_first": (
+        "softmax_window",
+        {"window": 5, "sinks": 7, "tail": "none"},
+        windowed(softmax_window, 7, window=5),
+    ),
+    "power_window": ("power_window", {"window": WINDOW, "power": 4}, windowed(power_window, 4, power=4)),
+    "power_window_first": (
         "power_window",
-        {"window": WINDOW, "power": 4},
-        lambda q, k, v, p, causal, cross: power_window.naive(
-            q,
-            k,
-            v,
-            p["query_map"],
-            p["key_map"],
-            p["far_weight"],
-            window=WINDOW,
-            power=4,
-            scale=0.4,
-            causal=causal,
-        ),
+        {"window": 5, "power": 4, "sinks": 7, "tail": "none"},
+        windowed(power_window, 7, power=4, window=5),
     ),
 }
 PER_KEY_HEAD = ("key_gamma", "key_beta", "key_map", "sigma")
@@ -439,7 +433,7 @@ def test_a_window_that_covers_the_sequence_is_softmax(form: str, kv_layout: str)
 
 
 def test_scores_far_beyond_exp_keep_the_window_exact() -> None:
-    module = build("softmax_window", SPEC, augmentation=False)
+    module = build("softmax_window_only", SPEC, augmentation=False)
     query, key, value = inputs("causal", 60)
     spec = dataclasses.replace(SPEC, window=WINDOW)
     out = module(100 * query, 100 * key, value)
