@@ -47,7 +47,7 @@ if TYPE_CHECKING:
     from .base import Settings
 
 
-FAR = 1 / 256
+FAR = 1 / 1024
 """What a far token weighs at first, whose features say nothing of it, where a score of 0 weighs 1."""
 
 OPTIONS = {

@@ -94,6 +94,23 @@ def test_padded_tokens_change_nothing_and_give_nothing(name):
     assert (out[0, :, :7] == 0).all()
 
 
+@pytest.mark.parametrize("name, augmentation", NAMED)
+@torch.no_grad()
+def test_states_of_half_precision_with_float32_parameters(name, augmentation):
+    module = build(name, augmentation)
+    query, key, value = (x.bfloat16() for x in tokens(40))
+    whole = module(query, key, value)
+    state = module.new_state(2, dtype=torch.bfloat16, device=query.device, max_rewind=2)
+    for start, stop in itertools.pairwise((0, 20, 21, 22, 40)):
+        piece = [x[:, :, start:stop] for x in (query, key, value)]
+        if stop == 22:
+            draft = module.tree(*piece, state, torch.tensor([-1]))
+            torch.testing.assert_close(draft, whole[:, :, start:stop], atol=3e-2, rtol=3e-2)
+        out = module.extend(*piece, state)
+        assert out.dtype == torch.bfloat16
+        torch.testing.assert_close(out, whole[:, :, start:stop], atol=3e-2, rtol=3e-2)
+
+
 @torch.no_grad()
 def test_a_rewind_that_one_part_refuses_changes_no_part():
     module = build("castling", True)

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from bounds import bound, softmax_bound
+from linearize.kernels import cpu
 from linearize.kernels import naive as core_oracle
 from linearize.kernels import window_chunk as window
 from live_models import VOCAB, bart, bert, llama, recompute, tokens
@@ -286,6 +287,33 @@ def test_tiled_heads_and_half_precision(case: str, form: str) -> None:
     close(out, expected(case, module, [x.double() for x in args], wide(module)), allowed)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert torch.equal(module(*args), out)
+
+
+@pytest.mark.parametrize("case, form", EACH)
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16))
+def test_float32_parameters_in_a_model_of_half_precision(case: str, form: str, dtype: torch.dtype) -> None:
+    """As a conversion makes them: the output is that of the tokens' dtype, and an optimizer sees float32."""
+    module = build(case, SPECS[form])
+    args = [x.requires_grad_() for x in inputs(form, 65, dtype=dtype)]
+    assert {p.dtype for p in module.parameters()} <= {torch.float32}
+    out = module(*args)
+    assert out.dtype == dtype
+    allowed = bound(dtype, args[1].shape[2] + args[1].shape[3], stored=6)
+    close(out, expected(case, module, [x.detach().double() for x in args], wide(module)), allowed)
+    out.float().square().sum().backward()
+    assert all(x.grad is not None and x.grad.dtype == dtype and x.grad.isfinite().all() for x in args)
+    found = {p.grad.dtype for p in module.parameters() if p.grad is not None}
+    assert found == ({torch.float32} if any(p.requires_grad for p in module.parameters()) else set())
+
+
+@pytest.mark.parametrize("case", CAUSAL)
+def test_the_compiled_form_takes_tokens_of_half_precision_with_float32_parameters(case: str) -> None:
+    module: Any = build(case, SPEC)
+    args = inputs("causal", 65, dtype=torch.bfloat16)
+    for term in (*module.terms(*args), *module._apart(*args)):
+        activation = term.activation if term.activation in cpu.ACTIVATIONS else "relu2"
+        call = term.query, term.key, term.value, term.conv_weight, activation, GROUP
+        assert cpu.supports(*call) is None
 
 
 def test_performer_with_many_features_is_the_softmax_it_estimates() -> None:
