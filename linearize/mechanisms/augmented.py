@@ -69,18 +69,38 @@ class AugmentedAttention(ComposedAttention):
     ) -> Tensor:
         self._check(query, key, value, key_mask, query_start)
         if self.spec.causal and not statically_known_true(query.shape[2] == key.shape[2]):
-            message = (
-                f"got {query.shape[2]} queries and {key.shape[2]} keys: mechanism 'augmented' chooses tokens "
-                f"by the queries of all of them; after cached tokens it needs its state, which a converted "
-                f"model keeps in an empty cache that it is given"
-            )
-            if isinstance(query.shape[2], int) and isinstance(key.shape[2], int):
-                raise InputError(message)
-            torch._check(query.shape[2] == key.shape[2], lambda: message)
+            key, value, key_mask = self._until_last(query, key, value, key_mask, query_start)
         rows = registered_salient.salient_attention(
             self.split_heads(query), key, value, key_mask, self.spec.causal, *self.sizes, self.scale
         )
         return self.merge_heads(rows)
+
+    def _until_last(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_mask: Tensor | None,
+        query_start: int | Tensor | None,
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """The keys up to the last query, which is after cached tokens. Raises InputError, or in a graph the
+        operator does, where the queries of those are needed."""
+        if isinstance(query_start, Tensor):
+            raise InputError(
+                "mechanism 'augmented' needs its state after tokens of a static cache: give the call an empty "
+                "cache under torch.no_grad(), or use a DynamicCache"
+            )
+        if query_start is not None:
+            end = query_start + query.shape[2]
+            key, value = key[:, :, :end], value[:, :, :end]
+            key_mask = None if key_mask is None else key_mask[:, :end]
+        queries, keys = query.shape[2], key.shape[2]
+        if isinstance(queries, int) and isinstance(keys, int) and not torch.compiler.is_compiling():
+            known = keys if key_mask is None or key_mask.is_meta else int(key_mask.sum(1).max())
+            problem = registered_salient.missing_queries(queries, known, self.sizes)
+            if problem:
+                raise InputError(problem)
+        return key, value, key_mask
 
     def new_state(
         self, batch: int, *, dtype: torch.dtype, device: torch.device, max_rewind: int = 0

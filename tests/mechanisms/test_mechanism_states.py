@@ -19,19 +19,25 @@ OPTIONS = {
     "augmented": {"window": 7, "sinks": 1, "salient": 3},
     **{name: {"window": 7} for name in ("softmax_window", "power_window")},
 }  # the default covers all here
+VARIANTS = {
+    "augmented_paper with means": ("augmented_paper", {"grouped": "mean"}),
+    "softmax_window with first tokens alone": ("softmax_window", {"window": 7, "sinks": 9, "tail": "none"}),
+    "power_window without first tokens": ("power_window", {"window": 7, "sinks": 0}),
+}
 NAMED = [
     (name, augmentation)
     for name, mechanism in mechanisms.available().items()
     for augmentation in (False, True)
     if "causal" in mechanism.supports and name not in STATELESS
-]
+] + [(name, True) for name in VARIANTS]
 
 
 def build(name: str, augmentation: bool, kv_layout: str = "interleaved") -> AttentionModule:
     torch.manual_seed(0)
     spec = SiteSpec(4, 2, head_dim=8, value_dim=6, causal=True, scale=0.4, kv_layout=kv_layout)
+    name, options = VARIANTS.get(name, (name, OPTIONS.get(name, {})))
     config = LinearizeConfig(
-        mechanism=name, group_size=8, conv_taps=4, augmentation=augmentation, options=OPTIONS.get(name, {})
+        mechanism=name, group_size=8, conv_taps=4, augmentation=augmentation, options=options
     )
     module = build_attention(spec, config)
     with torch.no_grad():

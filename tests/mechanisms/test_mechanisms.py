@@ -24,6 +24,7 @@ from linearize import mechanisms
 from linearize.errors import ConfigError, InputError
 from linearize.mechanisms import (
     augmented,
+    augmented_paper,
     castling,
     flash_global,
     flash_local,
@@ -102,6 +103,13 @@ def salient(q: Tensor, k: Tensor, v: Tensor, p: dict[str, Tensor], causal: bool,
 CASES: dict[str, tuple[str, dict[str, Any], Oracle]] = {
     "augmented": ("augmented", {"window": WINDOW, "sinks": 2, "salient": 5}, salient),
     "augmented_paper": ("augmented_paper", {}, core),
+    "augmented_paper_mean": (
+        "augmented_paper",
+        {"grouped": "mean"},
+        lambda q, k, v, p, causal, cross: augmented_paper.naive(
+            q, k, v, p["alpha"], p["local_scale"], group_size=GROUP, causal=causal, cross=cross
+        ),
+    ),
     "local": ("local", {}, core),
     "grouped": ("grouped", {}, core),
     "flash_local": ("flash_local", {}, flash(flash_local, activation="relu2")),

@@ -331,6 +331,12 @@ def test_a_window_with_and_without_first_tokens_and_tail(tmp_path: Path, options
     check_decoder(model, tmp_path / "m.onnx")
 
 
+def test_the_papers_form_with_means(tmp_path: Path) -> None:
+    model = converted(llama(num_hidden_layers=1), "augmented_paper", options={"grouped": "mean"})
+    assert lz.export_onnx(model, tmp_path / "m.onnx").states == 1
+    check_decoder(model, tmp_path / "m.onnx", LEVELS[1:])
+
+
 def test_a_window_of_the_models_own(tmp_path: Path) -> None:
     sizes = dict(num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2, initializer_range=0.2)
     config = transformers.MistralConfig(
