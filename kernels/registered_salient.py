@@ -61,8 +61,8 @@ def missing_queries(queries: int, keys: int, sizes: Sizes) -> str:
     if queries > keys or (sizes.salient and keys > sizes.window + 1 + sizes.kept):
         return (
             f"got {queries} queries and {keys} keys: tokens are chosen by the queries of all of them; after "
-            f"more than {sizes.window + 1 + sizes.kept} tokens this needs the state that a model converted by "
-            "linearize() keeps in an empty cache, or options={'salient': 0}"
+            f"more than {sizes.window + 1 + sizes.kept} tokens this needs the state that a model converted "
+            "by linearize() keeps in an empty cache, or options={'salient': 0}"
         )
     return ""
 

@@ -87,8 +87,8 @@ class AugmentedAttention(ComposedAttention):
         operator does, where the queries of those are needed."""
         if isinstance(query_start, Tensor):
             raise InputError(
-                "mechanism 'augmented' needs its state after tokens of a static cache: give the call an empty "
-                "cache under torch.no_grad(), or use a DynamicCache"
+                "mechanism 'augmented' needs its state after tokens of a static cache: give the call an "
+                "empty cache under torch.no_grad(), or use a DynamicCache"
             )
         if query_start is not None:
             end = query_start + query.shape[2]

@@ -10,8 +10,8 @@ serves the open group and the convolution.
 
 The grouped sum grows with the length of the text, so an alpha that was fitted at one length is too large at
 longer ones. options={"grouped": "mean"} divides it by the number of tokens in it, which is ours and not the
-paper's: o = local_scale * local + alpha * grouped / max(n, 1) + convolution(v). It takes three core calls, the
-third of ones to count, and its state has a window for each of them.
+paper's: o = local_scale * local + alpha * grouped / max(n, 1) + convolution(v). It takes three core calls,
+the third of ones to count, and its state has a window for each of them.
 
 A site with a relative position bias is refused unless `approximate=("bias",)`: outside the group it has no
 place. options={"position_bias": "local"} then keeps it inside, added after relu(q.k)^2 as the paper's T5
