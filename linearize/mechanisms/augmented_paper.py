@@ -22,7 +22,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -175,7 +175,7 @@ def naive(
     cross: bool,
 ) -> Tensor:
     """With `grouped="mean"`, float64 [B, H, T, D] with heads repeated; alpha, local_scale [H]."""
-    rest = dict(group_size=group_size, causal=causal, cross=cross, conv_weight=None)
+    rest: dict[str, Any] = dict(group_size=group_size, causal=causal, cross=cross, conv_weight=None)
     near = core.augmented_attention(query, key, value, alpha=None, local_scale=local_scale, **rest)
     far = core.augmented_attention(query, key, value, alpha=alpha, local_scale=None, **rest)
     own = torch.arange(query.shape[2], dtype=query.dtype) // group_size

@@ -143,7 +143,7 @@ def test_mechanisms_lists_every_one_with_its_options_and_where_it_fits(run) -> N
         (["inspect", "{empty}"], "config.json is missing"),
         (["inspect", "{folder}", "--mechanism", "nonsense"], "unknown mechanism"),
         (["inspect", "{folder}", "--option", "window=3"], "'augmented_paper' has no option 'window'"),
-        (["inspect", "{folder}", "--option", "window=3"], "(known: position_bias)"),
+        (["inspect", "{folder}", "--option", "window=3"], "(known: position_bias, grouped)"),
         (["inspect", "{folder}", "--mechanism", "softmax", "--augmentation"], "takes no convolution"),
         (["convert", "{folder}", "{out}", "--option", "window"], "'window' is not NAME=VALUE"),
         (["convert", "{folder}", "{out}", "--option", "a=1", "--option", "a=2"], "'a=2' is there twice"),
