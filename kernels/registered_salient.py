@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from . import salient_chunk, salient_recurrent
@@ -37,9 +38,33 @@ def _attention(
     salient: int,
     scale: float,
 ) -> Tensor:
-    """See `salient_chunk.forward` and `bidirectional`."""
-    form = salient_chunk.forward if causal else salient_chunk.bidirectional
-    return form(query, key, value, Sizes(window, sinks, salient), scale, key_mask)
+    """See `salient_chunk.forward` and `bidirectional`. Fewer queries than keys are the last of a causal
+    sequence whose other queries are gone: ValueError where those would choose the tokens that are seen."""
+    sizes = Sizes(window, sinks, salient)
+    if not causal:
+        return salient_chunk.bidirectional(query, key, value, sizes, scale, key_mask)
+    gone = key.shape[2] - query.shape[3]
+    if gone:
+        count = key.shape[2] if key_mask is None else int(key_mask.sum(1).max())
+        problem = missing_queries(query.shape[3], count, sizes)
+        if problem:
+            raise ValueError(problem)
+        query = F.pad(query, (0, 0, gone, 0))
+    return salient_chunk.forward(query, key, value, sizes, scale, key_mask)[:, :, :, gone:]
+
+
+def missing_queries(queries: int, keys: int, sizes: Sizes) -> str:
+    """Why the last `queries` of `keys` tokens do not tell what they see; empty where they do.
+
+    They do while all tokens are seen, and where no token is kept for the attention that it got.
+    """
+    if queries > keys or (sizes.salient and keys > sizes.window + 1 + sizes.kept):
+        return (
+            f"got {queries} queries and {keys} keys: tokens are chosen by the queries of all of them; after "
+            f"more than {sizes.window + 1 + sizes.kept} tokens this needs the state that a model converted "
+            "by linearize() keeps in an empty cache, or options={'salient': 0}"
+        )
+    return ""
 
 
 def _fake(query: Tensor, key: Tensor, value: Tensor, *options: Any) -> Tensor:

@@ -75,7 +75,8 @@ def _after_state(
     state, real = call.state, None
     assert state is not None
     if state.tree is None:  # the nodes of a draft tree are all real, and its mask is not causal
-        real = new_tokens(mask, key.shape[0], key.shape[2], start, call.record.path)
+        window = child.spec.window
+        real = new_tokens(mask, key.shape[0], key.shape[2], start, call.record.path, window)
     return state.extend(child, query, key, value, real)
 
 

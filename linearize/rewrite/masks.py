@@ -48,11 +48,17 @@ def key_mask_of(mask: Tensor | None, batch: int, key_length: int) -> Tensor | No
 
 
 def new_tokens(
-    mask: Tensor | None, batch: int, count: int, start: int | Tensor | None, where: str
+    mask: Tensor | None,
+    batch: int,
+    count: int,
+    start: int | Tensor | None,
+    where: str,
+    window: int | None = None,
 ) -> Tensor | None:
     """Which of the last `count` tokens are real, bool `[batch, count]`; None when the mask does not say.
 
-    start: column of the first of them; masks may be wider than what was seen so far (static caches).
+    start: column of the first of them; masks may be wider than what was seen so far (static caches). window:
+    of the site, which a square mask says too.
     """
     if mask is None:
         return None
@@ -60,24 +66,36 @@ def new_tokens(
     assert key_mask is not None
     start = mask.shape[-1] - count if start is None else start
     if mask.ndim == 4 and mask.shape[2] == count:
-        check_structure(mask, key_mask, True, start, where)
+        check_structure(mask, key_mask, True, start, where, window)
     columns = torch.arange(count, device=mask.device) + start
     return key_mask.index_select(1, columns)
 
 
 def position_mask(
-    query_length: int, key_length: int, start: int | Tensor | None, device: torch.device
+    query_length: int,
+    key_length: int,
+    start: int | Tensor | None,
+    device: torch.device,
+    window: int | None = None,
 ) -> Tensor:
-    """Causal keep mask `[T, S]`: query t is column `start + t` (default: the last columns)."""
+    """Causal keep mask `[T, S]`: query t is column `start + t` (default: the last columns), and sees the last
+    `window` columns, its own included (default: all)."""
     offset = key_length - query_length if start is None else start
     queries = torch.arange(query_length, device=device) + offset
-    return torch.arange(key_length, device=device) <= queries[:, None]
+    keys = torch.arange(key_length, device=device)
+    seen = keys <= queries[:, None]
+    return seen if window is None else seen & (keys > queries[:, None] - window)
 
 
 def check_structure(
-    mask: Tensor, key_mask: Tensor, causal: bool, start: int | Tensor | None, where: str
+    mask: Tensor,
+    key_mask: Tensor,
+    causal: bool,
+    start: int | Tensor | None,
+    where: str,
+    window: int | None = None,
 ) -> None:
-    """Raise InputError unless `mask` says exactly "position pattern and real keys".
+    """Raise InputError unless `mask` says exactly "position pattern and real keys"; window: of a causal one.
 
     Packed documents, prefix masks and hand-made 4-D masks say more than linear attention can carry; running
     on would be silently wrong. Skipped while tracing (it reads values) and for one query (nothing more can be
@@ -87,7 +105,7 @@ def check_structure(
         return
     expected = key_mask[:, None, None, :]
     if causal:
-        expected = expected & position_mask(mask.shape[2], key_mask.shape[1], start, mask.device)
+        expected = expected & position_mask(mask.shape[2], key_mask.shape[1], start, mask.device, window)
     seen = visible(mask)[..., : key_mask.shape[1]]
     if bool((seen != expected).any()):
         kind = "causal" if causal else "bidirectional"
