@@ -359,8 +359,8 @@ def test_augmented_without_salient_tokens_decodes_as_the_whole_sequence(dynamic)
 
 
 def test_augmented_trains_and_decodes_while_it_sees_all_tokens_and_not_one_longer():
-    model, settings = Decoder(), {**WINDOWED, "options": {"window": 6, "sinks": 2, "salient": 4, "tail": False}}
-    backend = Backend(**settings)
+    options = {"window": 6, "sinks": 2, "salient": 4, "tail": False}
+    model, backend = Decoder(), Backend(**{**WINDOWED, "options": options})
     compiled, tokens = torch.compile(model, backend=backend), ids(2, 20)
     out, _ = compiled(tokens)
     out.square().sum().backward()

@@ -168,7 +168,9 @@ def test_narrow_types_stay_within_their_rounding(dtype: torch.dtype) -> None:
 @interpreted
 @pytest.mark.parametrize("group_size", [32, 64])
 @pytest.mark.parametrize("dim", [64, pytest.param(128, marks=pytest.mark.slow)])
-@pytest.mark.parametrize(("backend", "arch"), [("cuda", 90), ("hip", 942), *slow(("cuda", 80), ("cuda", 100))])
+@pytest.mark.parametrize(
+    ("backend", "arch"), [("cuda", 90), ("hip", 942), *slow(("cuda", 80), ("cuda", 100))]
+)
 def test_the_tiles_of_every_device(backend: str, arch: int, dim: int, group_size: int) -> None:
     inputs = case(140, dim=dim, heads=2, kv_heads=1, taps=33, dtype=torch.bfloat16)
     check(inputs, group_size=group_size, backend=backend, arch=arch)
