@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import salient_chunk, salient_recurrent
+from . import salient_chunk, salient_recurrent, salient_tail
 from .dispatch import Choice, load, say
 from .padding import Ranks
 from .recomputed import recomputed
@@ -88,16 +88,22 @@ def _after(
     scale: float,
     conv_weight: Tensor | None = None,
     real: Tensor | None = None,
+    tail_weight: Tensor | None = None,
 ) -> Tensor:
-    """`salient_recurrent.extend`, in C++ where that takes the call."""
+    """`salient_recurrent.extend`, and `salient_tail.after_state`, in C++ where that takes the call."""
     compiled = _compiled(query, key, value, state, sizes)
     if compiled is None:
-        return salient_recurrent.extend(query, key, value, state, sizes, scale, conv_weight, real)
+        before = state.length.clone()
+        out = salient_recurrent.extend(query, key, value, state, sizes, scale, conv_weight, real)
+        if tail_weight is None:
+            return out
+        return salient_tail.after_state(query, out, tail_weight, before, real, sizes, scale)
+    tables = sizes, scale, conv_weight, tail_weight
     if real is None:
-        return compiled.extend(query, key, value, state, sizes, scale, conv_weight, None)
+        return compiled.extend(query, key, value, state, *tables, None)
     ranks = Ranks(real)
     query, key, value = (ranks.to_front(x) for x in (query, key, value))
-    return ranks.to_columns(compiled.extend(query, key, value, state, sizes, scale, conv_weight, ranks.count))
+    return ranks.to_columns(compiled.extend(query, key, value, state, *tables, ranks.count))
 
 
 def missing_queries(queries: int, keys: int, sizes: Sizes) -> str:
@@ -126,7 +132,7 @@ salient_attention = recomputed(
 
 torch.library.define(
     "linearize::salient_extend",
-    f"({_TOKENS}, {_STATE}, {_SIZES}, Tensor? conv_weight, Tensor? real) -> Tensor",
+    f"({_TOKENS}, {_STATE}, {_SIZES}, Tensor? conv_weight, Tensor? tail_weight, Tensor? real) -> Tensor",
 )
 torch.library.define(
     "linearize::salient_tree",
@@ -144,8 +150,8 @@ def _split(rest: tuple[Any, ...]) -> tuple[State, Sizes, float, tuple[Any, ...]]
 
 @torch.library.impl("linearize::salient_extend", "CompositeExplicitAutograd")
 def _extend(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> Tensor:
-    state, sizes, scale, (conv_weight, real) = _split(rest)
-    return _after(query, key, value, state, sizes, scale, conv_weight, real)
+    state, sizes, scale, (conv_weight, tail_weight, real) = _split(rest)
+    return _after(query, key, value, state, sizes, scale, conv_weight, real, tail_weight)
 
 
 @torch.library.impl("linearize::salient_tree", "CompositeExplicitAutograd")

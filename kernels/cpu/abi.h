@@ -79,6 +79,7 @@ struct Salient {
   int64_t *state_length, *state_block;  // [batch]
   const int64_t* count;                 // [batch] tokens that are real, the first ones; null: all
   const float* conv;                    // [heads, taps] or null
+  const float* tail;                    // [heads, value_dim, dim + value_dim + 1] or null
 
   int64_t kept() const { return sinks + salient; }
   int64_t ring() const { return window + 32; }

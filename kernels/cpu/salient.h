@@ -19,6 +19,7 @@ constexpr int64_t SALIENT_BLOCK = 32, SALIENT_DELAY = 64;
 constexpr float SALIENT_DECAY = 0.9f;
 constexpr int32_t UNSEEN = std::numeric_limits<int32_t>::max();
 constexpr int64_t SHORT_SPAN = 12;  // rows of queries that are faster one by one
+constexpr int64_t SHORT_TAIL = 4;   // tokens
 
 // e^x for x <= 0, to 2 units in the last place; 0 below -87.
 INLINE Vec exp_negative(Vec x) {
@@ -46,7 +47,7 @@ struct SalientUnit {
   const Salient& s;
   int64_t b, h, rows, padded, depth, width, shared;  // rows of the state; padded: sizes as multiples of WIDTH
   float *keys, *values, *turned, *queries, *scores, *outputs, *seen_at;
-  float *moved, *rank, *spare;
+  float *moved, *rank, *spare, *tail, *joined, *added;
   int64_t* order;
   int64_t key_stride, value_stride;
   bool in_place_keys, in_place_values;
@@ -69,6 +70,10 @@ struct SalientUnit {
     outputs = arena.take(most_rows * width);
     seen_at = arena.take(padded);
     spare = arena.take(most(depth, width));
+    const bool long_tail = s.tail && least(s.length, SALIENT_BLOCK) > SHORT_TAIL;
+    tail = arena.take(long_tail ? shared * tail_columns() * width : 0);
+    joined = arena.take(s.tail ? (SALIENT_BLOCK + TILE_ROWS) * tail_columns() : 0);
+    added = arena.take(s.tail ? (SALIENT_BLOCK + TILE_ROWS) * width : 0);
     moved = arena.take(s.kept() * most(most(s.dim, s.value_dim), 1));
     rank = arena.take(s.kept() + SALIENT_BLOCK);
     order = reinterpret_cast<int64_t*>(arena.take(2 * (s.kept() + SALIENT_BLOCK)));
@@ -85,7 +90,16 @@ struct SalientUnit {
       value_stride = s.values.row;
     }
     refresh(0, rows);
+    if (!s.tail || least(s.length, SALIENT_BLOCK) <= SHORT_TAIL) return;
+    for (int64_t r = 0; r < shared; r++)  // turned, for products of many rows
+      for (int64_t c = 0; c < tail_columns(); c++)
+        for (int64_t d = 0; d < width; d++)
+          tail[(r * tail_columns() + c) * width + d] =
+              d < s.value_dim ? tail_of(h * shared + r)[d * tail_columns() + c] : 0;
   }
+
+  int64_t tail_columns() const { return s.dim + s.value_dim + 1; }
+  const float* tail_of(int64_t head) const { return s.tail + head * s.value_dim * tail_columns(); }
 
   // Copies of state rows, where the state itself cannot be read.
   void refresh(int64_t first, int64_t last) {
@@ -233,6 +247,7 @@ struct SalientUnit {
     for (int64_t r = 0; r < shared; r++) {
       float* rows_of_head = outputs + r * count * width;
       if (s.taps) convolve(rows_of_head, h * shared + r, count, length);
+      if (s.tail) add_tail(rows_of_head, r, count, block);
       write_rows(s.out, FLOAT32, b, h * shared + r, from, rows_of_head, width, count, s.value_dim);
     }
   }
@@ -277,6 +292,33 @@ struct SalientUnit {
         for (int64_t j = 0; j < width; j += WIDTH)
           store(out + i * width + j, load(out + i * width + j) + weight[k] * load(value + j));
       }
+  }
+
+  // Adds log(1 + n / E) (A q + B o + c) to rows o [count] of a head; see kernels/salient_tail.py.
+  void add_tail(float* out, int64_t r, int64_t count, int64_t block) {
+    const int64_t dropped = block * SALIENT_BLOCK - s.window - s.kept(), columns = tail_columns();
+    if (dropped <= 0) return;
+    const float share = std::log1p(static_cast<float>(dropped) / most(s.window + s.kept(), 1));
+    const float* asked = queries + r * count * depth;
+    if (count <= SHORT_TAIL) {
+      for (int64_t i = 0; i < count; i++) {
+        for (int64_t d = 0; d < s.value_dim; d++) {
+          const float* weight = tail_of(h * shared + r) + d * columns;
+          added[d] = dot(asked + i * depth, weight, s.dim) + dot(out + i * width, weight + s.dim, s.value_dim) +
+                     weight[columns - 1];
+        }
+        for (int64_t d = 0; d < s.value_dim; d++) out[i * width + d] += share * added[d];
+      }
+      return;
+    }
+    for (int64_t i = 0; i < count; i++) {
+      float* row = joined + i * columns;
+      std::copy(asked + i * depth, asked + i * depth + s.dim, row);
+      std::copy(out + i * width, out + i * width + s.value_dim, row + s.dim);
+      row[columns - 1] = 1;
+    }
+    product<ROWS, SET>(added, width, joined, columns, tail + r * columns * width, width, count, width, columns);
+    for (int64_t i = 0; i < count * width; i += WIDTH) store(out + i, load(out + i) + share * load(added + i));
   }
 };
 

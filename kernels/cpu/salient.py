@@ -40,14 +40,16 @@ def extend(
     sizes: Sizes,
     scale: float,
     conv_weight: Tensor | None,
+    tail_weight: Tensor | None,
     count: Tensor | None,
     *,
     isa: str | None = None,
 ) -> Tensor:
-    """As `salient_recurrent.extend`, for a call that `refusal` has nothing to say against.
+    """As `salient_recurrent.extend`, and the tail, for a call that `refusal` has nothing to say against.
 
     Args:
         query, key, value, state, sizes, scale, conv_weight: As there.
+        tail_weight: As for `salient_tail.after_state`. None: no tail.
         count: int64 [B]: how many of the tokens are real, those in front. None: all.
         isa: "avx2" keeps to that instruction set; None takes the best.
 
@@ -56,10 +58,10 @@ def extend(
     """
     batch, kv_heads, shared, length, dim = query.shape
     value_dim, heads = value.shape[3], kv_heads * shared
-    conv, conv_at = None, 0
     taps = 0 if conv_weight is None else conv_weight.shape[2]
-    if conv_weight is not None:
-        conv, conv_at = parameter(conv_weight.reshape(heads, taps), (heads, taps), "conv_weight")
+    conv, conv_at = _of_heads(conv_weight, (heads, taps), "conv_weight")
+    columns = dim + value_dim + 1
+    tail, tail_at = _of_heads(tail_weight, (heads, value_dim, columns), "tail_weight")
     make = torch.empty if count is None else torch.zeros
     out = make(batch, heads, length, value_dim)
     if count is not None:
@@ -70,9 +72,13 @@ def extend(
         *(*sizes, state.votes.shape[2], taps, scale),
         *(field for _, of_tensor in kept for field in of_tensor),
         *(x.data_ptr() for x in (state.scores, state.votes, state.length, state.block)),
-        *(0 if count is None else count.data_ptr(), conv_at),
+        *(0 if count is None else count.data_ptr(), conv_at, tail_at),
     )
     work = batch * heads * length * (sizes.kept + sizes.window + BLOCK) * (dim + value_dim)
     run("linearize_salient", fields, isa, threads_for(work))
-    del conv
+    del conv, tail  # the kernel read what they hold
     return out.unflatten(1, (kv_heads, shared))
+
+
+def _of_heads(x: Tensor | None, shape: tuple[int, ...], name: str) -> tuple[Tensor | None, int]:
+    return parameter(None if x is None else x.reshape(shape), shape, name)

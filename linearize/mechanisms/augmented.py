@@ -1,7 +1,7 @@
 """Augmented linear attention whose local part is exact.
 
     o[t] = softmax over window, sinks and salient tokens of (scale q[t].k[j]) v[j] + convolution(v)[t],
-    and what `tail.py` estimates of all other tokens is added
+    and what `kernels/salient_tail.py` estimates of all other tokens is added
 
     window: the last `window` tokens, and up to 31 before them    sinks: the first `sinks` tokens
     salient: per key/value head, `salient` tokens that got most attention, as an exponential average
@@ -29,16 +29,17 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from ..errors import InputError
 from ..kernels import registered_salient, salient, salient_chunk
+from ..kernels import salient_tail as tail
 from ..kernels.tensors import full_precision, widen
 from ..ops.arguments import check, check_held
 from ..ops.attention import Lineage, checked_path, lineage
 from ..ops.state import Part, SalientState, States
-from . import salient_onnx, tail
+from . import salient_onnx
 from .augmented_paper import PaperAttention
 from .base import EVERYWHERE, Mechanism, switch, whole
 from .composed import ComposedAttention, Term, of_queries
@@ -58,7 +59,10 @@ class AugmentedAttention(ComposedAttention):
     def __init__(self, spec: SiteSpec, config: Settings) -> None:
         super().__init__(spec, config)
         self.sizes = salient.Sizes(*(config.option(name) for name in ("window", "sinks", "salient")))
-        self.tail_weight = tail.new_weight(spec) if config.option("tail") else None
+        self.tail_weight: nn.Parameter | None = None
+        if config.option("tail"):  # [A | B | c] of each head
+            columns = spec.head_dim + spec.value_dim + 1
+            self.tail_weight = nn.Parameter(torch.empty(spec.num_heads, spec.value_dim, columns))
         self.linear_parameters = ("conv_weight",) if self.tail_weight is None else ("tail_weight",)
         self.reset_parameters()
 
@@ -206,8 +210,9 @@ class AugmentedAttention(ComposedAttention):
         check_held(query, key, value, part.tensors.keys, part.tensors.values)
         tokens = self.split_heads(query), key, value
         if parents is None:
-            options = *part.tensors, *self.sizes, self.scale, self._joined_weight()
-            return self.merge_heads(torch.ops.linearize.salient_extend(*tokens, *options, key_mask))
+            tables = self._joined_weight(), self._joined_tail()
+            options = *part.tensors, *self.sizes, self.scale, *tables, key_mask
+            return self.merge_heads(torch.ops.linearize.salient_extend(*tokens, *options))
         depth, ancestors = lineage(parents, query.shape[0], query.shape[2], query.device)
         deepest = min(self.sizes.window, salient.DELAY)
         if not torch.compiler.is_compiling() and int(depth.max()) > deepest:
@@ -230,6 +235,8 @@ class AugmentedAttention(ComposedAttention):
         parents: Tensor | Lineage | None,
     ) -> Tensor:
         if parents is None:
+            if self._tail_joins:
+                return super().total_after(query, key, value, state, key_mask, None)
             ahead = _ranks(query, key_mask)
         else:
             parents = lineage(parents, query.shape[0], query.shape[2], query.device)
@@ -270,6 +277,17 @@ class AugmentedAttention(ComposedAttention):
     def _ring_serves(self) -> bool:
         """Whether the state's own ring holds the values that the convolution reads."""
         return self.conv_weight is not None and self.conv_weight.shape[1] <= self.sizes.window + 1
+
+    @property
+    def _tail_joins(self) -> bool:
+        """Whether nothing comes between the operator after a state and the tail."""
+        return self.tail_weight is None or self.conv_weight is None or self._ring_serves
+
+    def _joined_tail(self) -> Tensor | None:
+        """Weights of the tail [Hkv, R, Dv, D + Dv + 1] where the operator after a state adds it."""
+        if self.tail_weight is None or not self._tail_joins:
+            return None
+        return self.split_heads(self.tail_weight[None])[0]
 
     def _joined_weight(self) -> Tensor | None:
         """Weights of the convolution [Hkv, R, K] where the state's ring serves it."""

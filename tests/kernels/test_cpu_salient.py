@@ -6,7 +6,7 @@ import random
 
 import pytest
 import torch
-from linearize.kernels import cpu, registered_salient, salient, salient_recurrent
+from linearize.kernels import cpu, registered_salient, salient, salient_recurrent, salient_tail
 from linearize.kernels.cpu import salient as compiled
 from linearize.kernels.salient import Sizes, State
 from torch import Tensor
@@ -69,34 +69,40 @@ def test_all_at_once_and_in_pieces_it_is_the_oracle(
     sequence = tokens(length, dims)
     wanted = oracle(*sequence, sizes).float()
     query, key, value = sequence
-    out = compiled.extend(query, key, value, empty(sizes, dims), sizes, SCALE, None, None, isa=isa)
+    out = compiled.extend(query, key, value, empty(sizes, dims), sizes, SCALE, None, None, None, isa=isa)
     torch.testing.assert_close(out, wanted, atol=2e-5, rtol=1e-5)
     choose, state, start = random.Random(1), empty(sizes, dims), 0
     while start < length:
         stop = start + choose.choice(PIECES)
         piece = query[:, :, :, start:stop], key[:, :, start:stop], value[:, :, start:stop]
-        out = compiled.extend(*piece, state, sizes, SCALE, None, None, isa=isa)
+        out = compiled.extend(*piece, state, sizes, SCALE, None, None, None, isa=isa)
         torch.testing.assert_close(out, wanted[:, :, :, start:stop], atol=2e-5, rtol=1e-5)
         start = stop
 
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float16))
 def test_a_state_of_any_dtype_goes_on_in_either_form(isa: str, dtype: torch.dtype) -> None:
-    """Sequences of different lengths, a convolution, and pieces that the two forms take in turns."""
+    """Sequences of different lengths, convolution and tail, and pieces that the two forms take in turns."""
     sizes, dims, length = Sizes(40, 2, 24), (16, 8), 300
     query, key, value = (x.to(dtype) for x in tokens(length, dims))
-    conv = torch.randn(KV_HEADS, REPEATS, 5)
+    conv, tail = torch.randn(KV_HEADS, REPEATS, 5), torch.randn(KV_HEADS, REPEATS, 8, 16 + 8 + 1)
+
+    def plain(piece: tuple[Tensor, ...], state: State, real: Tensor) -> Tensor:
+        before = state.length.clone()
+        out = salient_recurrent.extend(*piece, state, sizes, SCALE, conv, real)
+        return salient_tail.after_state(piece[0], out, tail, before, real, sizes, SCALE)
+
     mixed, alone = empty(sizes, dims, dtype), empty(sizes, dims, dtype)
     choose, start, turn = random.Random(2), 0, 0
     while start < length:
         stop, turn = min(start + choose.choice(PIECES), length), turn + 1
         piece = query[:, :, :, start:stop], key[:, :, start:stop], value[:, :, start:stop]
         real = torch.rand(BATCH, stop - start, generator=torch.Generator().manual_seed(start)) < 0.7
-        wanted = salient_recurrent.extend(*piece, alone, sizes, SCALE, conv, real)
+        wanted = plain(piece, alone, real)
         if turn % 2:
-            out = salient_recurrent.extend(*piece, mixed, sizes, SCALE, conv, real)
+            out = plain(piece, mixed, real)
         else:
-            out = registered_salient._after(*piece, mixed, sizes, SCALE, conv, real)
+            out = registered_salient._after(*piece, mixed, sizes, SCALE, conv, real, tail)
         torch.testing.assert_close(out, wanted, atol=1e-4, rtol=1e-4)
         start = stop
     for ours, theirs in zip(mixed, alone, strict=True):
@@ -110,7 +116,7 @@ def test_any_strides_and_threads_change_nothing() -> None:
     outputs = []
     for given, threads in ((sequence, 1), (turned, 1), (sequence, 4)):
         torch.set_num_threads(threads)
-        outputs.append(compiled.extend(*given, empty(sizes, dims), sizes, SCALE, None, None))
+        outputs.append(compiled.extend(*given, empty(sizes, dims), sizes, SCALE, None, None, None))
     torch.set_num_threads(1)
     assert all(torch.equal(out, outputs[0]) for out in outputs)
 
@@ -120,7 +126,7 @@ def test_among_equals_the_longest_kept_stays() -> None:
     _, key, value = tokens(length, dims)
     query = torch.zeros(BATCH, KV_HEADS, REPEATS, length, 8)  # every token gets the same
     states = [empty(sizes, dims) for _ in range(2)]
-    out = compiled.extend(query, key, value, states[0], sizes, SCALE, None, None)
+    out = compiled.extend(query, key, value, states[0], sizes, SCALE, None, None, None)
     wanted = salient_recurrent.extend(query, key, value, states[1], sizes, SCALE)
     torch.testing.assert_close(out, wanted, atol=1e-5, rtol=1e-5)
     assert torch.equal(states[0].keys, states[1].keys)
@@ -131,7 +137,7 @@ def test_scores_of_any_size_give_weights_that_sum_to_one() -> None:
     query, key, _ = tokens(length, dims)
     value = torch.ones(BATCH, KV_HEADS, length, 8)
     for factor in (1e-20, 1.0, 1e4, 1e15):
-        out = compiled.extend(query * factor, key, value, empty(sizes, dims), sizes, SCALE, None, None)
+        out = compiled.extend(query * factor, key, value, empty(sizes, dims), sizes, SCALE, None, None, None)
         torch.testing.assert_close(out, torch.ones_like(out), atol=1e-5, rtol=0)
 
 
@@ -139,7 +145,7 @@ def test_what_is_not_a_number_stays_where_it_is_seen() -> None:
     sizes, dims = Sizes(32, 1, 6), (8, 8)
     query, key, value = tokens(64, dims)
     query[0, 0, 0, 10] = torch.nan
-    out = compiled.extend(query, key, value, empty(sizes, dims), sizes, SCALE, None, None)
+    out = compiled.extend(query, key, value, empty(sizes, dims), sizes, SCALE, None, None, None)
     assert out[0, 0, 0, 10].isnan().all()
     out[0, 0, 0, 10] = 0
     assert out.isfinite().all()

@@ -14,15 +14,9 @@ took off less of what dropping costs than as many bytes of salient tokens do.
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from ..kernels.salient import BLOCK, Sizes
-from .spec import SiteSpec
-
-
-def new_weight(spec: SiteSpec) -> nn.Parameter:
-    """[A | B | c] of each head, [H, Dv, D + Dv + 1], without values."""
-    return nn.Parameter(torch.empty(spec.num_heads, spec.value_dim, spec.head_dim + spec.value_dim + 1))
+from .salient import BLOCK, Sizes
 
 
 def dropped_after(position: Tensor, sizes: Sizes) -> Tensor:
@@ -51,3 +45,32 @@ def features(query: Tensor, rows: Tensor, dropped: Tensor, sizes: Sizes) -> Tens
     kept = max(sizes.window + sizes.kept, 1)
     share = (dropped.to(rows.dtype) / kept).log1p()[:, None, :, None]
     return torch.cat([query.to(rows.dtype), rows, torch.ones_like(rows[..., :1])], 3) * share
+
+
+def after_state(
+    query: Tensor,
+    rows: Tensor,
+    weight: Tensor,
+    length: Tensor,
+    real: Tensor | None,
+    sizes: Sizes,
+    scale: float,
+) -> Tensor:
+    """`rows` [B, Hkv, R, T, Dv] of tokens after a state, and what is added.
+
+    query: [B, Hkv, R, T, D]. weight: [Hkv, R, Dv, D + Dv + 1]. length: int64 [B], tokens before these. real:
+    Bool [B, T], tokens that count; None: all.
+    """
+    if real is None:
+        ahead = torch.arange(query.shape[3], device=query.device)
+    else:
+        ahead = (real.cumsum(1) - 1).clamp_min(0)
+    found = features(
+        query.flatten(1, 2).to(rows.dtype) * scale,
+        rows.flatten(1, 2),
+        dropped_after(length[:, None] + ahead, sizes),
+        sizes,
+    )
+    if real is not None:
+        found = found.masked_fill(~real[:, None, :, None], 0)  # whatever padding holds, NaN included
+    return rows + (found @ weight.flatten(0, 1).to(rows.dtype).mT).unflatten(1, rows.shape[1:3])
