@@ -11,7 +11,13 @@ from torch import Tensor
 from .saved import save, saved
 
 
-def recomputed(name: str, arguments: str, run: Callable[..., Tensor], fake: Callable[..., Tensor]) -> Any:
+def recomputed(
+    name: str,
+    arguments: str,
+    run: Callable[..., Tensor],
+    fake: Callable[..., Tensor],
+    differentiate: Callable[..., tuple[Tensor, ...] | None] = lambda *_: None,
+) -> Any:
     """Register `linearize::{name}` and its derivative, which keeps the arguments and nothing else.
 
     Args:
@@ -19,6 +25,8 @@ def recomputed(name: str, arguments: str, run: Callable[..., Tensor], fake: Call
         arguments: Its schema. The first three arguments are tensors and have gradients, the others none.
         run: What it computes, of differentiable PyTorch.
         fake: The same arguments to an empty tensor of the output's shape and dtype.
+        differentiate: The gradient of the output and the arguments to the gradients of the first three, or
+            None for a call that it does not take.
 
     Returns:
         The operator.
@@ -36,6 +44,9 @@ def recomputed(name: str, arguments: str, run: Callable[..., Tensor], fake: Call
 
     @torch.library.impl(derivative, "CompositeExplicitAutograd")
     def _backward_impl(grad: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
+        found = differentiate(grad, *inputs)
+        if found is not None:
+            return found
         leaves = [x.detach().requires_grad_() for x in inputs[:3]]
         with torch.enable_grad():
             out = run(*leaves, *inputs[3:])

@@ -62,6 +62,38 @@ def _attention(
     return salient_chunk.forward(query, key, value, sizes, scale, key_mask, extend=_after)[:, :, :, gone:]
 
 
+def _gradients(
+    grad: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_mask: Tensor | None,
+    causal: bool,
+    window: int,
+    sinks: int,
+    salient: int,
+    scale: float,
+) -> tuple[Tensor, ...] | None:
+    """Of `_attention` by query, key and value, in C++; None where that does not take the call."""
+    sizes = Sizes(window, sinks, salient)
+    if not causal or key.shape[2] != query.shape[3]:
+        return None
+    batch, kv_heads, _, dim = key.shape
+    state = new(batch, kv_heads, dim, 1, sizes, dtype=key.dtype, device=key.device)
+    compiled = _compiled(query, key, value, state, sizes)
+    if compiled is None:
+        return None
+    ranks = None if key_mask is None else Ranks(key_mask)
+    tokens = [x if ranks is None else ranks.to_front(x) for x in (query, key, value)]
+    positions = salient_chunk.select(tokens[0].float(), tokens[1].float(), sizes, scale, _after)
+    if ranks is not None:
+        grad = ranks.to_front(grad)
+    found = compiled.backward(grad, *tokens, positions, sizes, scale, None if ranks is None else ranks.count)
+    if ranks is not None:
+        found = tuple(ranks.to_columns(x) for x in found)
+    return tuple(x.to(y.dtype) for x, y in zip(found, (query, key, value), strict=True))
+
+
 def _compiled(query: Tensor, key: Tensor, value: Tensor, state: State, sizes: Sizes) -> ModuleType | None:
     """The C++ form, where there is one and it takes the call; what runs is logged."""
     choice = Choice("torch", f"on {query.device.type}, where `augmented` has no compiled form")
@@ -126,7 +158,7 @@ def _fake(query: Tensor, key: Tensor, value: Tensor, *options: Any) -> Tensor:
 
 
 salient_attention = recomputed(
-    "salient_attention", f"{_TOKENS}, Tensor? key_mask, bool causal, {_SIZES}", _attention, _fake
+    "salient_attention", f"{_TOKENS}, Tensor? key_mask, bool causal, {_SIZES}", _attention, _fake, _gradients
 )
 """`salient_chunk.forward`, or `bidirectional`, as an operator with gradients."""
 

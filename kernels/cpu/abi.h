@@ -85,6 +85,15 @@ struct Salient {
   int64_t ring() const { return window + 32; }
 };
 
+// Whole sequences of the same attention; `positions` [batch, kv head, blocks, kept] of the tokens that each block
+// keeps, -1 for none. The gradients are float32, those of key and value zero before.
+struct SalientBackward {
+  int64_t dtype, batch, heads, kv_heads, length, dim, value_dim, window, kept, blocks;
+  double scale;
+  Tensor query, key, value, grad, dquery, dkey, dvalue;
+  const int64_t *positions, *count;
+};
+
 // One (batch, kv head), and of its groups those from `first` to before `last`. A sequence that is shared
 // between threads is cut into several.
 struct Piece {
@@ -118,6 +127,8 @@ struct Kernels {
   void (*tree_unit)(const Tree&, int64_t unit, float* scratch);
   size_t (*salient_scratch)(const Salient&);
   void (*salient_unit)(const Salient&, int64_t unit, float* scratch);
+  size_t (*salient_backward_scratch)(const SalientBackward&);
+  void (*salient_backward_unit)(const SalientBackward&, int64_t unit, float* scratch);
 };
 
 }  // namespace linearize

@@ -1,7 +1,7 @@
 // Built with -mavx512f and what every AVX512 server has besides.
 #include "backward.h"
 #include "decode.h"
-#include "salient.h"
+#include "salient_backward.h"
 
 namespace linearize {
 extern const Kernels avx512_kernels;
@@ -9,5 +9,6 @@ const Kernels avx512_kernels = {
     state_floats,   forward_scratch, forward_sum, forward_piece, backward_scratch, backward_sums,
     backward_piece, step_scratch,    step_unit,   append_scratch, append_unit,
     tree_scratch,   tree_unit,       salient_scratch, salient_unit,
+    salient_backward_scratch, salient_backward_unit,
 };
 }  // namespace linearize

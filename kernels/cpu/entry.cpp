@@ -234,4 +234,11 @@ __attribute__((visibility("default"))) int linearize_salient(const Salient* s, i
   return 0;
 }
 
+__attribute__((visibility("default"))) int linearize_salient_backward(const SalientBackward* s, int64_t isa,
+                                                                      int64_t threads) {
+  const Kernels& kernels = kernels_of(isa);
+  return !for_each(s->batch * s->kv_heads, threads, kernels.salient_backward_scratch(*s), false,
+                   [&](int64_t unit, float* scratch) { kernels.salient_backward_unit(*s, unit, scratch); });
+}
+
 }  // extern "C"

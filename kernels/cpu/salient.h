@@ -42,6 +42,35 @@ INLINE Vec exp_negative(Vec x) {
   return keep(some, (Vec)((Ints)p + exponent));
 }
 
+INLINE Ints load_ints(const int32_t* p) {
+  typedef int32_t IntsAnywhere __attribute__((vector_size(WIDTH * 4), aligned(4), may_alias));
+  return *reinterpret_cast<const IntsAnywhere*>(p);
+}
+
+// Scores [padded] of one query at offset `own` -> weights, in place; what lies at a later one gets none.
+void soften(const float* seen_at, int64_t padded, float* row, int64_t own) {
+  const int32_t* at = reinterpret_cast<const int32_t*>(seen_at);
+  const Ints here = Ints{} + static_cast<int32_t>(own);
+  const Vec least_score = Vec{} + std::numeric_limits<float>::lowest();
+  Vec largest = least_score;
+  for (int64_t l = 0; l < padded; l += WIDTH) {
+    const Ints sees = load_ints(at + l) <= here;
+    const Vec x = sees ? load(row + l) : least_score;
+    store(row + l, x);
+    largest = x > largest ? x : largest;
+  }
+  float top = largest[0];
+  for (int i = 1; i < WIDTH; i++) top = largest[i] > top ? largest[i] : top;
+  Vec total = {};
+  for (int64_t l = 0; l < padded; l += WIDTH) {
+    const Vec x = keep(load_ints(at + l) <= here, exp_negative(load(row + l) - top));
+    store(row + l, x);
+    total += x;
+  }
+  const float inverse = 1 / sum(total);
+  for (int64_t l = 0; l < padded; l += WIDTH) store(row + l, load(row + l) * inverse);
+}
+
 // The working memory of one unit, and what it holds of the state as rows of floats.
 struct SalientUnit {
   const Salient& s;
@@ -198,35 +227,6 @@ struct SalientUnit {
     for (int64_t l = rows; l < padded; l++) at[l] = UNSEEN;
   }
 
-  // Scores of one query at offset `own` -> weights, in place; all that it does not see gets none.
-  void soften(float* row, int64_t own) {
-    const int32_t* at = reinterpret_cast<const int32_t*>(seen_at);
-    const Ints here = Ints{} + static_cast<int32_t>(own);
-    const Vec least_score = Vec{} + std::numeric_limits<float>::lowest();
-    Vec largest = least_score;
-    for (int64_t l = 0; l < padded; l += WIDTH) {
-      const Ints sees = load_ints(at + l) <= here;
-      const Vec x = sees ? load(row + l) : least_score;
-      store(row + l, x);
-      largest = x > largest ? x : largest;
-    }
-    float top = largest[0];
-    for (int i = 1; i < WIDTH; i++) top = largest[i] > top ? largest[i] : top;
-    Vec total = {};
-    for (int64_t l = 0; l < padded; l += WIDTH) {
-      const Vec x = keep(load_ints(at + l) <= here, exp_negative(load(row + l) - top));
-      store(row + l, x);
-      total += x;
-    }
-    const float inverse = 1 / sum(total);
-    for (int64_t l = 0; l < padded; l += WIDTH) store(row + l, load(row + l) * inverse);
-  }
-
-  static INLINE Ints load_ints(const int32_t* p) {
-    typedef int32_t IntsAnywhere __attribute__((vector_size(WIDTH * 4), aligned(4), may_alias));
-    return *reinterpret_cast<const IntsAnywhere*>(p);
-  }
-
   // Outputs of tokens `from` .. `from + count`, which are in the ring at positions `length` and on.
   void attend(int64_t from, int64_t count, int64_t block, int64_t length) {
     const int64_t queries_in_all = shared * count;
@@ -238,7 +238,7 @@ struct SalientUnit {
     if (few) score_each(queries_in_all);
     else score_all(queries_in_all);
     const int64_t start = length - block * SALIENT_BLOCK;
-    for (int64_t q = 0; q < queries_in_all; q++) soften(scores + q * padded, start + q % count);
+    for (int64_t q = 0; q < queries_in_all; q++) soften(seen_at, padded, scores + q * padded, start + q % count);
     float* vote = votes(block % s.vote_rows);
     for (int64_t q = 0; q < queries_in_all; q++)
       for (int64_t l = 0; l < rows; l++) vote[l] += scores[q * padded + l];

@@ -80,5 +80,47 @@ def extend(
     return out.unflatten(1, (kv_heads, shared))
 
 
+def backward(
+    grad: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    positions: Tensor,
+    sizes: Sizes,
+    scale: float,
+    count: Tensor | None,
+    *,
+    isa: str | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of whole sequences by query, key and value, for what `refusal` has nothing to say against.
+
+    Args:
+        grad: Of the output, float32 [B, Hkv, R, T, Dv].
+        query, key, value, sizes, scale, count: As for `extend`.
+        positions: int64 [B, Hkv, blocks, K], what `salient_chunk.select` found.
+        isa: "avx2" keeps to that instruction set; None takes the best.
+
+    Returns:
+        Those of query, key and value, each float32 and of its shape.
+    """
+    batch, kv_heads, shared, length, dim = query.shape
+    value_dim, heads, blocks = value.shape[3], kv_heads * shared, -(-length // BLOCK)
+    grads = [torch.zeros(x.shape, dtype=torch.float32) for x in (query, key, value)]
+    positions = table(positions, (batch, kv_heads, blocks, sizes.kept), torch.int64, "positions")
+    if count is not None:
+        count = table(count, (batch,), torch.int64, "count")
+    rows = query.flatten(1, 2), key, value, grad.float().flatten(1, 2), grads[0].flatten(1, 2), *grads[1:]
+    kept = [place(x) for x in rows]
+    fields = (
+        *(DTYPES[query.dtype], batch, heads, kv_heads, length, dim, value_dim, sizes.window, sizes.kept),
+        *(blocks, scale),
+        *(field for _, of_tensor in kept for field in of_tensor),
+        *(positions.data_ptr(), 0 if count is None else count.data_ptr()),
+    )
+    work = batch * heads * length * (sizes.kept + sizes.window + BLOCK) * (dim + value_dim) * 2
+    run("linearize_salient_backward", fields, isa, threads_for(work))
+    return grads[0], grads[1], grads[2]
+
+
 def _of_heads(x: Tensor | None, shape: tuple[int, ...], name: str) -> tuple[Tensor | None, int]:
     return parameter(None if x is None else x.reshape(shape), shape, name)

@@ -6,7 +6,14 @@ import random
 
 import pytest
 import torch
-from linearize.kernels import cpu, registered_salient, salient, salient_recurrent, salient_tail
+from linearize.kernels import (
+    cpu,
+    registered_salient,
+    salient,
+    salient_chunk,
+    salient_recurrent,
+    salient_tail,
+)
 from linearize.kernels.cpu import salient as compiled
 from linearize.kernels.salient import Sizes, State
 from torch import Tensor
@@ -168,3 +175,31 @@ def test_what_it_does_not_take_is_left_to_the_torch_form() -> None:
         *(x.double() for x in (query, key, value)), empty(sizes, dims, torch.float64), sizes, 1.0
     )
     assert out.dtype == torch.float64
+
+
+@pytest.mark.parametrize(("sizes", "length", "dims"), [case for case in CASES if case.id != "no window"])
+@pytest.mark.parametrize("padded", [False, True])
+def test_gradients_are_those_of_the_torch_form(
+    isa: str, sizes: Sizes, length: int, dims: tuple[int, int], padded: bool
+) -> None:
+    sequence = tokens(length, dims)
+    real = None
+    if padded:
+        real = torch.ones(BATCH, length, dtype=torch.bool)
+        real[0, :7], real[1, 40:90] = False, False
+    leaves = [x.double().requires_grad_() for x in sequence]
+    out = salient_chunk.forward(*leaves, sizes, SCALE, real)
+    grad = torch.randn(out.shape, generator=torch.Generator().manual_seed(0))
+    wanted = torch.autograd.grad(out, leaves, grad.double())
+    if isa == cpu.isa():  # by the operator
+        leaves = [x.clone().requires_grad_() for x in sequence]
+        out = registered_salient.salient_attention(*leaves, real, True, *sizes, SCALE)
+        found = torch.autograd.grad(out, leaves, grad)
+    else:
+        positions = salient_chunk.select(*sequence[:2], sizes, SCALE)
+        if padded:
+            return
+        found = compiled.backward(grad, *sequence, positions, sizes, SCALE, None, isa=isa)
+    for ours, theirs in zip(found, wanted, strict=True):
+        largest = float(theirs.abs().max())  # what is summed is as large, and rounded in float32
+        torch.testing.assert_close(ours, theirs.float(), atol=1e-5 * largest, rtol=1e-4)
