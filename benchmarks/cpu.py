@@ -302,6 +302,44 @@ def mechanism(sizes: Sizes) -> Iterator[Row]:
                 yield from lines("mechanisms", case, timed, "softmax", {}, {}, length=length, causal=causal)
 
 
+def augmented(sizes: Sizes) -> Iterator[Row]:
+    """`augmented` at its default sizes: whole sequences, with gradients, and tokens after a state."""
+    from linearize.mechanisms.spec import SiteSpec
+    from linearize.planning.build import build_attention
+    from linearize.planning.config import LinearizeConfig
+
+    module = build_attention(SiteSpec(HEADS, HEADS, 64, 64, causal=True), LinearizeConfig()).eval()
+    for train, length in itertools.product((False, True), sizes.training):
+        qkv = [rows(HEADS, length, 64, torch.float32).requires_grad_(train) for _ in range(3)]
+        grad = torch.randn_like(qkv[0])
+
+        def run(call: Callable[..., Tensor], train: bool = train, qkv: Any = qkv, grad: Any = grad) -> Any:
+            with torch.set_grad_enabled(train):
+                out = call(*qkv)
+            return torch.autograd.grad(out, qkv, grad) if train else out
+
+        sides: dict[str, Call] = {
+            "softmax": lambda run=run: run(softmax),
+            "augmented": lambda run=run: run(module),
+        }
+        case = f"T={length} D=64 float32" + (" fwd+bwd" if train else "")
+        timed = compare(sides, sizes.seconds)
+        yield from lines("augmented", case, timed, "softmax", {}, {}, length=length)
+    for context in sizes.contexts:
+        token = [rows(HEADS, 1, 64, torch.float32) for _ in range(3)]
+        cache = [rows(HEADS, context, 64, torch.float32) for _ in range(2)]
+        state = module.new_state(1, dtype=torch.float32, device=torch.device("cpu"))
+        sides = {
+            "softmax": lambda x=token, c=cache: F.scaled_dot_product_attention(x[0], *c),
+            "augmented": lambda x=token, s=state: module.extend(*x, s),
+        }
+        with torch.no_grad():
+            module.extend(*(rows(HEADS, 600, 64, torch.float32) for _ in range(3)), state)
+            timed = compare(sides, sizes.seconds, least=64)
+        case = f"one token after {context} D=64"
+        yield from lines("augmented", case, timed, "softmax", {}, {}, context=context)
+
+
 def naive(sizes: Sizes) -> Iterator[Row]:
     """flash-linear-attention's forms that run on a CPU: plain linear attention, less than ours computes."""
     try:
@@ -399,6 +437,7 @@ SECTIONS: dict[str, Callable[[Sizes], Iterator[Row]]] = {
     "decode": decode,
     "memory": memory,
     "mechanisms": mechanism,
+    "augmented": augmented,
     "fla": naive,
 }
 
