@@ -46,6 +46,7 @@ class StateLayer(CacheLayerMixin):
         self.expected = False  # a converted owner is about to call `update`
         self._pending = 0  # tokens that `update` counted and `extend` has not seen
         self._writing = False  # stays true when the state's tensors were left half written
+        self._skipped = False  # tokens were counted that the state does not hold
         self._module: weakref.ref[AttentionModule] | None = weakref.ref(module)
         self.tree: Lineage | None = None  # of the draft nodes that come next, see `draft`
         self._drafted: tuple[Tensor, Tensor, Tensor] | None = None
@@ -86,6 +87,11 @@ class StateLayer(CacheLayerMixin):
                 "the cache's state was left half written by a call that ended midway (an exception or an "
                 "interrupt); start from an empty cache and run the text again"
             )
+        if self._skipped:
+            raise InputError(
+                "the cache counts a row of several documents, which nothing can continue; start from an empty "
+                "cache"
+            )
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         assert self.states is not None
@@ -117,6 +123,17 @@ class StateLayer(CacheLayerMixin):
         output = module.extend(query, key, value, self.states, key_mask=real)
         self._writing, self._pending = False, 0
         return output
+
+    def skip(self) -> None:
+        """The tokens that `update` counted do not enter the state, after which nothing can.
+
+        Raises InputError where others came before.
+        """
+        if int(self.cumulative_length) > self._pending:
+            raise InputError(
+                "a row of several documents cannot continue a cache; start from an empty one, or leave it out"
+            )
+        self._pending, self._skipped = 0, True
 
     @property
     def keys(self) -> Tensor | None:
@@ -250,6 +267,7 @@ class StateLayer(CacheLayerMixin):
 
     def reset(self) -> None:
         self._each(Tensor.zero_)
+        self._skipped = False
         if isinstance(self.cumulative_length, Tensor):
             self.cumulative_length.zero_()
         else:

@@ -15,10 +15,11 @@ from torch import Tensor, nn
 
 from ..cache import lookup as caches
 from ..cache.adopt import cross_layer, state_layer
-from ..errors import InvalidModelError
+from ..errors import InputError, InvalidModelError
 from .attend import attend
 from .call import Call, attention_children
-from .masks import compact_mask
+from .documents import of_lengths
+from .masks import compact_mask, is_traced
 from .owner import OwnerRecord, Rewritten, become
 
 NAME = "linearize"
@@ -121,8 +122,25 @@ def attention_forward(
         bias=position_bias,
         sinks=s_aux,
         dropout=dropout or None,
+        documents=None if key.shape[2] != query.shape[2] else _flattened(query, kwargs.get("cu_seq_lens_q")),
     )
     return output.transpose(1, 2).contiguous(), None
+
+
+def _flattened(query: Tensor, ends: Tensor | None) -> Tensor | None:
+    """Documents `[1, T]` of the one row that transformers' flattening collator makes; None for one document.
+
+    ends: `cu_seq_lens_q` of the collator, which only flash attention obeys: other implementations go by the
+    position ids, and by nothing at all when there is a cache.
+    """
+    if ends is None or ends.shape[0] <= 2:
+        return None
+    if query.shape[0] != 1 or is_traced(ends):
+        raise InputError(
+            f"cu_seq_lens_q of {ends.shape[0] - 1} documents can be followed in one flattened row, and without "
+            f"compiling; this call has {query.shape[0]} rows"
+        )
+    return of_lengths(ends.to(query.device), query.shape[2])
 
 
 def _call_of(module: nn.Module) -> Call:
