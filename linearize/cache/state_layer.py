@@ -15,10 +15,17 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
+from ..common.checks import require_true
 from ..errors import InputError
 from ..mechanisms.module import AttentionModule
 from ..ops.attention import Lineage
 from ..ops.state import States
+
+
+_HIDDEN = (
+    "the attention mask hides tokens that the cache took as visible, or the reverse, and a state cannot take them "
+    "back; give the same mask for earlier tokens, or start from an empty cache"
+)
 
 
 class StateLayer(CacheLayerMixin):
@@ -47,6 +54,8 @@ class StateLayer(CacheLayerMixin):
         self._pending = 0  # tokens that `update` counted and `extend` has not seen
         self._writing = False  # stays true when the state's tensors were left half written
         self._skipped = False  # tokens were counted that the state does not hold
+        # bool [B, W], the tokens that masks said are real; later columns are, and all where there is none.
+        self._real: Tensor | None = None
         self._module: weakref.ref[AttentionModule] | None = weakref.ref(module)
         self.tree: Lineage | None = None  # of the draft nodes that come next, see `draft`
         self._drafted: tuple[Tensor, Tensor, Tensor] | None = None
@@ -123,6 +132,42 @@ class StateLayer(CacheLayerMixin):
         output = module.extend(query, key, value, self.states, key_mask=real)
         self._writing, self._pending = False, 0
         return output
+
+    def hear(self, mask: Tensor | None, count: int) -> None:
+        """Take note of which of the last `count` tokens a mask says are real.
+
+        mask: bool `[B, S]` over all tokens, None where all are real. Raises InputError (in a graph, an
+        assertion) where it says of a token in the state that it is real and an earlier mask did not, or the
+        reverse: what is in the state cannot be taken out again.
+        """
+        start = self.cumulative_length - count
+        if self.is_compileable:
+            self._hear_static(mask, start, count)
+            return
+        assert isinstance(start, int)
+        known = None if self._real is None else self._real[:, :start]
+        said = None if mask is None else mask[:, :start]
+        if known is not None:
+            known = torch.nn.functional.pad(known, (0, start - known.shape[1]), value=True)
+            require_true(known.all() if said is None else (known == said).all(), _HIDDEN)
+        elif said is not None and start > 0:
+            require_true(said.all(), _HIDDEN)
+        self._real = None if self._real is None else self._real[:, :start]  # `crop` may have taken some back
+        if mask is not None and not bool(mask[:, start : start + count].all()):
+            self._real = mask[:, : start + count].clone()
+
+    def _hear_static(self, mask: Tensor | None, start: int | Tensor, count: int) -> None:
+        if self._real is None:
+            assert self.states is not None
+            size = self.states.batch_size, self.max_cache_len
+            self._real = torch.ones(size, dtype=torch.bool, device=self.device)
+            torch._dynamo.mark_static_address(self._real)
+        columns = torch.arange(self.max_cache_len, device=self._real.device)
+        before = columns < start
+        said = torch.ones_like(self._real) if mask is None else mask[:, : self.max_cache_len]
+        require_true(((self._real == said) | ~before).all(), _HIDDEN)
+        now = ~before & (columns < start + count)
+        self._real.copy_(torch.where(now, said, self._real))
 
     def skip(self) -> None:
         """The tokens that `update` counted do not enter the state, after which nothing can.
@@ -268,6 +313,7 @@ class StateLayer(CacheLayerMixin):
     def reset(self) -> None:
         self._each(Tensor.zero_)
         self._skipped = False
+        self._real = None if self._real is None or not self.is_compileable else self._real.fill_(True)
         if isinstance(self.cumulative_length, Tensor):
             self.cumulative_length.zero_()
         else:
@@ -297,6 +343,8 @@ class StateLayer(CacheLayerMixin):
     def _map(self, function: Callable[[Tensor], Tensor]) -> None:
         if self.states is not None:
             self.states = self.states.map(function)
+        if self._real is not None:
+            self._real = function(self._real)
         if self._committed is not None:
             self._committed = self._committed.map(function)
         self._recorded = [

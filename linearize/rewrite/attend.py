@@ -117,7 +117,15 @@ def _after_state(
     state, real = call.state, None
     assert state is not None
     if state.tree is None:  # the nodes of a draft tree are all real, and its mask is not causal
-        real = new_tokens(mask, key.shape[0], key.shape[2], start, call.record.path)
+        count = key.shape[2]
+        keys = None if mask is None else key_mask_of(mask, key.shape[0], mask.shape[-1])
+        if mask is not None and keys is not None and mask.ndim == 4 and mask.shape[2] == count:
+            documents = documents_in(mask, keys, True, start, call.record.path)
+            if documents is not None:
+                return _in_documents(call, child, query, key, value, None, documents, None, None, None)
+        if start is not None and call.is_first:
+            state.hear(keys, count)
+        real = new_tokens(keys, count, start)
     return state.extend(child, query, key, value, real)
 
 

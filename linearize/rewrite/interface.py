@@ -15,11 +15,12 @@ from torch import Tensor, nn
 
 from ..cache import lookup as caches
 from ..cache.adopt import cross_layer, state_layer
+from ..common.checks import is_traced
 from ..errors import InputError, InvalidModelError
 from .attend import attend
 from .call import Call, attention_children
 from .documents import of_lengths
-from .masks import compact_mask, is_traced
+from .masks import compact_mask
 from .owner import OwnerRecord, Rewritten, become
 
 NAME = "linearize"
@@ -49,6 +50,7 @@ class InterfaceOwner(Rewritten):
     def run(owner: Any, forward: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """One call of the owner; `forward` is the original class's."""
         record: OwnerRecord = owner._linearize_owner
+        record.check_unchanged(owner)
         cache, index = caches.find_cache(args, kwargs), record.layer_index
         children = attention_children(owner)
         child = children[0] if len(children) == 1 else None

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..common.checks import is_traced
 from ..errors import InputError
 from ..passes.mask import MASKED
 from .documents import of_square
@@ -67,22 +68,15 @@ def documents_of_row(mask: Tensor | None) -> Tensor | None:
     return mask[:, 0, 0] if mask is not None and compact and mask.shape[3] > 1 else None
 
 
-def new_tokens(
-    mask: Tensor | None, batch: int, count: int, start: int | Tensor | None, where: str
-) -> Tensor | None:
-    """Which of the last `count` tokens are real, bool `[batch, count]`; None when the mask does not say.
+def new_tokens(key_mask: Tensor | None, count: int, start: int | Tensor | None) -> Tensor | None:
+    """Which of the last `count` tokens are real, bool `[B, count]`; None when the mask does not say.
 
     start: column of the first of them; masks may be wider than what was seen so far (static caches).
     """
-    if mask is None:
+    if key_mask is None:
         return None
-    key_mask = key_mask_of(mask, batch, mask.shape[-1])
-    assert key_mask is not None
-    start = mask.shape[-1] - count if start is None else start
-    if mask.ndim == 4 and mask.shape[2] == count:
-        if documents_in(mask, key_mask, True, start, where) is not None:
-            raise InputError(f"{where}: {DOCUMENTS_AND_CACHE}")
-    columns = torch.arange(count, device=mask.device) + start
+    start = key_mask.shape[-1] - count if start is None else start
+    columns = torch.arange(count, device=key_mask.device) + start
     return key_mask.index_select(1, columns)
 
 
@@ -127,11 +121,6 @@ def documents_in(
         if bool((seen == expected).all()):
             return documents
     raise InputError(problem)
-
-
-def is_traced(tensor: Tensor) -> bool:
-    """Whether a graph is being made, or the tensor has no values to look at (fake ones, the meta device)."""
-    return torch.compiler.is_compiling() or type(tensor) is not Tensor or tensor.is_meta
 
 
 def compact_mask(
