@@ -241,12 +241,19 @@ def extend(
 
 
 def commit(
-    key: Tensor, value: Tensor, count: Tensor, state: State, group_size: int, fold: Fold | None = None
+    key: Tensor,
+    value: Tensor,
+    count: Tensor,
+    state: State,
+    group_size: int,
+    fold: Fold | None = None,
+    first: int = 0,
 ) -> None:
     """Write the first `count` [B] tokens (keys as they are stored) after the state, in place.
 
     What the window cannot hold any more leaves it for `recurrent`, in whole groups. fold: what is summed of
-    a token that leaves, by default its key and value themselves.
+    a token that leaves, by default its key and value themselves. first: position of the first token that is
+    summed at all.
     """
     new, rows = key.shape[2], state.key_window.shape[2]
     end = state.length + count
@@ -256,7 +263,7 @@ def commit(
     folded = torch.maximum(state.folded, leaving)
     # Single tokens leave at nearly every call. On a GPU asking whether any does would cost a synchronisation.
     if group_size == 1 or not key.is_cpu or bool((folded > state.folded).any()):
-        _fold(key, value, folded, state, new + group_size - 1, fold)
+        _fold(key, value, folded, state, new + group_size - 1, fold, first)
 
     # As many tokens as lie in different rows: the last ones, of which those before `length` are there.
     position = end[:, None] + torch.arange(-min(new, rows), 0, device=key.device)
@@ -270,17 +277,22 @@ def commit(
     state.folded.copy_(folded)
 
 
-def _fold(key: Tensor, value: Tensor, folded: Tensor, state: State, most: int, fold: Fold | None) -> None:
-    """Add the tokens from `state.folded` up to `folded`, `most` of them at most, to `recurrent`."""
+def _fold(
+    key: Tensor, value: Tensor, folded: Tensor, state: State, most: int, fold: Fold | None, first: int
+) -> None:
+    """Add the tokens from `state.folded` up to `folded`, `most` of them at most and none before `first`, to
+    `recurrent`."""
     rows, dtype = state.key_window.shape[2], state.recurrent.dtype
     oldest = state.folded[:, None] + torch.arange(min(most, rows), device=key.device)
     held = (take_rows(ring, oldest % rows) for ring in (state.key_window, state.value_window))
-    leaving = [(*held, oldest < torch.minimum(folded, state.length)[:, None])]
+    leaving = [(*held, oldest, oldest < torch.minimum(folded, state.length)[:, None])]
     if most > rows:  # the first of the new tokens never see the window
-        first = state.length[:, None] + torch.arange(most - rows, device=key.device)
-        leaving.append((key[:, :, : most - rows], value[:, :, : most - rows], first < folded[:, None]))
-    for k, v, leaves in leaving:
+        new = state.length[:, None] + torch.arange(most - rows, device=key.device)
+        leaving.append((key[:, :, : most - rows], value[:, :, : most - rows], new, new < folded[:, None]))
+    for k, v, position, leaves in leaving:
         k, v = (k.to(dtype), v.to(dtype)) if fold is None else fold(k, v)
+        if first:
+            leaves = leaves & (position >= first)
         state.recurrent.add_(k.masked_fill(~leaves[:, None, :, None], 0).mT @ v)
 
 

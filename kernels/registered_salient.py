@@ -6,15 +6,20 @@ when it runs. Those with a state change its tensors in place and have no gradien
 
 from __future__ import annotations
 
+from importlib import import_module
+from types import ModuleType
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from . import salient_chunk, salient_recurrent
+from .dispatch import Choice, load, say
+from .padding import Ranks
 from .recomputed import recomputed
 from .recurrent import along
-from .salient import Sizes, State
+from .salient import Sizes, State, new
 from .tensors import take_rows
 
 _SIZES = "SymInt window, SymInt sinks, SymInt salient, float scale"
@@ -37,9 +42,76 @@ def _attention(
     salient: int,
     scale: float,
 ) -> Tensor:
-    """See `salient_chunk.forward` and `bidirectional`."""
-    form = salient_chunk.forward if causal else salient_chunk.bidirectional
-    return form(query, key, value, Sizes(window, sinks, salient), scale, key_mask)
+    """See `salient_chunk.forward` and `bidirectional`. Fewer queries than keys are the last of a causal
+    sequence whose other queries are gone: ValueError where those would choose the tokens that are seen."""
+    sizes = Sizes(window, sinks, salient)
+    if not causal:
+        return salient_chunk.bidirectional(query, key, value, sizes, scale, key_mask)
+    gone = key.shape[2] - query.shape[3]
+    if gone:
+        count = key.shape[2] if key_mask is None else int(key_mask.sum(1).max())
+        problem = missing_queries(query.shape[3], count, sizes)
+        if problem:
+            raise ValueError(problem)
+        query = F.pad(query, (0, 0, gone, 0))
+    if not (torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value))):
+        batch, kv_heads, _, dim = key.shape
+        state = new(batch, kv_heads, dim, value.shape[3], sizes, dtype=key.dtype, device=key.device)
+        if _compiled(query, key, value, state, sizes) is not None:
+            return _after(query, key, value, state, sizes, scale, real=key_mask)[:, :, :, gone:]
+    return salient_chunk.forward(query, key, value, sizes, scale, key_mask, extend=_after)[:, :, :, gone:]
+
+
+def _compiled(query: Tensor, key: Tensor, value: Tensor, state: State, sizes: Sizes) -> ModuleType | None:
+    """The C++ form, where there is one and it takes the call; what runs is logged."""
+    choice = Choice("torch", f"on {query.device.type}, where `augmented` has no compiled form")
+    compiled = None
+    if query.is_cpu:
+        library = load("cpu")
+        reason = library if isinstance(library, str) else library.unavailable_reason()
+        if reason is None:
+            compiled = import_module(".cpu.salient", __package__)
+            reason = compiled.refusal(query, key, value, state, sizes)
+        if reason is not None:
+            compiled = None
+        choice = Choice("cpu", "`augmented`") if reason is None else Choice("torch", f"`augmented`: {reason}")
+    say(choice)
+    return compiled
+
+
+def _after(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    state: State,
+    sizes: Sizes,
+    scale: float,
+    conv_weight: Tensor | None = None,
+    real: Tensor | None = None,
+) -> Tensor:
+    """`salient_recurrent.extend`, in C++ where that takes the call."""
+    compiled = _compiled(query, key, value, state, sizes)
+    if compiled is None:
+        return salient_recurrent.extend(query, key, value, state, sizes, scale, conv_weight, real)
+    if real is None:
+        return compiled.extend(query, key, value, state, sizes, scale, conv_weight, None)
+    ranks = Ranks(real)
+    query, key, value = (ranks.to_front(x) for x in (query, key, value))
+    return ranks.to_columns(compiled.extend(query, key, value, state, sizes, scale, conv_weight, ranks.count))
+
+
+def missing_queries(queries: int, keys: int, sizes: Sizes) -> str:
+    """Why the last `queries` of `keys` tokens do not tell what they see; empty where they do.
+
+    They do while all tokens are seen, and where no token is kept for the attention that it got.
+    """
+    if queries > keys or (sizes.salient and keys > sizes.window + 1 + sizes.kept):
+        return (
+            f"got {queries} queries and {keys} keys: tokens are chosen by the queries of all of them; after "
+            f"more than {sizes.window + 1 + sizes.kept} tokens this needs the state that a model converted "
+            "by linearize() keeps in an empty cache, or options={'salient': 0}"
+        )
+    return ""
 
 
 def _fake(query: Tensor, key: Tensor, value: Tensor, *options: Any) -> Tensor:
@@ -73,7 +145,7 @@ def _split(rest: tuple[Any, ...]) -> tuple[State, Sizes, float, tuple[Any, ...]]
 @torch.library.impl("linearize::salient_extend", "CompositeExplicitAutograd")
 def _extend(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> Tensor:
     state, sizes, scale, (conv_weight, real) = _split(rest)
-    return salient_recurrent.extend(query, key, value, state, sizes, scale, conv_weight, real)
+    return _after(query, key, value, state, sizes, scale, conv_weight, real)
 
 
 @torch.library.impl("linearize::salient_tree", "CompositeExplicitAutograd")
@@ -88,7 +160,7 @@ def _append(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> None:
     key, value, real = along(path, key, value)
     if path is not None:
         query = take_rows(query, path.clamp_min(0))
-    salient_recurrent.extend(query, key, value, state, sizes, scale, real=real)
+    _after(query, key, value, state, sizes, scale, real=real)
 
 
 @torch.library.register_fake("linearize::salient_append")

@@ -6,6 +6,8 @@ block, and gradients go through it alone: which tokens are kept has none.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -16,6 +18,7 @@ from .salient import BLOCK, Sizes
 from .salient_recurrent import extend
 from .tensors import take_rows, widen
 
+Extend = Callable[..., Tensor]
 _AT_ONCE = 16
 """Blocks whose keys and values are gathered at a time."""
 VOTERS = 64
@@ -23,7 +26,13 @@ VOTERS = 64
 
 
 def forward(
-    query: Tensor, key: Tensor, value: Tensor, sizes: Sizes, scale: float, key_mask: Tensor | None = None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    sizes: Sizes,
+    scale: float,
+    key_mask: Tensor | None = None,
+    extend: Extend = extend,
 ) -> Tensor:
     """Causal attention of every token.
 
@@ -34,6 +43,7 @@ def forward(
         sizes: How many tokens are seen exactly.
         scale: Factor of the scores.
         key_mask: Bool [B, T], True for real tokens: only these are counted and seen. None: all are.
+        extend: The form of `salient_recurrent.extend` that selects.
 
     Returns:
         [B, Hkv, R, T, Dv], in float32 or wider; zeros for padded queries.
@@ -47,7 +57,7 @@ def forward(
     kept = None
     if (blocks - 1) * BLOCK > sizes.window:
         with torch.no_grad():
-            kept = select(query, key, sizes, scale)
+            kept = select(query, key, sizes, scale, extend)
     # Rows past the last token, and before the first: no query that counts sees them.
     query = F.pad(query, (0, 0, 0, blocks * BLOCK - length)).unflatten(3, (blocks, BLOCK))
     near = [F.pad(x, (0, 0, sizes.window, blocks * BLOCK - length)) for x in (key, value)]
@@ -63,13 +73,13 @@ def forward(
     return out if ranks is None else ranks.to_columns(out)
 
 
-def select(query: Tensor, key: Tensor, sizes: Sizes, scale: float) -> Tensor:
+def select(query: Tensor, key: Tensor, sizes: Sizes, scale: float, extend: Extend = extend) -> Tensor:
     """Positions of the tokens that each block keeps, int64 [B, Hkv, blocks, K], -1 for none.
 
     Args:
         query: [B, Hkv, R, T, D].
         key: [B, Hkv, T, D].
-        sizes, scale: As for `forward`.
+        sizes, scale, extend: As for `forward`.
     """
     batch, kv_heads, _, length, dim = query.shape
     state = salient.new(batch, kv_heads, dim, 1, sizes, dtype=key.dtype, device=key.device)

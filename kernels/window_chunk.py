@@ -103,7 +103,7 @@ def power_weights(scores: Tensor, hidden: Tensor | None, power: int) -> tuple[Te
         weights = weights.masked_fill(hidden, 0)
     total = weights.sum(-1, keepdim=True)
     total = torch.where(total > 0, total, torch.ones_like(total))
-    return weights / total, largest * _root(total, power)
+    return weights / total, largest * root(total, power)
 
 
 def to_power(x: Tensor, power: int) -> Tensor:
@@ -113,7 +113,7 @@ def to_power(x: Tensor, power: int) -> Tensor:
     return x
 
 
-def _root(x: Tensor, power: int) -> Tensor:
+def root(x: Tensor, power: int) -> Tensor:
     """x^(1 / power) for a power of two."""
     for _ in range(power.bit_length() - 1):
         x = x.sqrt()

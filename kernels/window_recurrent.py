@@ -1,12 +1,13 @@
 """A window of exact tokens and sums over all others, after a state of constant size: steps, trees, appending.
 
-The state is that of `recurrent.py` with groups of one token: the window holds the last tokens as they came,
-and `recurrent` sums f(k)^T [v | 1] over the tokens that left it, for a feature map f. A token leaves only
-when its row is needed, which makes taking tokens back exact; until then its features are made from its row
-where it is far.
+The window is that of `recurrent.py` with groups of one token: it holds the last tokens as they came, and
+`recurrent` sums f(k)^T [v | 1] over the tokens that left it, for a feature map f. A token leaves only when
+its row is needed, which makes taking tokens back exact; until then its features are made from its row where
+it is far. The first S tokens of a sequence are kept beside it, in rows of their own: outside the window they
+are seen by their scores, as the near ones are, and they are in no sum.
 
-Outputs come in two parts, for the caller to join: the near tokens, weighed by their scores, and the far ones,
-weighed by features. `Rules` says what these weights are.
+Outputs come in two parts, for the caller to join: the tokens seen by their scores, and the far ones, weighed
+by features. `Rules` says what these weights are.
 
 On a CPU most calls follow sequences of one length whose window has no row to spare. For these there are twins
 of `step`, `tree` and `append` that need no mask and no gather: a quarter to a half of the time (measured).
@@ -21,9 +22,34 @@ import torch
 from torch import Tensor
 
 from .padding import Ranks
-from .recurrent import State, along, commit
+from .recurrent import State as Ring
+from .recurrent import along, commit
 from .tensors import per_kv_head, take_rows, widen, with_one
 from .window_chunk import Weigh
+
+
+class State(NamedTuple):
+    """Those of `recurrent.State`, and the first tokens; functions here change them in place.
+
+    first_keys [B, Hkv, S, D], first_values [B, Hkv, S, Dv]: position p in row p, as it came; what lies in the
+    rows from `length` on counts for nothing. recurrent: [B, Hkv, F, Dv + 1] float32, or of no features.
+    """
+
+    recurrent: Tensor
+    key_window: Tensor
+    value_window: Tensor
+    length: Tensor
+    folded: Tensor
+    first_keys: Tensor
+    first_values: Tensor
+
+    @property
+    def sinks(self) -> int:
+        return self.first_keys.shape[2]
+
+    @property
+    def ring(self) -> Ring:
+        return Ring(*self[:5])
 
 
 class Rules(NamedTuple):
@@ -35,10 +61,10 @@ class Rules(NamedTuple):
     """Scores of near tokens to weights, as in `window_chunk`."""
     scoring: Callable[[Tensor], Tensor]
     """query [B, H, N, D] -> the rows [B, Hkv, R, N, D] whose products with near keys are the scores."""
-    query_features: Callable[[Tensor], Tensor]
-    """query [B, H, N, D] -> [B, Hkv, R, N, F], what weighs the far tokens."""
+    query_features: Callable[[Tensor], Tensor] | None
+    """query [B, H, N, D] -> [B, Hkv, R, N, F], what weighs the far tokens. None: these are not seen."""
     key_features: Callable[[Tensor], Tensor]
-    """key [B, Hkv, L, D] -> f(key), [B, Hkv, L, F]."""
+    """key [B, Hkv, L, D] -> f(key), [B, Hkv, L, F]; of no features where far tokens are not seen."""
 
 
 class Parts(NamedTuple):
@@ -70,7 +96,8 @@ def tree(
     """N draft nodes after the state, which is only read; depth [B, N], ancestors [B, N, N] as in
     `recurrent.tree`."""
     even = _even(state, rules.window)
-    if even is not None:
+    # First tokens that are drafts themselves are told by position, which is `_tree`'s business.
+    if even is not None and (not state.sinks or even[0] >= state.sinks):
         return _even_tree(query, key, value, state, rules, depth, ancestors, *even)
     return _tree(query, key, value, state, rules, depth, ancestors)
 
@@ -89,7 +116,19 @@ def append(key: Tensor, value: Tensor, state: State, rules: Rules, real: Tensor 
     def fold(k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         return rules.key_features(widen(k)), with_one(widen(v))
 
-    commit(key, value, count, state, 1, fold)
+    write_first(key, value, state, count)
+    commit(key, value, count, state.ring, 1, fold, state.sinks)
+
+
+def write_first(key: Tensor, value: Tensor, state: State, count: Tensor) -> None:
+    """Keep those of the next `count` [B] tokens (in front) that are among the first of their sequence."""
+    if not state.sinks:
+        return
+    source = torch.arange(state.sinks, device=key.device) - state.length[:, None]
+    here = ((source >= 0) & (source < count[:, None]))[:, None, :, None]
+    source = source.clamp(0, key.shape[2] - 1)
+    for rows, x in ((state.first_keys, key), (state.first_values, value)):
+        rows.copy_(torch.where(here, take_rows(x, source).to(rows.dtype), rows))
 
 
 def append_along(path: Tensor | None, key: Tensor, value: Tensor, state: State, rules: Rules) -> None:
@@ -106,7 +145,8 @@ def after_window(
     key: Tensor, value: Tensor, state: State, real: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, int]:
     """Many tokens after the state, for the form that runs on whole sequences: the window's rows as columns
-    ahead of them. -> key, value, which columns are tokens (bool [B, rows + T]), and the number of rows."""
+    ahead of them. -> key, value, which columns are tokens (bool [B, rows + T]; the first of them is at
+    position `folded`), and the number of rows."""
     rows = state.key_window.shape[2]
     position = state.length[:, None] + torch.arange(-rows, 0, device=key.device)
     new = key.new_ones(key.shape[0], key.shape[2], dtype=torch.bool) if real is None else real
@@ -120,28 +160,29 @@ def after_window(
 def _tree(
     query: Tensor, key: Tensor, value: Tensor, state: State, rules: Rules, depth: Tensor, ancestors: Tensor
 ) -> Parts:
-    window, rows, count = rules.window, state.key_window.shape[2], key.shape[2]
+    window, rows, sinks = rules.window, state.key_window.shape[2], state.sinks
     query, key, value = widen(query), widen(key), widen(value)
     last = state.length[:, None] - 1
     held = last - (last - torch.arange(rows, device=key.device)) % rows  # position in each row
     node = state.length[:, None] + depth
-
-    def seen(committed: Tensor, there: Tensor, near: bool) -> Tensor:
-        """bool [B, 1, 1, N, n + N]: `there` of the tokens at `committed` [B, n], and the ancestors."""
-        lag = node[:, :, None] - torch.cat([committed, node], 1)[:, None]
-        all_ = torch.cat([there[:, None].expand(-1, count, -1), ancestors], 2)
-        return (all_ & ((lag < window) == near))[:, None, None]
+    seen = _Seen(node, ancestors, window, sinks)
+    first = torch.arange(sinks, device=key.device).expand(key.shape[0], -1)
 
     keys, values = (
-        torch.cat([ring.to(x.dtype), x], 2)
-        for ring, x in ((state.key_window, key), (state.value_window, value))
+        torch.cat([x.to(y.dtype) for x in kept] + [y], 2)
+        for kept, y in (
+            ((state.first_keys, state.key_window), key),
+            ((state.first_values, state.value_window), value),
+        )
     )
-    scores = per_kv_head(rules.scoring(query), keys.mT)
-    weights, size = rules.weigh(scores, ~seen(held, held >= 0, True))
+    there = torch.cat([seen.first(first, state.length), seen.near(held, held >= 0), seen.nodes()], 2)
+    weights, size = rules.weigh(per_kv_head(rules.scoring(query), keys.mT), ~there[:, None, None])
     near = per_kv_head(weights, values)
+    if rules.query_features is None:
+        return Parts(near, size, None)
 
     # Of the window's rows only the oldest are far, one more for each token that a branch is long.
-    oldest = torch.arange(min(rows, rows - window + count), device=key.device)
+    oldest = torch.arange(min(rows, rows - window + key.shape[2]), device=key.device)
     position = state.folded[:, None] + oldest
     far_keys, far_values = (
         torch.cat([take_rows(ring, position % rows).to(x.dtype), x], 2)
@@ -149,9 +190,39 @@ def _tree(
     )
     features = rules.query_features(query)
     weights = per_kv_head(features, rules.key_features(far_keys).mT)
-    weights = weights * seen(position, position < state.length[:, None], False)
+    weights = weights * seen.far(position, position < state.length[:, None])[:, None, None]
     far = per_kv_head(weights, with_one(far_values)) + per_kv_head(features, state.recurrent)
     return Parts(near, size, far)
+
+
+class _Seen(NamedTuple):
+    """What the nodes at positions `node` [B, N] see, bool [B, N, n], of committed tokens at positions [B, n]
+    that are there (bool [B, n]), and of their ancestors."""
+
+    node: Tensor
+    ancestors: Tensor
+    window: int
+    sinks: int
+
+    def near(self, position: Tensor, there: Tensor) -> Tensor:
+        return there[:, None] & (self._lag(position) < self.window)
+
+    def first(self, position: Tensor, length: Tensor) -> Tensor:
+        """Of the rows of the first tokens, where they are not near."""
+        return (position < length[:, None])[:, None] & (self._lag(position) >= self.window)
+
+    def nodes(self) -> Tensor:
+        lag = self._lag(self.node)
+        return self.ancestors & ((lag < self.window) | (self.node < self.sinks)[:, None])
+
+    def far(self, position: Tensor, there: Tensor) -> Tensor:
+        """Of committed tokens and, after them, of ancestors."""
+        position = torch.cat([position, self.node], 1)
+        all_ = torch.cat([there[:, None].expand(-1, self.node.shape[1], -1), self.ancestors], 2)
+        return all_ & (self._lag(position) >= self.window) & (position >= self.sinks)[:, None]
+
+    def _lag(self, position: Tensor) -> Tensor:
+        return self.node[:, :, None] - position[:, None]
 
 
 def _even(state: State, window: int) -> tuple[int, int] | None:
@@ -175,19 +246,43 @@ def _even_step(
     slot = length % rules.window
     place = slice(slot, slot + 1)
     if length - folded == rules.window:
-        features = rules.key_features(widen(state.key_window[:, :, place]))
-        state.recurrent.add_(features.mT @ with_one(widen(state.value_window[:, :, place])))
+        if rules.query_features is not None and folded >= state.sinks:
+            features = rules.key_features(widen(state.key_window[:, :, place]))
+            state.recurrent.add_(features.mT @ with_one(widen(state.value_window[:, :, place])))
         state.folded.add_(1)
     state.key_window[:, :, place] = key
     state.value_window[:, :, place] = value
+    _write_first_even(key, value, state, length)
     state.length.add_(1)
-    keys, values = (widen(x[:, :, : length + 1]) for x in (state.key_window, state.value_window))
+    keys, values = _with_first(
+        state,
+        length - rules.window + 1,
+        state.key_window[:, :, : length + 1],
+        state.value_window[:, :, : length + 1],
+    )
     query = widen(query)
     weights, size = rules.weigh(per_kv_head(rules.scoring(query), keys.mT), None)
     near = per_kv_head(weights, values)
-    if length < rules.window:
+    if length < rules.window + state.sinks or rules.query_features is None:
         return Parts(near, size, None)
     return Parts(near, size, per_kv_head(rules.query_features(query), state.recurrent))
+
+
+def _with_first(state: State, outside: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+    """Keys and values, wide, and those of the first tokens ahead of them that are before `outside`."""
+    count = max(0, min(state.sinks, outside))
+    if count:
+        keys = torch.cat([state.first_keys[:, :, :count], keys], 2)
+        values = torch.cat([state.first_values[:, :, :count], values], 2)
+    return widen(keys), widen(values)
+
+
+def _write_first_even(key: Tensor, value: Tensor, state: State, length: int) -> None:
+    """`write_first` after sequences of one length."""
+    count = min(state.sinks - length, key.shape[2])
+    if count > 0:
+        state.first_keys[:, :, length : length + count] = key[:, :, :count]
+        state.first_values[:, :, length : length + count] = value[:, :, :count]
 
 
 def _even_tree(
@@ -201,7 +296,7 @@ def _even_tree(
     length: int,
     folded: int,
 ) -> Parts:
-    """`_tree` after sequences of one length: half of its operations."""
+    """`_tree` after sequences of one length, which holds all first tokens: half of its operations."""
     window = rules.window
     query, key, value = widen(query), widen(key), widen(value)
     ring_keys, ring_values = (widen(x[:, :, :length]) for x in (state.key_window, state.value_window))
@@ -211,12 +306,17 @@ def _even_tree(
     hidden = ~ancestors
     if deepest >= window:
         hidden = hidden | (depth[:, :, None] - depth[:, None] >= window)
-    hidden = torch.cat([beyond, hidden], 2)[:, None, None]
-    scores = per_kv_head(rules.scoring(query), torch.cat([ring_keys, key], 2).mT)
-    weights, size = rules.weigh(scores, hidden)
-    near = per_kv_head(weights, torch.cat([ring_values, value], 2))
+    hidden = torch.cat([beyond, hidden], 2)
+    keys, values = _with_first(state, length + deepest + 1 - window, ring_keys, ring_values)
+    first = keys.shape[2] - ring_keys.shape[2]
+    if first:
+        near = length + depth[:, :, None] - torch.arange(first, device=key.device) < window
+        hidden = torch.cat([near, hidden], 2)
+    scores = per_kv_head(rules.scoring(query), torch.cat([keys, key], 2).mT)
+    weights, size = rules.weigh(scores, hidden[:, None, None])
+    near = per_kv_head(weights, torch.cat([values, value], 2))
     oldest = length + deepest + 1 - window - folded  # rows that are far from the deepest node
-    if oldest <= 0 and not folded:
+    if rules.query_features is None or (oldest <= 0 and folded <= state.sinks):
         return Parts(near, size, None)
     features = rules.query_features(query)
     far = per_kv_head(features, state.recurrent)
@@ -224,6 +324,8 @@ def _even_tree(
         place = (torch.arange(min(oldest, length - folded), device=key.device) + folded) % window
         keys, values = ring_keys.index_select(2, place), ring_values.index_select(2, place)
         outside = beyond.index_select(2, place)
+        if folded < state.sinks:
+            outside[:, :, : state.sinks - folded] = False
         if deepest >= window:
             keys, values = torch.cat([keys, key], 2), torch.cat([values, value], 2)
             lag = depth[:, :, None] - depth[:, None]
@@ -238,9 +340,12 @@ def _even_append(key: Tensor, value: Tensor, state: State, rules: Rules, length:
     leaving = max(0, length + key.shape[2] - rules.window - folded)
     if leaving:
         place = (torch.arange(leaving, device=key.device) + folded) % rules.window
-        features = rules.key_features(widen(state.key_window.index_select(2, place)))
-        state.recurrent.add_(features.mT @ with_one(widen(state.value_window.index_select(2, place))))
+        place = place[max(0, state.sinks - folded) :]
+        if rules.query_features is not None and len(place):
+            features = rules.key_features(widen(state.key_window.index_select(2, place)))
+            state.recurrent.add_(features.mT @ with_one(widen(state.value_window.index_select(2, place))))
         state.folded.add_(leaving)
+    _write_first_even(key, value, state, length)
     place = (torch.arange(key.shape[2], device=key.device) + length) % rules.window
     state.key_window.index_copy_(2, place, key.to(state.key_window.dtype))
     state.value_window.index_copy_(2, place, value.to(state.value_window.dtype))

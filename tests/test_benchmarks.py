@@ -162,6 +162,7 @@ def test_what_there_was_no_time_to_check_is_not_timed(monkeypatch: pytest.Monkey
     assert gpu_sections.refusal(("forward",), 64, {}, {"forward/bfloat16/D64/G64"}) == ""
 
 
+@pytest.mark.slow  # two processes of their own
 def test_a_worker_says_how_it_ended() -> None:
     assert list(gpu.workers(dict(section="none"), 60))[-1]["end"].startswith("exit status")
     assert list(gpu.workers(dict(check=[], interpret=True), 0))[-1] == {"end": "out of time"}

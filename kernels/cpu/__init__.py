@@ -15,33 +15,14 @@ computed in float32.
 
 from __future__ import annotations
 
-import ctypes
-import struct
-from functools import cache
-from pathlib import Path
-
 import torch
 from torch import Tensor
+
+from .library import CORE, SMALL, load, parameter, place, run, table, threads_for
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 ACTIVATIONS = {"relu2": 0, "linear": 1}
 """What the kernels compute; the numbers are those of `abi.h`."""
-
-_ISAS = {"avx2": 1, "avx512": 2}
-_CORE = 14
-"""Fields of `Core` in abi.h, before those of the tensors."""
-_FIELDS = {
-    "linearize_forward": struct.Struct(f"{_CORE + 4 * 4}q"),
-    "linearize_backward": struct.Struct(f"{_CORE + 7 * 4 + 3}q"),
-    "linearize_step": struct.Struct(f"{_CORE + 7 * 4 + 5}q"),
-    "linearize_append": struct.Struct(f"{_CORE + 5 * 4 + 6}q"),
-    "linearize_tree": struct.Struct(f"{_CORE + 7 * 4 + 6}q"),
-}
-"""The functions of the library, and the block of fields that each takes."""
-_NO_TOKEN = 2
-"""What `linearize_append` returns for a bad path."""
-_SMALL = 4e6
-"""Multiplications worth a thread: a few times what starting one costs."""
 
 
 def available() -> bool:
@@ -51,12 +32,12 @@ def available() -> bool:
 
 def unavailable_reason(device: torch.device | None = None) -> str | None:
     """Why `available()` is False, in one sentence; None when it is True."""
-    return _load()[1]
+    return load()[1]
 
 
 def isa() -> str:
     """The instruction set that is used: "avx512" or "avx2"; "" when `available()` is False."""
-    return _load()[2]
+    return load()[2]
 
 
 def supports(
@@ -100,8 +81,8 @@ def forward(
     )
     batch, heads, length, dim = query.shape
     out = value.new_empty(batch, heads, length, value.shape[3])
-    threads = _threads(batch * heads * length * dim * value.shape[3] * 3)
-    _run("linearize_forward", fields + _place(out)[1], isa, threads)
+    threads = threads_for(batch * heads * length * dim * value.shape[3] * 3)
+    run("linearize_forward", fields + place(out)[1], isa, threads)
     return out
 
 
@@ -138,14 +119,14 @@ def backward(
     batch, heads, length, dim = query.shape
     if grad.shape != (batch, heads, length, value.shape[3]) or grad.dtype != value.dtype or not grad.is_cpu:
         raise ValueError(f"grad must be like the output, not {list(grad.shape)} in {grad.dtype}")
-    grad, grad_fields = _place(grad)
+    grad, grad_fields = place(grad)
     dquery, dkey, dvalue = (x.new_empty(x.shape) for x in (query, key, value))
     parameters = (alpha, local_scale, conv_weight)
     sums = [None if x is None else x.new_empty(x.shape, dtype=torch.float32) for x in parameters]
-    results = [field for x in (dquery, dkey, dvalue) for field in _place(x)[1]]
+    results = [field for x in (dquery, dkey, dvalue) for field in place(x)[1]]
     results += [0 if x is None else x.data_ptr() for x in sums]
-    threads = _threads(batch * heads * length * dim * value.shape[3] * 9)
-    _run("linearize_backward", (*fields[:_CORE], *grad_fields, *fields[_CORE:], *results), isa, threads)
+    threads = threads_for(batch * heads * length * dim * value.shape[3] * 9)
+    run("linearize_backward", (*fields[:CORE], *grad_fields, *fields[CORE:], *results), isa, threads)
     pairs = zip(sums, parameters, strict=True)
     totals = [None if x is None or y is None else x.to(y.dtype) for x, y in pairs]
     return (dquery, dkey, dvalue, *totals)
@@ -182,12 +163,12 @@ def step(
     if tokens != 1:
         raise ValueError(f"a step takes one token, not {tokens}")
     if active is not None:
-        active = _table(active, (batch,), torch.bool, "active")
+        active = table(active, (batch,), torch.bool, "active")
     state = _state(query, value, conv_weight, group_size, recurrent, key_window, value_window, length, folded)
     out = value.new_empty(batch, heads, 1, value.shape[3])
     threads = _state_threads(query, recurrent, key_window)
     flags = (0 if active is None else active.data_ptr(),)
-    _run("linearize_step", fields + _place(out)[1] + state + flags, isa, threads)
+    run("linearize_step", fields + place(out)[1] + state + flags, isa, threads)
     return out
 
 
@@ -219,13 +200,13 @@ def append(
     state = _state(key, value, None, group_size, recurrent, key_window, value_window, length, folded)
     steps = 0
     if path is not None:
-        path = _table(path, (key.shape[0], path.shape[-1]), torch.int64, "path")
+        path = table(path, (key.shape[0], path.shape[-1]), torch.int64, "path")
         steps = path.shape[1]
         if not steps:
             return
     tail = (0 if path is None else path.data_ptr(), steps)
-    threads = _threads(key.numel() * value.shape[3])
-    _run("linearize_append", fields[:_CORE] + fields[_CORE + 4 :] + state + tail, isa, threads)
+    threads = threads_for(key.numel() * value.shape[3])
+    run("linearize_append", fields[:CORE] + fields[CORE + 4 :] + state + tail, isa, threads)
 
 
 def tree(
@@ -257,13 +238,13 @@ def tree(
         query, key, value, alpha, local_scale, conv_weight, activation, group_size, normalize
     )
     batch, heads, nodes, _ = query.shape
-    depth = _table(depth, (batch, nodes), torch.int64, "depth")
-    ancestors = _table(ancestors, (batch, nodes, nodes), torch.bool, "ancestors")
+    depth = table(depth, (batch, nodes), torch.int64, "depth")
+    ancestors = table(ancestors, (batch, nodes, nodes), torch.bool, "ancestors")
     state = _state(query, value, conv_weight, group_size, recurrent, key_window, value_window, length, folded)
     out = value.new_empty(batch, heads, nodes, value.shape[3])
     threads = _state_threads(query, recurrent, key_window)
     tables = (depth.data_ptr(), ancestors.data_ptr())
-    _run("linearize_tree", fields + _place(out)[1] + state + tables, isa, threads)
+    run("linearize_tree", fields + place(out)[1] + state + tables, isa, threads)
     return out
 
 
@@ -302,12 +283,12 @@ def _core(
     if group_size < 1 or not (batch and heads and length and dim and value_dim):
         raise ValueError(f"nothing to compute: group_size {group_size}, query {list(query.shape)}")
     taps = 0 if conv_weight is None else conv_weight.shape[1]
-    query, query_fields = _place(query)
-    key, key_fields = _place(key)
-    value, value_fields = _place(value)
-    alpha, alpha_at = _parameter(alpha, (heads,), "alpha")
-    local_scale, local_at = _parameter(local_scale, (heads,), "local_scale")
-    conv_weight, conv_at = _parameter(conv_weight, (heads, taps), "conv_weight")
+    query, query_fields = place(query)
+    key, key_fields = place(key)
+    value, value_fields = place(value)
+    alpha, alpha_at = parameter(alpha, (heads,), "alpha")
+    local_scale, local_at = parameter(local_scale, (heads,), "local_scale")
+    conv_weight, conv_at = parameter(conv_weight, (heads, taps), "conv_weight")
     sizes = (DTYPES[dtype], batch, heads, kv_heads, length, dim, value_dim, group_size, taps)
     rest = (ACTIVATIONS[activation], normalize, alpha_at, local_at, conv_at)
     fields = sizes + rest + query_fields + key_fields + value_fields
@@ -358,87 +339,19 @@ def _state(
         and (batch == 1 or length.stride(0) == folded.stride(0) == 1)
     ):
         raise ValueError("all of the state must be on the CPU, the lengths side by side")
-    recurrent_at, recurrent_fields = _place(recurrent)
-    key_at, key_fields = _place(key_window)
-    value_at, value_fields = _place(value_window)
+    recurrent_at, recurrent_fields = place(recurrent)
+    key_at, key_fields = place(key_window)
+    value_at, value_fields = place(value_window)
     if recurrent_at is not recurrent or key_at is not key_window or value_at is not value_window:
         raise ValueError("the columns of the state must be adjacent")
     rest = (DTYPES[dtype], window, length.data_ptr(), folded.data_ptr())
     return recurrent_fields + key_fields + value_fields + rest
 
 
-def _run(name: str, fields: tuple[int, ...], isa: str | None, threads: int) -> None:
-    library, _, _, best = _load()
-    chosen = best if isa is None else _ISAS[isa]
-    if library is None or chosen > best:
-        raise RuntimeError(f"the CPU kernel cannot run: {unavailable_reason() or f'no {isa} here'}")
-    failed = getattr(library, name)(_FIELDS[name].pack(*fields), chosen, threads)
-    if failed == _NO_TOKEN:
-        raise IndexError("the path names a token that is not among the new ones")
-    if failed:
-        raise MemoryError("the CPU kernel could not allocate its scratch memory")
-
-
-def _threads(work: int) -> int:
-    return 1 if work < 2 * _SMALL else min(torch.get_num_threads(), int(work / _SMALL))
-
-
 def _state_threads(query: Tensor, recurrent: Tensor, key_window: Tensor) -> int:
     """One token is little arithmetic, but its state may have to come from memory: each counts for four."""
     size = recurrent.numel() + 2 * key_window.numel()
-    if size * 4 < 2 * _SMALL and query.shape[2] == 1:
+    if size * 4 < 2 * SMALL and query.shape[2] == 1:
         return 1
     rows = query.shape[1] * query.shape[2] // recurrent.shape[1]
-    return _threads(size * (4 + rows))
-
-
-def _place(x: Tensor) -> tuple[Tensor, tuple[int, int, int, int]]:
-    """The fields of `Tensor` in abi.h, and the tensor they tell of: x, copied if its columns are apart."""
-    batch, head, row, column = x.stride()
-    if column != 1 and x.shape[3] != 1:
-        x = x.contiguous()
-        batch, head, row, _ = x.stride()
-    return x, (x.data_ptr(), batch, head, row)
-
-
-def _parameter(x: Tensor | None, shape: tuple[int, ...], name: str) -> tuple[Tensor | None, int]:
-    """x as adjacent float32 numbers, and its address; None and 0 leave it out."""
-    if x is None:
-        return None, 0
-    if x.shape != shape or not x.is_cpu or not shape[-1]:
-        raise ValueError(
-            f"{name} must have shape {list(shape)} on the CPU, not {list(x.shape)} on {x.device}"
-        )
-    if x.dtype is not torch.float32 or not x.is_contiguous():
-        x = x.detach().float().contiguous()
-    return x, x.data_ptr()
-
-
-def _table(x: Tensor, shape: tuple[int, ...], dtype: torch.dtype, name: str) -> Tensor:
-    if x.shape != shape or x.dtype != dtype or not x.is_cpu:
-        raise ValueError(f"{name} must be {dtype} {list(shape)} on the CPU, not {x.dtype} {list(x.shape)}")
-    return x.contiguous()
-
-
-@cache
-def _load() -> tuple[ctypes.CDLL | None, str | None, str, int]:
-    """The library, why there is none, and the name and number of the instruction set."""
-    path = Path(__file__).with_name("_kernels.so")
-    if not path.exists():
-        return None, "the C++ kernels were not built when linearize was installed", "", 0
-    try:
-        library = ctypes.CDLL(str(path))
-    except OSError as error:
-        return None, f"the C++ kernels could not be loaded: {error}", "", 0
-    library.linearize_isa.restype = ctypes.c_int64
-    found = library.linearize_isa()
-    names = {number: name for name, number in _ISAS.items()}
-    if found not in names:
-        return None, "this processor has no AVX2", "", 0
-    for name in _FIELDS:
-        function = getattr(library, name, None)
-        if function is None:
-            return None, "the C++ kernels are of another version; reinstall linearize", "", 0
-        function.argtypes = [ctypes.c_char_p, ctypes.c_int64, ctypes.c_int64]
-        function.restype = ctypes.c_int
-    return library, None, names[found], found
+    return threads_for(size * (4 + rows))

@@ -67,6 +67,23 @@ struct Tree {
   const uint8_t* ancestors;  // [batch, nodes, nodes]
 };
 
+// Tokens after a state of kernels/salient.py that takes none back: float32 scores and votes, [batch, kv head,
+// rows] and [batch, kv head, vote_rows, rows], rows = sinks + salient + window + 32.
+struct Salient {
+  int64_t dtype, state_dtype, batch, heads, kv_heads, length, dim, value_dim;
+  int64_t window, sinks, salient, vote_rows, taps;
+  double scale;
+  Tensor query, key, value, out;  // out is float32
+  Tensor keys, values;
+  float *scores, *votes;
+  int64_t *state_length, *state_block;  // [batch]
+  const int64_t* count;                 // [batch] tokens that are real, the first ones; null: all
+  const float* conv;                    // [heads, taps] or null
+
+  int64_t kept() const { return sinks + salient; }
+  int64_t ring() const { return window + 32; }
+};
+
 // One (batch, kv head), and of its groups those from `first` to before `last`. A sequence that is shared
 // between threads is cut into several.
 struct Piece {
@@ -98,6 +115,8 @@ struct Kernels {
   void (*append_unit)(const Append&, Appended to, int64_t unit, float* scratch);
   size_t (*tree_scratch)(const Tree&);
   void (*tree_unit)(const Tree&, int64_t unit, float* scratch);
+  size_t (*salient_scratch)(const Salient&);
+  void (*salient_unit)(const Salient&, int64_t unit, float* scratch);
 };
 
 }  // namespace linearize

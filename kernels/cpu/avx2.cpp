@@ -1,12 +1,13 @@
 // Built with -mavx2 -mfma -mf16c.
 #include "backward.h"
 #include "decode.h"
+#include "salient.h"
 
 namespace linearize {
 extern const Kernels avx2_kernels;
 const Kernels avx2_kernels = {
     state_floats,   forward_scratch, forward_sum, forward_piece, backward_scratch, backward_sums,
     backward_piece, step_scratch,    step_unit,   append_scratch, append_unit,
-    tree_scratch,   tree_unit,
+    tree_scratch,   tree_unit,       salient_scratch, salient_unit,
 };
 }  // namespace linearize

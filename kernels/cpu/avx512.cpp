@@ -1,12 +1,13 @@
 // Built with -mavx512f and what every AVX512 server has besides.
 #include "backward.h"
 #include "decode.h"
+#include "salient.h"
 
 namespace linearize {
 extern const Kernels avx512_kernels;
 const Kernels avx512_kernels = {
     state_floats,   forward_scratch, forward_sum, forward_piece, backward_scratch, backward_sums,
     backward_piece, step_scratch,    step_unit,   append_scratch, append_unit,
-    tree_scratch,   tree_unit,
+    tree_scratch,   tree_unit,       salient_scratch, salient_unit,
 };
 }  // namespace linearize

@@ -222,4 +222,16 @@ __attribute__((visibility("default"))) int linearize_tree(const Tree* t, int64_t
                    [&](int64_t unit, float* scratch) { kernels.tree_unit(*t, unit, scratch); });
 }
 
+__attribute__((visibility("default"))) int linearize_salient(const Salient* s, int64_t isa, int64_t threads) {
+  const Kernels& kernels = kernels_of(isa);
+  if (!for_each(s->batch * s->kv_heads, threads, kernels.salient_scratch(*s), false,
+                [&](int64_t unit, float* scratch) { kernels.salient_unit(*s, unit, scratch); }))
+    return 1;
+  for (int64_t b = 0; b < s->batch; b++) {
+    const int64_t length = s->state_length[b] += s->count ? s->count[b] : s->length;
+    if (length) s->state_block[b] = std::max(s->state_block[b], (length - 1) / 32);
+  }
+  return 0;
+}
+
 }  // extern "C"

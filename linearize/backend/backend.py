@@ -38,7 +38,7 @@ from ..passes import find_attention, lower_attention, raise_attention
 from ..passes.capture import CaptureError, to_dialect
 from ..passes.dynamo import fake, fake_mode, retrace
 from ..passes.site import MatchReport, Reason, Site
-from ..planning.build import build_attention
+from ..planning.build import build_attention, parameter_dtype
 from ..planning.config import LinearizeConfig
 from ..planning.plan import child_name, problem_of, site_spec, stays_softmax
 from .decode import is_cached_decode
@@ -272,7 +272,8 @@ class Backend:
         entry = self._find(place, values)
         if entry is None:
             with torch.inference_mode(False):
-                module = build_attention(place.spec, self.config).to(device=place.device, dtype=place.dtype)
+                dtype = parameter_dtype(place.dtype)
+                module = build_attention(place.spec, self.config).to(device=place.device, dtype=dtype)
             module.requires_grad_(self.trainable)
             entry = Entry(place, module)
             self._entries.append(entry)

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
@@ -133,30 +134,35 @@ class StateLayer(CacheLayerMixin):
         self._writing, self._pending = False, 0
         return output
 
-    def hear(self, mask: Tensor | None, count: int) -> None:
+    def hear(self, mask: Tensor | None, count: int, window: int | None = None) -> None:
         """Take note of which of the last `count` tokens a mask says are real.
 
-        mask: bool `[B, S]` over all tokens, None where all are real. Raises InputError (in a graph, an
-        assertion) where it says of a token in the state that it is real and an earlier mask did not, or the
-        reverse: what is in the state cannot be taken out again.
+        mask: bool `[B, S]` over all tokens, None where all are real. window: of the site, before which the
+        mask need not tell. Raises InputError (in a graph, an assertion) where it says of a token in the state
+        that it is real and an earlier mask did not, or the reverse: what is in the state cannot be taken out
+        again.
         """
         start = self.cumulative_length - count
+        first = 0 if window is None else start - window + 1
         if self.is_compileable:
-            self._hear_static(mask, start, count)
+            self._hear_static(mask, start, count, first)
             return
-        assert isinstance(start, int)
-        known = None if self._real is None else self._real[:, :start]
-        said = None if mask is None else mask[:, :start]
+        assert isinstance(start, int) and isinstance(first, int)
+        kept = None if self._real is None else self._real[:, :start]  # `crop` may have taken some back
+        known = None if kept is None else F.pad(kept, (0, start - kept.shape[1]), value=True)
         if known is not None:
-            known = torch.nn.functional.pad(known, (0, start - known.shape[1]), value=True)
-            require_true(known.all() if said is None else (known == said).all(), _HIDDEN)
-        elif said is not None and start > 0:
-            require_true(said.all(), _HIDDEN)
-        self._real = None if self._real is None else self._real[:, :start]  # `crop` may have taken some back
+            said = torch.ones_like(known) if mask is None else mask[:, :start]
+            require_true((known == said)[:, max(first, 0) :].all(), _HIDDEN)
+        elif mask is not None and start > 0:
+            require_true(mask[:, max(first, 0) : start].all(), _HIDDEN)
+        self._real = kept
         if mask is not None and not bool(mask[:, start : start + count].all()):
-            self._real = mask[:, : start + count].clone()
+            new = mask[:, start : start + count]
+            self._real = torch.cat([new.new_ones(new.shape[0], start) if known is None else known, new], 1)
 
-    def _hear_static(self, mask: Tensor | None, start: int | Tensor, count: int) -> None:
+    def _hear_static(
+        self, mask: Tensor | None, start: int | Tensor, count: int, first: int | Tensor
+    ) -> None:
         if self._real is None:
             assert self.states is not None
             size = self.states.batch_size, self.max_cache_len
@@ -165,7 +171,7 @@ class StateLayer(CacheLayerMixin):
         columns = torch.arange(self.max_cache_len, device=self._real.device)
         before = columns < start
         said = torch.ones_like(self._real) if mask is None else mask[:, : self.max_cache_len]
-        require_true(((self._real == said) | ~before).all(), _HIDDEN)
+        require_true(((self._real == said) | ~before | (columns < first)).all(), _HIDDEN)
         now = ~before & (columns < start + count)
         self._real.copy_(torch.where(now, said, self._real))
 

@@ -14,6 +14,7 @@ from torch import nn
 
 from ..common.files import read_json, staged
 from ..errors import CheckpointError, InvalidModelError
+from ..mechanisms.module import AttentionModule
 from ..planning.record import VERSION, measured_in, parse
 from ..planning.state import carry, state_of
 from ..rewrite.apply import apply_plan, check_unconverted
@@ -211,9 +212,16 @@ def _meta_copy(model: nn.Module) -> nn.Module:
 def _check_fit(probe: nn.Module, stored: dict[str, tuple[tuple[int, ...], str]], source: Path) -> None:
     """Raise CheckpointError unless the file has exactly the tensors of `probe`, shapes and dtypes included.
 
-    Tensors that share storage are stored once, under any of their names.
+    Tensors that share storage are stored once, under any of their names. Those of our modules may be of any
+    floating type in the file: earlier releases kept them in the model's, and a user may.
     """
     state = probe.state_dict()
+    ours = {
+        f"{path}.{name}" if path else name
+        for path, module in probe.named_modules()
+        if isinstance(module, AttentionModule)
+        for name in module.state_dict()
+    }
     groups: dict[int, list[str]] = {}
     for name, tensor in probe.state_dict(keep_vars=True).items():
         groups.setdefault(id(tensor), []).append(name)
@@ -227,7 +235,8 @@ def _check_fit(probe: nn.Module, stored: dict[str, tuple[tuple[int, ...], str]],
         shape, dtype = stored[name]
         tensor = state[name]
         have = _SAFETENSORS_NAME.get(str(tensor.dtype).removeprefix("torch."), str(tensor.dtype))
-        if tuple(tensor.shape) != shape or have != dtype:
+        free = name in ours and tensor.is_floating_point() and dtype in _FLOATING
+        if tuple(tensor.shape) != shape or (have != dtype and not free):
             problems.append(
                 f"{name} is {have} {tuple(tensor.shape)} in the model and {dtype} {shape} in the file"
             )
@@ -236,6 +245,7 @@ def _check_fit(probe: nn.Module, stored: dict[str, tuple[tuple[int, ...], str]],
         raise CheckpointError(f"{source} does not fit the given model: {'; '.join(problems[:4])}{more}")
 
 
+_FLOATING = ("F64", "F32", "F16", "BF16")
 _SAFETENSORS_NAME = {
     "float64": "F64",
     "float32": "F32",

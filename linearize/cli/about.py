@@ -48,8 +48,9 @@ def demo(
     plot: Annotated[Path, typer.Option(help="image of perplexity, time and memory against length")] = Path(
         "linearize-demo.png"
     ),
+    small: Annotated[bool, typer.Option("--small", help="the decoder that ships, in a minute")] = False,
 ) -> None:
-    """The whole story on the small decoder that ships with the package. Offline, under three minutes."""
+    """The whole story on SmolLM2-135M, or on the decoder that ships. Offline, under six minutes."""
     import torch
 
     from ..demo.walkthrough import run
@@ -57,4 +58,4 @@ def demo(
     hide_bars()
     if threads:
         torch.set_num_threads(threads)
-    run(console(120), plot)
+    run(console(120), plot, small)

@@ -61,8 +61,9 @@ def linearize(
         **overrides: fields of `LinearizeConfig`, which go before those of `config`.
 
     Returns:
-        `model`. New are one child module per attention site, which holds the new parameters in the device and
-        dtype of its owner, and the record `model._linearize`.
+        `model`. New are one child module per attention site, which holds the new parameters on the device of
+        its owner, in float32 whatever the model's dtype (float64 in a float64 model), and the record
+        `model._linearize`.
 
     Raises:
         InvalidModelError: the model is no module, is compiled or scripted, or holds no values; or it is

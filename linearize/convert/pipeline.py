@@ -17,7 +17,7 @@ from .. import mechanisms
 from ..common.running import run_model
 from ..errors import RefusedError, VerificationError
 from ..mechanisms.module import PlainSoftmaxAttention
-from ..passes.site import MatchReport, Reason
+from ..passes.site import MatchReport, Pattern, Reason
 from ..planning.config import LinearizeConfig
 from ..planning.plan import Plan
 from ..rewrite.apply import apply_owners, attach, use_compact_masks
@@ -158,19 +158,41 @@ def check_dropped_windows(plan: Plan, config: LinearizeConfig, report: MatchRepo
     """Raise RefusedError where a causal window would be dropped while masks still say it.
 
     During decoding such a mask hides every key before the window, padding or not, so padding cannot be told.
+    A window that is carried may stand in the masks, which must have a column for every token, however: those
+    of sliding layers that are still softmax have not.
     """
-    windowed = [site.path for site in plan.sites if site.spec.causal and site.spec.window is not None]
-    if windowed and not plan.compact_masks and config.mechanism != "softmax":
-        raise RefusedError(
-            f"the window of {windowed[0]} can only be dropped when every attention of the model is rewritten "
-            "and dispatches through transformers' attention interface; keep its softmax",
-            report,
-        )
+    if plan.compact_masks or config.mechanism == "softmax":
+        return
+    carried = mechanisms.get(config.mechanism).covers
+    windowed = [site for site in plan.sites if site.spec.causal and site.spec.window is not None]
+    kept = _windowed_softmax(plan, report)
+    for site in windowed:
+        if not carried(site.spec, config.options):
+            raise RefusedError(
+                f"the window of {site.path} can only be dropped when every attention of the model is "
+                "rewritten and dispatches through transformers' attention interface; keep its softmax",
+                report,
+            )
+        if kept:
+            raise RefusedError(
+                f"{site.path} and {kept[0]} have windows, and only one of them would be rewritten, though "
+                "their masks are one: rewrite both or keep the softmax of both",
+                report,
+            )
 
 
-def check_hidden_windows(
-    plan: Plan, seen: Seen, config: LinearizeConfig, report: MatchReport | None
-) -> None:
+def _windowed_softmax(plan: Plan, report: MatchReport | None) -> list[str]:
+    """Where softmax with a causal window stays; without a report, where any softmax stays."""
+    if report is None:
+        return [skip.path for skip in plan.skipped if skip.reason != Reason.NOT_ATTENTION.value]
+    return [
+        site.path
+        for site in report.sites
+        if site.path not in plan.owners and site.causal and site.mask.pattern is Pattern.WINDOW
+    ]
+
+
+def check_hidden_windows(plan: Plan, seen: Seen, config: LinearizeConfig, report: MatchReport | None) -> None:
     """Raise RefusedError when an owner asked for a sliding window too wide to show on the example inputs."""
     if "window" in mechanisms.get(config.mechanism).supports or "window" in config.approximate:
         return

@@ -12,6 +12,9 @@ a near part that a pretrained softmax model needs no training for. The first tok
 `kernels/salient.py`. While all tokens fit this is the site's own attention, exactly. The convolution and the
 tail start at zero.
 
+A site with a window of its own that `window` covers sees exactly that, and nothing else; its form and state
+are those of `softmax_window` without sinks and tail.
+
 Bidirectional sites see `window` tokens on either side, and one selection serves the whole sequence. Cross-
 attention has no window: such sites get the form of `augmented_paper`.
 
@@ -41,6 +44,7 @@ from .base import EVERYWHERE, Mechanism, switch, whole
 from .composed import ComposedAttention, Term, of_queries
 from .module import AttentionModule
 from .onnx_form import Nodes
+from .softmax_window import exact_window
 from .spec import SiteSpec
 from .term import Given
 
@@ -78,15 +82,7 @@ class AugmentedAttention(ComposedAttention):
     ) -> Tensor:
         self._check(query, key, value, key_mask, query_start)
         if self.spec.causal and not statically_known_true(query.shape[2] == key.shape[2]):
-            message = (
-                f"got {query.shape[2]} queries and {key.shape[2]} keys: mechanism 'augmented' chooses tokens "
-                f"by the queries of all of them; after cached tokens it needs its state, which a converted "
-                f"model keeps in an empty cache that it is given; under the compile backend, where the model "
-                f"keeps its own cache, choose a mechanism such as 'softmax_window' or 'augmented_paper'"
-            )
-            if isinstance(query.shape[2], int) and isinstance(key.shape[2], int):
-                raise InputError(message)
-            torch._check(query.shape[2] == key.shape[2], lambda: message)
+            key, value, key_mask = self._until_last(query, key, value, key_mask, query_start)
         rows = registered_salient.salient_attention(
             self.split_heads(query), key, value, key_mask, self.spec.causal, *self.sizes, self.scale
         )
@@ -101,7 +97,12 @@ class AugmentedAttention(ComposedAttention):
         query_start: int | Tensor | None,
     ) -> Tensor:
         out = super().total(query, key, value, key_mask, query_start)
-        return self.with_tail(query, out, key_mask)
+        if not self.spec.causal or statically_known_true(query.shape[2] == key.shape[2]):
+            return self.with_tail(query, out, key_mask)
+        key, value, key_mask = self._until_last(query, key, value, key_mask, query_start)
+        before = key.shape[2] - query.shape[2]
+        real = None if key_mask is None else key_mask[:, before:]
+        return self.with_tail(query, out, real, _ranks(key, key_mask)[:, before:])
 
     def with_tail(
         self, query: Tensor, out: Tensor, key_mask: Tensor | None, position: Tensor | None = None
@@ -143,6 +144,33 @@ class AugmentedAttention(ComposedAttention):
         if key_mask is None:
             return found
         return found.masked_fill(~key_mask[:, None, :, None], 0)  # whatever padding holds, NaN included
+
+    def _until_last(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_mask: Tensor | None,
+        query_start: int | Tensor | None,
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """The keys up to the last query, which is after cached tokens. Raises InputError, or in a graph the
+        operator does, where the queries of those are needed."""
+        if isinstance(query_start, Tensor):
+            raise InputError(
+                "mechanism 'augmented' needs its state after tokens of a static cache: give the call an "
+                "empty cache under torch.no_grad(), or use a DynamicCache"
+            )
+        if query_start is not None:
+            end = query_start + query.shape[2]
+            key, value = key[:, :, :end], value[:, :, :end]
+            key_mask = None if key_mask is None else key_mask[:, :end]
+        queries, keys = query.shape[2], key.shape[2]
+        if isinstance(queries, int) and isinstance(keys, int) and not torch.compiler.is_compiling():
+            known = keys if key_mask is None or key_mask.is_meta else int(key_mask.sum(1).max())
+            problem = registered_salient.missing_queries(queries, known, self.sizes)
+            if problem:
+                raise InputError(problem)
+        return key, value, key_mask
 
     def new_state(
         self, batch: int, *, dtype: torch.dtype, device: torch.device, max_rewind: int = 0
@@ -321,6 +349,8 @@ def naive(
 def _build(spec: SiteSpec, config: Settings) -> AttentionModule:
     if spec.cross:
         return PaperAttention(spec, config, alpha=0.0, local_scale=config.local_scale)
+    if MECHANISM.covers(spec, config.options):
+        return exact_window(spec, config)
     return AugmentedAttention(spec, config)
 
 
@@ -330,6 +360,7 @@ MECHANISM = Mechanism(
     supports=EVERYWHERE,
     build=_build,
     augmentation=True,
+    reach=lambda spec, window: window + 1 if spec.causal else window,
     onnx=salient_onnx.OPERATOR,
     parts={"salient tokens": {"salient": 0}, "linear part": {"tail": False}},
     options={

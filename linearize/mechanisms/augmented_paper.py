@@ -8,6 +8,11 @@ one alpha and one local factor per layer; a head of its own size is what `lz.cal
 State: [D, Dv] per key/value head, the sum of k^T v over finished groups, and a window of keys and values that
 serves the open group and the convolution.
 
+The grouped sum grows with the length of the text, so an alpha that was fitted at one length is too large at
+longer ones. options={"grouped": "mean"} divides it by the number of tokens in it, which is ours and not the
+paper's: o = local_scale * local + alpha * grouped / max(n, 1) + convolution(v). It takes three core calls,
+the third of ones to count, and its state has a window for each of them.
+
 A site with a relative position bias is refused unless `approximate=("bias",)`: outside the group it has no
 place. options={"position_bias": "local"} then keeps it inside, added after relu(q.k)^2 as the paper's T5
 does; such a site has no state and keeps keys and values. Untuned it is a poor start: it was made for the
@@ -16,15 +21,18 @@ exponent of a softmax.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import InputError
+from ..kernels import naive as core
+from ..kernels.tensors import ones, widen
 from .base import EVERYWHERE, Mechanism, choice
-from .composed import ComposedAttention, Term, of_queries, widen
+from .composed import ComposedAttention, Term, of_queries
 from .spec import SiteSpec
 from .term import Given
 
@@ -36,6 +44,13 @@ POSITION_BIAS = {
         "drop",
         "what becomes of T5's relative position bias: nothing, or added to the weights inside a group",
         ("drop", "local"),
+    )
+}
+GROUPED = {
+    "grouped": choice(
+        "sum",
+        "what earlier groups give: the paper's sum, or that divided by how many tokens are in it",
+        ("sum", "mean"),
     )
 }
 
@@ -55,6 +70,7 @@ class PaperAttention(ComposedAttention):
     ) -> None:
         super().__init__(spec, config)
         self._initial = {"alpha": alpha, "local_scale": local_scale}
+        self.averages = config.options.get("grouped") == "mean"
         self.keeps_bias = config.options.get("position_bias") == "local" and not spec.cross
         self.alpha: nn.Parameter | None = None
         self.local_scale: nn.Parameter | None = None
@@ -76,18 +92,31 @@ class PaperAttention(ComposedAttention):
         return self.spec.causal and not self.keeps_bias
 
     def terms(self, query: Tensor, key: Tensor, value: Tensor) -> list[Term]:
+        whole = Term(
+            query,
+            key,
+            value,
+            alpha=self.alpha,
+            local_scale=self.local_scale,
+            conv_weight=self.conv_weight,
+            activation="relu2",
+            normalize=True,
+        )
+        if not self.averages:
+            return [whole]
+        # Widened: half precision counts to a few hundred.
+        each = [ones(widen(x)) for x in (query, key, value)]
         return [
-            Term(
-                query,
-                key,
-                value,
-                alpha=self.alpha,
-                local_scale=self.local_scale,
-                conv_weight=self.conv_weight,
-                activation="relu2",
-                normalize=True,
-            )
+            replace(whole, alpha=None),
+            replace(whole, local_scale=None, conv_weight=None),
+            Term(each[0], each[1], each[2], alpha=1.0),
         ]
+
+    def combine(self, outputs: Sequence[Tensor]) -> Tensor:
+        if not self.averages:
+            return super().combine(outputs)
+        near, grouped, count = outputs
+        return near + (grouped / count.clamp(min=1)).to(near.dtype)
 
     def forward(
         self,
@@ -103,12 +132,11 @@ class PaperAttention(ComposedAttention):
     ) -> Tensor:
         """As every attention module; bias [1, H, T, S] is read, and needed, if `keeps_bias`."""
         start = query_start if self.spec.causal or self.spec.cross else None
-        (term,) = self.terms(query, key, value)
+        terms = self.terms(query, key, value)
         if self.keeps_bias:
             table = _bias_by_lag(bias, self.group_size, self.spec.causal, start)
-            term = replace(term, local_bias=table)
-        return self.run(term, key_mask, start)
-
+            terms[0] = replace(terms[0], local_bias=table)
+        return self.combine([self.run(term, key_mask, start) for term in terms])
 
     def base(self, given: Given) -> Tensor:
         return widen(given.value).new_zeros(*given.query.shape[:3], given.value.shape[3])
@@ -121,6 +149,9 @@ class PaperAttention(ComposedAttention):
         for name, term in one.items():
             if getattr(self, name) is not None:
                 out = self.run(term, given.key_mask, given.query_start)
+                if name == "alpha" and self.averages:
+                    count = Term(ones(query), ones(key), ones(value), alpha=1.0)
+                    out = out / self.run(count, given.key_mask, given.query_start).clamp(min=1)
                 found[name] = of_queries(out, rows)[..., None]
         if self.conv_weight is not None:
             found["conv_weight"] = self.taps(given, rows)
@@ -162,6 +193,26 @@ def _columns_at(row: Tensor, index: Tensor) -> Tensor:
     return row.index_select(1, index.clamp(0, row.shape[1] - 1)) * inside
 
 
+def naive(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    alpha: Tensor | None,
+    local_scale: Tensor | None,
+    *,
+    group_size: int,
+    causal: bool,
+    cross: bool,
+) -> Tensor:
+    """With `grouped="mean"`, float64 [B, H, T, D] with heads repeated; alpha, local_scale [H]."""
+    rest: dict[str, Any] = dict(group_size=group_size, causal=causal, cross=cross, conv_weight=None)
+    near = core.augmented_attention(query, key, value, alpha=None, local_scale=local_scale, **rest)
+    far = core.augmented_attention(query, key, value, alpha=alpha, local_scale=None, **rest)
+    own = torch.arange(query.shape[2], dtype=query.dtype) // group_size
+    count = own * group_size if causal else torch.full_like(own, key.shape[2])
+    return near + far / count.clamp(min=1)[:, None]
+
+
 def _build(spec: SiteSpec, config: Settings) -> PaperAttention:
     return PaperAttention(spec, config, alpha=0.0, local_scale=config.local_scale)
 
@@ -172,5 +223,5 @@ MECHANISM = Mechanism(
     supports=EVERYWHERE,
     build=_build,
     augmentation=True,
-    options=POSITION_BIAS,
+    options={**POSITION_BIAS, **GROUPED},
 )

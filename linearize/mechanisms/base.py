@@ -141,6 +141,9 @@ class Mechanism:
             it cannot be.
         parts: What it adds to a window and the first tokens, by name and in the order in which to add it:
             the options that leave the part out. The convolution is known without being named.
+        reach: Of a site and the option `window`: the widest window of the site itself (as `SiteSpec.window`
+            counts) that the mechanism then shows exactly. Such a window is carried: `build` makes a module
+            that sees it and nothing else. None where a site's window is not carried.
         onnx: Its own operator in ONNX files. None where it needs none, because it is a sum of core calls, or
             where it has no ONNX form with a state.
     """
@@ -151,6 +154,7 @@ class Mechanism:
     build: Callable[[SiteSpec, Settings], AttentionModule]
     options: Mapping[str, Option] = field(default_factory=lambda: MappingProxyType({}))
     augmentation: bool | None = False
+    reach: Callable[[SiteSpec, int], int] | None = None
     onnx: StateOperator | None = None
     parts: Mapping[str, Mapping[str, Any]] = field(default_factory=lambda: MappingProxyType({}))
 
@@ -178,8 +182,26 @@ class Mechanism:
                     f"options: {name!r} of mechanism {self.name!r} must be {option.expected}, got {value!r}"
                 )
 
+    def covers(self, spec: SiteSpec, options: Mapping[str, Any]) -> bool:
+        """Whether the site has a window of its own that the mechanism's window covers.
+
+        Args:
+            spec: The site.
+            options: Of the mechanism, as in `LinearizeConfig.options`.
+
+        Returns:
+            False too where the site has no window.
+        """
+        if spec.window is None or spec.cross or self.reach is None:
+            return False
+        return spec.window <= self.reach(spec, options.get("window", self.options["window"].default))
+
     def refusal(
-        self, spec: SiteSpec, terms: Collection[str] = (), approximate: Collection[str] = ()
+        self,
+        spec: SiteSpec,
+        terms: Collection[str] = (),
+        approximate: Collection[str] = (),
+        options: Mapping[str, Any] = MappingProxyType({}),
     ) -> tuple[Reason, str] | None:
         """Why this mechanism cannot take the place of a site.
 
@@ -187,13 +209,14 @@ class Mechanism:
             spec: The site.
             terms: What its scores hold beyond the spec: any of "bias", "alibi", "sinks", "mask".
             approximate: What the user allows to be dropped (`LinearizeConfig.approximate`).
+            options: Of the mechanism (`LinearizeConfig.options`).
 
         Returns:
             The reason's code and a sentence; None if the mechanism can take the site's place.
         """
         needs = ["cross" if spec.cross else "causal" if spec.causal else "bidirectional"]
         needs += ["softcap"] if spec.softcap is not None else []
-        needs += ["window"] if spec.window is not None else []
+        needs += ["window"] if spec.window is not None and not self.covers(spec, options) else []
         for need in [*needs, *terms]:
             if need in self.supports or (need in DROPPABLE and need in approximate):
                 continue
@@ -202,5 +225,7 @@ class Mechanism:
                 if need in DROPPABLE
                 else "; keep its softmax"
             )
+            if need == "window" and self.reach is not None and not spec.cross:
+                advice = f' of {spec.window} tokens, which options={{"window": ...}} can cover{advice}'
             return _REASONS[need], f"mechanism {self.name!r} cannot carry {need}{advice}"
         return None

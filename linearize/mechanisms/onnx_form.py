@@ -34,6 +34,7 @@ class StateOperator:
             `op` writes operators (`op.MatMul(a, b)`, and the idioms of `onnx/blocks.py` `Builder`), `call` is
             that file's `StateCall`: the other inputs, and ways to cut them into blocks.
         whole: Attention of a whole sequence, without a state; None where that has no ONNX form.
+        beside: Other operators that the mechanism's modules may write in the place of this one.
     """
 
     name: str
@@ -42,6 +43,7 @@ class StateOperator:
     floats: tuple[str, ...]
     body: Callable[..., tuple[Any, Any, Any]]
     whole: WholeForm | None = None
+    beside: tuple[StateOperator, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -70,7 +72,7 @@ class OperatorCall:
     """One call of a mechanism's own operator after its past, as `Term` is one of the core operator.
 
     Attributes:
-        operator: The operator, which the mechanism's `Mechanism.onnx` names, so that the file can define it.
+        operator: The operator, which some mechanism's `Mechanism.onnx` names, so that the file can define it.
         query: [B, H, T, D]; query head h reads key/value head h // (H // Hkv).
         key: [B, Hkv, T, D].
         value: [B, Hkv, T, Dv].

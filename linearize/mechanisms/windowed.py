@@ -1,25 +1,30 @@
-"""Attention in two parts: nearby tokens weighed by their scores, all others by features, one normaliser.
+"""Attention in two parts: nearby and first tokens weighed by their scores, all others by features.
 
     o[t] = (sum_{near j} w(scale q[t].k[j]) v[j] + c sum_{far j} f(A q[t]).f(B k[j]) v[j])
                                                                        over the sum of the weights w and c f.f
-    causal:         near is t - window < j <= t, far is j <= t - window
-    bidirectional:  near is |t - j| < window,    far is all other j
+    near is t - window < j <= t (causal) or |t - j| < window (bidirectional), and the first `sinks` tokens
+    far is all earlier j (causal) or all other j (bidirectional); with tail="none" nothing
 
 Subclasses say what w, f and c are. Cross-attention has no near tokens and is refused.
 
-Parallel form: near in blocks of `window` queries, in O(T window) memory and without repeated heads
+A site with a window of its own that `window` covers sees exactly that, and neither sinks nor a tail: the
+keyword `window` of the modules.
+
+Parallel form: the window in blocks of as many queries, in O(T window) memory and without repeated heads
 (`kernels/window_chunk.py`). The far part is one linear core call on keys and values delayed by `window`
-tokens; without causality there is a second one on the reversed sequence. The near sum comes divided by its
-weights, together with their `size`, in whichever scale does not overflow; the two parts are joined by the far
-part's share of all weights.
-State: the last `window` keys and values (and as many more as can be taken back), and [2D, Dv + 1] per
-key/value head for the tokens that left them (`kernels/window_recurrent.py`).
+tokens; without causality there is a second one on the reversed sequence. Each sum comes divided by its
+weights, together with their `size`, in whichever scale does not overflow; the parts are joined by the share
+that each has in all weights.
+State: the last `window` keys and values (and as many more as can be taken back), the first ones, and
+[2D, Dv + 1] per key/value head for the tokens that are in neither (`kernels/window_recurrent.py`). Fixed
+weights c f.f that suit every length do not exist: a tail that starts heavy harms more, the longer the text,
+so it starts at `FAR` of the weight of a token whose features say nothing, and calibration or training finds
+the rest.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -28,10 +33,12 @@ from torch import Tensor, nn
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from ..kernels import window_recurrent
+from ..kernels.padding import Ranks
 from ..kernels.tensors import full_precision, per_kv_head, take_rows, widen, with_one
 from ..ops.arguments import check_no_gradients, check_state
 from ..ops.attention import Lineage, checked_path, lineage
-from ..ops.state import AttentionState, Part, States
+from ..ops.state import Part, States, WindowState
+from .base import choice, whole
 from .composed import ComposedAttention, Term
 from .hedgehog import set_identity, square
 from .spec import SiteSpec
@@ -40,21 +47,57 @@ if TYPE_CHECKING:
     from .base import Settings
 
 
-class WindowedAttention(ComposedAttention):
-    """Subclasses give `near`, `weigh`, `features` and `far_share`, and extend `reset_parameters` by
-    `far_weight`."""
+FAR = 1 / 1024
+"""What a far token weighs at first, whose features say nothing of it, where a score of 0 weighs 1."""
 
-    def __init__(self, spec: SiteSpec, config: Settings) -> None:
+OPTIONS = {
+    "sinks": whole(4, "first tokens of the sequence that are seen as the near ones are, for ever", 0),
+    "tail": choice("linear", "what is seen of all other tokens", ("linear", "none")),
+}
+"""Options of all mechanisms of this kind, beside `window`."""
+
+
+def reach(spec: SiteSpec, window: int) -> int:
+    """The widest window of a site, as `SiteSpec.window` counts it, that the option `window` covers."""
+    return window if spec.causal else window - 1
+
+
+class WindowedAttention(ComposedAttention):
+    """Subclasses give `near`, `weigh`, `joint_size`, `features` and `far_share`, and `far_weight_at_first`.
+
+    window: exactly this, and nothing else, is seen (as `near` counts); None for what the options say.
+    """
+
+    def __init__(self, spec: SiteSpec, config: Settings, window: int | None = None) -> None:
         super().__init__(spec, config)
-        self.window: int = config.option("window")
-        self.query_map = square(spec.num_heads, spec.head_dim)
-        self.key_map = square(spec.num_key_value_heads, spec.head_dim)
-        self.far_weight = nn.Parameter(torch.empty(spec.num_heads))
+        alone = window is not None
+        self.window: int = config.option("window") if window is None else window
+        self.sinks: int = 0 if alone else config.option("sinks")
+        self.query_map: nn.Parameter | None = None
+        self.key_map: nn.Parameter | None = None
+        self.far_weight: nn.Parameter | None = None
+        if not alone and config.option("tail") == "linear":
+            self.query_map = square(spec.num_heads, spec.head_dim)
+            self.key_map = square(spec.num_key_value_heads, spec.head_dim)
+            self.far_weight = nn.Parameter(torch.empty(spec.num_heads))
         self.reset_parameters()
+
+    @property
+    def has_tail(self) -> bool:
+        """Whether far tokens are seen at all."""
+        return self.far_weight is not None
+
+    @property
+    def far_weight_at_first(self) -> float:
+        """b with which a far token weighs `FAR`."""
+        raise NotImplementedError
 
     def reset_parameters(self) -> None:
         super().reset_parameters()
-        set_identity(self.query_map, self.key_map)
+        if self.query_map is not None and self.key_map is not None and self.far_weight is not None:
+            set_identity(self.query_map, self.key_map)
+            with torch.no_grad():
+                self.far_weight.fill_(self.far_weight_at_first)
 
     def near(
         self,
@@ -72,6 +115,11 @@ class WindowedAttention(ComposedAttention):
 
         hidden: bool, True for keys that weigh nothing. As in `near`.
         """
+        raise NotImplementedError
+
+    def joint_size(self, size: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
+        """The size of two sums of weights together, and the share that the other has in it, of the sizes
+        [..., 1] of both."""
         raise NotImplementedError
 
     def features(self, x: Tensor, weight: Tensor) -> Tensor:
@@ -94,20 +142,82 @@ class WindowedAttention(ComposedAttention):
         value: Tensor,
         key_mask: Tensor | None,
         query_start: int | Tensor | None,
-        before: Tensor | None = None,
+        before: window_recurrent.State | None = None,
     ) -> Tensor:
-        """before: sums [B, Hkv, 2D, Dv + 1] over far tokens that are not among the keys."""
+        """before: the state of which the key columns before the queries are the window."""
         query, key, value = widen(query), widen(key), widen(value)
         rows = self.split_heads(query * self.scale)
-        joined = self.merge_heads(self.near(rows, key, value, key_mask, query_start))
+        joined = self.near(rows, key, value, key_mask, query_start)
         near, size = joined[..., :-1], joined[..., -1:]
-        if statically_known_true(key.shape[2] <= self.window):
+        if before is None and statically_known_true(key.shape[2] <= self.window):
+            return self.merge_heads(near)
+        if self.sinks:
+            near, size = self._with_first(near, size, rows, key, value, key_mask, query_start, before)
+        near, size = self.merge_heads(near), self.merge_heads(size)
+        if self.query_map is None or self.key_map is None:
             return near
         query, key = self.features(query, self.query_map), self.features(key, self.key_map)
-        far = self._far(query, key, with_one(value), key_mask, query_start)
+        value = with_one(value) * self._may_be_far(key, key_mask, before)
+        far = self._far(query, key, value, key_mask, query_start)
         if before is not None:
-            far = far + self.merge_heads(per_kv_head(self.split_heads(query), before))
+            far = far + self.merge_heads(per_kv_head(self.split_heads(query), before.recurrent))
         return self._join(near, size, far)
+
+    def _may_be_far(
+        self, key: Tensor, key_mask: Tensor | None, before: window_recurrent.State | None
+    ) -> Tensor | float:
+        """1 for keys that are not among the first tokens, [B, 1, S, 1] or [S, 1]."""
+        if not self.sinks:
+            return 1.0
+        if key_mask is None:
+            return (torch.arange(key.shape[2], device=key.device) >= self.sinks)[:, None]
+        position = key_mask.cumsum(1) - 1 + (0 if before is None else before.folded[:, None])
+        return (position >= self.sinks)[:, None, :, None]
+
+    def _with_first(
+        self,
+        near: Tensor,
+        size: Tensor,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_mask: Tensor | None,
+        query_start: int | Tensor | None,
+        before: window_recurrent.State | None,
+    ) -> tuple[Tensor, Tensor]:
+        """`near` and its size [B, Hkv, R, T, ...] of scaled queries [B, Hkv, R, T, D], with the first tokens
+        added where these are outside the window."""
+        start = query_start
+        if start is None:
+            start = key.shape[2] - query.shape[3] if self.spec.causal else 0
+        column = torch.arange(query.shape[3], device=query.device) + start
+        first = torch.arange(self.sinks, device=query.device)
+        held = first.clamp(max=key.shape[2] - 1)  # as many rows, whatever the length
+        if key_mask is None:
+            position, there = column[None], (first < key.shape[2])[None]
+            first_keys, first_values = take_rows(key, held), take_rows(value, held)
+        else:
+            position = (key_mask.cumsum(1) - 1).index_select(1, column)
+            there = first < key_mask.sum(1, keepdim=True)
+            front = torch.argsort(~key_mask, dim=1, stable=True).index_select(1, held)
+            first_keys, first_values = take_rows(key, front), take_rows(value, front)
+        if before is not None:
+            position, there = position + before.folded[:, None], torch.ones_like(there)
+            first_keys, first_values = widen(before.first_keys), widen(before.first_values)
+        lag = position[:, :, None] - first
+        outside = (lag if self.spec.causal else lag.abs()) >= self.window
+        outside = (outside & there[:, None])[:, None, None]  # [B, 1, 1, T, sinks]
+        # What lies in rows that no query sees may be anything.
+        seen = outside.any(3)[:, 0, :, :, None]
+        first_keys, first_values = (x.masked_fill(~seen, 0) for x in (first_keys, first_values))
+        weights, other = self.weigh(per_kv_head(query, first_keys.mT), ~outside)
+        some = outside.any(-1, keepdim=True)
+        joint, share = self.joint_size(size, other)
+        share = torch.where(some, share, torch.zeros_like(share))
+        found = near + share * (per_kv_head(weights, first_values) - near)
+        if key_mask is not None:
+            found = found * key_mask.index_select(1, column)[:, None, None, :, None]
+        return found, torch.where(some, joint, size)
 
     def _join(self, near: Tensor, size: Tensor, far: Tensor) -> Tensor:
         """near [B, H, T, Dv], divided by its weights, whose size is [B, H, T, 1]; far [B, H, T, Dv + 1],
@@ -160,19 +270,18 @@ class WindowedAttention(ComposedAttention):
         if convolution is None:
             return None
         spec = self.spec
-        part = AttentionState.new(
+        part = WindowState.of_window(
             batch,
             spec.num_key_value_heads,
             spec.head_dim,
             spec.value_dim,
-            group_size=1,
-            taps=self.window,
+            window=self.window,
+            sinks=self.sinks,
+            features=2 * spec.head_dim if self.has_tail else 0,
             max_rewind=max_rewind,
             dtype=dtype,
             device=device,
         )
-        sums = part.recurrent.new_zeros(*part.recurrent.shape[:2], 2 * spec.head_dim, spec.value_dim + 1)
-        part = replace(part, tensors=part.tensors._replace(recurrent=sums))
         return States((part, *convolution.parts))
 
     def mix_after(
@@ -185,9 +294,9 @@ class WindowedAttention(ComposedAttention):
         parents: Tensor | Lineage | None,
     ) -> Tensor:
         (part,) = parts
-        assert isinstance(part, AttentionState)
+        assert isinstance(part, WindowState)
         check_state(query, key, value, None, part, key_mask)
-        check_no_gradients(self.query_map, self.key_map, self.far_weight)
+        check_no_gradients(*(x for x in (self.query_map, self.key_map, self.far_weight) if x is not None))
         batch, _, count, _ = query.shape
         state, rules = part.tensors, self._rules
         if parents is not None:
@@ -204,18 +313,38 @@ class WindowedAttention(ComposedAttention):
                 out = self.mix(query, key, value, key_mask, None)
             else:
                 columns = window_recurrent.after_window(key, value, state, key_mask)
-                out = self.mix(query, *columns, before=state.recurrent)
+                if self.sinks:
+                    self._keep_first(key, value, key_mask, state)
+                out = self.mix(query, *columns, before=state)
             window_recurrent.append(key, value, state, rules, key_mask)
         return out if key_mask is None else out * real
 
+    def _keep_first(
+        self, key: Tensor, value: Tensor, real: Tensor | None, state: window_recurrent.State
+    ) -> None:
+        """Write the first tokens of their sequences, which queries of the same call may see."""
+        if real is not None:
+            ranks = Ranks(real)
+            key, value, count = ranks.to_front(key), ranks.to_front(value), ranks.count
+        else:
+            count = torch.full_like(state.length, key.shape[2])
+        window_recurrent.write_first(key, value, state, count)
+
     @property
     def _rules(self) -> window_recurrent.Rules:
+        def scoring(query: Tensor) -> Tensor:
+            return self.split_heads(query * self.scale)
+
+        query_map, key_map = self.query_map, self.key_map
+        if query_map is None or key_map is None:
+            nothing = lambda key: key[..., :0]  # noqa: E731
+            return window_recurrent.Rules(self.window, self.weigh, scoring, None, nothing)
         return window_recurrent.Rules(
             self.window,
             self.weigh,
-            lambda query: self.split_heads(query * self.scale),
-            lambda query: self.split_heads(self.features(query, self.query_map)),
-            lambda key: self.features(key, self.key_map),
+            scoring,
+            lambda query: self.split_heads(self.features(query, query_map)),
+            lambda key: self.features(key, key_map),
         )
 
     def _joined(self, parts: window_recurrent.Parts) -> Tensor:
@@ -228,13 +357,14 @@ class WindowedAttention(ComposedAttention):
         self, query: Tensor, key: Tensor, value: Tensor, state: States, path: Tensor | None = None
     ) -> None:
         part, *convolution = state.parts
-        assert isinstance(part, AttentionState)
+        assert isinstance(part, WindowState)
         check_state(key, key, value, None, part, None)
-        check_no_gradients(self.key_map)
+        check_no_gradients(*(() if self.key_map is None else (self.key_map,)))
         path = None if path is None else checked_path(path, key)
         with full_precision(value.device):
             window_recurrent.append_along(path, key, value, part.tensors, self._rules)
         super().commit(query, key, value, States(tuple(convolution)), path)
 
     def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, window={self.window}"
+        tail = "linear" if self.has_tail else "none"
+        return f"{super().extra_repr()}, window={self.window}, sinks={self.sinks}, tail={tail}"

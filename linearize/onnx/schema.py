@@ -96,7 +96,10 @@ FAMILIES: Mapping[str, str] = {
 """Name of the causal operator for each activation of the core (`kernels/activations.py`)."""
 
 OWN: Mapping[str, StateOperator] = {
-    mechanism.onnx.name: mechanism.onnx for mechanism in available().values() if mechanism.onnx is not None
+    operator.name: operator
+    for mechanism in available().values()
+    if mechanism.onnx is not None
+    for operator in (mechanism.onnx, *mechanism.onnx.beside)
 }
 """The operators with a state that mechanisms bring along, by name."""
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError
-from ..kernels import salient
+from ..kernels import salient, window_recurrent
 from ..kernels.recurrent import State
 
 
@@ -143,6 +143,45 @@ class AttentionState(Part):
 
 
 @dataclass(frozen=True)
+class WindowState(AttentionState):
+    """A window, the first tokens and sums of all others: the tensors of `kernels/window_recurrent.py`."""
+
+    tensors: Any
+
+    @classmethod
+    def of_window(
+        cls,
+        batch: int,
+        num_key_value_heads: int,
+        head_dim: int,
+        value_dim: int,
+        *,
+        window: int,
+        sinks: int,
+        features: int,
+        max_rewind: int,
+        dtype: torch.dtype,
+        device: torch.device | str | None,
+    ) -> WindowState:
+        """An empty state. features: of a key in the sums; 0 where there are none."""
+        sizes = batch, num_key_value_heads, head_dim, value_dim
+        options: dict[str, Any] = dict(dtype=dtype, device=device)
+        whole = AttentionState.new(*sizes, group_size=1, taps=window, max_rewind=max_rewind, **options)
+        recurrent, key_window, value_window, length, folded = whole.tensors
+        heads = (batch, num_key_value_heads)
+        tensors = window_recurrent.State(
+            recurrent.new_zeros(*heads, features, value_dim + 1),
+            key_window,
+            value_window,
+            length,
+            folded,
+            torch.zeros(*heads, sinks, head_dim, **options),
+            torch.zeros(*heads, sinks, value_dim, **options),
+        )
+        return cls(tensors, 1, window, max_rewind)
+
+
+@dataclass(frozen=True)
 class SalientState(Part):
     """A constant number of exact tokens; `kernels/salient.py` describes the tensors.
 
@@ -199,4 +238,3 @@ class States:
     def map(self, function: Callable[[Tensor], Tensor]) -> States:
         """A new state of `function` of every tensor: a copy, another device, other rows of the batch."""
         return States(tuple(part.map(function) for part in self.parts))
-

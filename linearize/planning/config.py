@@ -15,8 +15,9 @@ from ..mechanisms.base import DROPPABLE
 
 VERSION = 3
 """Version 1 had no `augmentation` and no `options`: their defaults are what it meant. Up to version 2
-"augmented" was the name of what is "augmented_paper" now.
+"augmented" was the name of what is "augmented_paper" now, and the windows kept no first tokens.
 """
+_WINDOWS = ("softmax_window", "power_window")
 
 
 class Options(Mapping[str, Any]):
@@ -160,6 +161,8 @@ class LinearizeConfig:
             )
         if version < 3 and fields.setdefault("mechanism", "augmented") == "augmented":
             fields["mechanism"] = "augmented_paper"
+        if version < 3 and fields["mechanism"] in _WINDOWS:
+            fields["options"] = {"sinks": 0, **(fields.get("options") or {})}
         known = [field.name for field in dataclasses.fields(cls)]
         for name in fields:
             if name not in known:

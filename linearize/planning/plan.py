@@ -313,7 +313,7 @@ def problem_of(site: Site, config: LinearizeConfig) -> tuple[str, str] | None:
         spec = site_spec(site)
     except (ValueError, ConfigError) as error:
         return Reason.SHAPE_UNKNOWN.value, str(error)
-    refused = mechanisms.get(config.mechanism).refusal(spec, terms(site), config.approximate)
+    refused = mechanisms.get(config.mechanism).refusal(spec, terms(site), config.approximate, config.options)
     return None if refused is None else (refused[0].value, refused[1])
 
 

@@ -11,7 +11,7 @@ from torch import nn
 
 from ..errors import InvalidModelError
 from ..mechanisms.module import AttentionModule
-from ..planning.build import build_attention
+from ..planning.build import build_attention, parameter_dtype
 from ..planning.config import LinearizeConfig
 from ..planning.plan import Plan, SitePlan
 from ..planning.state import LinearizeState
@@ -26,9 +26,9 @@ from .snapshot import Snapshot
 def apply_plan(model: nn.Module, plan: Plan, config: LinearizeConfig) -> nn.Module:
     """Rewrite `model` in place as `plan` says, without searching a graph; returns `model`.
 
-    Works on the meta device (a checkpoint is loaded afterwards). New parameters take the device and dtype of
-    their owner. Raises InvalidModelError when the model is already rewritten or lacks an owner of the plan;
-    the model is then unchanged.
+    Works on the meta device (a checkpoint is loaded afterwards). New parameters take the device of their
+    owner, and are float32 (float64 in a model of float64). Raises InvalidModelError when the model is already
+    rewritten or lacks an owner of the plan; the model is then unchanged.
     """
     check_unconverted(model)
     with Snapshot(model):
@@ -84,7 +84,7 @@ def attach(owner: nn.Module, sites: Sequence[SitePlan], config: LinearizeConfig)
     for site in sites:
         child = build_attention(site.spec, config)
         if reference is not None:
-            child = child.to(device=reference.device, dtype=reference.dtype)
+            child = child.to(device=reference.device, dtype=parameter_dtype(reference.dtype))
         child.train(owner.training)
         owner._modules.pop(site.child, None)
         owner.add_module(site.child, child)

@@ -65,8 +65,8 @@ def attend(
         key_mask = _filled(key_mask, key, start, query.shape[2])
     if child.is_exact:
         return _exact(child, query, key, value, mask, key_mask, start, bias, sinks, dropout)
-    if mask is not None and key_mask is not None and call.record.plain and bias is None and sinks is None:
-        documents = documents_in(mask, key_mask, child.spec.causal, start, call.record.path)
+    if mask is not None and key_mask is not None and call.record.follows_masks:
+        documents = documents_in(mask, key_mask, child.spec, start, call.record.path, call.record.biased)
         if documents is not None:
             return _in_documents(call, child, query, key, value, None, documents, None, None, None)
     more = {"bias": bias} if child.keeps_bias else {}
@@ -120,11 +120,11 @@ def _after_state(
         count = key.shape[2]
         keys = None if mask is None else key_mask_of(mask, key.shape[0], mask.shape[-1])
         if mask is not None and keys is not None and mask.ndim == 4 and mask.shape[2] == count:
-            documents = documents_in(mask, keys, True, start, call.record.path)
+            documents = documents_in(mask, keys, child.spec, start, call.record.path, call.record.biased)
             if documents is not None:
                 return _in_documents(call, child, query, key, value, None, documents, None, None, None)
         if start is not None and call.is_first:
-            state.hear(keys, count)
+            state.hear(keys, count, child.spec.window)
         real = new_tokens(keys, count, start)
     return state.extend(child, query, key, value, real)
 

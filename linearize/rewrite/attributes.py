@@ -8,11 +8,13 @@ one differs, the interface route refuses.
 from __future__ import annotations
 
 import re
+from collections.abc import Collection
+from dataclasses import dataclass
 from types import FunctionType
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..errors import InvalidModelError
 
@@ -26,18 +28,49 @@ _OF_MASKS = re.compile("causal|bidirectional|decoder|window|chunk|softcap|layer_
 Values = tuple[tuple[str, Any], ...]
 
 
+@dataclass(frozen=True)
+class Held:
+    """What a graph of an owner holds as constants, though it is the owner's.
+
+    Attributes:
+        values: the plain values of the owner and of the modules in it that are part of the graph, by path.
+        tensors: the tensors that its masks were read from, by path, and how often they had been written to.
+    """
+
+    values: tuple[tuple[str, Values], ...]
+    tensors: tuple[tuple[str, Tensor, int], ...]
+
+    def still_by(self, owner: nn.Module) -> bool:
+        """Whether the owner still has them."""
+        for path, values in self.values:
+            if plain_values(_at(owner, path)) != values:
+                return False
+        if torch.compiler.is_compiling():
+            return True  # compiled code takes the tensors that it met; it cannot ask for their versions
+        return all(_at(owner, path) is t and _version(t) == count for path, t, count in self.tensors)
+
+
+def held(owner: nn.Module, called: Collection[str], tensors: Collection[str]) -> Held:
+    """What a graph of `owner` holds that calls the children at the paths `called`, and whose masks were read
+    from the `tensors`."""
+    inside = [
+        path
+        for path, part in owner.named_modules(remove_duplicate=False)
+        if not hasattr(part, "spec") and not any(f"{path}.".startswith(f"{child}.") for child in called)
+    ]
+    found = [(path, _at(owner, path)) for path in sorted(tensors)]
+    return Held(
+        tuple((path, plain_values(_at(owner, path))) for path in inside),
+        tuple((path, tensor, _version(tensor)) for path, tensor in found),
+    )
+
+
 def plain_values(module: nn.Module) -> Values:
-    """Everything plain on a module, the modules in it and their configs, by name, for the key of a graph."""
-    found: list[tuple[str, Any]] = []
-    for path, part in module.named_modules(remove_duplicate=False):
-        config = getattr(part, "config", None)
-        for holder in (part, config) if hasattr(config, "__dict__") else (part,):
-            found += [
-                (f"{path}.{name}", _taken(value))
-                for name, value in vars(holder).items()
-                if name not in _OF_EVERY_MODULE and _is_plain(value)
-            ]
-    return tuple(found)
+    """Everything plain on a module and its config."""
+    config = vars(module).get("config")
+    found = [(name, value) for name, value in vars(module).items() if name not in _OF_EVERY_MODULE]
+    found += vars(config).items() if hasattr(config, "__dict__") else ()
+    return tuple((name, _taken(value)) for name, value in found if _is_plain(value))
 
 
 def values_of_owner(owner: nn.Module) -> Values:
@@ -70,6 +103,17 @@ def _is_plain(value: Any) -> bool:
     if isinstance(value, (tuple, list)):
         return all(_is_plain(item) for item in value)
     return isinstance(value, _PLAIN)
+
+
+def _at(owner: nn.Module, path: str) -> Any:
+    found: Any = owner
+    for name in path.split(".") if path else ():
+        found = getattr(found, name)
+    return found
+
+
+def _version(tensor: Tensor) -> int:
+    return 0 if tensor.is_inference() else tensor._version
 
 
 def _taken(value: Any) -> Any:

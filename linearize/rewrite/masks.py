@@ -16,12 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..common.checks import is_traced
+from ..common.checks import is_traced, require_true
 from ..errors import InputError
+from ..mechanisms.spec import SiteSpec
 from ..passes.mask import MASKED
 from .documents import of_square
 from .mask_functions import documents_of, one_document, parts_of
-
 
 PACKED_IN_GRAPH = (
     "packed documents (position_ids that restart) or blocks, which a compiled or exported model cannot follow; "
@@ -81,40 +81,60 @@ def new_tokens(key_mask: Tensor | None, count: int, start: int | Tensor | None) 
 
 
 def position_mask(
-    query_length: int, key_length: int, start: int | Tensor | None, device: torch.device
+    query_length: int,
+    key_length: int,
+    start: int | Tensor | None,
+    device: torch.device,
+    window: int | None = None,
 ) -> Tensor:
-    """Causal keep mask `[T, S]`: query t is column `start + t` (default: the last columns)."""
+    """Causal keep mask `[T, S]`: query t is column `start + t` (default: the last columns), and sees the last
+    `window` columns, its own included (default: all)."""
     offset = key_length - query_length if start is None else start
     queries = torch.arange(query_length, device=device) + offset
-    return torch.arange(key_length, device=device) <= queries[:, None]
+    keys = torch.arange(key_length, device=device)
+    seen = keys <= queries[:, None]
+    return seen if window is None else seen & (keys > queries[:, None] - window)
 
 
 def documents_in(
-    mask: Tensor, key_mask: Tensor, causal: bool, start: int | Tensor | None, where: str
+    mask: Tensor, key_mask: Tensor, spec: SiteSpec, start: int | Tensor | None, where: str, biased: bool = False
 ) -> Tensor | None:
-    """The documents of a square mask that says "position pattern, real keys and documents"; None for one.
+    """The documents of a mask that says "position pattern, real keys and documents"; None for one.
 
     Raises InputError where it says something else: a prefix or a mask made by hand may say more than linear
     attention can carry, and running on would be silently wrong. A graph cannot look at values, so there the
-    comparison is an assertion, and documents are not carried. For one query nothing more can be said.
+    comparison is an assertion, and documents are not carried. biased: finite values in the mask are the
+    site's own.
     """
-    if mask.ndim != 4 or mask.shape[2] == 1 or mask.is_meta:
+    if mask.ndim != 4 or mask.is_meta:
         return None
     seen = visible(mask)[..., : key_mask.shape[1]]
-    expected = key_mask[:, None, None, :]
-    if causal:
-        expected = expected & position_mask(mask.shape[2], key_mask.shape[1], start, mask.device)
-    kind = "causal" if causal else "bidirectional"
+    sharp = None
+    if mask.is_floating_point() and not biased:
+        sharp = ((mask[..., : key_mask.shape[1]] == 0) | ~seen).all()
+    kind = "causal" if spec.causal else "bidirectional"
     problem = (
         f"{where or 'the model'}: the attention mask is not a {kind} mask with padding and documents (a custom "
         "4-D mask?), which the rewritten attention cannot follow; give a 2-D padding mask"
     )
+    if sharp is not None:
+        require_true(sharp, problem)
+    queries, keys = seen.shape[2], key_mask.shape[1]
+    if queries == 1:
+        return None  # nothing more can be said of one query
+    expected = key_mask[:, None, None, :]
+    if spec.causal:
+        expected = expected & position_mask(queries, keys, start, mask.device, spec.window)
+    elif spec.window is not None:
+        lag = torch.arange(queries, device=mask.device)[:, None] - torch.arange(keys, device=mask.device)
+        expected = expected & (lag.abs() <= spec.window)
+    same = (seen == expected).all()
     if is_traced(mask):
-        torch._assert_async((seen == expected).all(), f"{problem}, and packed documents without compiling")
+        require_true(same, f"{problem}, and packed documents without compiling")
         return None
-    if bool((seen == expected).all()):
+    if bool(same):
         return None
-    if mask.shape[1] == 1 and mask.shape[2] == key_mask.shape[1]:
+    if seen.shape[1] == 1 and queries == keys:
         documents = of_square(seen, key_mask)
         number = documents.abs()
         expected = expected & (number[:, None, :, None] == number[:, None, None, :])

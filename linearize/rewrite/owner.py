@@ -65,14 +65,14 @@ class OwnerRecord:
         return self.sites[0].layer_index
 
     @property
-    def plain(self) -> bool:
-        """All sites are plain: see `SitePlan.plain`."""
-        return all(site.plain for site in self.sites)
+    def follows_masks(self) -> bool:
+        """What masks may say is known: a position pattern of the spec, real keys, documents."""
+        return not any("mask" in site.terms for site in self.sites)
 
     @property
-    def padded(self) -> bool:
-        """Some site's mask hides padding."""
-        return any("padding" in site.mask for site in self.sites)
+    def biased(self) -> bool:
+        """Some site's masks hold finite values of its own."""
+        return any({"bias", "alibi"} & set(site.terms) for site in self.sites)
 
 
 class Rewritten:

@@ -335,6 +335,47 @@ def test_cached_decoding_equals_the_whole_sequence(dynamic):
     assert len(backend.modules()) == 2
 
 
+WINDOWED = {**SMALL, "mechanism": "augmented", "options": {"window": 6, "sinks": 2, "salient": 0}}
+
+
+@pytest.mark.parametrize("dynamic", [None, pytest.param(True, marks=pytest.mark.slow)])
+def test_augmented_without_salient_tokens_decodes_as_the_whole_sequence(dynamic):
+    model, backend, tokens = Decoder(), Backend(**WINDOWED), ids(2, 90)
+    compiled = torch.compile(model, backend=backend, dynamic=dynamic)
+    with torch.no_grad():
+        compiled(tokens[:, :5])
+        randomise(backend)
+        whole, _ = compiled(tokens)
+        out, past = compiled(tokens[:, :40] if dynamic else tokens[:, :86])
+        pieces = [out]
+        # A mask of fixed sizes this large is not read as causal.
+        several = ((40, 70), (70, 86)) if dynamic else ()
+        for start, stop in (*several, (86, 87), (87, 88), (88, 89), (89, 90)):
+            out, past = compiled(tokens[:, start:stop], past)
+            pieces.append(out)
+    torch.testing.assert_close(torch.cat(pieces, 1), whole, rtol=1e-5, atol=1e-5)
+    exact, _ = model(tokens)
+    assert not torch.allclose(exact, whole, atol=1e-2)
+
+
+def test_augmented_trains_and_decodes_while_it_sees_all_tokens_and_not_one_longer():
+    options = {"window": 6, "sinks": 2, "salient": 4, "tail": False}
+    model, backend = Decoder(), Backend(**{**WINDOWED, "options": options})
+    compiled, tokens = torch.compile(model, backend=backend), ids(2, 20)
+    out, _ = compiled(tokens)
+    out.square().sum().backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in backend.parameters())
+    with torch.no_grad():
+        whole, _ = model(tokens)  # the convolution is zero still
+        out, past = compiled(tokens[:, :9])
+        for at in range(9, 13):
+            torch.testing.assert_close(out[:, -1], whole[:, at - 1], rtol=1e-5, atol=1e-5)
+            out, past = compiled(tokens[:, at : at + 1], past)
+        torch.testing.assert_close(out[:, -1], whole[:, 12], rtol=1e-5, atol=1e-5)
+        with pytest.raises(Exception, match="tokens are chosen by the queries of all of them"):
+            compiled(tokens[:, 13:14], past)
+
+
 def test_one_query_of_real_cross_attention_is_not_taken_for_decoding():
     class Cross(nn.Module):
         def __init__(self) -> None:

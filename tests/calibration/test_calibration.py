@@ -136,10 +136,14 @@ def test_in_one_call() -> None:
 
 
 def test_the_same_result_in_bfloat16() -> None:
-    model = converted("llama").bfloat16()
-    report = calibrate(model, [tokens(2, 40)])
-    assert all(after < 0.9 * before for before, after in errors(report))
-    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    for model, kept in (
+        (converted("llama").bfloat16(), torch.bfloat16),
+        (lz.linearize(llama().bfloat16(), mechanism="augmented_paper", group_size=4), torch.float32),
+    ):
+        report = calibrate(model, [tokens(2, 40)])
+        assert all(after < 0.9 * before for before, after in errors(report))
+        new = {p.dtype for name, p in model.named_parameters() if "linear_attention" in name}
+        assert new == {kept}
 
 
 @pytest.mark.parametrize(

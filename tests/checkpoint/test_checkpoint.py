@@ -141,9 +141,30 @@ def test_half_precision_is_stored_and_restored_as_such(tmp_path: Path) -> None:
 
 def test_a_float32_checkpoint_can_be_read_as_bfloat16(tmp_path: Path) -> None:
     lz.save(converted(), tmp_path / "m")
-    model = AutoModelForCausalLM.from_pretrained(tmp_path / "m", dtype=torch.bfloat16)
-    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
-    same(model, converted(dtype=torch.bfloat16))
+    for dtype in (torch.bfloat16, torch.float16):
+        model = AutoModelForCausalLM.from_pretrained(tmp_path / "m", dtype=dtype)
+        assert model.dtype == dtype and dtypes(model) == (dtype, torch.float32)
+        same(model, converted(dtype=dtype))
+        same(model, lz.load(tmp_path / "m", dtype=dtype))
+
+
+def dtypes(model: nn.Module) -> tuple[torch.dtype, torch.dtype]:
+    """Of the model's own parameters, and of the new ones."""
+    found: tuple[set[torch.dtype], set[torch.dtype]] = (set(), set())
+    for name, parameter in model.named_parameters():
+        found["linear_attention" in name].add(parameter.dtype)
+    (own,), (new,) = found
+    return own, new
+
+
+def test_new_parameters_that_were_stored_in_half_precision_are_widened(tmp_path: Path) -> None:
+    """As earlier releases stored them, or a user who said `model.bfloat16()`."""
+    model = converted().bfloat16()
+    lz.save(model, tmp_path / "m")
+    again = lz.load(tmp_path / "m")
+    assert dtypes(again) == (torch.bfloat16, torch.float32)
+    for name, parameter in again.named_parameters():
+        assert torch.equal(parameter, model.get_parameter(name).to(parameter.dtype)), name
 
 
 def test_the_body_of_a_checkpoint_with_a_head_is_restored_converted(tmp_path: Path) -> None:
@@ -225,6 +246,22 @@ def test_a_plain_module_comes_back_bit_for_bit_into_a_fresh_one(tmp_path: Path) 
 def unchanged(module: nn.Module, before: dict[str, Tensor]) -> None:
     after = module.state_dict()
     assert list(after) == list(before) and all(torch.equal(after[n], before[n]) for n in before)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_plain_module_of_half_precision_takes_new_parameters_of_any_dtype(
+    dtype: torch.dtype, tmp_path: Path
+) -> None:
+    model = shake(lz.linearize(Plain().to(dtype), {"ids": tokens()}, CONFIG))
+    assert dtypes(model) == (dtype, torch.float32)
+    lz.save(model, tmp_path / "m")
+    again = lz.load(tmp_path / "m", Plain().to(dtype))
+    assert all(torch.equal(x, y) for x, y in zip(again.parameters(), model.parameters(), strict=True))
+    lz.save(model.to(dtype), tmp_path / "all")  # as earlier releases stored them
+    again = lz.load(tmp_path / "all", Plain().to(dtype))
+    assert dtypes(again) == (dtype, torch.float32)
+    with pytest.raises(CheckpointError, match="does not fit"):
+        lz.load(tmp_path / "m", Plain())
 
 
 @pytest.mark.parametrize("other", [lambda: Plain(32), lambda: nn.Linear(2, 2), lambda: Plain().double()])

@@ -185,7 +185,8 @@ def test_a_checkpoint_in_half_precision_stays_so_or_is_widened(stored: torch.dty
     folder = write(tensors, tmp_path / "r", "sharded bin")
     wanted = reference({name: tensor.double() for name, tensor in tensors.items()})
     model = lz.load_released(folder, group_size=GROUP)
-    assert {parameter.dtype for parameter in model.parameters()} == {stored}
+    for name, parameter in model.named_parameters():
+        assert parameter.dtype == (torch.float32 if "linear_attention" in name else stored), name
     assert torch.isfinite(model(IDS).logits).all()
     wide = lz.load_released(folder, group_size=GROUP, dtype=torch.float32)
     with torch.no_grad():

@@ -326,6 +326,28 @@ def test_a_bias_is_refused_unless_the_user_drops_it_knowingly() -> None:
     assert snapshot(model) == before
 
 
+def test_new_parameters_train_in_float32_whatever_the_models_dtype() -> None:
+    """In bfloat16 each of these steps would be lost: half of the last digit of 1 is forty of them."""
+    for dtype in (torch.bfloat16, torch.float16, torch.float64):
+        model = linearize(llama().to(dtype), group_size=4)
+        new = {name: p for name, p in model.named_parameters() if "linear_attention" in name}
+        wanted = torch.float64 if dtype == torch.float64 else torch.float32
+        assert {p.dtype for p in new.values()} == {wanted}
+        assert {p.dtype for name, p in model.named_parameters() if name not in new} == {dtype}
+        scales = [p for name, p in new.items() if name.endswith("local_scale")]
+        optimizer = torch.optim.AdamW(new.values(), lr=1e-4, weight_decay=0.0)
+        for _ in range(3):
+            optimizer.zero_grad()
+            out = model(tokens(2, 11)).logits
+            assert out.dtype == dtype
+            out.float().square().mean().backward()
+            optimizer.step()
+        for scale in scales:
+            moved = (scale.detach() - 1).abs()
+            assert ((moved > 5e-5) & (moved < 4e-4)).all()
+        assert {p.dtype for p in model.half().parameters()} == {torch.float16}
+
+
 def test_a_window_wider_than_the_example_inputs_is_refused() -> None:
     import transformers
 
@@ -341,7 +363,7 @@ def test_a_window_wider_than_the_example_inputs_is_refused() -> None:
     model = transformers.MistralForCausalLM(config).eval()
     before = snapshot(model)
     with pytest.raises(RefusedError, match="window"):
-        linearize(model)
+        linearize(model, mechanism="augmented_paper")
     assert snapshot(model) == before
 
 

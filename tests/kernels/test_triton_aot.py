@@ -104,6 +104,7 @@ def test_a_head_dimension_of_128_compiles_so_too() -> None:
     check("sm_90", 128)
 
 
+@pytest.mark.slow
 def test_numbers_equal_to_one_are_compiled_in() -> None:
     """Triton makes an argument that is 1 a constant, which has none of a tensor's methods."""
     check("sm_90", 64, heads=(1, 1))

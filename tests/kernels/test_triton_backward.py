@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from bounds import bound
@@ -12,6 +14,11 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 NAMES = ("query", "key", "value", "alpha", "local_scale", "conv_weight")
 ALL = ("alpha", "local", "conv")
 Inputs = tuple[Tensor | None, ...]
+
+
+def slow(*values: Any) -> list[Any]:
+    """Parameters that repeat what others show already."""
+    return [pytest.param(*(x if type(x) is tuple else (x,)), marks=pytest.mark.slow) for x in values]
 
 
 def case(
@@ -147,7 +154,7 @@ def check(
 
 
 @interpreted
-@pytest.mark.parametrize("length", [1, 2, 63, 64, 65, 128, 200])
+@pytest.mark.parametrize("length", [1, 65, 200, *slow(2, 63, 64, 128)])
 def test_lengths_around_the_borders_of_groups(length: int) -> None:
     check(case(length, taps=63))
 
@@ -161,7 +168,9 @@ def test_narrow_types_stay_within_their_rounding(dtype: torch.dtype) -> None:
 @interpreted
 @pytest.mark.parametrize("group_size", [32, 64])
 @pytest.mark.parametrize("dim", [64, pytest.param(128, marks=pytest.mark.slow)])
-@pytest.mark.parametrize(("backend", "arch"), [("cuda", 80), ("cuda", 90), ("cuda", 100), ("hip", 942)])
+@pytest.mark.parametrize(
+    ("backend", "arch"), [("cuda", 90), ("hip", 942), *slow(("cuda", 80), ("cuda", 100))]
+)
 def test_the_tiles_of_every_device(backend: str, arch: int, dim: int, group_size: int) -> None:
     inputs = case(140, dim=dim, heads=2, kv_heads=1, taps=33, dtype=torch.bfloat16)
     check(inputs, group_size=group_size, backend=backend, arch=arch)
@@ -185,13 +194,13 @@ def test_query_heads_add_up_in_their_key_head(kv_heads: int) -> None:
 
 
 @interpreted
-@pytest.mark.parametrize("group_size", [16, 24, 32, 48, 128])
+@pytest.mark.parametrize("group_size", [24, 48, 128, *slow(16, 32)])
 def test_any_group_size(group_size: int) -> None:
     check(case(140, dim=24, taps=9), group_size=group_size)
 
 
 @interpreted
-@pytest.mark.parametrize("taps", [1, 2, 64, 65, 66, 150])
+@pytest.mark.parametrize("taps", [1, 65, 150, *slow(2, 64, 66)])
 def test_taps_reach_back_any_number_of_tiles(taps: int) -> None:
     check(case(200, dim=16, taps=taps), group_size=48)
 
@@ -216,7 +225,7 @@ def test_rows_may_come_without_normalisation() -> None:
 
 
 @interpreted
-@pytest.mark.parametrize(("dim", "value_dim"), [(80, 80), (96, 32), (24, 100), (128, 64), (256, 16)])
+@pytest.mark.parametrize(("dim", "value_dim"), [(24, 100), (128, 64), *slow((80, 80), (96, 32), (256, 16))])
 def test_head_dimensions_that_fill_no_tile(dim: int, value_dim: int) -> None:
     check(case(70, dim=dim, value_dim=value_dim))
 

@@ -19,19 +19,25 @@ OPTIONS = {
     "augmented": {"window": 7, "sinks": 1, "salient": 3},
     **{name: {"window": 7} for name in ("softmax_window", "power_window")},
 }  # the default covers all here
+VARIANTS = {
+    "augmented_paper with means": ("augmented_paper", {"grouped": "mean"}),
+    "softmax_window with first tokens alone": ("softmax_window", {"window": 7, "sinks": 9, "tail": "none"}),
+    "power_window without first tokens": ("power_window", {"window": 7, "sinks": 0}),
+}
 NAMED = [
     (name, augmentation)
     for name, mechanism in mechanisms.available().items()
     for augmentation in (False, True)
     if "causal" in mechanism.supports and name not in STATELESS
-]
+] + [(name, True) for name in VARIANTS]
 
 
 def build(name: str, augmentation: bool, kv_layout: str = "interleaved") -> AttentionModule:
     torch.manual_seed(0)
     spec = SiteSpec(4, 2, head_dim=8, value_dim=6, causal=True, scale=0.4, kv_layout=kv_layout)
+    name, options = VARIANTS.get(name, (name, OPTIONS.get(name, {})))
     config = LinearizeConfig(
-        mechanism=name, group_size=8, conv_taps=4, augmentation=augmentation, options=OPTIONS.get(name, {})
+        mechanism=name, group_size=8, conv_taps=4, augmentation=augmentation, options=options
     )
     module = build_attention(spec, config)
     with torch.no_grad():
@@ -92,6 +98,23 @@ def test_padded_tokens_change_nothing_and_give_nothing(name):
     torch.testing.assert_close(out[:1, :, 7:], alone, atol=1e-5, rtol=1e-5)
     assert state.length.tolist() == [13, 20]
     assert (out[0, :, :7] == 0).all()
+
+
+@pytest.mark.parametrize("name, augmentation", NAMED)
+@torch.no_grad()
+def test_states_of_half_precision_with_float32_parameters(name, augmentation):
+    module = build(name, augmentation)
+    query, key, value = (x.bfloat16() for x in tokens(40))
+    whole = module(query, key, value)
+    state = module.new_state(2, dtype=torch.bfloat16, device=query.device, max_rewind=2)
+    for start, stop in itertools.pairwise((0, 20, 21, 22, 40)):
+        piece = [x[:, :, start:stop] for x in (query, key, value)]
+        if stop == 22:
+            draft = module.tree(*piece, state, torch.tensor([-1]))
+            torch.testing.assert_close(draft, whole[:, :, start:stop], atol=3e-2, rtol=3e-2)
+        out = module.extend(*piece, state)
+        assert out.dtype == torch.bfloat16
+        torch.testing.assert_close(out, whole[:, :, start:stop], atol=3e-2, rtol=3e-2)
 
 
 @torch.no_grad()

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from bounds import bound, softmax_bound
+from linearize.kernels import cpu
 from linearize.kernels import naive as core_oracle
 from linearize.kernels import window_chunk as window
 from live_models import VOCAB, bart, bert, llama, recompute, tokens
@@ -24,6 +25,7 @@ from linearize import mechanisms
 from linearize.errors import ConfigError, InputError
 from linearize.mechanisms import (
     augmented,
+    augmented_paper,
     castling,
     flash_global,
     flash_local,
@@ -76,6 +78,14 @@ def flash(module: Any, **more: Any) -> Oracle:
     )
 
 
+def windowed(module: Any, sinks: int, window: int = WINDOW, **more: Any) -> Oracle:
+    names = ("query_map", "key_map", "far_weight")
+    sizes = dict(window=window, sinks=sinks, scale=0.4)
+    return lambda q, k, v, p, causal, cross: module.naive(
+        q, k, v, *(p.get(name) for name in names), causal=causal, **sizes, **more
+    )
+
+
 def salient(q: Tensor, k: Tensor, v: Tensor, p: dict[str, Tensor], causal: bool, cross: bool) -> Tensor:
     """One key/value head at a time: its query heads are those whose keys are the same."""
     if cross:
@@ -94,6 +104,13 @@ def salient(q: Tensor, k: Tensor, v: Tensor, p: dict[str, Tensor], causal: bool,
 CASES: dict[str, tuple[str, dict[str, Any], Oracle]] = {
     "augmented": ("augmented", {"window": WINDOW, "sinks": 2, "salient": 5}, salient),
     "augmented_paper": ("augmented_paper", {}, core),
+    "augmented_paper_mean": (
+        "augmented_paper",
+        {"grouped": "mean"},
+        lambda q, k, v, p, causal, cross: augmented_paper.naive(
+            q, k, v, p["alpha"], p["local_scale"], group_size=GROUP, causal=causal, cross=cross
+        ),
+    ),
     "local": ("local", {}, core),
     "grouped": ("grouped", {}, core),
     "flash_local": ("flash_local", {}, flash(flash_local, activation="relu2")),
@@ -109,9 +126,7 @@ CASES: dict[str, tuple[str, dict[str, Any], Oracle]] = {
     "performer": (
         "performer",
         {"features": 12, "seed": 3},
-        lambda q, k, v, p, causal, cross: performer.naive(
-            q, k, v, p["projection"], scale=0.4, causal=causal
-        ),
+        lambda q, k, v, p, causal, cross: performer.naive(q, k, v, p["projection"], scale=0.4, causal=causal),
     ),
     "rfa": (
         "rfa",
@@ -137,36 +152,22 @@ CASES: dict[str, tuple[str, dict[str, Any], Oracle]] = {
         lambda q, k, v, p, causal, cross: yoso.naive(q, k, v, group_size=GROUP, causal=causal),
     ),
     "castling": ("castling", {}, lambda q, k, v, p, causal, cross: castling.naive(q, k, v, causal=causal)),
-    "softmax_window": (
+    "softmax_window": ("softmax_window", {"window": WINDOW}, windowed(softmax_window, 4)),
+    "softmax_window_only": (
         "softmax_window",
-        {"window": WINDOW},
-        lambda q, k, v, p, causal, cross: softmax_window.naive(
-            q,
-            k,
-            v,
-            p["query_map"],
-            p["key_map"],
-            p["far_weight"],
-            window=WINDOW,
-            scale=0.4,
-            causal=causal,
-        ),
+        {"window": WINDOW, "sinks": 0},
+        windowed(softmax_window, 0),
     ),
-    "power_window": (
+    "softmax_window_first": (
+        "softmax_window",
+        {"window": 5, "sinks": 7, "tail": "none"},
+        windowed(softmax_window, 7, window=5),
+    ),
+    "power_window": ("power_window", {"window": WINDOW, "power": 4}, windowed(power_window, 4, power=4)),
+    "power_window_first": (
         "power_window",
-        {"window": WINDOW, "power": 4},
-        lambda q, k, v, p, causal, cross: power_window.naive(
-            q,
-            k,
-            v,
-            p["query_map"],
-            p["key_map"],
-            p["far_weight"],
-            window=WINDOW,
-            power=4,
-            scale=0.4,
-            causal=causal,
-        ),
+        {"window": 5, "power": 4, "sinks": 7, "tail": "none"},
+        windowed(power_window, 7, power=4, window=5),
     ),
 }
 PER_KEY_HEAD = ("key_gamma", "key_beta", "key_map", "sigma")
@@ -305,6 +306,33 @@ def test_tiled_heads_and_half_precision(case: str, form: str) -> None:
     close(out, expected(case, module, [x.double() for x in args], wide(module)), allowed)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert torch.equal(module(*args), out)
+
+
+@pytest.mark.parametrize("case, form", EACH)
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16))
+def test_float32_parameters_in_a_model_of_half_precision(case: str, form: str, dtype: torch.dtype) -> None:
+    """As a conversion makes them: the output is that of the tokens' dtype, and an optimizer sees float32."""
+    module = build(case, SPECS[form])
+    args = [x.requires_grad_() for x in inputs(form, 65, dtype=dtype)]
+    assert {p.dtype for p in module.parameters()} <= {torch.float32}
+    out = module(*args)
+    assert out.dtype == dtype
+    allowed = bound(dtype, args[1].shape[2] + args[1].shape[3], stored=6)
+    close(out, expected(case, module, [x.detach().double() for x in args], wide(module)), allowed)
+    out.float().square().sum().backward()
+    assert all(x.grad is not None and x.grad.dtype == dtype and x.grad.isfinite().all() for x in args)
+    found = {p.grad.dtype for p in module.parameters() if p.grad is not None}
+    assert found == ({torch.float32} if any(p.requires_grad for p in module.parameters()) else set())
+
+
+@pytest.mark.parametrize("case", CAUSAL)
+def test_the_compiled_form_takes_tokens_of_half_precision_with_float32_parameters(case: str) -> None:
+    module: Any = build(case, SPEC)
+    args = inputs("causal", 65, dtype=torch.bfloat16)
+    for term in (*module.terms(*args), *module._apart(*args)):
+        activation = term.activation if term.activation in cpu.ACTIVATIONS else "relu2"
+        call = term.query, term.key, term.value, term.conv_weight, activation, GROUP
+        assert cpu.supports(*call) is None
 
 
 def test_performer_with_many_features_is_the_softmax_it_estimates() -> None:
@@ -452,7 +480,7 @@ def test_a_window_that_covers_the_sequence_is_softmax(form: str, kv_layout: str)
 
 
 def test_scores_far_beyond_exp_keep_the_window_exact() -> None:
-    module = build("softmax_window", SPEC, augmentation=False)
+    module = build("softmax_window_only", SPEC, augmentation=False)
     query, key, value = inputs("causal", 60)
     spec = dataclasses.replace(SPEC, window=WINDOW)
     out = module(100 * query, 100 * key, value)

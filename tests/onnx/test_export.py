@@ -306,10 +306,7 @@ CAUSAL = [
 
 @pytest.mark.parametrize(
     ("mechanism", "augmentation"),
-    [
-        pytest.param(*case, marks=[] if case[0] in SMALL and case[1] else pytest.mark.slow)
-        for case in CAUSAL
-    ],
+    [pytest.param(*case, marks=[] if case[0] in SMALL and case[1] else pytest.mark.slow) for case in CAUSAL],
 )
 def test_every_causal_mechanism(tmp_path: Path, mechanism: str, augmentation: bool) -> None:
     options = SMALL.get(mechanism, {})
@@ -340,6 +337,42 @@ def test_salient_tokens_in_half_precision(tmp_path: Path) -> None:
     assert types["past.0.recurrent"] == "tensor(float)" and types["past.0.conv"] == "tensor(float16)"
     found = decode(session(made.path), ids, mask, (70, 1, 59))
     assert np.abs(found - expected)[mask == 1].max() < 0.03 * np.abs(expected).max()
+
+
+@pytest.mark.parametrize(
+    "options",
+    (
+        {"window": 4, "sinks": 0},
+        {"window": 4, "sinks": 0, "tail": "none"},
+        {"window": 4, "sinks": 6, "tail": "none"},
+    ),
+)
+def test_a_window_with_and_without_first_tokens_and_tail(tmp_path: Path, options: dict[str, Any]) -> None:
+    model = converted(llama(num_hidden_layers=1), "softmax_window", options=options)
+    made = lz.export_onnx(model, tmp_path / "m.onnx")
+    assert made.states == 1 and len(made.nodes) == 1
+    check_decoder(model, tmp_path / "m.onnx")
+
+
+def test_the_papers_form_with_means(tmp_path: Path) -> None:
+    model = converted(llama(num_hidden_layers=1), "augmented_paper", options={"grouped": "mean"})
+    assert lz.export_onnx(model, tmp_path / "m.onnx").states == 1
+    check_decoder(model, tmp_path / "m.onnx", LEVELS[1:])
+
+
+def test_a_window_of_the_models_own(tmp_path: Path) -> None:
+    sizes = dict(num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2, initializer_range=0.2)
+    config = transformers.MistralConfig(
+        vocab_size=96, hidden_size=32, intermediate_size=48, sliding_window=6, pad_token_id=0, **sizes
+    )
+    torch.manual_seed(0)
+    model = transformers.MistralForCausalLM(config).eval()
+    ids, mask = tokens(sum(CHUNKS)), padded_mask(sum(CHUNKS))
+    mask[2, 20:31] = 1  # between tokens the original's window counts padding too
+    expected = expected_logits(model, ids, mask)
+    lz.export_onnx(lz.linearize(model, mechanism="augmented", augmentation=False), tmp_path / "m.onnx")
+    found = decode(session(tmp_path / "m.onnx"), ids, mask)
+    np.testing.assert_allclose(found[mask == 1], expected[mask == 1], atol=1e-4)
 
 
 def test_float16_with_weights_beside_the_file_keeps_sums_in_float32(decoder: Any, tmp_path: Path) -> None:

@@ -510,17 +510,17 @@ fixed = partial(hypothesis.settings, derandomize=True, deadline=None, database=N
 quiet = list(hypothesis.HealthCheck)
 
 
-HOW_OFTEN = [1, pytest.param(5, marks=pytest.mark.slow)]
+HOW_OFTEN = [1, pytest.param(8, marks=pytest.mark.slow)]
 
 
 @pytest.mark.parametrize("times", HOW_OFTEN)
 def test_one_edit_changes_the_record_or_is_refused_and_never_misleads(times: int) -> None:
-    fuzz(50 * times, most=1)
+    fuzz(30 * times, most=1)
 
 
 @pytest.mark.parametrize("times", HOW_OFTEN)
 def test_several_edits_never_mislead(times: int) -> None:
-    fuzz(20 * times, most=3)
+    fuzz(12 * times, most=3)
 
 
 def fuzz(examples: int, most: int) -> None:

@@ -202,3 +202,11 @@ def test_site_spec_round_trip_and_errors():
             dataclasses.replace(SPEC, **wrong)
     with pytest.raises(ConfigError, match="not a site spec"):
         SiteSpec.from_dict({"heads": 4})
+
+
+@pytest.mark.parametrize("name", ("softmax_window", "power_window"))
+def test_windows_of_older_versions_keep_no_first_tokens(name):
+    older = LinearizeConfig.from_dict({"version": 2, "mechanism": name, "options": {"window": 8}})
+    assert dict(older.options) == {"window": 8, "sinks": 0} and older.option("tail") == "linear"
+    assert LinearizeConfig.from_dict({"mechanism": name}).option("sinks") == 4
+    assert LinearizeConfig.from_dict(older.to_dict()) == older

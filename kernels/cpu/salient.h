@@ -1,0 +1,305 @@
+// Exact attention to the last, the first and the salient tokens, after a state of a constant size. What is seen
+// and what is kept is said in kernels/salient.py, whose state this is, without room to take tokens back: the ring
+// has window + BLOCK rows, and the weights of a block of queries have one row of `votes`.
+//
+// One unit is a (batch, kv head). Its tokens come in spans, each within one block of positions, which ends where
+// other tokens are chosen. A long span is two products, of queries and keys and of weights and values; a short one
+// reads every row that it sees.
+#pragma once
+#include <algorithm>
+#include <cmath>
+#include <limits>
+
+#include "decode.h"
+
+namespace linearize {
+namespace {
+
+constexpr int64_t SALIENT_BLOCK = 32, SALIENT_DELAY = 64;
+constexpr float SALIENT_DECAY = 0.9f;
+constexpr int32_t UNSEEN = std::numeric_limits<int32_t>::max();
+constexpr int64_t SHORT_SPAN = 12;  // rows of queries that are faster one by one
+
+// e^x for x <= 0, to 2 units in the last place; 0 below -87.
+INLINE Vec exp_negative(Vec x) {
+  const Vec low = Vec{} - 87.0f;
+  const Ints some = x > low;
+  x = keep(some, x);
+  const Vec magic = Vec{} + 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
+  const Vec shifted = x * 1.44269504088896341f + magic;
+  const Vec n = shifted - magic;
+  Vec r = x - n * 0.693359375f;
+  r = r + n * 2.12194440e-4f;
+  Vec p = Vec{} + 1.9875691500e-4f;
+  p = p * r + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * r * r + r + 1.0f;
+  const Ints exponent = ((Ints)shifted - (Ints)magic) << 23;
+  return keep(some, (Vec)((Ints)p + exponent));
+}
+
+// The working memory of one unit, and what it holds of the state as rows of floats.
+struct SalientUnit {
+  const Salient& s;
+  int64_t b, h, rows, padded, depth, width, shared;  // rows of the state; padded: sizes as multiples of WIDTH
+  float *keys, *values, *turned, *queries, *scores, *outputs, *seen_at;
+  float *moved, *rank, *spare;
+  int64_t* order;
+  int64_t key_stride, value_stride;
+  bool in_place_keys, in_place_values;
+
+  SalientUnit(const Salient& s, int64_t unit, Arena& arena)
+      : s(s), b(unit / s.kv_heads), h(unit % s.kv_heads) {
+    rows = s.kept() + s.ring();
+    padded = round_up(rows, WIDTH);
+    depth = round_up(s.dim, WIDTH);
+    width = round_up(s.value_dim, WIDTH);
+    shared = s.heads / s.kv_heads;
+    const int64_t most_rows = round_up(shared * least(s.length, SALIENT_BLOCK), TILE_ROWS) + TILE_ROWS;
+    in_place_keys = s.state_dtype == FLOAT32 && s.dim % WIDTH == 0;
+    in_place_values = s.state_dtype == FLOAT32 && s.value_dim % WIDTH == 0;
+    keys = arena.take(in_place_keys ? 0 : padded * depth);
+    values = arena.take(in_place_values ? 0 : padded * width);
+    turned = arena.take(shared * least(s.length, SALIENT_BLOCK) > SHORT_SPAN ? depth * padded : 0);
+    queries = arena.take(most_rows * depth);
+    scores = arena.take(most_rows * padded);
+    outputs = arena.take(most_rows * width);
+    seen_at = arena.take(padded);
+    spare = arena.take(most(depth, width));
+    moved = arena.take(s.kept() * most(most(s.dim, s.value_dim), 1));
+    rank = arena.take(s.kept() + SALIENT_BLOCK);
+    order = reinterpret_cast<int64_t*>(arena.take(2 * (s.kept() + SALIENT_BLOCK)));
+    key_stride = depth, value_stride = width;
+  }
+
+  void open() {
+    if (in_place_keys) {
+      keys = reinterpret_cast<float*>(row_of(s.keys, FLOAT32, b, h, 0));
+      key_stride = s.keys.row;
+    }
+    if (in_place_values) {
+      values = reinterpret_cast<float*>(row_of(s.values, FLOAT32, b, h, 0));
+      value_stride = s.values.row;
+    }
+    refresh(0, rows);
+  }
+
+  // Copies of state rows, where the state itself cannot be read.
+  void refresh(int64_t first, int64_t last) {
+    if (!in_place_keys)
+      read_rows(keys + first * key_stride, key_stride, s.keys, s.state_dtype, b, h, first, last - first, s.dim);
+    if (!in_place_values)
+      read_rows(values + first * value_stride, value_stride, s.values, s.state_dtype, b, h, first, last - first,
+                s.value_dim);
+  }
+
+  float* state_scores() const { return s.scores + (b * s.kv_heads + h) * rows; }
+  float* votes(int64_t row) const { return s.votes + ((b * s.kv_heads + h) * s.vote_rows + row) * rows; }
+
+  // The tokens are kept that the block after `block` is to see.
+  void advance(int64_t block) {
+    const int64_t kept = s.kept(), first = block - SALIENT_DELAY / SALIENT_BLOCK;
+    float* score = state_scores();
+    const float* given = first >= 0 ? votes(first % s.vote_rows) : nullptr;
+    for (int64_t l = 0; l < rows; l++) score[l] = score[l] * SALIENT_DECAY + (given ? given[l] : 0.0f);
+    const int64_t leaving = block * SALIENT_BLOCK - s.window;
+    std::copy(score, score + kept, rank);
+    for (int64_t i = 0; i < SALIENT_BLOCK; i++) {
+      const int64_t position = leaving + i;
+      constexpr float infinite = std::numeric_limits<float>::infinity();
+      rank[kept + i] = position < 0 ? -infinite : position < s.sinks ? infinite : score[row_at(position)];
+    }
+    for (int64_t i = 0; i < kept + SALIENT_BLOCK; i++) order[i] = i;
+    // Stable, so that among equals the longest kept stays, as in kernels/salient.py.
+    std::stable_sort(order, order + kept + SALIENT_BLOCK,
+                     [&](int64_t x, int64_t y) { return rank[x] > rank[y]; });
+    for (int64_t i = 0; i < kept; i++) {
+      score[i] = rank[order[i]];
+      if (order[i] >= kept) order[i] = row_at(leaving + order[i] - kept);  // a row of the state from here on
+    }
+    move(s.keys, s.dim);
+    move(s.values, s.value_dim);
+    for (int64_t v = 0; v < s.vote_rows; v++) {
+      float* row = votes(v);
+      for (int64_t i = 0; i < kept; i++) moved[i] = row[order[i]];
+      std::copy(moved, moved + kept, row);
+    }
+    std::fill_n(votes((block + 1) % s.vote_rows), rows, 0.0f);
+    refresh(0, kept);
+  }
+
+  // Kept rows of a part of the state become those that `order` names.
+  void move(const Tensor& x, int64_t columns) {
+    const int64_t size = columns * element_size(s.state_dtype);
+    char* to = reinterpret_cast<char*>(moved);
+    for (int64_t i = 0; i < s.kept(); i++) memcpy(to + i * size, row_of(x, s.state_dtype, b, h, order[i]), size);
+    for (int64_t i = 0; i < s.kept(); i++) memcpy(row_of(x, s.state_dtype, b, h, i), to + i * size, size);
+  }
+
+  int64_t row_at(int64_t position) const {
+    const int64_t ring = s.ring(), place = position % ring;
+    return s.kept() + (place < 0 ? place + ring : place);
+  }
+
+  // Tokens `from` .. `from + count` of the call become positions `length` and on.
+  void write(int64_t from, int64_t count, int64_t length) {
+    float* score = state_scores();
+    for (int64_t i = 0; i < count; i++) {
+      const int64_t row = row_at(length + i);
+      copy_row(s.keys, s.key, row, from + i, s.dim);
+      copy_row(s.values, s.value, row, from + i, s.value_dim);
+      score[row] = 0;
+      for (int64_t v = 0; v < s.vote_rows; v++) votes(v)[row] = 0;
+      refresh(row, row + 1);
+    }
+  }
+
+  void copy_row(const Tensor& to, const Tensor& from, int64_t row, int64_t token, int64_t columns) {
+    char* place = row_of(to, s.state_dtype, b, h, row);
+    const char* source = row_of(from, s.dtype, b, h, token);
+    if (s.state_dtype == s.dtype) {
+      memcpy(place, source, columns * element_size(s.dtype));
+      return;
+    }
+    read_rows(spare, round_up(columns, WIDTH), from, s.dtype, b, h, token, 1, columns);
+    write_rows(to, s.state_dtype, b, h, row, spare, round_up(columns, WIDTH), 1, columns);
+  }
+
+  // At which offset from `start` a query must stand to see each row, `start` being the first position of the
+  // block: kept rows at any, a row of the ring at its own token's.
+  void look(int64_t block, int64_t length) {
+    int32_t* at = reinterpret_cast<int32_t*>(seen_at);
+    const float* score = state_scores();
+    const int64_t kept = s.kept(), ring = s.ring(), start = block * SALIENT_BLOCK, last = length - 1;
+    for (int64_t l = 0; l < kept; l++)
+      at[l] = score[l] == -std::numeric_limits<float>::infinity() ? UNSEEN : -1;
+    for (int64_t r = 0; r < ring; r++) {
+      const int64_t back = ((last - r) % ring + ring) % ring, position = last - back;
+      const bool near = position >= 0 && position >= start - s.window;
+      at[kept + r] = near ? static_cast<int32_t>(most(position - start, -1)) : UNSEEN;
+    }
+    for (int64_t l = rows; l < padded; l++) at[l] = UNSEEN;
+  }
+
+  // Scores of one query at offset `own` -> weights, in place; all that it does not see gets none.
+  void soften(float* row, int64_t own) {
+    const int32_t* at = reinterpret_cast<const int32_t*>(seen_at);
+    const Ints here = Ints{} + static_cast<int32_t>(own);
+    const Vec least_score = Vec{} + std::numeric_limits<float>::lowest();
+    Vec largest = least_score;
+    for (int64_t l = 0; l < padded; l += WIDTH) {
+      const Ints sees = load_ints(at + l) <= here;
+      const Vec x = sees ? load(row + l) : least_score;
+      store(row + l, x);
+      largest = x > largest ? x : largest;
+    }
+    float top = largest[0];
+    for (int i = 1; i < WIDTH; i++) top = largest[i] > top ? largest[i] : top;
+    Vec total = {};
+    for (int64_t l = 0; l < padded; l += WIDTH) {
+      const Vec x = keep(load_ints(at + l) <= here, exp_negative(load(row + l) - top));
+      store(row + l, x);
+      total += x;
+    }
+    const float inverse = 1 / sum(total);
+    for (int64_t l = 0; l < padded; l += WIDTH) store(row + l, load(row + l) * inverse);
+  }
+
+  static INLINE Ints load_ints(const int32_t* p) {
+    typedef int32_t IntsAnywhere __attribute__((vector_size(WIDTH * 4), aligned(4), may_alias));
+    return *reinterpret_cast<const IntsAnywhere*>(p);
+  }
+
+  // Outputs of tokens `from` .. `from + count`, which are in the ring at positions `length` and on.
+  void attend(int64_t from, int64_t count, int64_t block, int64_t length) {
+    const int64_t queries_in_all = shared * count;
+    for (int64_t r = 0; r < shared; r++)
+      read_rows(queries + r * count * depth, depth, s.query, s.dtype, b, h * shared + r, from, count, s.dim);
+    for (int64_t i = 0; i < queries_in_all * depth; i += WIDTH) store(queries + i, load(queries + i) * static_cast<float>(s.scale));
+    look(block, length + count);
+    const bool few = queries_in_all <= SHORT_SPAN;
+    if (few) score_each(queries_in_all);
+    else score_all(queries_in_all);
+    const int64_t start = length - block * SALIENT_BLOCK;
+    for (int64_t q = 0; q < queries_in_all; q++) soften(scores + q * padded, start + q % count);
+    float* vote = votes(block % s.vote_rows);
+    for (int64_t q = 0; q < queries_in_all; q++)
+      for (int64_t l = 0; l < rows; l++) vote[l] += scores[q * padded + l];
+    if (few) gather_each(queries_in_all);
+    else product<ROWS, SET>(outputs, width, scores, padded, values, value_stride, queries_in_all, width, rows);
+    for (int64_t r = 0; r < shared; r++) {
+      float* rows_of_head = outputs + r * count * width;
+      if (s.taps) convolve(rows_of_head, h * shared + r, count, length);
+      write_rows(s.out, FLOAT32, b, h * shared + r, from, rows_of_head, width, count, s.value_dim);
+    }
+  }
+
+  void score_each(int64_t count) {
+    for (int64_t q = 0; q < count; q++)
+      for (int64_t l = 0; l < rows; l++) {
+        Vec total = {};
+        for (int64_t i = 0; i < depth; i += WIDTH)
+          total += load(queries + q * depth + i) * load(keys + l * key_stride + i);
+        scores[q * padded + l] = sum(total);
+      }
+    for (int64_t q = 0; q < count; q++)
+      for (int64_t l = rows; l < padded; l++) scores[q * padded + l] = 0;
+  }
+
+  void score_all(int64_t count) {
+    const int64_t whole = rows / WIDTH * WIDTH;
+    transpose(turned, padded, keys, key_stride, whole, depth);
+    for (int64_t l = whole; l < padded; l++)
+      for (int64_t i = 0; i < depth; i++) turned[i * padded + l] = l < rows ? keys[l * key_stride + i] : 0;
+    product<ROWS, SET>(scores, padded, queries, depth, turned, padded, count, padded, depth);
+  }
+
+  void gather_each(int64_t count) {
+    for (int64_t q = 0; q < count; q++) {
+      float* out = outputs + q * width;
+      for (int64_t i = 0; i < width; i += WIDTH) {
+        Vec total = {};
+        for (int64_t l = 0; l < rows; l++) total += scores[q * padded + l] * load(values + l * value_stride + i);
+        store(out + i, total);
+      }
+    }
+  }
+
+  // Adds the convolution over values to rows [count] of a head.
+  void convolve(float* out, int64_t head, int64_t count, int64_t length) {
+    const float* weight = s.conv + head * s.taps;
+    for (int64_t i = 0; i < count; i++)
+      for (int64_t k = 0; k < s.taps && k <= length + i; k++) {
+        const float* value = values + row_at(length + i - k) * value_stride;
+        for (int64_t j = 0; j < width; j += WIDTH)
+          store(out + i * width + j, load(out + i * width + j) + weight[k] * load(value + j));
+      }
+  }
+};
+
+size_t salient_scratch(const Salient& s) {
+  Arena arena{nullptr};
+  SalientUnit unit(s, 0, arena);
+  return arena.used;
+}
+
+void salient_unit(const Salient& s, int64_t index, float* scratch) {
+  Arena arena{scratch};
+  SalientUnit unit(s, index, arena);
+  int64_t length = s.state_length[unit.b], block = s.state_block[unit.b], from = 0;
+  const int64_t count = s.count ? s.count[unit.b] : s.length;
+  unit.open();
+  while (from < count) {
+    while (length / SALIENT_BLOCK > block) unit.advance(block++);
+    const int64_t span = least(count - from, SALIENT_BLOCK - length % SALIENT_BLOCK);
+    unit.write(from, span, length);
+    unit.attend(from, span, block, length);
+    length += span, from += span;
+  }
+}
+
+}  // namespace
+}  // namespace linearize

@@ -1,0 +1,164 @@
+"""The C++ form of `kernels/salient.py`'s attention: the token-by-token form in float64, in any pieces."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+from linearize.kernels import cpu, registered_salient, salient, salient_recurrent
+from linearize.kernels.cpu import salient as compiled
+from linearize.kernels.salient import Sizes, State
+from torch import Tensor
+
+from linearize.mechanisms.augmented import naive
+
+pytestmark = pytest.mark.skipif(not cpu.available(), reason=cpu.unavailable_reason() or "")
+BATCH, KV_HEADS, REPEATS, SCALE = 2, 2, 3, 0.4
+CASES = [
+    pytest.param(Sizes(64, 4, 16), 500, (16, 16), id="all parts"),
+    pytest.param(Sizes(96, 2, 40), 330, (8, 6), id="features that fill no vector"),
+    pytest.param(Sizes(64, 4, 0), 300, (16, 3), id="no salient tokens"),
+    pytest.param(Sizes(64, 0, 8), 300, (40, 16), id="no sinks"),
+    pytest.param(Sizes(64, 0, 0), 200, (8, 8), id="a window alone"),
+    pytest.param(Sizes(20, 1, 5), 200, (80, 80), id="a window narrower than a block"),
+    pytest.param(Sizes(0, 1, 5), 200, (8, 20), id="no window"),
+]
+PIECES = (1, 1, 2, 5, 31, 32, 33, 64, 90)
+
+
+@pytest.fixture(params=["avx2", "avx512"])
+def isa(request: pytest.FixtureRequest) -> str:
+    if request.param == "avx512" and cpu.isa() != "avx512":
+        pytest.skip("this processor has no AVX512")
+    return request.param
+
+
+def tokens(length: int, dims: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor]:
+    """query [B, Hkv, R, T, D], key [B, Hkv, T, D], value [B, Hkv, T, Dv]; scores that differ enough."""
+    generator = torch.Generator().manual_seed(length)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(BATCH, KV_HEADS, *shape, generator=generator)
+
+    return normal(REPEATS, length, dims[0]) * 2, normal(length, dims[0]), normal(length, dims[1])
+
+
+def oracle(query: Tensor, key: Tensor, value: Tensor, sizes: Sizes) -> Tensor:
+    """Float64, token by token."""
+    rows = [
+        torch.stack(
+            [
+                naive(*(x.double() for x in heads), sizes=sizes, scale=SCALE, causal=True)
+                for heads in zip(*row, strict=True)
+            ]
+        )
+        for row in zip(query, key, value, strict=True)
+    ]
+    return torch.stack(rows)
+
+
+def empty(sizes: Sizes, dims: tuple[int, int], dtype: torch.dtype = torch.float32, rewind: int = 0) -> State:
+    return salient.new(BATCH, KV_HEADS, *dims, sizes, rewind, dtype=dtype)
+
+
+@pytest.mark.parametrize(("sizes", "length", "dims"), CASES)
+def test_all_at_once_and_in_pieces_it_is_the_oracle(
+    isa: str, sizes: Sizes, length: int, dims: tuple[int, int]
+) -> None:
+    sequence = tokens(length, dims)
+    wanted = oracle(*sequence, sizes).float()
+    query, key, value = sequence
+    out = compiled.extend(query, key, value, empty(sizes, dims), sizes, SCALE, None, None, isa=isa)
+    torch.testing.assert_close(out, wanted, atol=2e-5, rtol=1e-5)
+    choose, state, start = random.Random(1), empty(sizes, dims), 0
+    while start < length:
+        stop = start + choose.choice(PIECES)
+        piece = query[:, :, :, start:stop], key[:, :, start:stop], value[:, :, start:stop]
+        out = compiled.extend(*piece, state, sizes, SCALE, None, None, isa=isa)
+        torch.testing.assert_close(out, wanted[:, :, :, start:stop], atol=2e-5, rtol=1e-5)
+        start = stop
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float16))
+def test_a_state_of_any_dtype_goes_on_in_either_form(isa: str, dtype: torch.dtype) -> None:
+    """Sequences of different lengths, a convolution, and pieces that the two forms take in turns."""
+    sizes, dims, length = Sizes(40, 2, 24), (16, 8), 300
+    query, key, value = (x.to(dtype) for x in tokens(length, dims))
+    conv = torch.randn(KV_HEADS, REPEATS, 5)
+    mixed, alone = empty(sizes, dims, dtype), empty(sizes, dims, dtype)
+    choose, start, turn = random.Random(2), 0, 0
+    while start < length:
+        stop, turn = min(start + choose.choice(PIECES), length), turn + 1
+        piece = query[:, :, :, start:stop], key[:, :, start:stop], value[:, :, start:stop]
+        real = torch.rand(BATCH, stop - start, generator=torch.Generator().manual_seed(start)) < 0.7
+        wanted = salient_recurrent.extend(*piece, alone, sizes, SCALE, conv, real)
+        if turn % 2:
+            out = salient_recurrent.extend(*piece, mixed, sizes, SCALE, conv, real)
+        else:
+            out = registered_salient._after(*piece, mixed, sizes, SCALE, conv, real)
+        torch.testing.assert_close(out, wanted, atol=1e-4, rtol=1e-4)
+        start = stop
+    for ours, theirs in zip(mixed, alone, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-3, rtol=1e-3)
+
+
+def test_any_strides_and_threads_change_nothing() -> None:
+    sizes, dims = Sizes(40, 2, 24), (16, 8)
+    sequence = tokens(200, dims)
+    turned = [x.transpose(-1, -2).contiguous().transpose(-1, -2) for x in sequence]
+    outputs = []
+    for given, threads in ((sequence, 1), (turned, 1), (sequence, 4)):
+        torch.set_num_threads(threads)
+        outputs.append(compiled.extend(*given, empty(sizes, dims), sizes, SCALE, None, None))
+    torch.set_num_threads(1)
+    assert all(torch.equal(out, outputs[0]) for out in outputs)
+
+
+def test_among_equals_the_longest_kept_stays() -> None:
+    sizes, dims, length = Sizes(32, 1, 6), (8, 8), 320
+    _, key, value = tokens(length, dims)
+    query = torch.zeros(BATCH, KV_HEADS, REPEATS, length, 8)  # every token gets the same
+    states = [empty(sizes, dims) for _ in range(2)]
+    out = compiled.extend(query, key, value, states[0], sizes, SCALE, None, None)
+    wanted = salient_recurrent.extend(query, key, value, states[1], sizes, SCALE)
+    torch.testing.assert_close(out, wanted, atol=1e-5, rtol=1e-5)
+    assert torch.equal(states[0].keys, states[1].keys)
+
+
+def test_scores_of_any_size_give_weights_that_sum_to_one() -> None:
+    sizes, dims, length = Sizes(32, 1, 6), (8, 8), 100
+    query, key, _ = tokens(length, dims)
+    value = torch.ones(BATCH, KV_HEADS, length, 8)
+    for factor in (1e-20, 1.0, 1e4, 1e15):
+        out = compiled.extend(query * factor, key, value, empty(sizes, dims), sizes, SCALE, None, None)
+        torch.testing.assert_close(out, torch.ones_like(out), atol=1e-5, rtol=0)
+
+
+def test_what_is_not_a_number_stays_where_it_is_seen() -> None:
+    sizes, dims = Sizes(32, 1, 6), (8, 8)
+    query, key, value = tokens(64, dims)
+    query[0, 0, 0, 10] = torch.nan
+    out = compiled.extend(query, key, value, empty(sizes, dims), sizes, SCALE, None, None)
+    assert out[0, 0, 0, 10].isnan().all()
+    out[0, 0, 0, 10] = 0
+    assert out.isfinite().all()
+
+
+def test_what_it_does_not_take_is_left_to_the_torch_form() -> None:
+    sizes, dims = Sizes(32, 1, 6), (8, 8)
+    query, key, value = tokens(10, dims)
+
+    def why(state: State, dtype: torch.dtype = torch.float32) -> str | None:
+        return compiled.refusal(*(x.to(dtype) for x in (query, key, value)), state, sizes)
+
+    assert why(empty(sizes, dims)) is None
+    assert "float64" in (why(empty(sizes, dims), torch.float64) or "")
+    assert "float64" in (why(empty(sizes, dims, torch.float64)) or "")
+    assert "back" in (why(empty(sizes, dims, rewind=40)) or "")
+    state = empty(sizes, dims)
+    assert "apart" in (why(state._replace(keys=state.keys.mT.contiguous().mT)) or "")
+    out = registered_salient._after(
+        *(x.double() for x in (query, key, value)), empty(sizes, dims, torch.float64), sizes, 1.0
+    )
+    assert out.dtype == torch.float64
