@@ -22,10 +22,9 @@ from ..mechanisms.module import AttentionModule
 from ..ops.attention import Lineage
 from ..ops.state import States
 
-
 _HIDDEN = (
-    "the attention mask hides tokens that the cache took as visible, or the reverse, and a state cannot take them "
-    "back; give the same mask for earlier tokens, or start from an empty cache"
+    "the attention mask hides tokens that the cache took as visible, or the reverse, and a state cannot take "
+    "them back; give the same mask for earlier tokens, or start from an empty cache"
 )
 
 
@@ -99,8 +98,8 @@ class StateLayer(CacheLayerMixin):
             )
         if self._skipped:
             raise InputError(
-                "the cache counts a row of several documents, which nothing can continue; start from an empty "
-                "cache"
+                "the cache counts a row of several documents, which nothing can continue; start from an "
+                "empty cache"
             )
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
@@ -160,9 +159,7 @@ class StateLayer(CacheLayerMixin):
             new = mask[:, start : start + count]
             self._real = torch.cat([new.new_ones(new.shape[0], start) if known is None else known, new], 1)
 
-    def _hear_static(
-        self, mask: Tensor | None, start: int | Tensor, count: int, first: int | Tensor
-    ) -> None:
+    def _hear_static(self, mask: Tensor | None, start: int | Tensor, count: int, first: int | Tensor) -> None:
         if self._real is None:
             assert self.states is not None
             size = self.states.batch_size, self.max_cache_len

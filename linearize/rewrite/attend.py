@@ -39,8 +39,8 @@ def attend(
         child: the attention module of the site that runs.
         query, key, value: see the module's docstring; key and value are all of them, or the new ones where
             the call has a state.
-        mask: bool (True keeps) or additive, broadcastable to `[B, H, T, S]`, or what `compact_mask` gives; None
-            when all may be seen.
+        mask: bool (True keeps) or additive, broadcastable to `[B, H, T, S]`, or what `compact_mask` gives;
+            None when all may be seen.
         masked_columns: the mask has a column for every key of the cache, not only for the new ones.
         bias: relative position bias `[1, H, T, S]`, exact softmax and mechanisms that keep it.
         sinks: one logit per head `[H]`, exact softmax only.

@@ -103,7 +103,9 @@ def of_square(seen: Tensor, real: Tensor) -> Tensor:
     columns = torch.arange(real.shape[1], device=real.device)
     before = torch.where(real, columns, -1).cummax(1).values.roll(1, 1)
     before[:, 0] = -1  # of each token the last real one before it, if any
-    sees = seen[:, 0].expand(real.shape[0], -1, -1).gather(2, before.clamp_min(0)[:, :, None])[:, :, 0] & (before >= 0)
+    sees = seen[:, 0].expand(real.shape[0], -1, -1).gather(2, before.clamp_min(0)[:, :, None])[:, :, 0] & (
+        before >= 0
+    )
     begins = real & ~sees
     number = begins.cumsum(1)
     alone = ~real & ~sees

@@ -139,8 +139,8 @@ def _flattened(query: Tensor, ends: Tensor | None) -> Tensor | None:
         return None
     if query.shape[0] != 1 or is_traced(ends):
         raise InputError(
-            f"cu_seq_lens_q of {ends.shape[0] - 1} documents can be followed in one flattened row, and without "
-            f"compiling; this call has {query.shape[0]} rows"
+            f"cu_seq_lens_q of {ends.shape[0] - 1} documents can be followed in one flattened row, and "
+            f"without compiling; this call has {query.shape[0]} rows"
         )
     return of_lengths(ends.to(query.device), query.shape[2])
 

@@ -55,7 +55,10 @@ def one_document(
     For graphs, which cannot look into a function: documents and blocks that see themselves show beside the
     diagonal.
     """
-    row, head = torch.arange(batch, device=device)[:, None], torch.zeros(1, 1, dtype=torch.long, device=device)
+    row, head = (
+        torch.arange(batch, device=device)[:, None],
+        torch.zeros(1, 1, dtype=torch.long, device=device),
+    )
     query = torch.arange(1, queries, device=device)[None] + start
     before, after = (function(row, head, a, b) for a, b in ((query, query - 1), (query - 1, query)))
     return before.all() & (after.all() | ~after.any())

@@ -24,12 +24,12 @@ from .documents import of_square
 from .mask_functions import documents_of, one_document, parts_of
 
 PACKED_IN_GRAPH = (
-    "packed documents (position_ids that restart) or blocks, which a compiled or exported model cannot follow; "
-    "run it without compiling, or give an attention_mask"
+    "packed documents (position_ids that restart) or blocks, which a compiled or exported model cannot "
+    "follow; run it without compiling, or give an attention_mask"
 )
 DOCUMENTS_AND_CACHE = (
-    "a row with several documents cannot continue a cache, nor be continued: start from an empty cache, or give "
-    "each document a row of its own with padding and an attention_mask"
+    "a row with several documents cannot continue a cache, nor be continued: start from an empty cache, or "
+    "give each document a row of its own with padding and an attention_mask"
 )
 
 
@@ -97,7 +97,12 @@ def position_mask(
 
 
 def documents_in(
-    mask: Tensor, key_mask: Tensor, spec: SiteSpec, start: int | Tensor | None, where: str, biased: bool = False
+    mask: Tensor,
+    key_mask: Tensor,
+    spec: SiteSpec,
+    start: int | Tensor | None,
+    where: str,
+    biased: bool = False,
 ) -> Tensor | None:
     """The documents of a mask that says "position pattern, real keys and documents"; None for one.
 
@@ -114,8 +119,8 @@ def documents_in(
         sharp = ((mask[..., : key_mask.shape[1]] == 0) | ~seen).all()
     kind = "causal" if spec.causal else "bidirectional"
     problem = (
-        f"{where or 'the model'}: the attention mask is not a {kind} mask with padding and documents (a custom "
-        "4-D mask?), which the rewritten attention cannot follow; give a 2-D padding mask"
+        f"{where or 'the model'}: the attention mask is not a {kind} mask with padding and documents (a "
+        "custom 4-D mask?), which the rewritten attention cannot follow; give a 2-D padding mask"
     )
     if sharp is not None:
         require_true(sharp, problem)
@@ -162,7 +167,15 @@ def compact_mask(
     documents = None
     if mask_function is not None and q_length > 1:
         square = partial(
-            _square, batch_size, q_length, kv_length, q_offset, kv_offset, mask_function, attention_mask, kwargs
+            _square,
+            batch_size,
+            q_length,
+            kv_length,
+            q_offset,
+            kv_offset,
+            mask_function,
+            attention_mask,
+            kwargs,
         )
         device = kwargs.get("device") or torch.device("cpu")
         parts = None if torch.compiler.is_compiling() else parts_of(mask_function)

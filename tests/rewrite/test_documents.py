@@ -7,18 +7,15 @@ from typing import Any
 
 import pytest
 import torch
-import transformers
-from live_models import VOCAB, llama, tokens
+from live_models import llama, tokens
 from torch import Tensor
 
 from linearize import mechanisms
 from linearize.convert.linearize import linearize
-from linearize.errors import ConfigError, InputError
 from linearize.mechanisms.spec import SiteSpec
 from linearize.planning.build import build_attention
 from linearize.planning.config import LinearizeConfig
-from linearize.rewrite.documents import attend_documents, of_lengths, of_square
-from linearize.rewrite.masks import compact_mask
+from linearize.rewrite.documents import attend_documents
 
 LENGTHS = (5, 1, 9, 2)
 EXACT: dict[str, Any] = dict(mechanism="softmax_window", options={"window": 1024})
@@ -46,7 +43,9 @@ def test_every_mechanism_gives_each_document_what_it_gets_alone(mechanism: str, 
         pytest.skip("not for such a site")
     options = {"window": 4} if "window" in mechanisms.get(mechanism).options else {}
     torch.manual_seed(0)
-    child: Any = build_attention(spec, LinearizeConfig(mechanism=mechanism, group_size=4, options=options)).double()
+    child: Any = build_attention(
+        spec, LinearizeConfig(mechanism=mechanism, group_size=4, options=options)
+    ).double()
     query, key, value = (torch.randn(2, h, 17, 8, dtype=torch.float64, requires_grad=True) for h in (4, 2, 2))
     numbers = torch.repeat_interleave(torch.arange(1, 5), torch.tensor(LENGTHS))
     interleaved = torch.tensor([1, 2, 1, 2, 2, 3, 3, 1, 1, 1, 0, 0, 2, 2, 2, 2, 2])

@@ -142,8 +142,8 @@ class Arguments:
 
     def _differs(self, graph: Trace) -> str:
         return (
-            f"{self._record.name}: in this call {graph.differs}, so that it is not the attention that was converted "
-            "and proved; call it as in the example inputs, or convert the original with inputs like these"
+            f"{self._record.name}: in this call {graph.differs}, so that it is not the attention that was "
+            "converted and proved; call it as in the example inputs, or convert the original on such inputs"
         )
 
     @torch.compiler.disable(recursive=True, reason="linearize: run the model once before compiling it")

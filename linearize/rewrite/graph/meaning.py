@@ -1,7 +1,7 @@
 """Whether a graph traced for a later call means what the plan of its owner says.
 
-The plan was made from one graph of the whole model. An owner is traced again for every other form of call, and
-a flag, a branch or an optional mask may give it another meaning there.
+The plan was made from one graph of the whole model. An owner is traced again for every other form of call,
+and a flag, a branch or an optional mask may give it another meaning there.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ def reads_mask(site: Site) -> bool:
 def difference(site: Site, planned: SitePlan) -> str | None:
     """What a site is now and was not in the plan, in words; None where both mean the same.
 
-    A mask that comes in whole from outside the owner is no pattern here. Its values are compared with the plan
-    in every call, see `masks.documents_in`.
+    A mask that comes in whole from outside the owner is no pattern here. Its values are compared with the
+    plan in every call, see `masks.documents_in`.
     """
     try:
         now = site_spec(site)
@@ -46,7 +46,9 @@ def difference(site: Site, planned: SitePlan) -> str | None:
     then = planned.spec
     for name, word in _WORDS.items():
         a, b = getattr(then, name), getattr(now, name)
-        if a != b and not (isinstance(a, float) and isinstance(b, float) and math.isclose(a, b, rel_tol=1e-5)):
+        if a != b and not (
+            isinstance(a, float) and isinstance(b, float) and math.isclose(a, b, rel_tol=1e-5)
+        ):
             return f"its {word} was {a} and is {b}"
     given = site.mask.pattern is Pattern.OTHER and reads_mask(site)
     more = set(terms(site)) - set(planned.terms) - ({"mask", "bias"} if given else set())

@@ -62,8 +62,8 @@ def attend_site(
     """One site: the owner's child, or the exact program for a child that is softmax.
 
     query `[B, H, T, D]`, key `[B, Hkv, S, D]`, value `[B, Hkv, S, Dv]`, terms broadcastable to `[B, H, T, S]`
-    with kind and value of their step; reads_mask: inputs decide what these hide; causal: a step without a term
-    hides what is later. Returns `[B, H, T, Dv]`.
+    with kind and value of their step; reads_mask: inputs decide what these hide; causal: a step without a
+    term hides what is later. Returns `[B, H, T, Dv]`.
     """
     call.notice(slot)
     child = call.child(slot)
@@ -99,7 +99,10 @@ def _visible(call: Call, terms: Sequence[Tensor], kinds: Sequence[tuple[str, Any
             part = visible(term * value)
             sharp = ((term == 0) | ~part).all()
         if sharp is not None and not call.record.biased:
-            require_true(sharp, f"{call.record.name}: the mask holds values that discourage keys and do not "
-                         "hide them, which the rewritten attention cannot follow; give a mask of bools")
+            require_true(
+                sharp,
+                f"{call.record.name}: the mask holds values that discourage keys and do not "
+                "hide them, which the rewritten attention cannot follow; give a mask of bools",
+            )
         seen = part if seen is None else seen & part
     return seen

@@ -75,7 +75,7 @@ class Trace:
     differs: str | None
 
     def fits(self, owner: nn.Module, tensors: Sequence[Tensor]) -> bool:
-        """Whether the owner is as it was, and the sizes of a call, tensor by tensor, as the trace took them."""
+        """Whether the owner and the sizes of a call, tensor by tensor, are as the trace took them."""
         return self._fits_sizes(tensors) and self.held.still_by(owner)
 
     def _fits_sizes(self, tensors: Sequence[Tensor]) -> bool:
@@ -270,7 +270,9 @@ def _trace(
     placeholders = [node for node in gm.graph.find_nodes(op="placeholder") if "val" in node.meta]
     sizes = tuple(shape_of(node) or () for node in placeholders[: len(placeholders) - of_cache])
     masks = _mask_inputs(gm.graph)
-    read = {leaf.removeprefix("owner.") for site in sites for leaf in site.mask.leaves if leaf[:6] == "owner."}
+    read = {
+        leaf.removeprefix("owner.") for site in sites for leaf in site.mask.leaves if leaf[:6] == "owner."
+    }
     call_children(gm, owner, call)
     called = {str(node.args[1]) for node in gm.graph.find_nodes(op="call_function", target=call_child)}
     if stored:
