@@ -12,13 +12,20 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
+from ..common.checks import require_true
 from ..errors import InputError
 from ..mechanisms.module import AttentionModule
 from ..ops.attention import Lineage
 from ..ops.state import States
+
+_HIDDEN = (
+    "the attention mask hides tokens that the cache took as visible, or the reverse, and a state cannot take "
+    "them back; give the same mask for earlier tokens, or start from an empty cache"
+)
 
 
 class StateLayer(CacheLayerMixin):
@@ -46,6 +53,9 @@ class StateLayer(CacheLayerMixin):
         self.expected = False  # a converted owner is about to call `update`
         self._pending = 0  # tokens that `update` counted and `extend` has not seen
         self._writing = False  # stays true when the state's tensors were left half written
+        self._skipped = False  # tokens were counted that the state does not hold
+        # bool [B, W], the tokens that masks said are real; later columns are, and all where there is none.
+        self._real: Tensor | None = None
         self._module: weakref.ref[AttentionModule] | None = weakref.ref(module)
         self.tree: Lineage | None = None  # of the draft nodes that come next, see `draft`
         self._drafted: tuple[Tensor, Tensor, Tensor] | None = None
@@ -86,6 +96,11 @@ class StateLayer(CacheLayerMixin):
                 "the cache's state was left half written by a call that ended midway (an exception or an "
                 "interrupt); start from an empty cache and run the text again"
             )
+        if self._skipped:
+            raise InputError(
+                "the cache counts a row of several documents, which nothing can continue; start from an "
+                "empty cache"
+            )
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         assert self.states is not None
@@ -117,6 +132,56 @@ class StateLayer(CacheLayerMixin):
         output = module.extend(query, key, value, self.states, key_mask=real)
         self._writing, self._pending = False, 0
         return output
+
+    def hear(self, mask: Tensor | None, count: int, window: int | None = None) -> None:
+        """Take note of which of the last `count` tokens a mask says are real.
+
+        mask: bool `[B, S]` over all tokens, None where all are real. window: of the site, before which the
+        mask need not tell. Raises InputError (in a graph, an assertion) where it says of a token in the state
+        that it is real and an earlier mask did not, or the reverse: what is in the state cannot be taken out
+        again.
+        """
+        start = self.cumulative_length - count
+        first = 0 if window is None else start - window + 1
+        if self.is_compileable:
+            self._hear_static(mask, start, count, first)
+            return
+        assert isinstance(start, int) and isinstance(first, int)
+        kept = None if self._real is None else self._real[:, :start]  # `crop` may have taken some back
+        known = None if kept is None else F.pad(kept, (0, start - kept.shape[1]), value=True)
+        if known is not None:
+            said = torch.ones_like(known) if mask is None else mask[:, :start]
+            require_true((known == said)[:, max(first, 0) :].all(), _HIDDEN)
+        elif mask is not None and start > 0:
+            require_true(mask[:, max(first, 0) : start].all(), _HIDDEN)
+        self._real = kept
+        if mask is not None and not bool(mask[:, start : start + count].all()):
+            new = mask[:, start : start + count]
+            self._real = torch.cat([new.new_ones(new.shape[0], start) if known is None else known, new], 1)
+
+    def _hear_static(self, mask: Tensor | None, start: int | Tensor, count: int, first: int | Tensor) -> None:
+        if self._real is None:
+            assert self.states is not None
+            size = self.states.batch_size, self.max_cache_len
+            self._real = torch.ones(size, dtype=torch.bool, device=self.device)
+            torch._dynamo.mark_static_address(self._real)
+        columns = torch.arange(self.max_cache_len, device=self._real.device)
+        before = columns < start
+        said = torch.ones_like(self._real) if mask is None else mask[:, : self.max_cache_len]
+        require_true(((self._real == said) | ~before | (columns < first)).all(), _HIDDEN)
+        now = ~before & (columns < start + count)
+        self._real.copy_(torch.where(now, said, self._real))
+
+    def skip(self) -> None:
+        """The tokens that `update` counted do not enter the state, after which nothing can.
+
+        Raises InputError where others came before.
+        """
+        if int(self.cumulative_length) > self._pending:
+            raise InputError(
+                "a row of several documents cannot continue a cache; start from an empty one, or leave it out"
+            )
+        self._pending, self._skipped = 0, True
 
     @property
     def keys(self) -> Tensor | None:
@@ -250,6 +315,8 @@ class StateLayer(CacheLayerMixin):
 
     def reset(self) -> None:
         self._each(Tensor.zero_)
+        self._skipped = False
+        self._real = None if self._real is None or not self.is_compileable else self._real.fill_(True)
         if isinstance(self.cumulative_length, Tensor):
             self.cumulative_length.zero_()
         else:
@@ -279,6 +346,8 @@ class StateLayer(CacheLayerMixin):
     def _map(self, function: Callable[[Tensor], Tensor]) -> None:
         if self.states is not None:
             self.states = self.states.map(function)
+        if self._real is not None:
+            self._real = function(self._real)
         if self._committed is not None:
             self._committed = self._committed.map(function)
         self._recorded = [

@@ -75,7 +75,7 @@ def run(console: Console, plot: Path, file: Path) -> None:
     console.rule("2. convert", align="left")
     _, seconds = timed(lambda: linearize(model, mechanism="augmented"))
     console.print(
-        f"linearize(model, mechanism=\"augmented\"), with what is proved already: {seconds:.0f} s. What each "
+        f'linearize(model, mechanism="augmented"), with what is proved already: {seconds:.0f} s. What each '
         "writes, greedily:"
     )
     answers(console, tokenizer, {"original": original, "converted": model})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,6 +15,7 @@ from ..planning.build import build_attention, parameter_dtype
 from ..planning.config import LinearizeConfig
 from ..planning.plan import Plan, SitePlan
 from ..planning.state import LinearizeState
+from .attributes import values_of_config, values_of_owner
 from .graph.calls import Graphs
 from .graph.owner import apply_graph, use_no_nested_tensors
 from .interface import NAME, apply_interface
@@ -59,11 +61,17 @@ def apply_owners(model: nn.Module, plan: Plan, config: LinearizeConfig) -> None:
         attach(owner, sites, config)
         on_graph = sites[0].route == "graph"
         graphs = Graphs() if on_graph else None
-        named = None if on_graph else getattr(owner.config, "_attn_implementation_internal", None)
-        record = OwnerRecord(path, sites, beside[path], takes_keywords(owner), graphs, implementation=named)
+        record = OwnerRecord(path, sites, beside[path], takes_keywords(owner), graphs)
         if on_graph:
             apply_graph(owner, record)
         else:
+            configs = {id(c): c for c in (owner.config, *mask_configs(model, Plan(sites)))}.values()
+            record = dataclasses.replace(
+                record,
+                implementation=getattr(owner.config, "_attn_implementation_internal", None),
+                values=values_of_owner(owner),
+                configs=tuple((config, values_of_config(config)) for config in configs),
+            )
             apply_interface(owner, record)
     use_no_nested_tensors(model)
     if plan.compact_masks:

@@ -12,8 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..errors import InputError
 from .call import Call
-from .masks import check_structure, key_mask_of, new_tokens, position_mask
+from .documents import attend_documents
+from .masks import DOCUMENTS_AND_CACHE, documents_in, documents_of_row, key_mask_of, new_tokens, position_mask
 
 
 def attend(
@@ -28,6 +30,7 @@ def attend(
     bias: Tensor | None = None,
     sinks: Tensor | None = None,
     dropout: float | None = None,
+    documents: Tensor | None = None,
 ) -> Tensor:
     """Run a child of the owner on one call's tensors.
 
@@ -36,17 +39,23 @@ def attend(
         child: the attention module of the site that runs.
         query, key, value: see the module's docstring; key and value are all of them, or the new ones where
             the call has a state.
-        mask: bool (True keeps) or additive, broadcastable to `[B, H, T, S]`; None when all may be seen.
+        mask: bool (True keeps) or additive, broadcastable to `[B, H, T, S]`, or what `compact_mask` gives;
+            None when all may be seen.
         masked_columns: the mask has a column for every key of the cache, not only for the new ones.
         bias: relative position bias `[1, H, T, S]`, exact softmax and mechanisms that keep it.
         sinks: one logit per head `[H]`, exact softmax only.
         dropout: probability on the weights of exact softmax in training; None for what the plan says.
+        documents: `[B, T]` as in `documents.py`, of a row that holds several; the mask may give them as well.
 
     Raises:
         InputError: the mask says more than the mechanism can follow, or the cache was left midway.
     """
     start = call.query_start(child.spec, query.shape[2])
     call.check_cache(child.spec, query.shape[2])
+    given = documents_of_row(mask)
+    if given is not None or documents is not None:
+        documents, mask = (documents, mask) if given is None else (given, None)
+        return _in_documents(call, child, query, key, value, mask, documents, bias, sinks, dropout)
     if call.state is not None:
         return _after_state(call, child, query, key, value, mask, start if masked_columns else None)
     key_mask = key_mask_of(mask, key.shape[0], key.shape[2])
@@ -56,10 +65,43 @@ def attend(
         key_mask = _filled(key_mask, key, start, query.shape[2])
     if child.is_exact:
         return _exact(child, query, key, value, mask, key_mask, start, bias, sinks, dropout)
-    if mask is not None and key_mask is not None and call.record.plain and bias is None and sinks is None:
-        check_structure(mask, key_mask, child.spec.causal, start, call.record.path)
+    if mask is not None and key_mask is not None and call.record.follows_masks:
+        documents = documents_in(mask, key_mask, child.spec, start, call.record.path, call.record.biased)
+        if documents is not None:
+            return _in_documents(call, child, query, key, value, None, documents, None, None, None)
     more = {"bias": bias} if child.keeps_bias else {}
     return child(query, key, value, key_mask=key_mask, query_start=start, **more)
+
+
+def _in_documents(
+    call: Call,
+    child: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    documents: Tensor,
+    bias: Tensor | None,
+    sinks: Tensor | None,
+    dropout: float | None,
+) -> Tensor:
+    """Each document of a row by itself; a state keeps nothing of them, and takes no token after them."""
+    where = call.record.name
+    if query.shape[2] != key.shape[2] or documents.shape[1] != key.shape[2]:
+        raise InputError(f"{where}: {DOCUMENTS_AND_CACHE}")
+    if bias is not None:
+        raise InputError(f"{where}: a position bias cannot be followed in a row with several documents")
+    if call.state is not None:
+        call.state.skip()
+    if mask is not None:
+        real = key_mask_of(mask, key.shape[0], key.shape[2])
+        documents = torch.where(real, documents, -documents)
+    more = {"sinks": sinks, "dropout": dropout} if child.is_exact else {}
+
+    def attention(query: Tensor, key: Tensor, value: Tensor, real: Tensor | None) -> Tensor:
+        return child(query, key, value, key_mask=real, **more)
+
+    return attend_documents(attention, query, key, value, documents)
 
 
 def _after_state(
@@ -75,8 +117,15 @@ def _after_state(
     state, real = call.state, None
     assert state is not None
     if state.tree is None:  # the nodes of a draft tree are all real, and its mask is not causal
-        window = child.spec.window
-        real = new_tokens(mask, key.shape[0], key.shape[2], start, call.record.path, window)
+        count = key.shape[2]
+        keys = None if mask is None else key_mask_of(mask, key.shape[0], mask.shape[-1])
+        if mask is not None and keys is not None and mask.ndim == 4 and mask.shape[2] == count:
+            documents = documents_in(mask, keys, child.spec, start, call.record.path, call.record.biased)
+            if documents is not None:
+                return _in_documents(call, child, query, key, value, None, documents, None, None, None)
+        if start is not None and call.is_first:
+            state.hear(keys, count, child.spec.window)
+        real = new_tokens(keys, count, start)
     return state.extend(child, query, key, value, real)
 
 

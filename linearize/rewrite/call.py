@@ -87,6 +87,12 @@ class Call:
         if self.record.witness is not None:
             self.record.witness(slot, window)
 
+    @property
+    def is_first(self) -> bool:
+        """The owner's layer is the first of those that are called with the same masks and caches."""
+        layers = self.record.layers
+        return not layers or self.record.layer_index == layers[0]
+
     def check_cache(self, spec: SiteSpec, count: int) -> None:
         """Raise InputError when an earlier call on this cache ended midway; count: new tokens here."""
         if self.cache is not None and spec.causal:

@@ -15,9 +15,11 @@ from torch import Tensor, nn
 
 from ..cache import lookup as caches
 from ..cache.adopt import cross_layer, state_layer
-from ..errors import InvalidModelError
+from ..common.checks import is_traced
+from ..errors import InputError, InvalidModelError
 from .attend import attend
 from .call import Call, attention_children
+from .documents import of_lengths
 from .masks import compact_mask
 from .owner import OwnerRecord, Rewritten, become
 
@@ -48,6 +50,7 @@ class InterfaceOwner(Rewritten):
     def run(owner: Any, forward: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """One call of the owner; `forward` is the original class's."""
         record: OwnerRecord = owner._linearize_owner
+        record.check_unchanged(owner)
         cache, index = caches.find_cache(args, kwargs), record.layer_index
         children = attention_children(owner)
         child = children[0] if len(children) == 1 else None
@@ -121,8 +124,25 @@ def attention_forward(
         bias=position_bias,
         sinks=s_aux,
         dropout=dropout or None,
+        documents=None if key.shape[2] != query.shape[2] else _flattened(query, kwargs.get("cu_seq_lens_q")),
     )
     return output.transpose(1, 2).contiguous(), None
+
+
+def _flattened(query: Tensor, ends: Tensor | None) -> Tensor | None:
+    """Documents `[1, T]` of the one row that transformers' flattening collator makes; None for one document.
+
+    ends: `cu_seq_lens_q` of the collator, which only flash attention obeys: other implementations go by the
+    position ids, and by nothing at all when there is a cache.
+    """
+    if ends is None or ends.shape[0] <= 2:
+        return None
+    if query.shape[0] != 1 or is_traced(ends):
+        raise InputError(
+            f"cu_seq_lens_q of {ends.shape[0] - 1} documents can be followed in one flattened row, and "
+            f"without compiling; this call has {query.shape[0]} rows"
+        )
+    return of_lengths(ends.to(query.device), query.shape[2])
 
 
 def _call_of(module: nn.Module) -> Call:

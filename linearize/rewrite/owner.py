@@ -16,6 +16,7 @@ from torch import nn
 
 from ..errors import InvalidModelError
 from ..planning.plan import SitePlan
+from .attributes import Values, check_unchanged
 
 Witness = Callable[[int, int | None], None]
 """Who is told that a site runs: its slot, and the sliding window that the owner asked for."""
@@ -33,6 +34,8 @@ class OwnerRecord:
         graphs: the graph route's memo of traced graphs; None on the interface route.
         witness: is told of every site that runs, while a conversion is being proved.
         implementation: on the interface route, the attention that its config named before.
+        values: likewise, the plain values on it when it was converted.
+        configs: likewise, the configs by which its masks are made, and what they said then.
     """
 
     path: str
@@ -42,11 +45,19 @@ class OwnerRecord:
     graphs: Any = None
     witness: Witness | None = None
     implementation: str | None = None
+    values: Values = ()
+    configs: tuple[tuple[Any, Values], ...] = ()
 
     @property
     def name(self) -> str:
         """The path, in words for an error message."""
         return self.path or "the model"
+
+    def check_unchanged(self, owner: nn.Module) -> None:
+        """Raise InvalidModelError where a value that was proved with is another now."""
+        check_unchanged(self.values, owner, self.name)
+        for config, values in self.configs:
+            check_unchanged(values, config, f"the config of {self.name}")
 
     @property
     def layer_index(self) -> int | None:
@@ -54,14 +65,14 @@ class OwnerRecord:
         return self.sites[0].layer_index
 
     @property
-    def plain(self) -> bool:
-        """All sites are plain: see `SitePlan.plain`."""
-        return all(site.plain for site in self.sites)
+    def follows_masks(self) -> bool:
+        """What masks may say is known: a position pattern of the spec, real keys, documents."""
+        return not any("mask" in site.terms for site in self.sites)
 
     @property
-    def padded(self) -> bool:
-        """Some site's mask hides padding."""
-        return any("padding" in site.mask for site in self.sites)
+    def biased(self) -> bool:
+        """Some site's masks hold finite values of its own."""
+        return any({"bias", "alibi"} & set(site.terms) for site in self.sites)
 
 
 class Rewritten:

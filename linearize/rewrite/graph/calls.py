@@ -14,10 +14,11 @@ import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
 from ...cache import lookup as caches
-from ...errors import VerificationError
+from ...errors import InputError, VerificationError
 from ...mechanisms.module import AttentionModule
 from ...passes.tracing import TRACING
 from ...planning.plan import child_name
+from ..call import attention_children
 from ..owner import OwnerRecord, original_class
 from .trace import Trace, TraceError, trace
 
@@ -93,7 +94,7 @@ class Arguments:
         key = ("state", self._owner.training, _form(self._parts, sizes=False), self._shared)
         for graph in self._known((*key, bool(past > 0))):
             tensors = cut(wide & set(graph.masks))
-            if graph.fits(tensors):
+            if graph.fits(self._owner, tensors):
                 return graph, [*tensors, *marker]
         stateless = self._record.graphs.stateless
         failed = (self._owner.training, _form(self._parts), self._shared)
@@ -106,6 +107,9 @@ class Arguments:
                 graph = self._made(cut(places), marker)
             except VerificationError as error:
                 problem = problem or error
+                continue
+            if graph.differs is not None:
+                problem = problem or TraceError(self._differs(graph))
                 continue
             if set(places) <= set(graph.masks):
                 self._known((*key, bool(past > 0))).append(graph)
@@ -128,11 +132,19 @@ class Arguments:
         # Keys and values of one token have a graph of their own; otherwise that of several tokens does.
         form = _form(self._parts, sizes=past is not None)
         known = self._known((past, self._owner.training, form, self._shared))
-        graph = next((graph for graph in known if graph.fits(tensors)), None)
+        graph = next((graph for graph in known if graph.fits(self._owner, tensors)), None)
         if graph is None:
             graph = self._made(tensors, example)
             known.append(graph)
+        if graph.differs is not None and any(not child.is_exact for child in attention_children(self._owner)):
+            raise InputError(self._differs(graph))
         return graph
+
+    def _differs(self, graph: Trace) -> str:
+        return (
+            f"{self._record.name}: in this call {graph.differs}, so that it is not the attention that was "
+            "converted and proved; call it as in the example inputs, or convert the original on such inputs"
+        )
 
     @torch.compiler.disable(recursive=True, reason="linearize: run the model once before compiling it")
     def _made(self, tensors: Sequence[Tensor], example: Sequence[Tensor]) -> Trace:

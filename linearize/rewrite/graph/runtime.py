@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from ...common.checks import require_true
 from ...passes import canonical
+from ...passes.mask import MASKED
 from ..attend import attend
 from ..call import Call
-from ..masks import visible
+from ..masks import position_mask, visible
 
 
 def attribute(call: Call, path: str) -> Any:
@@ -50,21 +53,26 @@ def attend_site(
     key: Tensor,
     value: Tensor,
     terms: Sequence[Tensor],
-    kinds: Sequence[str],
+    kinds: Sequence[tuple[str, Any]],
     program: str,
     tiled: bool,
+    reads_mask: bool,
+    causal: bool,
 ) -> Tensor:
     """One site: the owner's child, or the exact program for a child that is softmax.
 
     query `[B, H, T, D]`, key `[B, Hkv, S, D]`, value `[B, Hkv, S, Dv]`, terms broadcastable to `[B, H, T, S]`
-    with the kind of their step; returns `[B, H, T, Dv]`.
+    with kind and value of their step; reads_mask: inputs decide what these hide; causal: a step without a
+    term hides what is later. Returns `[B, H, T, Dv]`.
     """
     call.notice(slot)
     child = call.child(slot)
     if child.is_exact:
         call.check_cache(child.spec, query.shape[2])
         return canonical.attention(query, key, value, list(terms), program, tiled)
-    mask = _visible(terms, kinds) if call.record.padded else None
+    mask = _visible(call, terms, kinds) if reads_mask else None
+    if mask is not None and causal and mask.shape[2] > 1:
+        mask = mask & position_mask(mask.shape[2], mask.shape[3], 0, mask.device)
     if call.state is None:
         return attend(call, child, query, key, value, mask)
     # The owner was traced on the new tokens alone: its mask has their columns, its cache no part in it.
@@ -73,12 +81,28 @@ def attend_site(
     return attend(call, child, query, key, value, mask, masked_columns=False)
 
 
-def _visible(terms: Sequence[Tensor], kinds: Sequence[str]) -> Tensor | None:
-    """What all mask terms together let be seen: bool, broadcastable to `[B, H, T, S]`."""
+def _visible(call: Call, terms: Sequence[Tensor], kinds: Sequence[tuple[str, Any]]) -> Tensor | None:
+    """What all mask terms together let be seen: bool, broadcastable to `[B, H, T, S]`.
+
+    Raises InputError where an input discourages keys instead of hiding them, and the plan knows of no bias.
+    """
     seen: Tensor | None = None
-    for term, kind in zip(terms, kinds, strict=True):
+    for term, (kind, value) in zip(terms, kinds, strict=True):
         if kind not in ("add", "fill", "keep", "sdpa"):
             continue
-        part = ~term.bool() if kind == "fill" else term.bool() if kind == "keep" else visible(term)
+        if kind in ("fill", "keep"):
+            part = term.bool() if kind == "keep" else ~term.bool()
+            sharp = None if value <= MASKED else part.all()
+        elif term.dtype == torch.bool:
+            part, sharp = term, None
+        else:
+            part = visible(term * value)
+            sharp = ((term == 0) | ~part).all()
+        if sharp is not None and not call.record.biased:
+            require_true(
+                sharp,
+                f"{call.record.name}: the mask holds values that discourage keys and do not "
+                "hide them, which the rewritten attention cannot follow; give a mask of bools",
+            )
         seen = part if seen is None else seen & part
     return seen

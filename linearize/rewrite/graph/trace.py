@@ -11,7 +11,8 @@ Otherwise its `update` becomes a hole in the graph, filled at call time with all
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +22,7 @@ import torch.utils._pytree as pytree
 from torch import Tensor, nn
 from torch.export import Dim
 from torch.fx import Graph, GraphModule, Node
+from torch.utils._sympy.printers import PythonPrinter
 
 from ...cache.lookup import is_cache
 from ...errors import VerificationError
@@ -31,10 +33,15 @@ from ...passes.graphs import ancestors
 from ...passes.raise_ import canonical_operands, emitter_for, replace_output
 from ...passes.site import KVKind, Reason, Site
 from ...planning.plan import child_name
+from ..attributes import Held, held
 from ..call import Call
 from ..owner import OwnerRecord
-from .runtime import attend_site, attribute, item, update_cache
+from .meaning import difference, reads_mask
+from .runtime import attend_site, attribute, call_child, item, update_cache
 from .submodules import call_children
+
+Guard = tuple[tuple[sympy.Symbol, ...], Callable[..., bool]]
+"""Size symbols, and what must hold of them."""
 
 Place = tuple[int, int]
 """An axis: index of the tensor among the inputs, and of the axis in it."""
@@ -54,7 +61,8 @@ class Trace:
 
     sizes: of the owner's tensors, as numbers and expressions over sizes that may differ from call to call.
     masks: which of the tensors act on nothing but the scores of the sites. asks_length: the owner asked its
-    cache how many tokens it holds.
+    cache how many tokens it holds. guards: what must hold of the sizes, as export found on its way. held:
+    what it took from the owner. differs: in what a site's meaning is not that of the plan, None where it is.
     """
 
     graph: GraphModule
@@ -62,9 +70,15 @@ class Trace:
     sizes: tuple[tuple[sympy.Expr, ...], ...]
     masks: tuple[int, ...]
     asks_length: bool
+    guards: tuple[Guard, ...]
+    held: Held
+    differs: str | None
 
-    def fits(self, tensors: Sequence[Tensor]) -> bool:
-        """Whether the sizes of a call, tensor by tensor, agree where the trace took them to agree."""
+    def fits(self, owner: nn.Module, tensors: Sequence[Tensor]) -> bool:
+        """Whether the owner and the sizes of a call, tensor by tensor, are as the trace took them."""
+        return self._fits_sizes(tensors) and self.held.still_by(owner)
+
+    def _fits_sizes(self, tensors: Sequence[Tensor]) -> bool:
         known: dict[sympy.Expr, int] = {}
         derived = []
         for expected, tensor in zip(self.sizes, tensors, strict=True):
@@ -79,7 +93,9 @@ class Trace:
                         return False
                 else:
                     derived.append((size, found))
-        return all(size.subs(known) == found for size, found in derived)
+        return all(size.subs(known) == found for size, found in derived) and all(
+            holds(*(known[symbol] for symbol in symbols)) for symbols, holds in self.guards
+        )
 
     def __call__(self, call: Call, tensors: Sequence[Tensor]) -> Any:
         return pytree.tree_unflatten(list(self.graph(call, *tensors)), self.spec)
@@ -176,20 +192,29 @@ def trace(
     rebuild: `(tensors, cache) -> (args, kwargs)`. cache: examples of the past marker `[P]` and, for a cache
     of keys and values, of those that `update` returns (meta tensors do); empty for a call without a cache.
     record: of the owner; the graph must hold its sites.
-    Raises TraceError when the graph does not hold exactly those sites.
+    Raises TraceError when the graph does not hold exactly those sites. If they mean something else than the
+    plan says, whatever is taken to agree, the trace says so.
     """
     inputs = tuple(tensor.detach() for tensor in (*tensors, *(_real(tensor, tensors) for tensor in cache)))
     stored = max(len(cache) - 1, 0)
     equal = equal_sizes(inputs, stored)
     # Telling apart sizes that happen to agree makes a graph for more calls; some proofs need them to agree.
     attempts: list[tuple[tuple[Place, ...], ...]] = [equal, ()] if stored else [(), equal]
-    for attempt, agreed in enumerate(attempts):
+    other: Trace | None = None
+    problem: TraceError | CaptureError | None = None
+    for agreed in attempts if equal else attempts[:1]:
         try:
-            return _trace(owner, forward, rebuild, inputs, agreed, len(cache), record)
-        except (TraceError, CaptureError):
-            if attempt == len(attempts) - 1 or not equal:
-                raise
-    raise AssertionError("unreachable")
+            made = _trace(owner, forward, rebuild, inputs, agreed, len(cache), record)
+        except (TraceError, CaptureError) as error:
+            problem = error
+            continue
+        if made.differs is None:
+            return made
+        other = other or made
+    if other is not None:
+        return other
+    assert problem is not None
+    raise problem
 
 
 def _trace(
@@ -237,6 +262,7 @@ def _trace(
     first = next(iter(gm.graph.nodes))
     with gm.graph.inserting_before(first):
         call = gm.graph.placeholder("linearize_call")
+    differs = [difference(site, planned) for site, planned in zip(sites, record.sites, strict=True)]
     for slot, site in enumerate(sites):
         _replace_site(gm, site, slot, call)
     codegen: Any = gm.graph._codegen
@@ -244,13 +270,49 @@ def _trace(
     placeholders = [node for node in gm.graph.find_nodes(op="placeholder") if "val" in node.meta]
     sizes = tuple(shape_of(node) or () for node in placeholders[: len(placeholders) - of_cache])
     masks = _mask_inputs(gm.graph)
+    read = {
+        leaf.removeprefix("owner.") for site in sites for leaf in site.mask.leaves if leaf[:6] == "owner."
+    }
     call_children(gm, owner, call)
+    called = {str(node.args[1]) for node in gm.graph.find_nodes(op="call_function", target=call_child)}
     if stored:
         _fill_hole(gm.graph, call, index, equal)
     elif cached and index != record.layer_index:
         raise TraceError(f"it counts its tokens in layer {index} of the cache, not its own")
     asks_length = any(hole.asked for hole in asked)
-    return Trace(_rebuilt(gm, call), _result_spec(spec), sizes, masks, asks_length)
+    guards = _guards(placeholders, {size for shape in sizes for size in shape if size.is_Symbol})
+    differs_in = next((text for text in differs if text is not None), None)
+    return Trace(
+        _rebuilt(gm, call),
+        _result_spec(spec),
+        sizes,
+        masks,
+        asks_length,
+        guards,
+        held(owner, called, read),
+        differs_in,
+    )
+
+
+def _guards(placeholders: Sequence[Node], known: Collection[sympy.Symbol]) -> tuple[Guard, ...]:
+    """What export took to hold of the sizes of a call, where it is of `known` symbols.
+
+    A branch on a length, say. Plain functions of numbers, which compilers can follow.
+    """
+    symbolic = [
+        size for node in placeholders for size in node.meta["val"].shape if isinstance(size, torch.SymInt)
+    ]
+    if not symbolic:
+        return ()
+    environment: Any = symbolic[0].node.shape_env
+    found: list[Guard] = []
+    for guard in environment.guards:
+        holds = environment.replace(guard.expr)
+        symbols = tuple(sorted(holds.free_symbols, key=str))
+        if symbols and set(symbols) <= set(known):
+            names = ", ".join(str(symbol) for symbol in symbols)
+            found.append((symbols, eval(f"lambda {names}: {PythonPrinter().doprint(holds)}", {"math": math})))
+    return tuple(found)
 
 
 def _real(tensor: Tensor, beside: Sequence[Tensor]) -> Tensor:
@@ -297,13 +359,18 @@ def _replace_site(gm: GraphModule, site: Site, slot: int, call: Node) -> None:
         emitter.move(step.term.node, step.term.relayout) for step in site.program if step.term is not None
     ]
     hides = [
-        step.kind if step.kind != "sdpa" or not step.value["causal"] else "sdpa"
+        (step.kind, 1.0 if step.kind == "sdpa" or step.value is None else step.value)
         for step in site.program
         if step.term is not None
     ]
+    causal = any(
+        step.kind == "causal" or (step.kind == "sdpa" and step.value["causal"]) for step in site.program
+    )
     tiled = site.kv_map.kind is KVKind.TILED
     program = canonical.encode(site.program)
-    result = emitter.call(attend_site, call, slot, query, key, value, terms, hides, program, tiled)
+    result = emitter.call(
+        attend_site, call, slot, query, key, value, terms, hides, program, tiled, reads_mask(site), causal
+    )
     replace_output(emitter, site, result)
 
 
