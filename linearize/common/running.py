@@ -30,8 +30,12 @@ def quiet_run(model: nn.Module) -> Iterator[None]:
 def without_cache(model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Any]:
     """`inputs` with `use_cache=False` where the model takes it."""
     parameters = inspect.signature(model.forward).parameters
-    takes = "use_cache" in parameters
-    if all(p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in parameters.values()):
+    kinds = {p.kind for p in parameters.values()}
+    # Some heads pass `use_cache` on to their decoder without naming it.
+    takes = "use_cache" in parameters or (
+        "past_key_values" in parameters and inspect.Parameter.VAR_KEYWORD in kinds
+    )
+    if kinds <= {inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD}:
         # A wrapper (PEFT) that passes on whatever it is given.
         takes = hasattr(getattr(model, "config", None), "use_cache")
     return {**inputs, "use_cache": False} if takes else dict(inputs)

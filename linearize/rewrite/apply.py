@@ -17,7 +17,7 @@ from ..planning.state import LinearizeState
 from .graph.calls import Graphs
 from .graph.owner import apply_graph, use_no_nested_tensors
 from .interface import NAME, apply_interface
-from .owner import OwnerRecord, Rewritten, layers_beside, takes_keywords
+from .owner import OwnerRecord, Rewritten, layer_argument, layers_beside, takes_keywords
 from .snapshot import Snapshot
 
 
@@ -61,7 +61,13 @@ def apply_owners(model: nn.Module, plan: Plan, config: LinearizeConfig) -> None:
         graphs = Graphs() if on_graph else None
         named = None if on_graph else getattr(owner.config, "_attn_implementation_internal", None)
         record = OwnerRecord(
-            path, sites, beside[path], takes_keywords(owner), graphs, implementation=named
+            path,
+            sites,
+            beside[path],
+            takes_keywords(owner),
+            graphs,
+            implementation=named,
+            layer_argument=layer_argument(owner),
         )
         if on_graph:
             apply_graph(owner, record)

@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..cache import lookup as caches
-from ..cache.adopt import cross_layer, state_layer
+from ..cache.adopt import cross_layer, keep_everything, state_layer
 from ..errors import InvalidModelError
 from .attend import attend
 from .call import Call, attention_children
@@ -48,7 +48,7 @@ class InterfaceOwner(Rewritten):
     def run(owner: Any, forward: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """One call of the owner; `forward` is the original class's."""
         record: OwnerRecord = owner._linearize_owner
-        cache, index = caches.find_cache(args, kwargs), record.layer_index
+        cache, index = caches.find_cache(args, kwargs), record.layer_of(args, kwargs)
         children = attention_children(owner)
         child = children[0] if len(children) == 1 else None
         state = state_layer(cache, index, child)
@@ -56,8 +56,8 @@ class InterfaceOwner(Rewritten):
         # A site whose window was dropped reads every key.
         whole = state is None and any(c.spec.window is not None and not c.is_exact for c in children)
         if whole:
-            caches.keep_everything(cache, index)
-        call = Call(owner, cache, state, cross_layer(cache, index, child), whole)
+            keep_everything(cache, index)
+        call = Call(owner, cache, state, cross_layer(cache, index, child), whole, index)
         if state is not None:
             state.expected = True
         if record.takes_keywords:
