@@ -56,7 +56,9 @@ def _length(layer: Any, empty: bool) -> int | None:
 
     empty: whether a layer for keys and values that has none counts as one of 0 tokens.
     """
-    if not (hasattr(layer, "keys") and hasattr(layer, "get_seq_length")) or (layer.keys is None and not empty):
+    if not hasattr(layer, "keys") or not hasattr(layer, "get_seq_length"):
+        return None
+    if layer.keys is None and not empty:
         return None
     return int(layer.get_seq_length())
 

@@ -15,14 +15,22 @@ from ..errors import InputError, LinearizeError
 
 @contextlib.contextmanager
 def quiet_run(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode, no gradients, random state and training flags restored afterwards."""
+    """Evaluation mode, no gradients, random state and training flags restored afterwards.
+
+    `nn.TransformerEncoder` packs padded input into nested tensors, which nothing here can read: not inside.
+    """
     training = [(module, module.training) for module in model.modules()]
+    nesting = [m for m in model.modules() if isinstance(m, nn.TransformerEncoder) and m.use_nested_tensor]
     devices = sorted({p.device for p in model.parameters() if p.device.type == "cuda"}, key=str)
     try:
         with torch.random.fork_rng(devices=devices), torch.no_grad():
             model.eval()
+            for encoder in nesting:
+                encoder.use_nested_tensor = False
             yield
     finally:
+        for encoder in nesting:
+            encoder.use_nested_tensor = True
         for module, flag in training:
             module.training = flag
 

@@ -73,7 +73,6 @@ def apply_owners(model: nn.Module, plan: Plan, config: LinearizeConfig) -> None:
             apply_graph(owner, record)
         else:
             apply_interface(owner, record)
-    use_no_nested_tensors(model)
     if plan.compact_masks:
         use_compact_masks(model, plan)
 
@@ -93,6 +92,7 @@ def attach(owner: nn.Module, sites: Sequence[SitePlan], config: LinearizeConfig)
 def finish(model: nn.Module, plan: Plan, config: LinearizeConfig) -> None:
     """Record what was done: `model._linearize`, and `model.config.linearize` on transformers models."""
     live: Any = model
+    use_no_nested_tensors(model)
     for site in plan.sites:
         # Made while the model was in evaluation mode.
         owner = model.get_submodule(site.path)

@@ -90,9 +90,9 @@ def check_columns(mask: Tensor, count: int, start: int | Tensor | None, where: s
     if torch.compiler.is_compiling() or not isinstance(start, int) or mask.shape[-1] >= start + count:
         return
     raise InputError(
-        f"{where}: the attention mask has {mask.shape[-1]} column(s) for a cache of {start} tokens and {count} "
-        "new one(s), so that padding cannot be told from tokens; give sequences without padding, one batch "
-        "for each length, or use_cache=False"
+        f"{where}: the attention mask has {mask.shape[-1]} column(s) for a cache of {start} tokens and "
+        f"{count} new one(s), so that padding cannot be told from tokens; give sequences without padding, "
+        "one batch for each length, or use_cache=False"
     )
 
 
