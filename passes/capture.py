@@ -9,13 +9,12 @@ The parameters of the graph are the very tensors of the model, so gradients reac
 
 from __future__ import annotations
 
+import contextlib
 import inspect
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-import torch.utils._pytree as pytree
 from torch import Tensor, nn
 from torch._guards import TracingContext
 from torch.amp.autocast_mode import _enter_autocast, _exit_autocast
@@ -36,6 +35,7 @@ from .dialect import (
     symbolic_axes,
 )
 from .dynamo import from_dynamo
+from .exporting import Place, agreeing_sizes, divided_sizes, input_tensors, no_dumps, undetected_causality
 from .tracing import TRACING
 
 __all__ = [
@@ -99,14 +99,12 @@ def capture(
     cause: Exception | None = None
     for door, strict, spec in attempts:
         try:
-            with TRACING, torch.no_grad(), plain_attention():
-                program = export(module, tuple(args), kwargs, dynamic_shapes=spec, strict=strict)
+            gm = _exported(module, args, kwargs, spec, strict)
         except Exception as error:  # torch.export raises nearly every class of exception
             sizes = "static" if spec is None else "dynamic"
             notes.append(f"{door}, {sizes} sizes: {first_line(error)}")
             cause = error
             continue
-        gm = _unlift(program, CaptureInfo(door, {}, {}))
         symbolic = symbolic_axes(gm)
         fixed = {
             k: tuple(a for a in axes if a not in symbolic.get(k, ())) for k, (_, axes) in offered.items()
@@ -117,6 +115,26 @@ def capture(
         f"could not capture {type(module).__name__}: {'; '.join(notes)}. Check that the model runs on the "
         "example inputs and that its forward does not branch on tensor values."
     ) from cause
+
+
+def _exported(
+    module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], shapes: Any, strict: bool
+) -> GraphModule:
+    """The graph that torch.export makes of `module`; sizes that it divides by each other are one size."""
+
+    def once(equal: Sequence[Place]) -> GraphModule:
+        with TRACING, torch.no_grad(), plain_attention(), undetected_causality(module), no_dumps():
+            with agreeing_sizes(module, equal):
+                program = export(module, tuple(args), dict(kwargs), dynamic_shapes=shapes, strict=strict)
+        return _unlift(program, CaptureInfo("export", {}, {}))
+
+    gm = once(())
+    equal = divided_sizes(gm)
+    if equal:
+        # torch infers an axis of size 8 * batch // other_batch where `nn.MultiheadAttention` has memory.
+        with contextlib.suppress(Exception):
+            return once(equal)
+    return gm
 
 
 def to_dialect(gm: GraphModule, example_inputs: Sequence[Any] | None = None) -> GraphModule:
@@ -205,8 +223,8 @@ def _offered_axes(
         name = type(module).__name__
         raise CaptureError(f"the example inputs do not fit {name}.forward: {error}") from error
     offered: dict[str, tuple[Tensor, list[int]]] = {}
-    for path, value in pytree.tree_flatten_with_path(dict(bound.arguments))[0]:
-        if not isinstance(value, Tensor) or value.dim() == 0:
+    for name, value in input_tensors(bound).items():
+        if value.dim() == 0:
             continue
         rank, sizes = value.dim(), value.shape
         if not value.is_floating_point():
@@ -217,6 +235,5 @@ def _offered_axes(
             axes = [0, 1 if sizes[1] > sizes[2] else 2]  # BTHD or BHTD: the longer one is the length
         else:
             axes = [0, 1] if rank in (2, 3) else [0]  # [B, L], [B, L, D]; images and video: the batch
-        name = "_".join(re.sub(r"\W", "", str(key)).lower() for key in path)  # as export names placeholders
         offered[name] = (value, [axis for axis in axes if sizes[axis] > 1])
     return {name: entry for name, entry in offered.items() if entry[1]}

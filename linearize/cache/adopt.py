@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
-from transformers.cache_utils import DynamicLayer, StaticLayer
+from transformers.cache_utils import (
+    CacheLayerMixin,
+    DynamicLayer,
+    LinearAttentionAndFullAttentionLayer,
+    StaticLayer,
+)
 
 from ..errors import InputError
 from ..mechanisms.module import AttentionModule
 from .cross_layer import CrossLayer, DynamicCrossLayer, StaticCrossLayer
 from .lookup import decoder_part, made_layer, self_layer
+from .mixed_layer import MixedStateLayer, holds_more, take_over_states
 from .state_layer import StateLayer
 
 _CROSS_LAYERS: dict[type, type[CrossLayer]] = {
@@ -56,6 +63,22 @@ def cross_layer(cache: Any, index: int | None, module: AttentionModule | None) -
     return _adopt_cross(cache, index)
 
 
+def keep_everything(cache: Any, index: int | None) -> None:
+    """Replace the layer by one that forgets nothing, where it is still empty and keeps a sliding window only.
+
+    A site whose window was dropped reads every key; a dynamic cache made for the original would lose them.
+    """
+    layer = self_layer(cache, index)
+    if layer is None or not getattr(layer, "is_sliding", False) or layer.is_compileable:
+        return
+    if int(layer.get_seq_length()) > 0:
+        return
+    whole = LinearAttentionAndFullAttentionLayer() if holds_more(layer) else DynamicLayer()
+    if holds_more(layer):
+        take_over_states(whole, layer)
+    decoder_part(cache).layers[index] = whole
+
+
 def give_up_state(cache: Any, index: int) -> None:
     """Put back the layer whose place an empty state took."""
     layers = decoder_part(cache).layers
@@ -79,7 +102,8 @@ def _adopt_state(
     if isinstance(layer, StateLayer):
         layer.claim(module)
         return layer
-    if getattr(layer, "is_initialized", False) and int(layer.get_seq_length()) > 0:
+    kind = _kind_of(type(layer))
+    if kind is None or (getattr(layer, "is_initialized", False) and int(layer.get_seq_length()) > 0):
         return None
     longest = None
     if getattr(layer, "is_compileable", False) and getattr(layer, "is_sliding", False):
@@ -89,8 +113,24 @@ def _adopt_state(
         longest = max(whole, default=max_length)
         if longest is None:
             return None
-    cache.layers[index] = made = StateLayer(module, layer, longest)
+    cache.layers[index] = made = kind(module, layer, longest)
     return made
+
+
+@functools.cache
+def _kind_of(layer: type) -> type[StateLayer] | None:
+    """The kind of state layer that can do all that a layer of a cache does; None where none can.
+
+    Layers of other kinds hold more than keys and values, such as the keys of an indexer: they stay.
+    """
+    if not issubclass(layer, CacheLayerMixin):
+        return None
+    kinds = (StateLayer, MixedStateLayer)
+    return next((kind for kind in kinds if _abilities(layer) <= _abilities(kind)), None)
+
+
+def _abilities(layer: type) -> set[str]:
+    return {name for name in dir(layer) if not name.startswith("_")}
 
 
 def _adopt_cross(cache: Any, index: int) -> CrossLayer | None:

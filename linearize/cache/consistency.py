@@ -52,11 +52,13 @@ def check_level(cache: Any, index: int | None, layers: Sequence[int], count: int
 
 
 def _length(layer: Any, empty: bool) -> int | None:
-    """Tokens in a layer; None where it counts something else, as a state-space layer does.
+    """Tokens in a layer; None where it counts none, as a state-space layer or a dummy.
 
     empty: whether a layer for keys and values that has none counts as one of 0 tokens.
     """
-    if not hasattr(layer, "keys") or (layer.keys is None and not empty):
+    if not hasattr(layer, "keys") or not hasattr(layer, "get_seq_length"):
+        return None
+    if layer.keys is None and not empty:
         return None
     return int(layer.get_seq_length())
 

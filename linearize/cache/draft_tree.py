@@ -81,13 +81,14 @@ def tree_layers(cache: Any) -> list[StateLayer | KeyValueLayer]:
     layers = list(getattr(cache, "layers", ()))
     for index, layer in enumerate(layers):
         if isinstance(layer, StateLayer):
-            usable = layer.states is not None
+            usable = layer.takes_trees and layer.states is not None
         else:
             usable = type(layer) in (DynamicLayer, KeyValueLayer) and layer.get_seq_length() > 0
         if not usable:
             raise InputError(
                 "draft trees need a filled cache of states, or of keys and values that grow; layer "
-                f"{index}, a {type(layer).__name__}, is empty or of another kind (a window, a static cache?)"
+                f"{index}, a {type(layer).__name__}, is empty or of another kind (a window, a static cache, "
+                "recurrent states?)"
             )
     if not layers:
         raise InputError("draft trees need a filled cache, and this one has no layers: run a prompt first")

@@ -77,21 +77,6 @@ def length_of(layer: Any) -> int | Tensor:
     return length.clone() if isinstance(length, Tensor) else length
 
 
-def keep_everything(cache: Any, index: int | None) -> None:
-    """Replace the layer by one that forgets nothing, where it is still empty and keeps a sliding window only.
-
-    A site whose window was dropped reads every key; a dynamic cache made for the original would lose them.
-    """
-    layer = self_layer(cache, index)
-    if layer is None or not getattr(layer, "is_sliding", False) or layer.is_compileable:
-        return
-    if int(layer.get_seq_length()) > 0:
-        return
-    from transformers.cache_utils import DynamicLayer
-
-    decoder_part(cache).layers[index] = DynamicLayer()
-
-
 def start_of_queries(layer: Any | None, whole: bool = False) -> int | Tensor | None:
     """Column of the first query of this call, read before the layer is updated. None: the last columns.
 

@@ -39,6 +39,7 @@ class StateLayer(CacheLayerMixin):
 
     is_sliding = False
     is_croppable = True
+    takes_trees = True
     supports_early_init = False
     _linearize_filled = True  # whatever it holds came from a converted owner, see `cache.check_not_foreign`
 
@@ -193,6 +194,11 @@ class StateLayer(CacheLayerMixin):
     def values(self) -> Tensor | None:
         """As `keys`."""
         return self._stand_in(self._sizes[2])
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the state; 0 before the first token."""
+        return 0 if self.states is None else self.states.nbytes
 
     def _stand_in(self, features: int) -> Tensor | None:
         if self.states is None:

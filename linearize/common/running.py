@@ -15,14 +15,22 @@ from ..errors import InputError, LinearizeError
 
 @contextlib.contextmanager
 def quiet_run(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode, no gradients, random state and training flags restored afterwards."""
+    """Evaluation mode, no gradients, random state and training flags restored afterwards.
+
+    `nn.TransformerEncoder` packs padded input into nested tensors, which nothing here can read: not inside.
+    """
     training = [(module, module.training) for module in model.modules()]
+    nesting = [m for m in model.modules() if isinstance(m, nn.TransformerEncoder) and m.use_nested_tensor]
     devices = sorted({p.device for p in model.parameters() if p.device.type == "cuda"}, key=str)
     try:
         with torch.random.fork_rng(devices=devices), torch.no_grad():
             model.eval()
+            for encoder in nesting:
+                encoder.use_nested_tensor = False
             yield
     finally:
+        for encoder in nesting:
+            encoder.use_nested_tensor = True
         for module, flag in training:
             module.training = flag
 
@@ -30,8 +38,12 @@ def quiet_run(model: nn.Module) -> Iterator[None]:
 def without_cache(model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Any]:
     """`inputs` with `use_cache=False` where the model takes it."""
     parameters = inspect.signature(model.forward).parameters
-    takes = "use_cache" in parameters
-    if all(p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in parameters.values()):
+    kinds = {p.kind for p in parameters.values()}
+    # Some heads pass `use_cache` on to their decoder without naming it.
+    takes = "use_cache" in parameters or (
+        "past_key_values" in parameters and inspect.Parameter.VAR_KEYWORD in kinds
+    )
+    if kinds <= {inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD}:
         # A wrapper (PEFT) that passes on whatever it is given.
         takes = hasattr(getattr(model, "config", None), "use_cache")
     return {**inputs, "use_cache": False} if takes else dict(inputs)

@@ -22,6 +22,7 @@ from ..rewrite.apply import finish
 from ..rewrite.owner import layers_beside
 from ..rewrite.release import release, use_square_masks
 from ..rewrite.snapshot import Snapshot
+from .decoding import cache_proof, verify_cache
 from .inputs import example_inputs
 from .pipeline import (
     allow_compact_masks,
@@ -30,7 +31,7 @@ from .pipeline import (
     check_hidden_windows,
     trial,
 )
-from .proof import Recording, generate, verify_cache
+from .proof import Recording
 
 
 def converted_here(model: Any) -> bool:
@@ -50,25 +51,25 @@ def converted_here(model: Any) -> bool:
 def change(model: nn.Module, inputs: Any, config: LinearizeConfig) -> None:
     """Let a converted model have other settings; it is as it was when this raises.
 
-    inputs: as for `linearize`; only the last of several examples is run. Raises as `linearize`.
+    inputs: as for `linearize`; of several examples the last is run. Raises as `linearize`.
     """
     before = state_of(model).plan
     _check_own(model, before)
     plan = replan(model, before, config)
-    example = example_inputs(model, inputs)[-1]
+    examples = example_inputs(model, inputs)
     with Snapshot(model):
         with quiet_run(model):
-            could = generate(model, example)
+            cache = cache_proof(model, examples)
             _shrink(model, before, plan)
             plan = _masks(model, before, plan, config)
             check_dropped_windows(plan, config, None)
             apply_mechanism(model, plan, config)
-            recording = Recording([example], generated=[could])
+            recording = Recording(examples[-1:], cache=cache)
             seen, missed = trial(model, plan, recording)
             for path, problem in missed.items():
                 raise VerificationError(f"{path}: {problem}; nothing was changed")
             check_hidden_windows(plan, seen, config, None)
-            verify_cache(model, recording)
+            verify_cache(model, cache)
         finish(model, plan, config)
 
 

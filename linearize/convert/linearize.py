@@ -94,7 +94,7 @@ def linearize(
             plan = apply_exact(model, plan, recording, settings, report)
             prove_exact(model, plan, recording)
             apply_mechanism(model, plan, settings)
-            prove_mechanism(model, plan, recording, settings)
+            prove_mechanism(model, recording, settings)
         finish(model, plan, settings)
         if calibrate is not None:
             calibration.calibrate(model, calibrate)

@@ -23,7 +23,8 @@ from ..planning.plan import Plan
 from ..rewrite.apply import apply_owners, attach, use_compact_masks
 from ..rewrite.interface import dispatches
 from ..rewrite.snapshot import Snapshot
-from .proof import Recording, verify, verify_cache, verify_generation
+from .decoding import verify_cache
+from .proof import Recording, verify, verify_generation
 
 Seen = dict[str, list[tuple[int, int | None]]]
 """Owner path -> slot and wanted sliding window of every site that ran, in order."""
@@ -78,8 +79,8 @@ def apply_mechanism(model: nn.Module, plan: Plan, config: LinearizeConfig) -> No
         attach(model.get_submodule(path), sites, config)
 
 
-def prove_mechanism(model: nn.Module, plan: Plan, recording: Recording, config: LinearizeConfig) -> None:
-    """The converted model runs; on graphs, decoding with a cache equals decoding without one.
+def prove_mechanism(model: nn.Module, recording: Recording, config: LinearizeConfig) -> None:
+    """The converted model runs, and where it decodes, a cache makes no difference.
 
     Softmax kept as the mechanism must equal the original once more, decoding included. Raises InputError or
     VerificationError.
@@ -90,8 +91,7 @@ def prove_mechanism(model: nn.Module, plan: Plan, recording: Recording, config: 
         return
     for example in recording.inputs:
         run_model(model, example)
-    if _has_graphs(plan):
-        verify_cache(model, recording)
+    verify_cache(model, recording.cache)
 
 
 def with_routes(plan: Plan, routes: Mapping[str, str]) -> Plan:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from ..cache.lookup import find_cache
 from ..common.running import floats, run_model, shapes
 from ..errors import VerificationError
+from .decoding import CacheProof, Decoded, cache_proof, decode, tolerance
 
 GAIN = 16.0
 """Factor on an owner's hidden states: scores grow by its square, so what acts on scores becomes visible."""
@@ -38,15 +39,16 @@ class OwnerCall:
 class Recording:
     """What the original model does: everything verification compares with.
 
-    calls: forward calls per owner in one run. outputs: floating outputs per example input. generated: token
-    scores of greedy decoding per example input, None where the model does not generate.
+    calls: forward calls per owner in one run. outputs: floating outputs per example input. generated: greedy
+    decoding per example input, None where the model does not generate. cache: where its cache can be proved.
     """
 
     inputs: Sequence[Mapping[str, Any]]
     calls: Counter[str] = field(default_factory=Counter)
     owners: dict[str, OwnerCall] = field(default_factory=dict)
     outputs: list[tuple[Tensor, ...]] = field(default_factory=list)
-    generated: list[tuple[Tensor, ...] | None] = field(default_factory=list)
+    generated: list[Decoded | None] = field(default_factory=list)
+    cache: CacheProof | None = None
 
 
 def record(model: nn.Module, paths: Sequence[str], inputs: Sequence[Mapping[str, Any]]) -> Recording:
@@ -67,7 +69,8 @@ def record(model: nn.Module, paths: Sequence[str], inputs: Sequence[Mapping[str,
         for handle in handles:
             handle.remove()
     recording.outputs += [run_model(model, example) for example in inputs[1:]]
-    recording.generated = [generate(model, example) for example in inputs]
+    recording.generated = [decode(model, example) for example in inputs]
+    recording.cache = cache_proof(model, inputs)
     for path, (args, kwargs, output) in first.items():
         if path == "" or find_cache(args, kwargs) is not None:
             continue
@@ -103,40 +106,6 @@ def _enlarged(owner: nn.Module, recorded: OwnerCall) -> tuple[Tensor, ...] | Non
     return floats(owner(*args, **kwargs))
 
 
-def generate(
-    model: nn.Module, inputs: Mapping[str, Any], tokens: int = 4, must: bool = False, **settings: Any
-) -> tuple[Tensor, ...] | None:
-    """Scores `[B, vocabulary]` of a few greedy steps with the model's own cache; None if it cannot generate.
-
-    must: raise VerificationError instead, because the original could. settings: more for `generate`.
-    """
-    live: Any = model
-    can = getattr(live, "can_generate", None)
-    if can is None or not can() or not hasattr(live, "generate"):
-        return None
-    prompt = {name: value for name, value in inputs.items() if not name.startswith(("decoder_", "labels"))}
-    try:
-        out = live.generate(
-            **prompt,
-            max_new_tokens=tokens,
-            min_new_tokens=tokens,
-            do_sample=False,
-            num_beams=1,
-            output_logits=True,
-            return_dict_in_generate=True,
-            **settings,
-        )
-    except Exception as error:
-        if must:
-            raise VerificationError(
-                f"the rewritten model no longer generates: {type(error).__name__}: {error}"
-            ) from error
-        # Models with a generate() of their own; the caller learns from None that decoding was not compared.
-        return None
-    logits = getattr(out, "logits", None)
-    return tuple(logits) if logits is not None else None
-
-
 def verify(model: nn.Module, recording: Recording) -> None:
     """Compare `model`, rewritten with the exact mechanism, with the recording of the original.
 
@@ -160,22 +129,10 @@ def verify(model: nn.Module, recording: Recording) -> None:
 
 def verify_generation(model: nn.Module, recording: Recording) -> None:
     """Compare greedy decoding with the recording of the original. Raises as `verify`."""
-    for example, scores in zip(recording.inputs, recording.generated, strict=True):
-        if scores is not None:
-            _compare(scores, generate(model, example, must=True) or (), "cached decoding", 1.0)
-
-
-def verify_cache(model: nn.Module, recording: Recording) -> None:
-    """Compare decoding with a cache and without one, of the converted model itself.
-
-    For owners that run graphs: what their caches hold has another form than that of exact attention, so its
-    proof says nothing about them. Raises as `verify`.
-    """
-    for example, scores in zip(recording.inputs, recording.generated, strict=True):
-        if scores is not None:
-            without = generate(model, example, must=True, use_cache=False) or ()
-            cached = generate(model, example, must=True, use_cache=True) or ()
-            _compare(without, cached, "decoding with a cache, against decoding without one", 1.0)
+    for example, decoded in zip(recording.inputs, recording.generated, strict=True):
+        if decoded is not None:
+            found = decode(model, example, decoded.tokens, must=True)
+            _compare(decoded.scores, () if found is None else found.scores, "cached decoding", 1.0)
 
 
 def _real(outputs: tuple[Tensor, ...], inputs: Mapping[str, Any]) -> tuple[Tensor, ...]:
@@ -222,10 +179,3 @@ def _compare(
                 f"{what}: with exact softmax the rewritten model differs from the original by {error:.3g} "
                 f"(allowed {allowed:.3g}); nothing was changed"
             )
-
-
-def tolerance(dtype: torch.dtype) -> float:
-    """Largest error relative to the largest value that reordering the sums may cause."""
-    return {torch.float64: 1e-8, torch.float32: 2e-4, torch.float16: 2e-2, torch.bfloat16: 6e-2}.get(
-        dtype, 2e-4
-    )

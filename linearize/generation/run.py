@@ -276,7 +276,7 @@ def memory_of(model: Any, cache: Any) -> Memory:
 
 def _layer_memory(layer: Any) -> LayerMemory:
     if isinstance(layer, StateLayer):
-        return LayerMemory(fixed=0 if layer.states is None else layer.states.nbytes)
+        return LayerMemory(fixed=layer.nbytes)
     keys, values = getattr(layer, "keys", None), getattr(layer, "values", None)
     if isinstance(keys, Tensor) and isinstance(values, Tensor):
         row = (keys[:, :, :1].nbytes, values[:, :, :1].nbytes)

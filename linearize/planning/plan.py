@@ -150,9 +150,9 @@ class Plan:
 
 
 def layer_index(model: nn.Module, path: str) -> int | None:
-    """The owner's `layer_idx`, else the first number in its path, else None."""
+    """The owner's `layer_idx`, else the first number in its path, else None. (Shared owners may say -1.)"""
     index = getattr(model.get_submodule(path), "layer_idx", None)
-    if isinstance(index, int):
+    if isinstance(index, int) and index >= 0:
         return index
     return next((int(part) for part in path.split(".") if part.isdigit()), None)
 

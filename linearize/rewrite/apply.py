@@ -19,7 +19,7 @@ from .attributes import values_of_config, values_of_owner
 from .graph.calls import Graphs
 from .graph.owner import apply_graph, use_no_nested_tensors
 from .interface import NAME, apply_interface
-from .owner import OwnerRecord, Rewritten, layers_beside, takes_keywords
+from .owner import OwnerRecord, Rewritten, layer_argument, layers_beside, takes_keywords
 from .snapshot import Snapshot
 
 
@@ -61,7 +61,14 @@ def apply_owners(model: nn.Module, plan: Plan, config: LinearizeConfig) -> None:
         attach(owner, sites, config)
         on_graph = sites[0].route == "graph"
         graphs = Graphs() if on_graph else None
-        record = OwnerRecord(path, sites, beside[path], takes_keywords(owner), graphs)
+        record = OwnerRecord(
+            path,
+            sites,
+            beside[path],
+            takes_keywords(owner),
+            graphs,
+            layer_argument=layer_argument(owner),
+        )
         if on_graph:
             apply_graph(owner, record)
         else:
@@ -73,7 +80,6 @@ def apply_owners(model: nn.Module, plan: Plan, config: LinearizeConfig) -> None:
                 configs=tuple((config, values_of_config(config)) for config in configs),
             )
             apply_interface(owner, record)
-    use_no_nested_tensors(model)
     if plan.compact_masks:
         use_compact_masks(model, plan)
 
@@ -93,6 +99,7 @@ def attach(owner: nn.Module, sites: Sequence[SitePlan], config: LinearizeConfig)
 def finish(model: nn.Module, plan: Plan, config: LinearizeConfig) -> None:
     """Record what was done: `model._linearize`, and `model.config.linearize` on transformers models."""
     live: Any = model
+    use_no_nested_tensors(model)
     for site in plan.sites:
         # Made while the model was in evaluation mode.
         owner = model.get_submodule(site.path)

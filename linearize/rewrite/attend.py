@@ -116,6 +116,8 @@ def _after_state(
     """After what the state has seen; key and value are the new tokens'."""
     state, real = call.state, None
     assert state is not None
+    if mask is not None:
+        check_columns(mask, key.shape[2], start, call.record.name)
     if state.tree is None:  # the nodes of a draft tree are all real, and its mask is not causal
         count = key.shape[2]
         keys = None if mask is None else key_mask_of(mask, key.shape[0], mask.shape[-1])
@@ -127,6 +129,20 @@ def _after_state(
             state.hear(keys, count, child.spec.window)
         real = new_tokens(keys, count, start)
     return state.extend(child, query, key, value, real)
+
+
+def check_columns(mask: Tensor, count: int, start: int | Tensor | None, where: str) -> None:
+    """Raise InputError where a mask has no columns for the `count` new tokens, the first in column `start`.
+
+    So it is in models that size their masks by a layer of the cache that counts no tokens.
+    """
+    if torch.compiler.is_compiling() or not isinstance(start, int) or mask.shape[-1] >= start + count:
+        return
+    raise InputError(
+        f"{where}: the attention mask has {mask.shape[-1]} column(s) for a cache of {start} tokens and "
+        f"{count} new one(s), so that padding cannot be told from tokens; give sequences without padding, "
+        "one batch for each length, or use_cache=False"
+    )
 
 
 def _exact(

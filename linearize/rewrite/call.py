@@ -32,6 +32,7 @@ class Call:
         cache: the transformers cache of the call, or None.
         state: the constant-size state that the attention reads and extends; None where it goes by keys and
             values.
+        layer_index: of the layer of the cache that the call fills; None where it cannot be told.
         cross: the cross-attention layer that keeps a summary of the encoder's keys and values, or None.
         start: column of the first query among the keys; None for the last columns.
         decoded: tokens in the decoder's own layer of an encoder-decoder cache, this call's included once that
@@ -45,12 +46,14 @@ class Call:
         state: StateLayer | None = None,
         cross: CrossLayer | None = None,
         whole: bool = False,
+        layer_index: int | None = None,
     ) -> None:
-        """whole: every key is needed, see `caches.start_of_queries`."""
+        """whole: every key is needed, see `caches.start_of_queries`. layer_index: None for the record's."""
         self.owner, live = owner, cast(Any, owner)
         self.record: OwnerRecord = live._linearize_owner
         self.cache, self.state, self.cross = cache, state, cross
-        layer = caches.self_layer(cache, self.record.layer_index)
+        self.layer_index = self.record.layer_index if layer_index is None else layer_index
+        layer = caches.self_layer(cache, self.layer_index)
         self.start: int | Tensor | None
         self.start = caches.start_of_queries(layer, whole) if state is None else caches.length_of(state)
         self.decoded = caches.decoded_length(cache, layer)
@@ -96,7 +99,7 @@ class Call:
     def check_cache(self, spec: SiteSpec, count: int) -> None:
         """Raise InputError when an earlier call on this cache ended midway; count: new tokens here."""
         if self.cache is not None and spec.causal:
-            check_level(self.cache, self.record.layer_index, self.record.layers, count)
+            check_level(self.cache, self.layer_index, self.record.layers, count)
 
     def failed(self) -> None:
         """The call ended with an exception."""

@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..cache import lookup as caches
-from ..cache.adopt import cross_layer, state_layer
+from ..cache.adopt import cross_layer, keep_everything, state_layer
 from ..common.checks import is_traced
 from ..errors import InputError, InvalidModelError
 from .attend import attend
@@ -51,7 +51,7 @@ class InterfaceOwner(Rewritten):
         """One call of the owner; `forward` is the original class's."""
         record: OwnerRecord = owner._linearize_owner
         record.check_unchanged(owner)
-        cache, index = caches.find_cache(args, kwargs), record.layer_index
+        cache, index = caches.find_cache(args, kwargs), record.layer_of(args, kwargs)
         children = attention_children(owner)
         child = children[0] if len(children) == 1 else None
         state = state_layer(cache, index, child)
@@ -59,8 +59,8 @@ class InterfaceOwner(Rewritten):
         # A site whose window was dropped reads every key.
         whole = state is None and any(c.spec.window is not None and not c.is_exact for c in children)
         if whole:
-            caches.keep_everything(cache, index)
-        call = Call(owner, cache, state, cross_layer(cache, index, child), whole)
+            keep_everything(cache, index)
+        call = Call(owner, cache, state, cross_layer(cache, index, child), whole, index)
         if state is not None:
             state.expected = True
         if record.takes_keywords:

@@ -22,6 +22,10 @@ Witness = Callable[[int, int | None], None]
 """Who is told that a site runs: its slot, and the sliding window that the owner asked for."""
 
 
+LAYER_ARGUMENT = "layer_idx"
+"""The argument by which transformers tells a module that several layers share which of them it is."""
+
+
 @dataclass(frozen=True)
 class OwnerRecord:
     """What is known of an owner from its plan on, the same for every call.
@@ -36,6 +40,7 @@ class OwnerRecord:
         implementation: on the interface route, the attention that its config named before.
         values: likewise, the plain values on it when it was converted.
         configs: likewise, the configs by which its masks are made, and what they said then.
+        layer_argument: where its forward takes the index of its layer, in an owner that several layers share.
     """
 
     path: str
@@ -47,6 +52,7 @@ class OwnerRecord:
     implementation: str | None = None
     values: Values = ()
     configs: tuple[tuple[Any, Values], ...] = ()
+    layer_argument: int | None = None
 
     @property
     def name(self) -> str:
@@ -63,6 +69,14 @@ class OwnerRecord:
     def layer_index(self) -> int | None:
         """Index of the layer, for caches; None where the path holds no number."""
         return self.sites[0].layer_index
+
+    def layer_of(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> int | None:
+        """Index of the cache layer that one call fills: what the caller says, else `layer_index`."""
+        place = self.layer_argument
+        if place is None:
+            return self.layer_index
+        said = args[place] if len(args) > place else kwargs.get(LAYER_ARGUMENT)
+        return said if isinstance(said, int) else self.layer_index
 
     @property
     def follows_masks(self) -> bool:
@@ -110,6 +124,12 @@ def takes_keywords(owner: nn.Module) -> bool:
     """Whether the forward of an owner's class takes any keyword argument."""
     parameters = inspect.signature(type(owner).forward).parameters.values()
     return any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)
+
+
+def layer_argument(owner: nn.Module) -> int | None:
+    """Position of the layer's index among the arguments of the forward of an owner's class, or None."""
+    names = list(inspect.signature(type(owner).forward).parameters)[1:]
+    return names.index(LAYER_ARGUMENT) if LAYER_ARGUMENT in names else None
 
 
 def layers_beside(owners: Mapping[str, Sequence[SitePlan]]) -> dict[str, tuple[int, ...]]:
