@@ -24,9 +24,7 @@ _ROWS = 512
 class Fit:
     """Watches one site: compares its module with softmax, fits it, and passes on what the fit gives."""
 
-    def __init__(
-        self, module: Any, site: SitePlan, ridge: float | None, sequential: bool = True
-    ) -> None:
+    def __init__(self, module: Any, site: SitePlan, ridge: float | None, sequential: bool = True) -> None:
         self.module, self.name, self.sequential = module, site.name, sequential
         self.left_out = _why_not(module, site)
         self._names = fitted_parameters(module)

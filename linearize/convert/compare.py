@@ -266,9 +266,7 @@ def _lines(
     return lines
 
 
-def _changed(
-    base: nn.Module, config: LinearizeConfig, original: nn.Module | None, inputs: Any
-) -> nn.Module:
+def _changed(base: nn.Module, config: LinearizeConfig, original: nn.Module | None, inputs: Any) -> nn.Module:
     """A copy of `base` by other settings. original: what to convert, and be refused by, if that cannot be."""
     try:
         return linearize(sharing_copy(base), inputs, config=config)

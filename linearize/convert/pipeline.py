@@ -168,9 +168,7 @@ def check_dropped_windows(plan: Plan, config: LinearizeConfig, report: MatchRepo
         )
 
 
-def check_hidden_windows(
-    plan: Plan, seen: Seen, config: LinearizeConfig, report: MatchReport | None
-) -> None:
+def check_hidden_windows(plan: Plan, seen: Seen, config: LinearizeConfig, report: MatchReport | None) -> None:
     """Raise RefusedError when an owner asked for a sliding window too wide to show on the example inputs."""
     if "window" in mechanisms.get(config.mechanism).supports or "window" in config.approximate:
         return

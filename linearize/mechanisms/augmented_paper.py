@@ -109,7 +109,6 @@ class PaperAttention(ComposedAttention):
             term = replace(term, local_bias=table)
         return self.run(term, key_mask, start)
 
-
     def base(self, given: Given) -> Tensor:
         return widen(given.value).new_zeros(*given.query.shape[:3], given.value.shape[3])
 

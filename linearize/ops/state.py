@@ -199,4 +199,3 @@ class States:
     def map(self, function: Callable[[Tensor], Tensor]) -> States:
         """A new state of `function` of every tensor: a copy, another device, other rows of the batch."""
         return States(tuple(part.map(function) for part in self.parts))
-

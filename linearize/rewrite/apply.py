@@ -60,9 +60,7 @@ def apply_owners(model: nn.Module, plan: Plan, config: LinearizeConfig) -> None:
         on_graph = sites[0].route == "graph"
         graphs = Graphs() if on_graph else None
         named = None if on_graph else getattr(owner.config, "_attn_implementation_internal", None)
-        record = OwnerRecord(
-            path, sites, beside[path], takes_keywords(owner), graphs, implementation=named
-        )
+        record = OwnerRecord(path, sites, beside[path], takes_keywords(owner), graphs, implementation=named)
         if on_graph:
             apply_graph(owner, record)
         else:
