@@ -9,6 +9,8 @@ from transformers.quantizers.base import HfQuantizer
 
 from ..errors import CheckpointError
 from ..planning.record import METHOD, LinearizeHookConfig, measured_in, parse
+from ..planning.state import carry
+from .replay import replay
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -46,13 +48,10 @@ class LinearizeHook(HfQuantizer):
         return True
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
-        from ..planning.state import carry
-        from ..rewrite.apply import apply_plan
-
         where = f"the checkpoint {getattr(model.config, 'name_or_path', '')!r}"
         record: Any = getattr(model.config, "linearize", None)
         plan, config = parse(record, where)
-        apply_plan(model, relocate(plan, model), config)
+        replay(model, relocate(plan, model), config, where)
         carry(model, measured_in(record))
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:

@@ -5,27 +5,37 @@ from __future__ import annotations
 import copy
 import json
 import os
+import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar, overload
+from typing import TYPE_CHECKING, Any, TypeVar, cast, overload
 
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_model, save_model
-from torch import nn
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_model
+from torch import Tensor, nn
 
-from ..common.files import read_json, staged
-from ..errors import CheckpointError, InvalidModelError
-from ..mechanisms.module import AttentionModule
+from ..common.checks import excerpt
+from ..common.files import read_json, shown
+from ..common.replacing import TRANSFORMERS, Layout, finish_killed, identity, is_inside, whole_checkpoint
+from ..errors import CheckpointError, LinearizeError
 from ..planning.record import VERSION, measured_in, parse
 from ..planning.state import carry, state_of
-from ..rewrite.apply import apply_plan, check_unconverted
+from ..rewrite.apply import check_unconverted
+from ..rewrite.model import drop_card
+from .checking import check_finite, check_fit, check_index, class_of
+from .replay import replay
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
 
 Model = TypeVar("Model", bound=nn.Module)
+Result = TypeVar("Result")
 RECORD = "linearize.json"
 WEIGHTS = "model.safetensors"
+TRIALS = 12
+"""Reads of a checkpoint that others replace meanwhile."""
+MODULE = Layout(RECORD, "weights", WEIGHTS, instead=TRANSFORMERS.record)
 
 
 def save(model: nn.Module, directory: str | os.PathLike[str]) -> Path:
@@ -47,37 +57,36 @@ def save(model: nn.Module, directory: str | os.PathLike[str]) -> Path:
         InvalidModelError: The model is not converted, or wraps a converted one (as PEFT does).
         CheckpointError: The folder cannot be written.
     """
+    return write_checkpoint(model, directory)
+
+
+def write_checkpoint(
+    model: nn.Module, directory: str | os.PathLike[str], beside: Callable[[Path], None] = lambda folder: None
+) -> Path:
+    """As `save`. beside: writes more files into the folder that it is given, which appear with the others."""
     from transformers import PreTrainedModel
 
-    from ..evaluation.card import NAME, is_ours, write_card
+    from ..evaluation.card import write_card
 
     state = state_of(model)
     target = Path(directory)
-    if target.exists() and not target.is_dir():
-        raise CheckpointError(f"cannot save to {target}: it is a file, not a directory")
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        # The file that says "converted checkpoint" goes last: until then a reader sees the previous one.
-        with staged(target, last=lambda file: file.name in {RECORD, "config.json"}) as folder:
-            if isinstance(model, PreTrainedModel):
-                model.save_pretrained(folder)
-            else:
-                record = {
-                    "version": VERSION,
-                    "model": type(model).__qualname__,
-                    "plan": state.plan.to_dict(),
-                    "config": state.config.to_dict(),
-                    "measured": list(state.measured),
-                }
-                (folder / RECORD).write_text(json.dumps(record, indent=2) + "\n")
-                save_model(model, str(folder / WEIGHTS))
-                write_card(model, folder)
-            if not is_ours(target / NAME):
-                (folder / NAME).unlink()
-            new = {path.name for path in folder.iterdir()}
-        _remove_stale(target, new)
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"cannot save to {target}: {error}") from error
+    whole = isinstance(model, PreTrainedModel)
+    with whole_checkpoint(target, TRANSFORMERS if whole else MODULE) as folder:
+        if whole:
+            cast(Any, model).write_into(folder)
+        else:
+            record = {
+                "version": VERSION,
+                "model": type(model).__qualname__,
+                "plan": state.plan.to_dict(),
+                "config": state.config.to_dict(),
+                "measured": list(state.measured),
+            }
+            (folder / RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+            save_model(model, str(folder / WEIGHTS))
+            write_card(model, folder)
+        drop_card(folder, target)
+        beside(folder)
     return target
 
 
@@ -118,8 +127,10 @@ def load(
         InvalidModelError: `model` is converted already.
     """
     source = Path(directory)
-    if not source.is_dir():
-        raise CheckpointError(f"cannot load {source}: no such directory")
+    if not os.path.isdir(source):
+        raise CheckpointError(f"cannot load {shown(source)}: no such directory")
+    for layout in (MODULE, TRANSFORMERS):
+        finish_killed(source, layout)
     if (source / RECORD).is_file():
         if model is None:
             raise CheckpointError(
@@ -129,71 +140,80 @@ def load(
             raise CheckpointError(
                 "`dtype` is for transformers checkpoints; convert the module with `.to(dtype)`"
             )
-        return _load_module(source, model)
+        return _fill(source, model, *_undisturbed(source, lambda: _read_module(source)))
     if model is not None:
         raise CheckpointError(f"{source} has no {RECORD}: `model` is only for checkpoints of plain modules")
-    return _load_transformers(source, dtype)
+    return _undisturbed(source, lambda: _load_transformers(source, dtype))
 
 
-def _remove_stale(target: Path, new: set[str]) -> None:
-    """Remove the files of an earlier save that would be read beside the new ones."""
-    old = {RECORD, *(path.name for path in target.glob("model*.safetensors*"))}
-    for name in old - new:
-        (target / name).unlink(missing_ok=True)
-
-
-def _header(path: Path) -> dict[str, tuple[tuple[int, ...], str]]:
-    """Shape and dtype of every tensor of a safetensors file. Raises CheckpointError when it is damaged."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (no __iter__)
-            return {name: (tuple(part.get_shape()), part.get_dtype()) for name, part in slices.items()}
-    except FileNotFoundError as error:
-        raise CheckpointError(f"{path.parent} is incomplete: {path.name} is missing") from error
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{path} cannot be read, it is cut short or damaged: {error}") from error
+def _undisturbed(source: Path, read: Callable[[], Result]) -> Result:
+    """What `read` gives; read again as long as other writers replace the checkpoint meanwhile."""
+    for trial in range(TRIALS):
+        before = [identity(source / name) for name in (RECORD, TRANSFORMERS.record)]
+        error: CheckpointError | None = None
+        try:
+            found = read()
+        except CheckpointError as problem:
+            error = problem
+        if before == [identity(source / name) for name in (RECORD, TRANSFORMERS.record)]:
+            if error is not None:
+                raise error
+            return found
+        time.sleep(min(0.01 * 2**trial, 0.5))
+    raise CheckpointError(f"{shown(source)} is being written all the time; load it when that has ended")
 
 
 def _load_transformers(source: Path, dtype: torch.dtype | None) -> nn.Module:
-    import transformers
-
-    config = read_json(source / "config.json")
-    if not isinstance(config, dict):
-        raise CheckpointError(f"{source / 'config.json'} is not a model configuration")
-    parse(config.get("linearize"), str(source))
-    names = config.get("architectures") or []
-    cls = getattr(transformers, names[0], None) if names else None
-    if cls is None:
-        raise CheckpointError(
-            f"{source} holds a model of class {names[0] if names else 'unknown'}, which transformers lacks; "
-            "load it with that class's own from_pretrained"
-        )
+    cls = class_of(source)
+    check_index(source)
     try:
         model, info = cls.from_pretrained(
             source, dtype="auto" if dtype is None else dtype, local_files_only=True, output_loading_info=True
         )
-    except (OSError, ValueError, RuntimeError, KeyError, InvalidModelError, SafetensorError) as error:
-        raise CheckpointError(f"cannot load {source}: {error}") from error
+    except LinearizeError as error:
+        raise CheckpointError(f"cannot load {shown(source)}: {error}") from error
+    # A config from anywhere can make any line of transformers raise anything.
+    except Exception as error:
+        text = str(error)[:400]
+        raise CheckpointError(f"cannot load {shown(source)}: {type(error).__name__}: {text}") from error
     wrong = {kind: sorted(map(str, keys)) for kind, keys in info.items() if keys}
     if wrong:
-        raise CheckpointError(f"{source} does not fit the model its config describes: {wrong}")
+        text = "; ".join(
+            f"{kind}: {', '.join(keys[:3])}{f' and {len(keys) - 3} more' if len(keys) > 3 else ''}"
+            for kind, keys in wrong.items()
+        )
+        raise CheckpointError(f"{shown(source)} does not fit the model its config describes: {text}")
+    check_finite(model, source)
     return model
 
 
-def _load_module(source: Path, model: nn.Module) -> nn.Module:
+def _read_module(source: Path) -> tuple[Mapping[str, Any], dict[str, Tensor]]:
+    """The record and the tensors of a plain module's checkpoint."""
     record = read_json(source / RECORD)
+    parse(record, str(source))
+    name = record.get(MODULE.key, WEIGHTS)
+    if not is_inside(name) or not name.endswith(".safetensors"):
+        raise CheckpointError(f"{source / RECORD}: the weights are in {excerpt(name)}, outside the folder")
+    path = source / name
+    try:
+        return record, load_file(path)
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{path.parent} is incomplete: {path.name} is missing") from error
+    except (OSError, SafetensorError, ValueError, RuntimeError, KeyError) as error:
+        raise CheckpointError(f"{path} cannot be read, it is cut short or damaged: {error}") from error
+
+
+def _fill(source: Path, model: Model, record: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Model:
+    """Convert a plain module by a record, and give it the tensors."""
     plan, config = parse(record, str(source))
-    stored = _header(source / WEIGHTS)
     check_unconverted(model)
     # Everything that can fail is tried on a copy without storage first, so that `model` is never half done.
     probe = _meta_copy(model)
-    try:
-        apply_plan(probe, plan, config)
-    except InvalidModelError as error:
-        raise CheckpointError(f"{source} was saved from another architecture: {error}") from error
-    _check_fit(probe, stored, source)
-    apply_plan(model, plan, config)
-    load_model(model, str(source / WEIGHTS))
+    replay(probe, plan, config, str(source))
+    check_fit(probe, tensors, source)
+    replay(model, plan, config, str(source))
+    model.load_state_dict(dict(tensors), strict=False)  # tensors that share storage are stored once
+    check_finite(model, source)
     carry(model, measured_in(record))
     return model
 
@@ -207,55 +227,3 @@ def _meta_copy(model: nn.Module) -> nn.Module:
             nn.Parameter(empty, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty
         )
     return copy.deepcopy(model, memo)
-
-
-def _check_fit(probe: nn.Module, stored: dict[str, tuple[tuple[int, ...], str]], source: Path) -> None:
-    """Raise CheckpointError unless the file has exactly the tensors of `probe`, shapes and dtypes included.
-
-    Tensors that share storage are stored once, under any of their names. Those of our modules may be of any
-    floating type in the file: earlier releases kept them in the model's, and a user may.
-    """
-    state = probe.state_dict()
-    ours = {
-        f"{path}.{name}" if path else name
-        for path, module in probe.named_modules()
-        if isinstance(module, AttentionModule)
-        for name in module.state_dict()
-    }
-    groups: dict[int, list[str]] = {}
-    for name, tensor in probe.state_dict(keep_vars=True).items():
-        groups.setdefault(id(tensor), []).append(name)
-    problems = [f"{name} is not in the model" for name in stored if name not in state]
-    for names in groups.values():
-        known = [name for name in names if name in stored]
-        if not known:
-            problems.append(f"{names[0]} is missing from the file")
-            continue
-        name = known[0]
-        shape, dtype = stored[name]
-        tensor = state[name]
-        have = _SAFETENSORS_NAME.get(str(tensor.dtype).removeprefix("torch."), str(tensor.dtype))
-        free = name in ours and tensor.is_floating_point() and dtype in _FLOATING
-        if tuple(tensor.shape) != shape or (have != dtype and not free):
-            problems.append(
-                f"{name} is {have} {tuple(tensor.shape)} in the model and {dtype} {shape} in the file"
-            )
-    if problems:
-        more = f" and {len(problems) - 4} more" if len(problems) > 4 else ""
-        raise CheckpointError(f"{source} does not fit the given model: {'; '.join(problems[:4])}{more}")
-
-
-_FLOATING = ("F64", "F32", "F16", "BF16")
-_SAFETENSORS_NAME = {
-    "float64": "F64",
-    "float32": "F32",
-    "float16": "F16",
-    "bfloat16": "BF16",
-    "int64": "I64",
-    "int32": "I32",
-    "int16": "I16",
-    "int8": "I8",
-    "uint8": "U8",
-    "bool": "BOOL",
-    "complex64": "C64",
-}

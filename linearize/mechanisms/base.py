@@ -33,8 +33,13 @@ _REASONS = {
 finite values added to the scores; "alibi": a bias known to be ALiBi.
 """
 
+NEEDS = tuple(_REASONS)
+
 DROPPABLE = ("softcap", "sinks", "alibi", "bias", "window")
 """What `approximate` may name: parts of a softmax attention that a linear one can be asked to leave out."""
+
+BIGGEST = 2**20
+"""Of every size that a user or a checkpoint sets: above it nothing could be allocated."""
 
 EVERYWHERE = frozenset({"causal", "bidirectional", "cross"})
 
@@ -77,23 +82,24 @@ class Option:
     valid: Callable[[Any], bool]
 
 
-def whole(default: int | None, meaning: str, least: int = 1) -> Option:
+def whole(default: int | None, meaning: str, least: int = 1, most: int = BIGGEST) -> Option:
     """An option that is a whole number.
 
     Args:
         default: Its value where the user gives none; if that is None, users may give None too.
         meaning: What it does, for people.
         least: The smallest value allowed.
+        most: The largest value allowed.
 
     Returns:
         The option.
     """
 
     def valid(value: Any) -> bool:
-        number = isinstance(value, int) and not isinstance(value, bool) and value >= least
+        number = isinstance(value, int) and not isinstance(value, bool) and least <= value <= most
         return number or (value is None and default is None)
 
-    return Option(default, meaning, f"an int >= {least}", valid)
+    return Option(default, meaning, f"an int >= {least}, up to {most}", valid)
 
 
 def switch(default: bool, meaning: str) -> Option:

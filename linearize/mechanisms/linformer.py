@@ -124,6 +124,6 @@ MECHANISM = Mechanism(
     options={
         "rank": whole(64, "rows that keys and values are projected to"),
         "max_length": whole(512, "longest sequence of keys, padding included"),
-        "seed": whole(0, "seed of the first projections", least=0),
+        "seed": whole(0, "seed of the first projections", least=0, most=2**32),
     },
 )

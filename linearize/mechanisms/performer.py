@@ -81,6 +81,6 @@ MECHANISM = Mechanism(
     build=PerformerAttention,
     options={
         "features": whole(None, "random features m; None for 2 D"),
-        "seed": whole(0, "seed of the random features", least=0),
+        "seed": whole(0, "seed of the random features", least=0, most=2**32),
     },
 )

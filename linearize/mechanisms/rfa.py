@@ -81,6 +81,6 @@ MECHANISM = Mechanism(
     build=RandomFeatureAttention,
     options={
         "features": whole(None, "random directions m, a sine and a cosine each; None for D"),
-        "seed": whole(0, "seed of the random directions", least=0),
+        "seed": whole(0, "seed of the random directions", least=0, most=2**32),
     },
 )

@@ -11,7 +11,7 @@ from typing import Any, TypeGuard
 from .. import mechanisms
 from ..common.checks import require
 from ..errors import ConfigError
-from ..mechanisms.base import DROPPABLE
+from ..mechanisms.base import BIGGEST, DROPPABLE
 
 VERSION = 3
 """Version 1 had no `augmentation` and no `options`: their defaults are what it meant. Up to version 2
@@ -85,13 +85,12 @@ class LinearizeConfig:
             if isinstance(getattr(self, name), list | set | frozenset | range):
                 object.__setattr__(self, name, tuple(getattr(self, name)))
         mechanism = mechanisms.get(self.mechanism)
-        require(
-            _is_int(self.group_size) and self.group_size >= 1, "group_size", self.group_size, "an int >= 1"
-        )
-        require(_is_int(self.conv_taps) and self.conv_taps >= 1, "conv_taps", self.conv_taps, "an int >= 1")
+        for name in ("group_size", "conv_taps"):
+            size = getattr(self, name)
+            require(_is_int(size) and 1 <= size <= BIGGEST, name, size, f"an int >= 1, up to {BIGGEST}")
         scale = self.local_scale
         number = isinstance(scale, int | float) and not isinstance(scale, bool)
-        require(number and abs(scale) < float("inf"), "local_scale", scale, "a finite number")
+        require(number and abs(scale) <= 1e30, "local_scale", scale, "a finite number, up to 1e30")
         choice = self.augmentation
         require(choice is None or isinstance(choice, bool), "augmentation", choice, "True, False or None")
         if self.augmentation and mechanism.augmentation is None:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from ..common.checks import excerpt
 from ..errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -28,16 +29,18 @@ def parse(record: Any, where: str) -> tuple[Plan, LinearizeConfig]:
     from ..errors import ConfigError
     from .config import LinearizeConfig
     from .plan import Plan
+    from .schema import check_record
 
     if not isinstance(record, Mapping):
         raise CheckpointError(f"{where} is not a converted checkpoint: it has no `linearize` record")
     version = record.get("version")
-    if not isinstance(version, int) or version > VERSION:
+    if type(version) is not int or not 1 <= version <= VERSION:
         raise CheckpointError(
-            f"{where} has a `linearize` record of version {version!r}; this package reads up to {VERSION}: "
-            "install a newer linearize"
+            f"{where} has a `linearize` record of version {excerpt(version)}; this package reads up to "
+            f"{VERSION}: install a newer linearize"
         )
     try:
+        check_record(record)
         return Plan.from_dict(record["plan"]), LinearizeConfig.from_dict(record["config"])
     except (KeyError, TypeError, AttributeError, ConfigError, CheckpointError) as error:
         raise CheckpointError(f"the `linearize` record of {where} cannot be used: {error}") from error

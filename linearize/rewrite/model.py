@@ -8,12 +8,15 @@ trace of a quantized model.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..cache.adopt import state_layer
+from ..common.replacing import TRANSFORMERS, whole_checkpoint
 from ..errors import CheckpointError, InputError
 from ..planning.record import LinearizeHookConfig
 from .call import sole_child
@@ -80,7 +83,30 @@ class SavesPlan(_Model):
         self, save_directory: str | os.PathLike[str], is_main_process: bool = True, *args: Any, **kwargs: Any
     ) -> Any:
         """As `PreTrainedModel.save_pretrained`, and a model card, unless a README.md of someone else's is
-        there. Raises CheckpointError when the model is also quantized, or the card cannot be written."""
+        there. A checkpoint that is there already is replaced in one step. Raises CheckpointError when the
+        model is also quantized, or something cannot be written; what was there then stays."""
+        # Every process writes its part of a distributed checkpoint; the others write nothing of any other.
+        if kwargs.get("distributed_checkpoint") or not self.should_save_on_this_rank(is_main_process):
+            with self._naming_the_hook():
+                super().save_pretrained(save_directory, is_main_process, *args, **kwargs)
+            return
+        with whole_checkpoint(save_directory, TRANSFORMERS) as folder:
+            if kwargs.get("push_to_hub"):
+                kwargs.setdefault("repo_id", Path(save_directory).name)
+            self.write_into(folder, is_main_process, *args, **kwargs)
+            drop_card(folder, Path(save_directory))
+
+    def write_into(self, folder: Path, *args: Any, **kwargs: Any) -> None:
+        """Write all files, and the card, into a folder that nobody reads yet. Arguments: of
+        `PreTrainedModel.save_pretrained`."""
+        from ..evaluation.card import write_card
+
+        with self._naming_the_hook():
+            super().save_pretrained(folder, *args, **kwargs)
+        write_card(self, folder)
+
+    @contextlib.contextmanager
+    def _naming_the_hook(self) -> Iterator[None]:
         if getattr(self.config, "quantization_config", None) is not None:
             raise CheckpointError(
                 "a converted model that is also quantized cannot be saved: a checkpoint has one place for a "
@@ -88,14 +114,17 @@ class SavesPlan(_Model):
             )
         self.config.quantization_config = LinearizeHookConfig()
         try:
-            super().save_pretrained(save_directory, is_main_process, *args, **kwargs)
+            yield
         finally:
             del self.config.quantization_config
-        # transformers only logs where the directory is a file.
-        if self.should_save_on_this_rank(is_main_process) and Path(save_directory).is_dir():
-            from ..evaluation.card import write_card
 
-            write_card(self, Path(save_directory))
+
+def drop_card(folder: Path, target: Path) -> None:
+    """Leave the card out of new files where someone else's README.md stands."""
+    from ..evaluation.card import NAME, is_ours
+
+    if not is_ours(target / NAME):
+        (folder / NAME).unlink(missing_ok=True)
 
 
 def save_with_plan(model: nn.Module) -> None:

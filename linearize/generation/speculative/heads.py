@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +12,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...common.files import staged
-from ...errors import CheckpointError, ConfigError, InputError
+from ...common.files import read_json, shown
+from ...common.replacing import Layout, finish_killed, is_inside, whole_checkpoint
+from ...common.schema import FLAG, OBJECT, Rule, check_entries, number, optional, several, whole
+from ...errors import CheckpointError, ConfigError, InputError, LinearizeError
 from .drafter import output_layer
 
-_WEIGHTS, _CONFIG, _VERSION = "medusa_heads.safetensors", "medusa_heads.json", 1
+HEADS = Layout("medusa_heads.json", "weights", "medusa_heads.safetensors")
+_VERSION = 1
 
 
 class MedusaHeads(nn.Module):
@@ -120,13 +125,9 @@ class MedusaHeads(nn.Module):
             "rates": self.rates,
         }
         tensors = {name: tensor.detach().contiguous().cpu() for name, tensor in self.state_dict().items()}
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            with staged(folder, last=lambda file: file.name == _CONFIG) as scratch:
-                save_file(tensors, scratch / _WEIGHTS)
-                (scratch / _CONFIG).write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
-        except OSError as error:
-            raise CheckpointError(f"cannot write heads to {folder}: {error}") from error
+        with whole_checkpoint(folder, HEADS) as scratch:
+            save_file(tensors, scratch / HEADS.weights)
+            (scratch / HEADS.record).write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
 
     @classmethod
     def load(cls, folder: str | Path, model: Any) -> MedusaHeads:
@@ -144,25 +145,23 @@ class MedusaHeads(nn.Module):
         from safetensors.torch import load_file
 
         folder = Path(folder)
+        finish_killed(folder, HEADS)
+        if not os.path.isfile(folder / HEADS.record):
+            raise CheckpointError(
+                f"no heads in {shown(folder)} ({HEADS.record} and {HEADS.weights}); "
+                "`linearize train-heads` makes them"
+            )
+        about = _checked(read_json(folder / HEADS.record), folder / HEADS.record)
         try:
-            about = json.loads((folder / _CONFIG).read_text(encoding="utf-8"))
-            tensors = load_file(folder / _WEIGHTS)
-            if about["version"] > _VERSION:
-                raise CheckpointError(
-                    f"the heads in {folder} were written by a newer release of linearize: install that"
-                )
+            tensors = load_file(folder / about.get(HEADS.key, HEADS.weights))
             heads = cls(model, about["num_heads"], about["sees_token"], about["own_layers"])
             heads.fingerprint, heads.rates = about["model"], about["rates"]
             heads.check(model)
             heads.load_state_dict(tensors)
-        except FileNotFoundError as error:
-            raise CheckpointError(
-                f"no heads in {folder} ({_CONFIG} and {_WEIGHTS}); `linearize train-heads` makes them"
-            ) from error
         except (ValueError, KeyError, TypeError, RuntimeError, OSError, SafetensorError) as error:
-            if isinstance(error, (CheckpointError, InputError)):
+            if isinstance(error, LinearizeError):
                 raise
-            raise CheckpointError(f"the heads in {folder} cannot be used: {error}") from error
+            raise CheckpointError(f"the heads in {shown(folder)} cannot be used: {error}") from error
         return heads.eval()
 
     def acceptance(self, model: Any, tokens: Any, ranks: int = 10) -> list[list[float]]:
@@ -202,3 +201,29 @@ def _frozen(layer: nn.Module, inputs: Tensor) -> Tensor:
 
 def _sizes(fingerprint: dict[str, int]) -> str:
     return f"hidden size {fingerprint.get('hidden_size')} and {fingerprint.get('vocabulary')} tokens"
+
+
+_SIZES = {"hidden_size": whole(1, 2**30), "vocabulary": whole(1, 2**30)}
+_SHARES = several(several(number(0, 1)))
+_RULES: Mapping[str, Rule] = {
+    "version": whole(1, _VERSION),
+    "num_heads": whole(1, 1000),
+    "sees_token": FLAG,
+    "own_layers": FLAG,
+    "model": OBJECT,
+    "rates": optional(_SHARES),
+    HEADS.key: (lambda x: isinstance(x, str) and is_inside(x), "a file in the folder"),
+}
+
+
+def _checked(about: Any, file: Path) -> Mapping[str, Any]:
+    """The record of heads. Raises CheckpointError for one of another form."""
+    where = shown(file)
+    version = about.get("version") if isinstance(about, dict) else None
+    if type(version) is int and version > _VERSION:
+        raise CheckpointError(f"{where} was written by a newer release of linearize: install that")
+    check_entries(about, where, _RULES, [name for name in _RULES if name != HEADS.key])
+    check_entries(about["model"], f"{where}: model", _SIZES, list(_SIZES))
+    if about["rates"] is not None and len(about["rates"]) != about["num_heads"]:
+        raise CheckpointError(f"{where} has rates of another number of heads")
+    return about

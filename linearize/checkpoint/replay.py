@@ -1,0 +1,48 @@
+"""A stored plan applied to a model: what a record says of a model is checked against that model first."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from ..errors import CheckpointError, LinearizeError
+from ..planning.config import LinearizeConfig
+from ..planning.plan import Plan, layer_index
+from ..rewrite.apply import apply_plan
+from ..rewrite.interface import dispatches
+
+
+def replay(model: nn.Module, plan: Plan, config: LinearizeConfig, where: str) -> None:
+    """As `apply_plan`, for a plan from a file. Raises CheckpointError, naming `where`; `model` is then as it
+    was."""
+    check_owners(model, plan, where)
+    try:
+        apply_plan(model, plan, config)
+    except LinearizeError as error:
+        raise CheckpointError(f"{where} was saved from another architecture: {error}") from error
+    # Whatever a module says to a record that is right in form and not about it.
+    except Exception as error:
+        raise CheckpointError(
+            f"the `linearize` record of {where} does not fit a {type(model).__name__}: "
+            f"{type(error).__name__}: {error}"
+        ) from error
+
+
+def check_owners(model: nn.Module, plan: Plan, where: str) -> None:
+    """Raise CheckpointError unless the paths of a plan are modules of the model that can be what it says."""
+    modules = dict(model.named_modules())
+    for site in plan.sites:
+        owner = modules.get(site.path)
+        if owner is None:
+            raise CheckpointError(
+                f"{where} was saved from another architecture: its plan names {site.path!r}, which a "
+                f"{type(model).__name__} does not have"
+            )
+        if site.route == "interface" and not dispatches(owner):
+            raise CheckpointError(
+                f"the plan of {where} says that {site.path!r} is attention; it is a {type(owner).__name__}"
+            )
+        if layer_index(model, site.path) != site.layer_index:
+            raise CheckpointError(
+                f"the plan of {where} says that {site.path!r} is layer {site.layer_index}; it is "
+                f"{layer_index(model, site.path)}"
+            )
