@@ -111,6 +111,13 @@ def _compiled(query: Tensor, key: Tensor, value: Tensor, state: State, sizes: Si
     return compiled
 
 
+def is_compiled(query: Tensor, key: Tensor, value: Tensor) -> bool:
+    """Whether a compiled form takes tokens [B, Hkv, R, T, D] like these after an empty state."""
+    sizes = Sizes(0, 0, 0)
+    state = new(1, 1, 1, 1, sizes, dtype=key.dtype, device=key.device)
+    return _compiled(query, key, value, state, sizes) is not None
+
+
 def _after(
     query: Tensor,
     key: Tensor,

@@ -187,6 +187,9 @@ struct SalientUnit {
     return s.kept() + (place < 0 ? place + ring : place);
   }
 
+  // The row of the token before that in a row of the ring.
+  int64_t row_before(int64_t row) const { return row == s.kept() ? rows - 1 : row - 1; }
+
   // Tokens `from` .. `from + count` of the call become positions `length` and on.
   void write(int64_t from, int64_t count, int64_t length) {
     float* score = state_scores();
@@ -219,10 +222,11 @@ struct SalientUnit {
     const int64_t kept = s.kept(), ring = s.ring(), start = block * SALIENT_BLOCK, last = length - 1;
     for (int64_t l = 0; l < kept; l++)
       at[l] = score[l] == -std::numeric_limits<float>::infinity() ? UNSEEN : -1;
-    for (int64_t r = 0; r < ring; r++) {
-      const int64_t back = ((last - r) % ring + ring) % ring, position = last - back;
+    int64_t row = row_at(last);
+    for (int64_t back = 0; back < ring; back++, row = row_before(row)) {
+      const int64_t position = last - back;
       const bool near = position >= 0 && position >= start - s.window;
-      at[kept + r] = near ? static_cast<int32_t>(most(position - start, -1)) : UNSEEN;
+      at[row] = near ? static_cast<int32_t>(most(position - start, -1)) : UNSEEN;
     }
     for (int64_t l = rows; l < padded; l++) at[l] = UNSEEN;
   }
@@ -286,12 +290,17 @@ struct SalientUnit {
   // Adds the convolution over values to rows [count] of a head.
   void convolve(float* out, int64_t head, int64_t count, int64_t length) {
     const float* weight = s.conv + head * s.taps;
-    for (int64_t i = 0; i < count; i++)
-      for (int64_t k = 0; k < s.taps && k <= length + i; k++) {
-        const float* value = values + row_at(length + i - k) * value_stride;
-        for (int64_t j = 0; j < width; j += WIDTH)
-          store(out + i * width + j, load(out + i * width + j) + weight[k] * load(value + j));
+    if (std::all_of(weight, weight + s.taps, [](float w) { return w == 0; })) return;
+    for (int64_t i = 0; i < count; i++) {
+      const int64_t newest = row_at(length + i), taps = least(s.taps, length + i + 1);
+      for (int64_t j = 0; j < width; j += WIDTH) {
+        Vec total = load(out + i * width + j);
+        int64_t row = newest;
+        for (int64_t k = 0; k < taps; k++, row = row_before(row))
+          total += weight[k] * load(values + row * value_stride + j);
+        store(out + i * width + j, total);
       }
+    }
   }
 
   // Adds log(1 + n / E) (A q + B o + c) to rows o [count] of a head; see kernels/salient_tail.py.

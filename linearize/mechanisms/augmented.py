@@ -100,6 +100,11 @@ class AugmentedAttention(ComposedAttention):
         key_mask: Tensor | None,
         query_start: int | Tensor | None,
     ) -> Tensor:
+        if self._is_fastest_as_after_nothing(query, key, value):
+            state = self.new_state(query.shape[0], dtype=key.dtype, device=key.device)
+            assert state is not None
+            self._check(query, key, value, key_mask, query_start)
+            return self.total_after(query, key, value, state, key_mask, None)
         out = super().total(query, key, value, key_mask, query_start)
         if not self.spec.causal or statically_known_true(query.shape[2] == key.shape[2]):
             return self.with_tail(query, out, key_mask)
@@ -107,6 +112,21 @@ class AugmentedAttention(ComposedAttention):
         before = key.shape[2] - query.shape[2]
         real = None if key_mask is None else key_mask[:, before:]
         return self.with_tail(query, out, real, _ranks(key, key_mask)[:, before:])
+
+    def _is_fastest_as_after_nothing(self, query: Tensor, key: Tensor, value: Tensor) -> bool:
+        """Whether a whole sequence is best run after an empty state: one compiled call does all of it."""
+        tensors = query, key, value
+        if (
+            not self.spec.causal
+            or torch.compiler.is_compiling()
+            or any(type(x) is not Tensor or x.is_meta for x in tensors)
+            or query.shape[2] != key.shape[2]
+            or not self._tail_joins
+        ):
+            return False
+        if torch.is_grad_enabled() and any(x.requires_grad for x in (*tensors, *self.parameters())):
+            return False
+        return registered_salient.is_compiled(self.split_heads(query), key, value)
 
     def with_tail(
         self, query: Tensor, out: Tensor, key_mask: Tensor | None, position: Tensor | None = None
