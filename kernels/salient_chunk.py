@@ -130,8 +130,6 @@ def bidirectional(
     One selection serves the whole sequence: the first `sinks` tokens, and of the others the `salient` ones to
     which `VOTERS` queries, evenly spread, give most weight. Arguments and output as for `forward`.
     """
-    if key.shape[2] <= sizes.window + 1:
-        return _everything(query, key, value, scale, key_mask)
     ranks = None if key_mask is None else Ranks(key_mask)
     if ranks is not None:
         query, key, value = (ranks.to_front(x) for x in (query, key, value))
@@ -143,6 +141,9 @@ def bidirectional(
     if sizes.kept and length > sizes.window + 1:
         with torch.no_grad():
             kept = _landmarks(query, key, count, sizes, scale)
+    if length <= 2 * (2 * window + sizes.kept):
+        out = _dense(query, key, value, kept, count, window, scale)
+        return out if ranks is None else ranks.to_columns(out)
     after = blocks * BLOCK - length + window
     near = [F.pad(x, (0, 0, window, after)) for x in (key, value)]
     query = F.pad(query, (0, 0, 0, blocks * BLOCK - length)).unflatten(3, (blocks, BLOCK))
@@ -170,21 +171,36 @@ def bidirectional(
     return out if ranks is None else ranks.to_columns(out)
 
 
-def _everything(query: Tensor, key: Tensor, value: Tensor, scale: float, key_mask: Tensor | None) -> Tensor:
-    """Softmax over all real tokens; zeros for the others' queries."""
-    repeats = query.shape[2]
-    rows = widen(query).flatten(1, 2)
-    key, value = (widen(x).repeat_interleave(repeats, 1) for x in (key, value))
-    if key_mask is None:
+def _dense(
+    query: Tensor, key: Tensor, value: Tensor, kept: Tensor | None, count: Tensor, window: int, scale: float
+) -> Tensor:
+    """The same by one masked softmax over all tokens: faster while these are few. kept [B, Hkv, k]."""
+    repeats, length = query.shape[2], key.shape[2]
+    rows, key, value = (
+        query.flatten(1, 2),
+        key.repeat_interleave(repeats, 1),
+        value.repeat_interleave(repeats, 1),
+    )
+    place = torch.arange(length, device=key.device)
+    real = (place < count[:, None])[:, None, None]
+    if length <= window + 1 and bool(real.all()):
         out = F.scaled_dot_product_attention(rows, key, value, scale=scale)
         return out.unflatten(1, query.shape[1:3])
-    # A padded token sees itself, so that its gradients are finite; it is no one's, and its output is dropped.
-    own = torch.eye(key.shape[2], dtype=torch.bool, device=key.device)
-    seen = key_mask[:, None, None] | (own & ~key_mask[:, None, None])
-    key, value = (x.masked_fill(~key_mask[:, None, :, None], 0) for x in (key, value))
-    rows = rows.masked_fill(~key_mask[:, None, :, None], 0)
-    out = F.scaled_dot_product_attention(rows, key, value, attn_mask=seen, scale=scale)
-    return out.masked_fill(~key_mask[:, None, :, None], 0).unflatten(1, query.shape[1:3])
+    near = (place[:, None] - place).abs() <= window
+    chosen = torch.zeros(*query.shape[:2], 1, length + 1, dtype=torch.bool, device=key.device)
+    if kept is not None:
+        chosen.scatter_(3, kept.where(kept >= 0, length)[:, :, None], True)
+    # A row past the last token sees itself, so that its gradients are finite; it is no one's.
+    own = torch.eye(length, dtype=torch.bool, device=key.device) & ~real
+    outputs = []
+    for at in range(query.shape[0]):  # the masks of all rows at once would take more than all else
+        row = slice(at, at + 1)
+        seen = ((near | chosen[row, ..., :length]) & real[row]) | own[row]
+        mask = seen.repeat_interleave(repeats, 1)
+        outputs.append(
+            F.scaled_dot_product_attention(rows[row], key[row], value[row], attn_mask=mask, scale=scale)
+        )
+    return torch.cat(outputs).unflatten(1, query.shape[1:3])
 
 
 def _landmarks(query: Tensor, key: Tensor, count: Tensor, sizes: Sizes, scale: float) -> Tensor:
