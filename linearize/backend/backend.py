@@ -173,7 +173,7 @@ class Backend:
         flat = retrace(lowered, example_inputs, lift=tuple(lifted))
         mode = fake_mode(example_inputs)
         inputs = [*example_inputs, *(fake(mode, value) for value in lifted.values())]
-        proof = Proof(graph, {key: place.spec for key, place in places.items()})
+        proof = Proof(graph, {key: self.module_of(place, values).spec for key, place in places.items()})
         return _Call(self, self._compile(flat, inputs), tuple(states), proof)
 
     def _compile(self, gm: GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:

@@ -1,12 +1,14 @@
 """The proof of a compiled graph: with exact softmax of what a linear form is shown, each site is what it was.
 
-It runs once per graph, before the linear form does, on the inputs of that call. Each site is compared by itself,
-on the inputs that the original graph gives it.
+It runs before the linear form does: once per graph, on the inputs of that call, and again when a buffer that
+a mask was read from has been written to. Each site is compared by itself, on the inputs that the original
+graph gives it.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import weakref
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -30,11 +32,11 @@ class Proof:
 
     Args:
         graph: the graph in the dialect, before it is rewritten. It is not changed.
-        specs: what each site to be rewritten means, by owner path and ordinal.
+        specs: those of the modules that take the places of sites, by owner path and ordinal.
     """
 
     def __init__(self, graph: GraphModule, specs: Mapping[tuple[str, int], SiteSpec]) -> None:
-        self._done = False
+        self._proved_with: list[tuple[weakref.ref[Tensor], int]] | None = None
         match = find_attention(graph)
         self._graph = match.graph_module
         checks = [
@@ -50,9 +52,21 @@ class Proof:
             for node in self._graph.graph.nodes
         )
 
+        read = {leaf for site in match.sites for leaf in site.mask.leaves}
+        inputs = self._graph.graph.find_nodes(op="placeholder")
+        self._constants = [
+            index
+            for index, node in enumerate(inputs)
+            if str(node.target) in read and (leaf := node.meta.get("leaf")) and leaf.kind != "input"
+        ]
+
     def check(self, inputs: Sequence[Any]) -> None:
-        """Compare on the inputs of the first call; nothing in later calls. Raises VerificationError."""
-        if self._done:
+        """Compare on the inputs of a call, where no earlier call did. Raises VerificationError."""
+        constants = [(inputs[index], _version(inputs[index])) for index in self._constants]
+        known = self._proved_with
+        if known is not None and all(
+            a() is b and m == n for (a, m), (b, n) in zip(known, constants, strict=True)
+        ):
             return
         if self._writes:  # into caches, say, which the call itself is to find as they are
             inputs = [
@@ -61,7 +75,11 @@ class Proof:
         devices = {x.device for x in inputs if isinstance(x, Tensor) and x.device.type == "cuda"}
         with torch.no_grad(), torch.random.fork_rng(devices=sorted(devices, key=str)):
             self._graph(*inputs)
-        self._done = True
+        self._proved_with = [(weakref.ref(tensor), count) for tensor, count in constants]
+
+
+def _version(tensor: Tensor) -> int:
+    return 0 if tensor.is_inference() else tensor._version
 
 
 def _compare(graph: GraphModule, site: Site, spec: SiteSpec, name: str) -> Any:
@@ -101,9 +119,9 @@ def check_equal(path: str, reference: Tensor, exact: Tensor, real: Tensor | None
     allowed = tolerance(reference.dtype) * max(reference.double().abs().max().item(), 1e-3)
     if not error <= allowed:
         raise VerificationError(
-            f"{path or 'the model'}: on the inputs of this call its attention is not what was read from the "
-            f"compiled graph: with exact softmax it differs by {error:.3g} (allowed {allowed:.3g}). Its mask "
-            "may say more than a position pattern and padding; leave it softmax with keep_softmax=(...)"
+            f"{path or 'the model'}: on the inputs of this call its attention is not what the module in its "
+            f"place was made for: with exact softmax it differs by {error:.3g} (allowed {allowed:.3g}). Its "
+            "mask, window or scale says more here; leave it softmax with keep_softmax=(...)"
         )
 
 
