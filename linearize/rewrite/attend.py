@@ -53,8 +53,9 @@ def attend(
     start = call.query_start(child.spec, query.shape[2])
     call.check_cache(child.spec, query.shape[2])
     given = documents_of_row(mask)
-    if given is not None or documents is not None:
-        documents, mask = (documents, mask) if given is None else (given, None)
+    if given is not None:
+        documents, mask = given, None
+    if documents is not None:
         return _in_documents(call, child, query, key, value, mask, documents, bias, sinks, dropout)
     if call.state is not None:
         return _after_state(call, child, query, key, value, mask, start if masked_columns else None)
@@ -93,8 +94,8 @@ def _in_documents(
         raise InputError(f"{where}: a position bias cannot be followed in a row with several documents")
     if call.state is not None:
         call.state.skip()
-    if mask is not None:
-        real = key_mask_of(mask, key.shape[0], key.shape[2])
+    real = key_mask_of(mask, key.shape[0], key.shape[2])
+    if real is not None:
         documents = torch.where(real, documents, -documents)
     more = {"sinks": sinks, "dropout": dropout} if child.is_exact else {}
 
