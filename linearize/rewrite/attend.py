@@ -52,6 +52,7 @@ def attend(
     """
     start = call.query_start(child.spec, query.shape[2])
     call.check_cache(child.spec, query.shape[2])
+    bias = bias if child.is_exact or child.keeps_bias else None
     given = documents_of_row(mask)
     if given is not None:
         documents, mask = given, None
@@ -60,16 +61,16 @@ def attend(
     if call.state is not None:
         return _after_state(call, child, query, key, value, mask, start if masked_columns else None)
     key_mask = key_mask_of(mask, key.shape[0], key.shape[2])
+    if mask is not None and key_mask is not None and call.record.follows_masks and not child.is_exact:
+        documents = documents_in(mask, key_mask, child.spec, start, call.record.path, call.record.biased)
+        if documents is not None:
+            return _in_documents(call, child, query, key, value, None, documents, bias, None, None)
     if call.cross is not None and key is call.cross.keys and value is call.cross.values:
         return child.recall(query, key, value, call.cross.summary(child, key_mask), start)
     if start is not None and child.spec.causal:
         key_mask = _filled(key_mask, key, start, query.shape[2])
     if child.is_exact:
         return _exact(child, query, key, value, mask, key_mask, start, bias, sinks, dropout)
-    if mask is not None and key_mask is not None and call.record.follows_masks:
-        documents = documents_in(mask, key_mask, child.spec, start, call.record.path, call.record.biased)
-        if documents is not None:
-            return _in_documents(call, child, query, key, value, None, documents, None, None, None)
     more = {"bias": bias} if child.keeps_bias else {}
     return child(query, key, value, key_mask=key_mask, query_start=start, **more)
 
