@@ -43,6 +43,7 @@ from ..planning.config import LinearizeConfig
 from ..planning.plan import child_name, problem_of, site_spec, stays_softmax
 from .decode import is_cached_decode
 from .owners import Entry, Place, anchors_of, graph_values
+from .proof import Proof
 
 log = logging.getLogger(__name__)
 
@@ -172,7 +173,8 @@ class Backend:
         flat = retrace(lowered, example_inputs, lift=tuple(lifted))
         mode = fake_mode(example_inputs)
         inputs = [*example_inputs, *(fake(mode, value) for value in lifted.values())]
-        return _Call(self, self._compile(flat, inputs), tuple(states))
+        proof = Proof(graph, {key: self.module_of(place, values).spec for key, place in places.items()})
+        return _Call(self, self._compile(flat, inputs), tuple(states), proof)
 
     def _compile(self, gm: GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         return lookup_backend(self.inner)(gm, list(example_inputs))
@@ -314,13 +316,16 @@ class Backend:
 
 @dataclasses.dataclass(frozen=True)
 class _Call:
-    """A compiled graph together with the site modules whose tensors it takes after its own inputs."""
+    """A compiled graph together with the site modules whose tensors it takes after its own inputs, and with
+    what is compared before it runs for the first time."""
 
     backend: Backend
     compiled: Callable[..., Any]
     states: tuple[tuple[Place, tuple[str, ...]], ...]
+    proof: Proof
 
     def __call__(self, *args: Any) -> Any:
+        self.proof.check(args)
         extra: list[Tensor] = []
         for place, names in self.states:
             module = self.backend.module_of(place, args)

@@ -57,6 +57,7 @@ class StateLayer(CacheLayerMixin):
         self._skipped = False  # tokens were counted that the state does not hold
         # bool [B, W], the tokens that masks said are real; later columns are, and all where there is none.
         self._real: Tensor | None = None
+        self._hears = False  # masks are compared in the first layer of a model, for all of them
         self._module: weakref.ref[AttentionModule] | None = weakref.ref(module)
         self.tree: Lineage | None = None  # of the draft nodes that come next, see `draft`
         self._drafted: tuple[Tensor, Tensor, Tensor] | None = None
@@ -142,36 +143,43 @@ class StateLayer(CacheLayerMixin):
         that it is real and an earlier mask did not, or the reverse: what is in the state cannot be taken out
         again.
         """
+        self._hears = True
         start = self.cumulative_length - count
         first = 0 if window is None else start - window + 1
-        if self.is_compileable:
-            self._hear_static(mask, start, count, first)
+        if isinstance(start, int) and isinstance(first, int):
+            if self._real is not None or (mask is not None and start > 0):
+                known = self._real_of(start, mask)
+                said = torch.ones_like(known) if mask is None else mask[:, :start]
+                require_true((known == said)[:, max(first, 0) :].all(), _HIDDEN)
+            self._note(None if mask is None else mask[:, start : start + count], start)
             return
-        assert isinstance(start, int) and isinstance(first, int)
-        kept = None if self._real is None else self._real[:, :start]  # `crop` may have taken some back
-        known = None if kept is None else F.pad(kept, (0, start - kept.shape[1]), value=True)
-        if known is not None:
-            said = torch.ones_like(known) if mask is None else mask[:, :start]
-            require_true((known == said)[:, max(first, 0) :].all(), _HIDDEN)
-        elif mask is not None and start > 0:
-            require_true(mask[:, max(first, 0) : start].all(), _HIDDEN)
-        self._real = kept
-        if mask is not None and not bool(mask[:, start : start + count].all()):
-            new = mask[:, start : start + count]
-            self._real = torch.cat([new.new_ones(new.shape[0], start) if known is None else known, new], 1)
+        real = self._static_real()
+        columns = torch.arange(self.max_cache_len, device=real.device)
+        said = torch.ones_like(real) if mask is None else mask[:, : self.max_cache_len]
+        require_true(((real == said) | (columns >= start) | (columns < first)).all(), _HIDDEN)
+        new = (columns >= start) & (columns < start + count)
+        real.copy_(torch.where(new, said, real))
 
-    def _hear_static(self, mask: Tensor | None, start: int | Tensor, count: int, first: int | Tensor) -> None:
+    def _note(self, new: Tensor | None, start: int) -> None:
+        """new: bool `[B, count]`, the tokens from `start` on that are real; None where all are."""
+        self._real = None if self._real is None else self._real[:, :start]  # `crop` may have taken some back
+        if new is not None and not bool(new.all()):
+            self._real = torch.cat([self._real_of(start, new), new], 1)
+
+    def _real_of(self, count: int, like: Tensor | None) -> Tensor:
+        """Bool `[B, count]`, which of the first tokens are real."""
+        if self._real is None:
+            assert like is not None
+            return like.new_ones(like.shape[0], count, dtype=torch.bool)
+        return F.pad(self._real[:, :count], (0, max(count - self._real.shape[1], 0)), value=True)
+
+    def _static_real(self) -> Tensor:
         if self._real is None:
             assert self.states is not None
             size = self.states.batch_size, self.max_cache_len
             self._real = torch.ones(size, dtype=torch.bool, device=self.device)
             torch._dynamo.mark_static_address(self._real)
-        columns = torch.arange(self.max_cache_len, device=self._real.device)
-        before = columns < start
-        said = torch.ones_like(self._real) if mask is None else mask[:, : self.max_cache_len]
-        require_true(((self._real == said) | ~before | (columns < first)).all(), _HIDDEN)
-        now = ~before & (columns < start + count)
-        self._real.copy_(torch.where(now, said, self._real))
+        return self._real
 
     def skip(self) -> None:
         """The tokens that `update` counted do not enter the state, after which nothing can.
@@ -243,6 +251,11 @@ class StateLayer(CacheLayerMixin):
             raise InputError("no draft tree was run on this cache since the last accepted one")
         self._writing = True
         module.commit(*self._drafted, self.states, path)
+        if self._hears and isinstance(self.cumulative_length, int):
+            self._note(path >= 0, self.cumulative_length)
+        elif self._hears:
+            columns = torch.arange(path.shape[1], device=path.device) + self.cumulative_length
+            self._static_real().index_copy_(1, columns, path >= 0)
         self.cumulative_length += path.shape[1]
         self._drafted = None
         self._writing = False

@@ -52,23 +52,25 @@ def attend(
     """
     start = call.query_start(child.spec, query.shape[2])
     call.check_cache(child.spec, query.shape[2])
+    bias = bias if child.is_exact or child.keeps_bias else None
     given = documents_of_row(mask)
-    if given is not None or documents is not None:
-        documents, mask = (documents, mask) if given is None else (given, None)
+    if given is not None:
+        documents, mask = given, None
+    if documents is not None:
         return _in_documents(call, child, query, key, value, mask, documents, bias, sinks, dropout)
     if call.state is not None:
         return _after_state(call, child, query, key, value, mask, start if masked_columns else None)
     key_mask = key_mask_of(mask, key.shape[0], key.shape[2])
+    if mask is not None and key_mask is not None and call.record.follows_masks and not child.is_exact:
+        documents = documents_in(mask, key_mask, child.spec, start, call.record.path, call.record.biased)
+        if documents is not None:
+            return _in_documents(call, child, query, key, value, None, documents, bias, None, None)
     if call.cross is not None and key is call.cross.keys and value is call.cross.values:
         return child.recall(query, key, value, call.cross.summary(child, key_mask), start)
     if start is not None and child.spec.causal:
         key_mask = _filled(key_mask, key, start, query.shape[2])
     if child.is_exact:
         return _exact(child, query, key, value, mask, key_mask, start, bias, sinks, dropout)
-    if mask is not None and key_mask is not None and call.record.follows_masks:
-        documents = documents_in(mask, key_mask, child.spec, start, call.record.path, call.record.biased)
-        if documents is not None:
-            return _in_documents(call, child, query, key, value, None, documents, None, None, None)
     more = {"bias": bias} if child.keeps_bias else {}
     return child(query, key, value, key_mask=key_mask, query_start=start, **more)
 
@@ -93,8 +95,8 @@ def _in_documents(
         raise InputError(f"{where}: a position bias cannot be followed in a row with several documents")
     if call.state is not None:
         call.state.skip()
-    if mask is not None:
-        real = key_mask_of(mask, key.shape[0], key.shape[2])
+    real = key_mask_of(mask, key.shape[0], key.shape[2])
+    if real is not None:
         documents = torch.where(real, documents, -documents)
     more = {"sinks": sinks, "dropout": dropout} if child.is_exact else {}
 

@@ -24,6 +24,8 @@ _OF_CALLS = re.compile("drop|checkpoint")
 """Attributes that reach the interface with each call, or do not change what is computed."""
 _OF_MASKS = re.compile("causal|bidirectional|decoder|window|chunk|softcap|layer_types")
 """Settings of a config that decide what masks and scores mean, by parts of their names."""
+_NOT_SET_BY_DEFAULT = frozenset({"is_causal", "use_bidirectional_attention", "sliding_window"})
+"""Of these, those that make a decoder of any kind another, and that its config need not have."""
 
 Values = tuple[tuple[str, Any], ...]
 
@@ -83,8 +85,10 @@ def values_of_owner(owner: nn.Module) -> Values:
 
 
 def values_of_config(config: Any) -> Values:
-    """The settings of a config that decide what masks and scores mean."""
-    return tuple((n, _taken(v)) for n, v in vars(config).items() if _OF_MASKS.search(n) and _is_plain(v))
+    """The settings of a config that decide what masks and scores mean; None where one is not set yet."""
+    names = _NOT_SET_BY_DEFAULT | {name for name in vars(config) if _OF_MASKS.search(name)}
+    found = [(name, getattr(config, name, None)) for name in sorted(names)]
+    return tuple((name, _taken(value)) for name, value in found if _is_plain(value))
 
 
 def check_unchanged(values: Values, holder: Any, where: str) -> None:

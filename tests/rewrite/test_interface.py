@@ -60,11 +60,15 @@ def test_no_square_mask_is_made_when_every_layer_is_rewritten() -> None:
     assert seen[2].shape == (2, 1, 1, 11) and seen[2].dtype == torch.bool
 
 
-def test_packed_sequences_are_an_error_not_a_wrong_answer() -> None:
-    model: Any = linearize(llama(), layers=(0,))
-    positions = torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3, 4]])
-    with pytest.raises(InputError, match="packed"):
-        model(tokens(1, 9), position_ids=positions, use_cache=False)
+def test_packed_sequences_are_followed_where_some_layers_keep_their_square_masks() -> None:
+    original: Any = llama()
+    model: Any = linearize(
+        copy.deepcopy(original), layers=(0,), mechanism="softmax_window", options={"window": 64}
+    )
+    ids, positions = tokens(1, 9), torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3, 4]])
+    packed = model(ids, position_ids=positions, use_cache=False).logits
+    alone = [original(part, use_cache=False).logits for part in ids.split([4, 5], 1)]
+    torch.testing.assert_close(packed, torch.cat(alone, 1), atol=1e-5, rtol=1e-4)
 
 
 def test_a_mask_made_by_hand_is_an_error_not_a_wrong_answer() -> None:
