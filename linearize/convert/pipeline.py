@@ -49,7 +49,7 @@ def apply_exact(
         apply_owners(model, routed, config.exact())
         for site in routed.sites:
             if site.plain:
-                put_plain(model, site.path, site.child)
+                put_plain(model, site.path, site.child, recording)
         seen, missed = trial(model, routed, recording)
         check_hidden_windows(routed, seen, config, report)
         if not missed:
@@ -100,10 +100,10 @@ def with_routes(plan: Plan, routes: Mapping[str, str]) -> Plan:
     return dataclasses.replace(plan, sites=sites)
 
 
-def put_plain(model: nn.Module, path: str, child: str) -> None:
+def put_plain(model: nn.Module, path: str, child: str, recording: Recording) -> None:
     """Let a site's exact child see only what a linear form is shown."""
     owner = model.get_submodule(path)
-    plain = PlainSoftmaxAttention(getattr(owner, child).spec)
+    plain = PlainSoftmaxAttention(getattr(owner, child).spec, recording.hide)
     setattr(owner, child, plain.train(owner.training))
 
 
