@@ -159,18 +159,19 @@ def check_dropped_windows(plan: Plan, config: LinearizeConfig, report: MatchRepo
 
     During decoding such a mask hides every key before the window, padding or not, so padding cannot be told.
     """
-    windowed = [site.path for site in plan.sites if site.spec.causal and site.spec.window is not None]
+    windowed = [site for site in plan.sites if site.spec.causal and site.spec.window is not None]
     if windowed and not plan.compact_masks and config.mechanism != "softmax":
+        layers = [site.path if site.layer_index is None else site.layer_index for site in windowed]
+        keep = (*config.keep_softmax, *dict.fromkeys(layers))
         raise RefusedError(
-            f"the window of {windowed[0]} can only be dropped when every attention of the model is rewritten "
-            "and dispatches through transformers' attention interface; keep its softmax",
+            f"the window of {windowed[0].path} can only be dropped when every attention of the model is "
+            "rewritten and dispatches through transformers' attention interface. What helps: "
+            f"keep_softmax={keep}, which leaves the layers with a window softmax",
             report,
         )
 
 
-def check_hidden_windows(
-    plan: Plan, seen: Seen, config: LinearizeConfig, report: MatchReport | None
-) -> None:
+def check_hidden_windows(plan: Plan, seen: Seen, config: LinearizeConfig, report: MatchReport | None) -> None:
     """Raise RefusedError when an owner asked for a sliding window too wide to show on the example inputs."""
     if "window" in mechanisms.get(config.mechanism).supports or "window" in config.approximate:
         return

@@ -245,13 +245,14 @@ def plan_sites(model: nn.Module, report: MatchReport, config: LinearizeConfig) -
             )
         else:
             planned[path, slot] = dataclasses.replace(seen, calls=seen.calls + 1)
-    _raise_blocked(blocked, config, report)
+    windows = any(getattr(module, "_supports_attention_backend", False) for module in model.modules())
+    _raise_blocked(blocked, config, report, windows)
     owners_blocked = {skip.path for skip, _ in blocked}
     sites = tuple(site for site in planned.values() if site.path not in owners_blocked)
     if not sites:
         if skipped and not blocked:
             raise RefusedError("`layers` and `keep_softmax` leave no attention to rewrite", report)
-        raise RefusedError(_nothing_left(blocked, config), report)
+        raise RefusedError(_nothing_left(blocked, config, windows), report)
     return Plan(sites=sites, skipped=tuple(skipped))
 
 
@@ -287,13 +288,14 @@ def replan(model: nn.Module, plan: Plan, config: LinearizeConfig) -> Plan:
             blocked.append((skip, mechanism.missing(*known)))
         else:
             sites.append(site)
-    _raise_blocked(blocked, config, None)
+    windows = all(site.route == "interface" for site in plan.sites)
+    _raise_blocked(blocked, config, None, windows)
     owners_blocked = {skip.path for skip, _ in blocked}
     left = tuple(site for site in sites if site.path not in owners_blocked)
     if not left and not blocked:
         raise RefusedError("`layers` and `keep_softmax` leave no attention to rewrite")
     if not left:
-        raise RefusedError(_nothing_left(blocked, config))
+        raise RefusedError(_nothing_left(blocked, config, windows))
     return dataclasses.replace(plan, sites=left, skipped=(*skipped, *(skip for skip, _ in blocked)))
 
 
@@ -327,7 +329,7 @@ def problem_of(site: Site, config: LinearizeConfig) -> tuple[str, str] | None:
 
 
 def missing(site: Site, config: LinearizeConfig) -> tuple[str, ...]:
-    """What `site` needs that the mechanism of `config` neither carries nor may drop; none if that is not why."""
+    """What `site` needs that the mechanism neither carries nor may drop; none if that is not why."""
     try:
         spec = site_spec(site)
     except (ValueError, ConfigError):
@@ -335,29 +337,33 @@ def missing(site: Site, config: LinearizeConfig) -> tuple[str, ...]:
     return mechanisms.get(config.mechanism).missing(spec, terms(site), config.approximate)
 
 
-def _raise_blocked(blocked: Sequence[Blocked], config: LinearizeConfig, report: MatchReport | None) -> None:
+def _raise_blocked(
+    blocked: Sequence[Blocked], config: LinearizeConfig, report: MatchReport | None, windows: bool
+) -> None:
     if blocked and config.on_refusal == "error":
         sites = () if report is None else report.sites
         keep = bool({site.path for site in sites} - {skip.path for skip, _ in blocked})
         raise RefusedError(
             f"{len(blocked)} attention site(s) cannot be rewritten, so nothing was: "
-            f"{_sentences(blocked)} {_advice(blocked, config, keep)}",
+            f"{_sentences(blocked)} {_advice(blocked, config, windows, keep)}",
             report,
         )
 
 
-def _nothing_left(blocked: Sequence[Blocked], config: LinearizeConfig) -> str:
-    return f"no attention site can be rewritten: {_sentences(blocked)} {_advice(blocked, config, False)}"
+def _nothing_left(blocked: Sequence[Blocked], config: LinearizeConfig, windows: bool) -> str:
+    return f"no attention site can be rewritten: {_sentences(blocked)} {_advice(blocked, config, windows)}"
 
 
-def _advice(blocked: Sequence[Blocked], config: LinearizeConfig, keep: bool) -> str:
+def _advice(blocked: Sequence[Blocked], config: LinearizeConfig, windows: bool, keep: bool = False) -> str:
     """What to do about refused sites, nothing of which is refused in turn.
 
-    keep: whether the model has sites that are not refused.
+    windows: whether a causal window can be dropped, as where masks are built for transformers' attention
+    interface. keep: whether the model has sites that are not refused.
     """
+    droppable = set(DROPPABLE) - (set() if windows else {"window"})
     needs = dict.fromkeys(need for _, missing in blocked for need in missing)
     advice = []
-    if all(missing and set(missing) <= set(DROPPABLE) for _, missing in blocked):
+    if all(missing and set(missing) <= droppable for _, missing in blocked):
         dropped = tuple(dict.fromkeys((*config.approximate, *needs)))
         advice.append(f"approximate={dropped}, which leaves that out knowingly".replace("'", '"'))
     if keep:
