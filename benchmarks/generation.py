@@ -38,7 +38,8 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, StaticCach
 
 import linearize as lz
 from linearize.cache.draft_tree import accept, tree_logits
-from linearize.demo import walkthrough
+from linearize.demo import small_decoder
+from linearize.demo.steps import encode
 from linearize.mechanisms.module import AttentionModule
 from linearize.ops.state import States
 from linearize.planning.state import state_of
@@ -281,7 +282,7 @@ def long_run(sizes: Sizes) -> Iterator[Row]:
     """Real text, repeated as needed, through the demo decoder; then single steps of one group."""
     model, tokenizer = lz.load_demo()
     linear = converted(model)
-    text = walkthrough.encode(tokenizer, walkthrough.training_text())
+    text = encode(tokenizer, small_decoder.training_text())
     ids = text.repeat(-(-(sizes.tokens + GROUP) // len(text)))[None]
     watched = []
     for site in state_of(linear).plan.sites:
@@ -457,17 +458,17 @@ TUNING: dict[str, Any] = dict(method="full", learning_rate=5e-4, new_learning_ra
 def speculation(sizes: Sizes) -> Iterator[Row]:
     """Every model decodes the same prompts plainly and with drafters, heads trained on that model."""
     base, tokenizer = lz.load_demo()
-    text = walkthrough.encode(tokenizer, walkthrough.training_text())
-    held_out = walkthrough.encode(tokenizer, walkthrough.held_out_text()[1])
+    text = encode(tokenizer, small_decoder.training_text())
+    held_out = encode(tokenizer, small_decoder.held_out_text()[1])
     prompts = [held_out[600 * i : 600 * i + 200][None] for i in range(sizes.prompts)]
     models = {"softmax": base}
     for mechanism, steps in sizes.mechanisms:
         linear = lz.linearize(copy.deepcopy(base), mechanism=mechanism)
         if steps:
-            lz.tune(linear, walkthrough.windows(text), max_steps=steps, **TUNING)
+            lz.tune(linear, small_decoder.windows(text), max_steps=steps, **TUNING)
         models[f"{mechanism}, {steps} steps of tuning" if steps else mechanism] = linear
     for name, model in models.items():
-        perplexity = walkthrough.perplexity(model, walkthrough.windows(held_out)[: 2 * sizes.prompts])
+        perplexity = small_decoder.perplexity(model, small_decoder.windows(held_out)[: 2 * sizes.prompts])
         heads = lz.train_heads(model, text[: sizes.training_tokens], epochs=sizes.epochs)
         lookup = lz.PromptLookup()
         drafters: dict[str, Any] = {"prompt lookup": lz.TreeSpeculation(lookup)}

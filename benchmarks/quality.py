@@ -37,7 +37,8 @@ from torch import Tensor
 from transformers import AutoModel, AutoTokenizer
 
 import linearize as lz
-from linearize.demo.walkthrough import encode, held_out_text, perplexity, training_text, windows
+from linearize.demo.small_decoder import held_out_text, perplexity, training_text, windows
+from linearize.demo.steps import encode
 
 Row = dict[str, Any]
 Settings = dict[str, Any]

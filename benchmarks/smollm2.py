@@ -95,9 +95,7 @@ def main() -> None:
         closed(ours, softmax, plain, arguments.lengths)
         if arguments.calibrate:
             began = time.perf_counter()
-            report = lz.calibrate(
-                model, calibration_batches(tokenizer), max_tokens=arguments.calibrate
-            )
+            report = lz.calibrate(model, calibration_batches(tokenizer), max_tokens=arguments.calibrate)
             seconds = round(time.perf_counter() - began)
             fitted = tell(f"{name}, calibrated", model, tokens=report.tokens, seconds=seconds)
             closed(fitted, softmax, ours, arguments.lengths)

@@ -14,6 +14,7 @@ from typing import Any
 import sympy
 import torch
 from torch.fx import Node
+from torch.utils._sympy.functions import Min
 
 aten = torch.ops.aten
 
@@ -24,8 +25,18 @@ WHOLE_SLICE_END = 2**62
 def expr(size: Any) -> sympy.Expr:
     """A size as a sympy expression; symbolic sizes compare by structure, no guard is added."""
     if isinstance(size, torch.SymInt):
-        return sympy.sympify(size.node.expr)
+        return _unclamped(sympy.sympify(size.node.expr), size.node.shape_env)
     return sympy.sympify(size)
+
+
+def _unclamped(size: sympy.Expr, environment: Any) -> sympy.Expr:
+    """A slice clamped to its buffer has `Min(64, length)` rows: `length` where the trace demands that."""
+    for clamped in size.atoms(Min):
+        for guard in environment.guards:
+            sides = guard.expr.args if isinstance(guard.expr, sympy.Eq) else ()
+            equal = [side for side in sides if clamped in sides and side in clamped.args]
+            size = size.subs(clamped, equal[0]) if equal else size
+    return size
 
 
 def quotient(size: sympy.Expr, divisor: sympy.Expr) -> sympy.Expr | None:

@@ -155,8 +155,8 @@ def _continued_gap(model: nn.Module, example: Inputs, must: bool) -> float | Non
     except Exception as error:
         if must:
             raise VerificationError(
-                f"the rewritten model does not run with a cache: {type(error).__name__}: {error}; nothing was "
-                "changed"
+                f"the rewritten model does not run with a cache: {type(error).__name__}: {error}; nothing "
+                "was changed"
             ) from error
         return None
     return relative_gap((whole[0][:, -STEPS:],), floats(after)[:1])
@@ -174,12 +174,12 @@ def verify_cache(model: nn.Module, proof: CacheProof | None) -> None:
     if gap is not None and not gap <= proof.allowed:
         raise VerificationError(
             f"decoding with a cache differs from decoding without one by {gap:.3g} of the largest score "
-            f"(allowed {proof.allowed:.3g}), as if the model kept something else in its cache; nothing changed"
+            f"(allowed {proof.allowed:.3g}), as if its cache held something else; nothing was changed"
         )
 
 
 def relative_gap(expected: Sequence[Tensor], found: Sequence[Tensor]) -> float:
-    """Largest difference relative to the largest finite value; infinite where only one is finite, or there."""
+    """Largest difference relative to the largest finite value; infinite where only one of them is finite."""
     if len(expected) != len(found) or any(a.shape != b.shape for a, b in zip(expected, found, strict=True)):
         return float("inf")
     worst = size = 0.0

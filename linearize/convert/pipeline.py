@@ -49,7 +49,7 @@ def apply_exact(
         apply_owners(model, routed, config.exact())
         for site in routed.sites:
             if site.plain:
-                put_plain(model, site.path, site.child)
+                put_plain(model, site.path, site.child, recording)
         seen, missed = trial(model, routed, recording)
         check_hidden_windows(routed, seen, config, report)
         if not missed:
@@ -100,10 +100,10 @@ def with_routes(plan: Plan, routes: Mapping[str, str]) -> Plan:
     return dataclasses.replace(plan, sites=sites)
 
 
-def put_plain(model: nn.Module, path: str, child: str) -> None:
+def put_plain(model: nn.Module, path: str, child: str, recording: Recording) -> None:
     """Let a site's exact child see only what a linear form is shown."""
     owner = model.get_submodule(path)
-    plain = PlainSoftmaxAttention(getattr(owner, child).spec)
+    plain = PlainSoftmaxAttention(getattr(owner, child).spec, recording.hide)
     setattr(owner, child, plain.train(owner.training))
 
 
@@ -166,17 +166,20 @@ def check_dropped_windows(plan: Plan, config: LinearizeConfig, report: MatchRepo
     carried = mechanisms.get(config.mechanism).covers
     windowed = [site for site in plan.sites if site.spec.causal and site.spec.window is not None]
     kept = _windowed_softmax(plan, report)
+    layers = [site.path if site.layer_index is None else site.layer_index for site in windowed]
+    keep = (*config.keep_softmax, *dict.fromkeys(layers))
+    helps = f"What helps: keep_softmax={keep}, which leaves the layers with a window softmax"
     for site in windowed:
         if not carried(site.spec, config.options):
             raise RefusedError(
                 f"the window of {site.path} can only be dropped when every attention of the model is "
-                "rewritten and dispatches through transformers' attention interface; keep its softmax",
+                f"rewritten and dispatches through transformers' attention interface. {helps}",
                 report,
             )
         if kept:
             raise RefusedError(
                 f"{site.path} and {kept[0]} have windows, and only one of them would be rewritten, though "
-                "their masks are one: rewrite both or keep the softmax of both",
+                f"their masks are one. {helps}",
                 report,
             )
 

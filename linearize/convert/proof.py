@@ -41,6 +41,7 @@ class Recording:
 
     calls: forward calls per owner in one run. outputs: floating outputs per example input. generated: greedy
     decoding per example input, None where the model does not generate. cache: where its cache can be proved.
+    hidden: bool `[B]`, sequences of the call that is compared now that mean nothing.
     """
 
     inputs: Sequence[Mapping[str, Any]]
@@ -49,6 +50,12 @@ class Recording:
     outputs: list[tuple[Tensor, ...]] = field(default_factory=list)
     generated: list[Decoded | None] = field(default_factory=list)
     cache: CacheProof | None = None
+    hidden: Tensor | None = None
+
+    def hide(self, sequences: Tensor) -> None:
+        """Leave sequences, bool `[B]`, out of the comparison: those of which a mask hides every token."""
+        known = self.hidden
+        self.hidden = sequences if known is None or known.shape != sequences.shape else known | sequences
 
 
 def record(model: nn.Module, paths: Sequence[str], inputs: Sequence[Mapping[str, Any]]) -> Recording:
@@ -115,16 +122,19 @@ def verify(model: nn.Module, recording: Recording) -> None:
         owner = model.get_submodule(path)
         # The owners were recorded on the first example. A left-padded query that sees no key averages all
         # values in one spelling and is zero in another.
-        real = partial(_real, inputs=recording.inputs[0])
+        recording.hidden = None
         found = floats(owner(*recorded.args, **recorded.kwargs))
+        real = partial(_real, inputs=recording.inputs[0], hidden=recording.hidden)
         _compare(real(recorded.output), real(found), path, 1.0, skip_weights=True)
         if recorded.enlarged is not None:
             found = _enlarged(owner, recorded) or ()
             what = f"{path} with enlarged input"
             _compare(real(recorded.enlarged), real(found), what, 10.0, skip_weights=True)
     for example, expected in zip(recording.inputs, recording.outputs, strict=True):
+        recording.hidden = None
         found = run_model(model, example)
-        _compare(_real(expected, example), _real(found, example), f"the model on ({shapes(example)})", 1.0)
+        real = partial(_real, inputs=example, hidden=recording.hidden)
+        _compare(real(expected), real(found), f"the model on ({shapes(example)})", 1.0)
 
 
 def verify_generation(model: nn.Module, recording: Recording) -> None:
@@ -135,8 +145,13 @@ def verify_generation(model: nn.Module, recording: Recording) -> None:
             _compare(decoded.scores, () if found is None else found.scores, "cached decoding", 1.0)
 
 
-def _real(outputs: tuple[Tensor, ...], inputs: Mapping[str, Any]) -> tuple[Tensor, ...]:
-    """Outputs with the rows of padding tokens set to zero: they mean nothing and may differ."""
+def _real(
+    outputs: tuple[Tensor, ...], inputs: Mapping[str, Any], hidden: Tensor | None
+) -> tuple[Tensor, ...]:
+    """Outputs with padding tokens, and `hidden` sequences, set to zero: they mean nothing and may differ.
+
+    A softmax over nothing is no number in one spelling, the mean of all values in another, and here zero.
+    """
     masks = [
         v for n, v in inputs.items() if isinstance(v, Tensor) and v.ndim == 2 and n.endswith("attention_mask")
     ]
@@ -145,6 +160,11 @@ def _real(outputs: tuple[Tensor, ...], inputs: Mapping[str, Any]) -> tuple[Tenso
         for mask in masks:
             if output.ndim >= 2 and output.shape[:2] == mask.shape:
                 output = output.masked_fill(~mask.bool().reshape(*mask.shape, *[1] * (output.ndim - 2)), 0)
+        if hidden is not None and bool(hidden.any()):
+            # The batch comes first, or second after the tokens.
+            axis = next((a for a, n in enumerate(output.shape[:2]) if n == len(hidden)), None)
+            if axis is not None:
+                output = output.index_fill(axis, hidden.nonzero().flatten(), 0)
         result.append(output)
     return tuple(result)
 

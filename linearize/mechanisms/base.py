@@ -202,14 +202,14 @@ class Mechanism:
             return False
         return spec.window <= self.reach(spec, options.get("window", self.options["window"].default))
 
-    def refusal(
+    def missing(
         self,
         spec: SiteSpec,
         terms: Collection[str] = (),
         approximate: Collection[str] = (),
         options: Mapping[str, Any] = MappingProxyType({}),
-    ) -> tuple[Reason, str] | None:
-        """Why this mechanism cannot take the place of a site.
+    ) -> tuple[str, ...]:
+        """What a site needs that this mechanism neither carries nor is allowed to drop.
 
         Args:
             spec: The site.
@@ -218,20 +218,32 @@ class Mechanism:
             options: Of the mechanism (`LinearizeConfig.options`).
 
         Returns:
-            The reason's code and a sentence; None if the mechanism can take the site's place.
+            Keys of `_REASONS`; none if the mechanism can take the site's place.
         """
         needs = ["cross" if spec.cross else "causal" if spec.causal else "bidirectional"]
         needs += ["softcap"] if spec.softcap is not None else []
         needs += ["window"] if spec.window is not None and not self.covers(spec, options) else []
-        for need in [*needs, *terms]:
-            if need in self.supports or (need in DROPPABLE and need in approximate):
-                continue
-            advice = (
-                f'; approximate=("{need}",) leaves it out knowingly'
-                if need in DROPPABLE
-                else "; keep its softmax"
-            )
-            if need == "window" and self.reach is not None and not spec.cross:
-                advice = f' of {spec.window} tokens, which options={{"window": ...}} can cover{advice}'
-            return _REASONS[need], f"mechanism {self.name!r} cannot carry {need}{advice}"
-        return None
+        dropped = {need for need in DROPPABLE if need in approximate}
+        dropped |= {"alibi"} if "bias" in dropped else set()  # ALiBi is a bias
+        return tuple(need for need in (*needs, *terms) if need not in self.supports | dropped)
+
+    def refusal(
+        self,
+        spec: SiteSpec,
+        terms: Collection[str] = (),
+        approximate: Collection[str] = (),
+        options: Mapping[str, Any] = MappingProxyType({}),
+    ) -> tuple[Reason, str] | None:
+        """Why this mechanism cannot take the place of a site; arguments as for `missing`.
+
+        Returns:
+            The code of the first reason and a sentence with all of them; None if the mechanism can take the
+            site's place.
+        """
+        missing = self.missing(spec, terms, approximate, options)
+        if not missing:
+            return None
+        words = " and ".join([*([", ".join(missing[:-1])] if missing[:-1] else []), missing[-1]])
+        if "window" in missing and self.reach is not None and not spec.cross:
+            words += f' (of {spec.window} tokens: options={{"window": ...}} can cover it)'
+        return _REASONS[missing[0]], f"mechanism {self.name!r} cannot carry {words}"

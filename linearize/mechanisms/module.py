@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -260,6 +261,11 @@ class PlainSoftmaxAttention(SoftmaxAttention):
 
     is_exact = False
 
+    def __init__(self, spec: SiteSpec, hidden: Callable[[Tensor], None] | None = None) -> None:
+        """hidden: is told, bool [B], which sequences have no real token at all."""
+        super().__init__(spec)
+        self._hidden = hidden
+
     def forward(
         self,
         query: Tensor,
@@ -271,6 +277,8 @@ class PlainSoftmaxAttention(SoftmaxAttention):
         **ignored: Any,
     ) -> Tensor:
         """As every attention module."""
+        if key_mask is not None and self._hidden is not None:
+            self._hidden(~key_mask.any(1))
         return super().forward(query, key, value, key_mask=key_mask, query_start=query_start)
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +16,9 @@ from torch import nn
 
 from .. import mechanisms
 from ..errors import ConfigError, InvalidModelError, NoAttentionError, RefusedError
+from ..mechanisms.base import DROPPABLE
 from ..mechanisms.spec import SiteSpec
+from ..passes.alibi import is_alibi
 from ..passes.site import KVKind, MatchReport, Pattern, Reason, Refusal, Site
 from .config import LinearizeConfig
 
@@ -98,6 +100,10 @@ class Skipped:
     ordinal: int
     reason: str
     message: str
+
+
+Blocked = tuple[Skipped, tuple[str, ...]]
+"""A candidate that was wanted, and what it needs that the mechanism lacks; nothing where that is not why."""
 
 
 @dataclass(frozen=True)
@@ -199,14 +205,14 @@ def plan_sites(model: nn.Module, report: MatchReport, config: LinearizeConfig) -
     slots: Counter[tuple[str, int]] = Counter()
     planned: dict[tuple[str, int], SitePlan] = {}
     skipped: list[Skipped] = []
-    blocked: list[Skipped] = []
+    blocked: list[Blocked] = []
     for refusal in report.refusals:
         skip = Skipped(refusal.path, refusal.ordinal, refusal.reason.value, refusal.message)
         skipped.append(skip)
         if refusal.reason not in _HARMLESS and not stays_softmax(
             config, refusal.path, _index(model, refusal)
         ):
-            blocked.append(skip)
+            blocked.append((skip, ()))
     for site in report.sites:
         path = names[id(model.get_submodule(site.path))]
         index = layer_index(model, path)
@@ -219,7 +225,7 @@ def plan_sites(model: nn.Module, report: MatchReport, config: LinearizeConfig) -
         if problem is not None:
             skip = Skipped(path, site.ordinal, *problem)
             skipped.append(skip)
-            blocked.append(skip)
+            blocked.append((skip, missing(site, config)))
             continue
         seen = planned.get((path, slot))
         if seen is None:
@@ -229,13 +235,14 @@ def plan_sites(model: nn.Module, report: MatchReport, config: LinearizeConfig) -
             )
         else:
             planned[path, slot] = dataclasses.replace(seen, calls=seen.calls + 1)
-    _raise_blocked(blocked, config, report)
-    owners_blocked = {skip.path for skip in blocked}
+    windows = any(getattr(module, "_supports_attention_backend", False) for module in model.modules())
+    _raise_blocked(blocked, config, report, windows)
+    owners_blocked = {skip.path for skip, _ in blocked}
     sites = tuple(site for site in planned.values() if site.path not in owners_blocked)
     if not sites:
         if skipped and not blocked:
             raise RefusedError("`layers` and `keep_softmax` leave no attention to rewrite", report)
-        raise RefusedError(f"no attention site can be rewritten: {_sentences(blocked)}", report)
+        raise RefusedError(_nothing_left(blocked, config, windows), report)
     return Plan(sites=sites, skipped=tuple(skipped))
 
 
@@ -259,23 +266,27 @@ def replan(model: nn.Module, plan: Plan, config: LinearizeConfig) -> Plan:
             f"{len(set(wanted))} module(s) are, so that nothing is known of it; load the original to rewrite "
             "it, or keep the settings `layers`, `keep_softmax` and `on_refusal` of the model"
         )
-    skipped, blocked, sites = list(plan.skipped), list[Skipped](), list[SitePlan]()
+    skipped, blocked, sites = list(plan.skipped), list[Blocked](), list[SitePlan]()
+    mechanism = mechanisms.get(config.mechanism)
     for site in plan.sites:
-        refused = mechanisms.get(config.mechanism).refusal(site.spec, site.terms, config.approximate)
+        known = site.spec, site.terms, config.approximate, config.options
+        refused = mechanism.refusal(*known)
         if stays_softmax(config, site.path, site.layer_index):
             skipped.append(Skipped(site.path, site.slot, KEPT, _KEPT))
         elif refused is not None:
-            blocked.append(Skipped(site.path, site.slot, refused[0].value, refused[1]))
+            skip = Skipped(site.path, site.slot, refused[0].value, refused[1])
+            blocked.append((skip, mechanism.missing(*known)))
         else:
             sites.append(site)
-    _raise_blocked(blocked, config, None)
-    owners_blocked = {skip.path for skip in blocked}
+    windows = all(site.route == "interface" for site in plan.sites)
+    _raise_blocked(blocked, config, None, windows)
+    owners_blocked = {skip.path for skip, _ in blocked}
     left = tuple(site for site in sites if site.path not in owners_blocked)
     if not left and not blocked:
         raise RefusedError("`layers` and `keep_softmax` leave no attention to rewrite")
     if not left:
-        raise RefusedError(f"no attention site can be rewritten: {_sentences(blocked)}")
-    return dataclasses.replace(plan, sites=left, skipped=(*skipped, *blocked))
+        raise RefusedError(_nothing_left(blocked, config, windows))
+    return dataclasses.replace(plan, sites=left, skipped=(*skipped, *(skip for skip, _ in blocked)))
 
 
 def _index(model: nn.Module, candidate: Refusal | Skipped) -> int | None:
@@ -291,7 +302,7 @@ def terms(site: Site) -> tuple[str, ...]:
     if site.sinks:
         found.append("sinks")
     if site.mask.bias:
-        found.append("bias")
+        found.append("alibi" if is_alibi(site) else "bias")
     if site.mask.pattern in (Pattern.CHUNK, Pattern.OTHER) or site.mask.top_left:
         found.append("mask")
     return tuple(found)
@@ -307,17 +318,63 @@ def problem_of(site: Site, config: LinearizeConfig) -> tuple[str, str] | None:
     return None if refused is None else (refused[0].value, refused[1])
 
 
-def _raise_blocked(blocked: list[Skipped], config: LinearizeConfig, report: MatchReport | None) -> None:
+def missing(site: Site, config: LinearizeConfig) -> tuple[str, ...]:
+    """What `site` needs that the mechanism neither carries nor may drop; none if that is not why."""
+    try:
+        spec = site_spec(site)
+    except (ValueError, ConfigError):
+        return ()
+    return mechanisms.get(config.mechanism).missing(spec, terms(site), config.approximate, config.options)
+
+
+def _raise_blocked(
+    blocked: Sequence[Blocked], config: LinearizeConfig, report: MatchReport | None, windows: bool
+) -> None:
     if blocked and config.on_refusal == "error":
+        sites = () if report is None else report.sites
+        keep = bool({site.path for site in sites} - {skip.path for skip, _ in blocked})
         raise RefusedError(
-            f"{len(blocked)} attention site(s) cannot be rewritten, so nothing was: {_sentences(blocked)} "
-            "Allow partial rewriting with on_refusal='keep', or name what may be dropped with "
-            "approximate=(...).",
+            f"{len(blocked)} attention site(s) cannot be rewritten, so nothing was: "
+            f"{_sentences(blocked)} {_advice(blocked, config, windows, keep)}",
             report,
         )
 
 
-def _sentences(skips: Iterable[Skipped], limit: int = 4) -> str:
-    texts = list(dict.fromkeys(f"{skip.path or '(root)'} [{skip.reason}]: {skip.message}" for skip in skips))
-    more = f" and {len(texts) - limit} more" if len(texts) > limit else ""
-    return "; ".join(texts[:limit]) + more + "."
+def _nothing_left(blocked: Sequence[Blocked], config: LinearizeConfig, windows: bool) -> str:
+    return f"no attention site can be rewritten: {_sentences(blocked)} {_advice(blocked, config, windows)}"
+
+
+def _advice(blocked: Sequence[Blocked], config: LinearizeConfig, windows: bool, keep: bool = False) -> str:
+    """What to do about refused sites, nothing of which is refused in turn.
+
+    windows: whether a causal window can be dropped, as where masks are built for transformers' attention
+    interface. keep: whether the model has sites that are not refused.
+    """
+    droppable = set(DROPPABLE) - (set() if windows else {"window"})
+    needs = dict.fromkeys(need for _, missing in blocked for need in missing)
+    advice = []
+    if all(missing and set(missing) <= droppable for _, missing in blocked):
+        dropped = tuple(dict.fromkeys((*config.approximate, *needs)))
+        advice.append(f"approximate={dropped}, which leaves that out knowingly".replace("'", '"'))
+    if keep:
+        advice.append("on_refusal='keep', which leaves these layers softmax")
+    if all(missing for _, missing in blocked) and config.mechanism != "softmax":
+        advice.append("mechanism='softmax', which carries all of it")
+    return f"What helps: {'; or '.join(advice)}." if advice else "There is no other attention in the model."
+
+
+def _sentences(blocked: Iterable[Blocked], limit: int = 320) -> str:
+    """The refusals in at most about `limit` characters: modules that are refused alike in one sentence."""
+    groups: dict[tuple[str, str], list[str]] = {}
+    for skip, _ in blocked:
+        paths = groups.setdefault((skip.reason, skip.message), [])
+        paths += [] if (skip.path or "(root)") in paths else [skip.path or "(root)"]
+    texts: list[str] = []
+    for (reason, message), paths in groups.items():
+        more = f" and {len(paths) - 1} more" if len(paths) > 1 else ""
+        text = f"{paths[0]}{more} [{reason}]: {message[:limit]}"
+        if texts and sum(map(len, texts)) + len(text) > limit:
+            texts.append(f"and {len(groups) - len(texts)} other reasons")
+            break
+        texts.append(text)
+    return "; ".join(texts) + "."

@@ -17,7 +17,8 @@ from linearize.calibration.held_out import settle
 from linearize.calibration.observers import Observation
 from linearize.calibration.regression import Regression
 from linearize.calibration.site_fit import Fit, fitted_parameters
-from linearize.demo.walkthrough import encode, held_out_text, perplexity, training_text, windows
+from linearize.demo.small_decoder import held_out_text, perplexity, training_text, windows
+from linearize.demo.steps import encode
 from linearize.errors import InputError, InvalidModelError
 from linearize.mechanisms.module import AttentionModule
 from linearize.mechanisms.spec import SiteSpec

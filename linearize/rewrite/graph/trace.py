@@ -37,6 +37,7 @@ from ..attributes import Held, held
 from ..call import Call
 from ..owner import OwnerRecord
 from .meaning import difference, reads_mask
+from .one_sequence import with_heads
 from .runtime import attend_site, attribute, call_child, item, update_cache
 from .submodules import call_children
 
@@ -256,6 +257,8 @@ def _trace(
         reasons = "; ".join(refusal.message for refusal in report.refusals) or "no refusal"
         raise TraceError(f"its own graph shows {len(sites)} provable sites instead of {expected} ({reasons})")
     specs = [getattr(owner, child_name(slot)).spec for slot in range(expected)]
+    if single is not None and inputs[single].shape[0] == 1:
+        sites = [with_heads(site, spec) for site, spec in zip(sites, specs, strict=True)]
     if any(site.shapes["H"] != spec.num_heads for site, spec in zip(sites, specs, strict=True)):
         raise TraceError("heads and a batch of one cannot be told apart; call it with two sequences once")
     gm = report.graph_module
