@@ -88,6 +88,7 @@ class StateLayer(CacheLayerMixin):
             )
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
+        self._leave_inference_mode()
         assert self.states is not None
         if (key_states.dtype, key_states.device) != (self.dtype, self.device):
             raise InputError(
@@ -165,11 +166,13 @@ class StateLayer(CacheLayerMixin):
             twin._module = weakref.ref(copied)
         return twin
 
+    @torch.no_grad()
     def accept(self, path: Tensor) -> None:
         """Commit the nodes `path` `[B, P]` of the last tree, -1 for none; all rows advance by P columns."""
         module = self.module
         if self._drafted is None or self.states is None or module is None:
             raise InputError("no draft tree was run on this cache since the last accepted one")
+        self._leave_inference_mode()
         self._writing = True
         module.commit(*self._drafted, self.states, path)
         self.cumulative_length += path.shape[1]
@@ -204,6 +207,7 @@ class StateLayer(CacheLayerMixin):
             self.record_past = True
             self._commit()
 
+    @torch.no_grad()  # replaying is work of the kernels: outside a call there is nothing else to say so
     def crop(self, tokens_to_remove: int) -> None:
         """Take back the last `-tokens_to_remove` tokens, exactly.
 
@@ -215,6 +219,7 @@ class StateLayer(CacheLayerMixin):
         count = -tokens_to_remove
         if self.states is None:
             return
+        self._leave_inference_mode()
         if not self.record_past:
             self.states.rewind(count)
         elif count:
@@ -235,6 +240,7 @@ class StateLayer(CacheLayerMixin):
             )
         module = self.module
         assert self.states is not None and module is not None
+        self._writing = True
         if self._committed is None:
             self._each(Tensor.zero_)
         else:
@@ -247,8 +253,10 @@ class StateLayer(CacheLayerMixin):
                 path = path if real is None else path.where(real[:, :size], -1)
                 module.commit(*(x[:, :, :size] for x in (query, key, value)), self.states, path)
             keep -= size
+        self._writing = False
 
     def reset(self) -> None:
+        self._leave_inference_mode()
         self._each(Tensor.zero_)
         if isinstance(self.cumulative_length, Tensor):
             self.cumulative_length.zero_()
@@ -271,6 +279,15 @@ class StateLayer(CacheLayerMixin):
     def prefetch(self) -> None:
         if self.states is not None and self.states.length.device != self.device:
             self._map(lambda x: x.to(self.device, non_blocking=True))
+
+    def _leave_inference_mode(self) -> None:
+        """Tensors of `torch.inference_mode` cannot be changed outside it; copies that are made here can."""
+        if self.states is None or torch.compiler.is_compiling() or torch.is_inference_mode_enabled():
+            return
+        if any(tensor.is_inference() for tensor in self.states.tensors()):
+            self._map(Tensor.clone)
+        if isinstance(self.cumulative_length, Tensor) and self.cumulative_length.is_inference():
+            self.cumulative_length = self.cumulative_length.clone()
 
     def _each(self, function: Callable[[Tensor], Any]) -> None:
         for tensor in [] if self.states is None else self.states.tensors():

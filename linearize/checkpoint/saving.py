@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_model
 from torch import Tensor, nn
 
 from ..common.checks import excerpt
-from ..common.files import read_json, shown
+from ..common.files import read_json, reason, shown
 from ..common.replacing import TRANSFORMERS, Layout, finish_killed, identity, is_inside, whole_checkpoint
 from ..errors import CheckpointError, LinearizeError
 from ..planning.record import VERSION, measured_in, parse
@@ -174,8 +174,9 @@ def _load_transformers(source: Path, dtype: torch.dtype | None) -> nn.Module:
         raise CheckpointError(f"cannot load {shown(source)}: {error}") from error
     # A config from anywhere can make any line of transformers raise anything.
     except Exception as error:
-        text = str(error)[:400]
-        raise CheckpointError(f"cannot load {shown(source)}: {type(error).__name__}: {text}") from error
+        raise CheckpointError(
+            f"cannot load {shown(source)}: {type(error).__name__}: {reason(error)}"
+        ) from error
     wrong = {kind: sorted(map(str, keys)) for kind, keys in info.items() if keys}
     if wrong:
         text = "; ".join(

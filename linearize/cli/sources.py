@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from ..common.files import reason, shown
 from ..errors import CheckpointError, ConfigError
 
 if TYPE_CHECKING:
@@ -157,23 +157,20 @@ def companions(folder: Path) -> list[Path]:
     ]
 
 
-def check_target(target: Path) -> None:
-    """Raises CheckpointError when a folder cannot be written there: for commands that work long before."""
-    nearest = next(path for path in (target, *target.absolute().parents) if path.exists())
-    if not (nearest.is_dir() and os.access(nearest, os.W_OK)):
-        raise CheckpointError(f"cannot write to {target}: {nearest} is no folder that can be written to")
+def copy_companions(folder: Path, target: Path, there: Path | None = None) -> None:
+    """Put the files that belong to the model of `folder` beside the model in `target`.
 
-
-def copy_companions(folder: Path, target: Path) -> None:
-    """Put the files that belong to the model of `folder` beside the model in `target`; none is overwritten.
-
-    For a GGUF file that is its tokenizer. Raises CheckpointError when a file cannot be written.
+    For a GGUF file that is its tokenizer. there: the folder that the files are for, where none is replaced;
+    `target` unless given. Raises CheckpointError when a file cannot be written.
     """
-    if _is_gguf(folder):
-        load_tokenizer(folder).save_pretrained(target)
-    for path in companions(folder):
-        if not (target / path.name).exists():
-            try:
+    home = target if there is None else there
+    try:
+        if _is_gguf(folder):
+            load_tokenizer(folder).save_pretrained(target)
+        for path in companions(folder):
+            if not (target / path.name).exists() and not (home / path.name).exists():
                 shutil.copyfile(path, target / path.name)
-            except OSError as error:
-                raise CheckpointError(f"cannot write {target / path.name}: {error}") from error
+    except OSError as error:
+        if isinstance(error, CheckpointError):
+            raise
+        raise CheckpointError(f"cannot write to {shown(home)}: {reason(error)}") from error

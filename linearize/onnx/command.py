@@ -11,6 +11,14 @@ from torch import nn
 
 from ..errors import ConfigError, ExportError
 from . import export_onnx, quantize
+from .export import check_target
+
+
+def check(target: Path, options: Mapping[str, Any], bits: int) -> None:
+    """Raise ConfigError or ExportError for what no model could be exported with."""
+    if bits not in (0, 4, 8):
+        raise ConfigError(f"bits must be 8 or 4, or 0 for none, got {bits}")
+    check_target(target, options["opset"], options["dtype"])
 
 
 def run(
@@ -27,8 +35,6 @@ def run(
     options: of `export_onnx`. bits: of the weights; a quantised file lies beside the other one, as
     `*.int8.onnx` or `*.int4.onnx`.
     """
-    if bits not in (0, 4, 8):
-        raise ConfigError(f"bits must be 8 or 4, or 0 for none, got {bits}")
     exported = export_onnx(model, target, **options)
     if target.is_dir():
         for path in companions:

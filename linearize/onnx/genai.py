@@ -12,7 +12,8 @@ from typing import Any
 import onnx
 from transformers import GenerationConfig, PreTrainedConfig
 
-from ..errors import ExportError
+from ..common.files import write_whole
+from ..errors import CheckpointError, ExportError
 from . import library as operators
 
 CONFIG = "genai_config.json"
@@ -54,9 +55,9 @@ def write_genai(
         settings["model"]["decoder"]["session_options"]["custom_ops_library"] = str(operators.LIBRARY)
     target = path.with_name(CONFIG)
     try:
-        target.write_text(json.dumps(settings, indent=2) + "\n")
-    except OSError as error:
-        raise ExportError(f"cannot write {target}: {error}") from error
+        write_whole(target, json.dumps(settings, indent=2) + "\n")
+    except CheckpointError as error:
+        raise ExportError(str(error)) from error
     return target
 
 

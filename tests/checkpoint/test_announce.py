@@ -92,9 +92,7 @@ def registered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[list
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setattr(announce, "QUANTIZERS", name)
     monkeypatch.setattr(announce, "_register", register)
-    monkeypatch.setattr(
-        sys, "meta_path", [f for f in sys.meta_path if not isinstance(f, announce._Finder)]
-    )
+    monkeypatch.setattr(sys, "meta_path", [f for f in sys.meta_path if not isinstance(f, announce._Finder)])
     yield found
     sys.modules.pop(name, None)
 

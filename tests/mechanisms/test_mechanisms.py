@@ -109,9 +109,7 @@ CASES: dict[str, tuple[str, dict[str, Any], Oracle]] = {
     "performer": (
         "performer",
         {"features": 12, "seed": 3},
-        lambda q, k, v, p, causal, cross: performer.naive(
-            q, k, v, p["projection"], scale=0.4, causal=causal
-        ),
+        lambda q, k, v, p, causal, cross: performer.naive(q, k, v, p["projection"], scale=0.4, causal=causal),
     ),
     "rfa": (
         "rfa",

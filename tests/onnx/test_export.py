@@ -306,10 +306,7 @@ CAUSAL = [
 
 @pytest.mark.parametrize(
     ("mechanism", "augmentation"),
-    [
-        pytest.param(*case, marks=[] if case[0] in SMALL and case[1] else pytest.mark.slow)
-        for case in CAUSAL
-    ],
+    [pytest.param(*case, marks=[] if case[0] in SMALL and case[1] else pytest.mark.slow) for case in CAUSAL],
 )
 def test_every_causal_mechanism(tmp_path: Path, mechanism: str, augmentation: bool) -> None:
     options = SMALL.get(mechanism, {})
