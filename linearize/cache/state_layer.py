@@ -242,7 +242,7 @@ class StateLayer(CacheLayerMixin):
         assert self.states is not None and module is not None
         self._writing = True
         if self._committed is None:
-            self._each(Tensor.zero_)
+            self.states.clear()
         else:
             for tensor, old in zip(self.states.tensors(), self._committed.tensors(), strict=True):
                 tensor.copy_(old)
@@ -257,12 +257,14 @@ class StateLayer(CacheLayerMixin):
 
     def reset(self) -> None:
         self._leave_inference_mode()
-        self._each(Tensor.zero_)
+        if self.states is not None:
+            self.states.clear()
         if isinstance(self.cumulative_length, Tensor):
             self.cumulative_length.zero_()
         else:
             self.cumulative_length = 0
         self._committed, self._recorded = None, []
+        self._drafted, self._pending, self._writing = None, 0, False
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         self._map(lambda x: x.index_select(0, beam_idx.to(x.device)))
@@ -288,10 +290,6 @@ class StateLayer(CacheLayerMixin):
             self._map(Tensor.clone)
         if isinstance(self.cumulative_length, Tensor) and self.cumulative_length.is_inference():
             self.cumulative_length = self.cumulative_length.clone()
-
-    def _each(self, function: Callable[[Tensor], Any]) -> None:
-        for tensor in [] if self.states is None else self.states.tensors():
-            function(tensor)
 
     def _map(self, function: Callable[[Tensor], Tensor]) -> None:
         if self.states is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
+from ..common.checks import excerpt
 from ..errors import CheckpointError, LinearizeError
 from ..planning.config import LinearizeConfig
 from ..planning.plan import Plan, layer_index
@@ -34,15 +35,16 @@ def check_owners(model: nn.Module, plan: Plan, where: str) -> None:
         owner = modules.get(site.path)
         if owner is None:
             raise CheckpointError(
-                f"{where} was saved from another architecture: its plan names {site.path!r}, which a "
+                f"{where} was saved from another architecture: its plan names {excerpt(site.path)}, which a "
                 f"{type(model).__name__} does not have"
             )
         if site.route == "interface" and not dispatches(owner):
             raise CheckpointError(
-                f"the plan of {where} says that {site.path!r} is attention; it is a {type(owner).__name__}"
+                f"the plan of {where} says that {excerpt(site.path)} is attention; it is a "
+                f"{type(owner).__name__}"
             )
         if layer_index(model, site.path) != site.layer_index:
             raise CheckpointError(
-                f"the plan of {where} says that {site.path!r} is layer {site.layer_index}; it is "
+                f"the plan of {where} says that {excerpt(site.path)} is layer {site.layer_index}; it is "
                 f"{layer_index(model, site.path)}"
             )

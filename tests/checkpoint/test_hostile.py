@@ -108,7 +108,7 @@ def test_every_entry_of_a_record_with_every_wrong_value_is_refused(
     def accepts(edited: Any) -> bool:
         try:
             plan, _ = parse(edited, "here")
-            check_owners(fresh, relocate(plan, fresh), "here")
+            check_owners(fresh, relocate(plan, fresh, "here"), "here")
         except CheckpointError as error:
             assert len(str(error)) <= 600 and "here" in str(error)
             return False
