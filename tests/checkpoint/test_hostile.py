@@ -303,3 +303,30 @@ def test_damaged_archives_are_errors_that_name_the_file(kind: str, tmp_path: Pat
             assert file.name in str(error) and len(str(error)) < 700
     print(f"170 damaged files ({kind}): {errors} refused, the others are archives still")
     assert errors > 60
+
+
+def test_every_entry_of_a_record_of_heads_with_every_wrong_value_is_refused(
+    llama: LlamaForCausalLM, tmp_path: Path
+) -> None:
+    heads = lz.MedusaHeads(llama, 2)
+    heads.rates = [[0.5, 0.2], [0.25, 0.1]]
+    heads.save(tmp_path)
+    file = tmp_path / "medusa_heads.json"
+    record = json.loads(file.read_text())
+    for path in leaves(record):
+        for value in WRONG:
+            edited = copy.deepcopy(record)
+            _at(edited, path[:-1])[path[-1]] = value
+            file.write_text(json.dumps(edited))
+            old = _at(record, path)
+            if (value == old and type(value) is type(old)) or path == ("rates",) and value is None:
+                continue
+            try:
+                found = lz.MedusaHeads.load(tmp_path, llama)
+            except lz.LinearizeError as error:
+                assert len(str(error)) <= 600
+            else:
+                rates = path[0] == "rates" and found.rates is not None
+                assert rates and all(
+                    type(x) in (int, float) and 0 <= x <= 1 for row in found.rates for x in row
+                )

@@ -7,12 +7,13 @@ import json
 import os
 import resource
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from killed import killed_at
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -79,33 +80,6 @@ def which_toy(folder: Path) -> str:
     weights = {1.0: "old", 2.0: "new"}[float(model.qkv.weight[0, 0])]
     record = {8: "old", 4: "new"}[model._linearize.config.group_size]
     return weights if weights == record else "mixed"
-
-
-STEPS = ("replace", "rename", "link", "unlink", "rmdir", "mkdir")
-
-
-def killed_at(step: int, work: Callable[[], object]) -> bool:
-    """Do some work in a process that ends, without a word, before its `step`-th change of a folder; False
-    where the work has no such."""
-    child = os.fork()
-    if child == 0:
-        count = iter(range(10_000))
-
-        def counted(change: Any) -> Any:
-            def one(*args: Any, **kwargs: Any) -> Any:
-                if next(count) == step:
-                    os._exit(9)
-                return change(*args, **kwargs)
-
-            return one
-
-        for name in STEPS:
-            setattr(os, name, counted(getattr(os, name)))
-        try:
-            work()
-        finally:
-            os._exit(0)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
 
 
 def leftovers(folder: Path) -> list[str]:
@@ -296,3 +270,20 @@ def test_pretrained_weights_are_left_out_of_nothing_by_processes_that_do_not_wri
     assert sorted(path.name for path in (tmp_path / "m").glob("*.safetensors")) == ["model.b.safetensors"]
     models["old"].save_pretrained(tmp_path / "m")
     assert (tmp_path / "m" / "model.b.safetensors").exists() and which(lz.load(tmp_path / "m")) == "old"
+
+
+def test_heads_are_replaced_in_one_step_as_well(models: dict[str, LlamaForCausalLM], tmp_path: Path) -> None:
+    def heads(count: int) -> lz.MedusaHeads:
+        made = lz.MedusaHeads(models["old"], count)
+        nn.init.constant_(made.weight, float(count))
+        return made
+
+    seen = []
+    for step in range(60):
+        heads(2).save(tmp_path / f"{step}")
+        if not killed_at(step, lambda: heads(3).save(tmp_path / f"{step}")):  # noqa: B023
+            break
+        found = lz.MedusaHeads.load(tmp_path / f"{step}", models["old"])
+        assert float(found.weight[0, 0, 0]) == found.num_heads
+        seen.append(found.num_heads)
+    assert len(seen) > 8 and seen == sorted(seen) and set(seen) == {2, 3}
