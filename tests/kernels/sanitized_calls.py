@@ -1,4 +1,4 @@
-"""Random calls of every entry of the C++ library in a folder, for `test_cpu_sanitized`."""
+"""Random calls of every entry of the C++ library in a folder, for `test_cpu_sanitized`.
 
 `python sanitized_calls.py FOLDER COUNT`: FOLDER has the package's `__init__.py` and a library of its own.
 """

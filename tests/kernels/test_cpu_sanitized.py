@@ -26,7 +26,8 @@ AVX512 = [*AVX2, "-mavx512f", "-mavx512dq", "-mavx512bw", "-mavx512vl"]
 
 
 def library(folder: Path, edit: tuple[str, str] | None = None) -> None:
-    """The package in a folder, with a library that watches itself. edit: a text of the sources and another."""
+    """The package in a folder, with a library that watches itself. edit: a text of the sources, and its
+    replacement."""
     folder.mkdir()
     for file in SOURCES.iterdir():
         if file.suffix in (".cpp", ".h", ".py"):
