@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Callable
+import signal
+import time
+from collections.abc import Callable, Iterator
 from typing import Any
 
 STEPS = ("replace", "rename", "link", "unlink", "rmdir", "mkdir")
@@ -32,3 +35,27 @@ def killed_at(step: int, work: Callable[[], object]) -> bool:
         finally:
             os._exit(0)
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
+
+
+@contextlib.contextmanager
+def working(work: Callable[[], object]) -> Iterator[None]:
+    """A process that does some work again and again; it is killed (SIGKILL) at the end."""
+    child = os.fork()
+    if child == 0:
+        try:
+            while True:
+                work()
+        finally:
+            os._exit(1)
+    try:
+        yield
+    finally:
+        assert os.waitpid(child, os.WNOHANG) == (0, 0), "it failed by itself"
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+
+
+def kill_after(seconds: float, work: Callable[[], object]) -> None:
+    """Do some work again and again in a process, and kill it in the middle."""
+    with working(work):
+        time.sleep(seconds)

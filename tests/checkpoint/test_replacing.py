@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import random
 import resource
 import threading
 from collections.abc import Iterator
@@ -13,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from killed import killed_at
+from killed import kill_after, killed_at, working
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -287,3 +288,50 @@ def test_heads_are_replaced_in_one_step_as_well(models: dict[str, LlamaForCausal
         assert float(found.weight[0, 0, 0]) == found.num_heads
         seen.append(found.num_heads)
     assert len(seen) > 8 and seen == sorted(seen) and set(seen) == {2, 3}
+
+
+KILLS, LOADS = 20, 100
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["save", "save_pretrained", "shards", "module"])
+def test_twenty_writers_killed_at_random_moments(
+    kind: str, models: dict[str, LlamaForCausalLM], toys: tuple[nn.Module, nn.Module], tmp_path: Path
+) -> None:
+    target, draw = tmp_path / "m", random.Random(0)
+    writers: dict[str, Any] = {
+        "save": lambda name: lz.save(models[name], target),
+        "save_pretrained": lambda name: models[name].save_pretrained(target),
+        "shards": lambda name: models[name].save_pretrained(target, max_shard_size="6KB"),
+        "module": lambda name: lz.save(toys[name == "new"], target),
+    }
+
+    def both() -> None:
+        for name in ("new", "old"):
+            writers[kind](name)
+
+    writers[kind]("old")
+    (target / "model-best.safetensors").write_text("mine")
+    seen = []
+    for _ in range(KILLS):
+        kill_after(draw.uniform(0.01, 0.3), both)
+        seen.append(which_toy(target) if kind == "module" else which(lz.load(target)))
+    writers[kind]("old")
+    assert (target / "model-best.safetensors").read_text() == "mine"
+    print(
+        f"{kind}: {KILLS} kills, {seen.count('old')} old, {seen.count('new')} new, {seen.count('mixed')} mixed"
+    )
+    assert len(seen) == KILLS and "mixed" not in seen and not leftovers(target)
+
+
+@pytest.mark.slow
+def test_a_hundred_loads_beside_two_writing_processes(
+    models: dict[str, LlamaForCausalLM], tmp_path: Path
+) -> None:
+    target = tmp_path / "m"
+    lz.save(models["old"], target)
+    with working(lambda: lz.save(models["old"], target)), working(lambda: lz.save(models["new"], target)):
+        seen = [which(lz.load(target)) for _ in range(LOADS)]
+    lz.save(models["old"], target)
+    print(f"{LOADS} loads: {seen.count('old')} old, {seen.count('new')} new, {seen.count('mixed')} mixed")
+    assert set(seen) == {"old", "new"} and not leftovers(target)

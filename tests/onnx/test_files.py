@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import onnx
 import onnxruntime
 import pytest
 import torch
-from killed import killed_at
+from killed import kill_after, killed_at
 from torch import nn
 
 import linearize as lz
@@ -101,3 +102,22 @@ def test_no_room_is_one_error_and_the_old_graph(external: bool, tmp_path: Path) 
             resource.setrlimit(resource.RLIMIT_FSIZE, limits)
         assert len(str(caught.value)) < 600
         assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("external", [False, True])
+def test_twenty_exports_killed_at_random_moments(external: bool, tmp_path: Path) -> None:
+    target, draw = tmp_path / "m.onnx", random.Random(0)
+
+    def both() -> None:
+        for factor in (3.0, 2.0):
+            export(factor, target, external_data=external)
+
+    export(2.0, target, external_data=external)
+    seen = []
+    for _ in range(20):
+        kill_after(draw.uniform(0.3, 2.5), both)
+        seen.append(factor_of(target))
+    export(2.0, target, external_data=external)
+    print(f"20 kills, {seen.count(2.0)} old, {seen.count(3.0)} new")
+    assert set(seen) <= {2.0, 3.0} and not list(tmp_path.glob(".linearize*"))
