@@ -318,9 +318,8 @@ def test_twenty_writers_killed_at_random_moments(
         seen.append(which_toy(target) if kind == "module" else which(lz.load(target)))
     writers[kind]("old")
     assert (target / "model-best.safetensors").read_text() == "mine"
-    print(
-        f"{kind}: {KILLS} kills, {seen.count('old')} old, {seen.count('new')} new, {seen.count('mixed')} mixed"
-    )
+    found = ", ".join(f"{seen.count(name)} {name}" for name in ("old", "new", "mixed"))
+    print(f"{kind}: {KILLS} kills, {found}")
     assert len(seen) == KILLS and "mixed" not in seen and not leftovers(target)
 
 
@@ -333,5 +332,6 @@ def test_a_hundred_loads_beside_two_writing_processes(
     with working(lambda: lz.save(models["old"], target)), working(lambda: lz.save(models["new"], target)):
         seen = [which(lz.load(target)) for _ in range(LOADS)]
     lz.save(models["old"], target)
-    print(f"{LOADS} loads: {seen.count('old')} old, {seen.count('new')} new, {seen.count('mixed')} mixed")
+    found = ", ".join(f"{seen.count(name)} {name}" for name in ("old", "new", "mixed"))
+    print(f"{LOADS} loads: {found}")
     assert set(seen) == {"old", "new"} and not leftovers(target)
