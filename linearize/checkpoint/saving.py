@@ -192,7 +192,7 @@ def _load_transformers(source: Path, dtype: torch.dtype | None) -> nn.Module:
             for kind, keys in wrong.items()
         )
         raise CheckpointError(f"{shown(source)} does not fit the model its config describes: {text}")
-    check_finite(model, source)
+    check_finite(model, model.state_dict(), source)
     return model
 
 
@@ -220,9 +220,9 @@ def _fill(source: Path, model: Model, record: Mapping[str, Any], tensors: Mappin
     probe = _meta_copy(model)
     replay(probe, plan, config, str(source))
     check_fit(probe, tensors, source)
+    check_finite(probe, tensors, source)
     replay(model, plan, config, str(source))
     model.load_state_dict(dict(tensors), strict=False)  # tensors that share storage are stored once
-    check_finite(model, source)
     carry(model, measured_in(record))
     return model
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
+from ..common.files import reason, write_whole
 from ..errors import ConfigError, ExportError
 from . import export_onnx, quantize
 from .export import check_target
@@ -40,9 +40,9 @@ def run(
         for path in companions:
             if not (target / path.name).exists():
                 try:
-                    shutil.copyfile(path, target / path.name)
+                    write_whole(target / path.name, path.read_bytes())
                 except OSError as error:
-                    raise ExportError(f"cannot write {target / path.name}: {error}") from error
+                    raise ExportError(f"cannot write {target / path.name}: {reason(error)}") from error
     write(str(exported))
     for file in exported.files:
         if bits and file.suffix == ".onnx":
