@@ -18,7 +18,8 @@ import torch
 from onnxscript.rewriter import pattern
 
 from ..common import files
-from ..common.replacing import is_plain
+from ..common.checks import excerpt
+from ..common.replacing import is_inside, is_plain
 from ..common.version import __version__
 from ..errors import ExportError, LinearizeError
 from ..passes.tracing import TRACING
@@ -177,16 +178,39 @@ def staged(target: Path, names_target: bool) -> Iterator[Path]:
         raise ExportError(f"cannot write {files.shown(target)}: {files.reason(error)}") from error
 
 
+def read_graph(path: Path) -> onnx.ModelProto:
+    """A file without the weights beside it. Raises ExportError where it is none, or names other folders."""
+    try:
+        model = onnx.load(path, load_external_data=False)
+    # Whatever protobuf says of a file that is none.
+    except Exception as error:
+        raise ExportError(f"{files.shown(path)} cannot be read: {files.reason(error)}") from error
+    for name in sorted(_locations(model)):
+        if not is_inside(name):
+            raise ExportError(f"{files.shown(path)} names weights outside its folder: {excerpt(name)}")
+    return model
+
+
+def _locations(model: onnx.ModelProto) -> set[str]:
+    tensors = [*model.graph.initializer]
+    nodes = [*model.graph.node, *(node for function in model.functions for node in function.node)]
+    while nodes:
+        for attribute in nodes.pop().attribute:
+            tensors += [attribute.t, *attribute.tensors]
+            for graph in (attribute.g, *attribute.graphs):
+                tensors += graph.initializer
+                nodes += graph.node
+    return {entry.value for tensor in tensors for entry in tensor.external_data if entry.key == "location"}
+
+
 def _data_of(graph: Path) -> set[str]:
     """The files beside a graph that hold its weights; none where it is no graph."""
     if graph.suffix != ".onnx" or not any(graph.parent.glob("*.onnx.data")):
         return set()
     try:
-        tensors = onnx.load(graph, load_external_data=False).graph.initializer
-    except Exception:  # whatever protobuf says of a file that is none
+        return {name for name in _locations(read_graph(graph)) if is_plain(name, ".onnx.data")}
+    except ExportError:
         return set()
-    names = {entry.value for tensor in tensors for entry in tensor.external_data if entry.key == "location"}
-    return {name for name in names if is_plain(name, ".onnx.data")}
 
 
 @contextmanager

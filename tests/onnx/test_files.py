@@ -15,6 +15,7 @@ from torch import nn
 
 import linearize as lz
 from linearize.errors import ExportError
+from linearize.onnx import quantize
 
 
 class Scaled(nn.Module):
@@ -102,6 +103,26 @@ def test_no_room_is_one_error_and_the_old_graph(external: bool, tmp_path: Path) 
             resource.setrlimit(resource.RLIMIT_FSIZE, limits)
         assert len(str(caught.value)) < 600
         assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+@pytest.mark.parametrize("place", ["../m.onnx.data", "/etc/passwd", "a/../../b"])
+def test_weights_outside_the_folder_are_not_read(place: str, tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    export(2.0, tmp_path / "in/m.onnx", external_data=True)
+    graph = onnx.load(tmp_path / "in/m.onnx", load_external_data=False)
+    for tensor in graph.graph.initializer:
+        for entry in tensor.external_data:
+            if entry.key == "location":
+                entry.value = place
+    (tmp_path / "in/m.onnx").write_bytes(graph.SerializeToString())
+    (tmp_path / "in/m.onnx.data").rename(tmp_path / "m.onnx.data")
+    with pytest.raises(ExportError, match="outside its folder"):
+        quantize(tmp_path / "in/m.onnx", tmp_path / "in/q.onnx")
+    for data in (b"", b"no graph at all", graph.SerializeToString()[:100]):
+        (tmp_path / "in/m.onnx").write_bytes(data)
+        with pytest.raises(ExportError, match=r"m\.onnx"):
+            quantize(tmp_path / "in/m.onnx", tmp_path / "in/q.onnx")
+    assert [path.name for path in (tmp_path / "in").iterdir()] == ["m.onnx"]
 
 
 @pytest.mark.slow
