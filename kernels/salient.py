@@ -77,16 +77,21 @@ def new(
     rows = pending if max_rewind else pending // BLOCK
     heads = (batch, kv_heads)
     precise = torch.float64 if dtype == torch.float64 else torch.float32
-    scores = torch.zeros(*heads, sizes.kept + ring, dtype=precise, device=device)
-    scores[:, :, : sizes.kept] = -torch.inf
-    return State(
+    state = State(
         torch.zeros(*heads, sizes.kept + ring, head_dim, dtype=dtype, device=device),
         torch.zeros(*heads, sizes.kept + ring, value_dim, dtype=dtype, device=device),
-        scores,
+        torch.zeros(*heads, sizes.kept + ring, dtype=precise, device=device),
         torch.zeros(*heads, rows, sizes.kept + ring, dtype=precise, device=device),
         torch.zeros(batch, dtype=torch.int64, device=device),
         torch.zeros(batch, dtype=torch.int64, device=device),
     )
+    forget(state, sizes)
+    return state
+
+
+def forget(state: State, sizes: Sizes) -> None:
+    """Keep nothing, in a state that is zero otherwise: an empty one."""
+    state.scores[:, :, : sizes.kept] = -torch.inf
 
 
 def queries_per_vote(state: State, sizes: Sizes) -> int:

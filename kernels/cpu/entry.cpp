@@ -37,9 +37,14 @@ class Scratch {
 // Memory that a thread keeps for its next call: asking the system for it anew costs more than one token.
 class Kept {
  public:
+  // Null if memory ran out; the next call asks again.
   float* of(size_t floats) {
-    if (!scratch_ || floats > floats_) scratch_.emplace(floats_ = floats, false);
-    return scratch_->get();
+    if (!scratch_ || floats > floats_) {
+      scratch_.emplace(floats, false);
+      floats_ = scratch_->get() ? floats : 0;
+      if (!floats_) scratch_.reset();
+    }
+    return scratch_ ? scratch_->get() : nullptr;
   }
 
  private:

@@ -105,6 +105,7 @@ class StateLayer(CacheLayerMixin):
             )
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
+        self._leave_inference_mode()
         assert self.states is not None
         if (key_states.dtype, key_states.device) != (self.dtype, self.device):
             raise InputError(
@@ -244,11 +245,13 @@ class StateLayer(CacheLayerMixin):
             twin._module = weakref.ref(copied)
         return twin
 
+    @torch.no_grad()
     def accept(self, path: Tensor) -> None:
         """Commit the nodes `path` `[B, P]` of the last tree, -1 for none; all rows advance by P columns."""
         module = self.module
         if self._drafted is None or self.states is None or module is None:
             raise InputError("no draft tree was run on this cache since the last accepted one")
+        self._leave_inference_mode()
         self._writing = True
         module.commit(*self._drafted, self.states, path)
         if self._hears and isinstance(self.cumulative_length, int):
@@ -288,6 +291,7 @@ class StateLayer(CacheLayerMixin):
             self.record_past = True
             self._commit()
 
+    @torch.no_grad()  # replaying is work of the kernels: outside a call there is nothing else to say so
     def crop(self, tokens_to_remove: int) -> None:
         """Take back the last `-tokens_to_remove` tokens, exactly.
 
@@ -299,6 +303,7 @@ class StateLayer(CacheLayerMixin):
         count = -tokens_to_remove
         if self.states is None:
             return
+        self._leave_inference_mode()
         if not self.record_past:
             self.states.rewind(count)
         elif count:
@@ -319,8 +324,9 @@ class StateLayer(CacheLayerMixin):
             )
         module = self.module
         assert self.states is not None and module is not None
+        self._writing = True
         if self._committed is None:
-            self._each(Tensor.zero_)
+            self.states.clear()
         else:
             for tensor, old in zip(self.states.tensors(), self._committed.tensors(), strict=True):
                 tensor.copy_(old)
@@ -331,9 +337,12 @@ class StateLayer(CacheLayerMixin):
                 path = path if real is None else path.where(real[:, :size], -1)
                 module.commit(*(x[:, :, :size] for x in (query, key, value)), self.states, path)
             keep -= size
+        self._writing = False
 
     def reset(self) -> None:
-        self._each(Tensor.zero_)
+        self._leave_inference_mode()
+        if self.states is not None:
+            self.states.clear()
         self._skipped = False
         self._real = None if self._real is None or not self.is_compileable else self._real.fill_(True)
         if isinstance(self.cumulative_length, Tensor):
@@ -341,6 +350,7 @@ class StateLayer(CacheLayerMixin):
         else:
             self.cumulative_length = 0
         self._committed, self._recorded = None, []
+        self._drafted, self._pending, self._writing = None, 0, False
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         self._map(lambda x: x.index_select(0, beam_idx.to(x.device)))
@@ -358,9 +368,14 @@ class StateLayer(CacheLayerMixin):
         if self.states is not None and self.states.length.device != self.device:
             self._map(lambda x: x.to(self.device, non_blocking=True))
 
-    def _each(self, function: Callable[[Tensor], Any]) -> None:
-        for tensor in [] if self.states is None else self.states.tensors():
-            function(tensor)
+    def _leave_inference_mode(self) -> None:
+        """Tensors of `torch.inference_mode` cannot be changed outside it; copies that are made here can."""
+        if self.states is None or torch.compiler.is_compiling() or torch.is_inference_mode_enabled():
+            return
+        if any(tensor.is_inference() for tensor in self.states.tensors()):
+            self._map(Tensor.clone)
+        if isinstance(self.cumulative_length, Tensor) and self.cumulative_length.is_inference():
+            self.cumulative_length = self.cumulative_length.clone()
 
     def _map(self, function: Callable[[Tensor], Tensor]) -> None:
         if self.states is not None:

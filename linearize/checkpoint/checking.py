@@ -17,23 +17,34 @@ from ..mechanisms.module import AttentionModule
 from ..planning.record import parse
 
 
-def class_of(source: Path) -> Any:
-    """The class of transformers that a converted checkpoint is of. Raises CheckpointError."""
+def config_of(source: Path) -> Mapping[str, Any]:
+    """The `config.json` of a folder. Raises CheckpointError where it is none."""
+    config = read_json(source / TRANSFORMERS.record)
+    if not isinstance(config, Mapping):
+        raise CheckpointError(f"{shown(source / TRANSFORMERS.record)} is not a model configuration")
+    return config
+
+
+def known_class(config: Mapping[str, Any]) -> Any | None:
+    """The class of transformers that a configuration names first; None where it names none of its models."""
     import transformers
 
-    path = source / TRANSFORMERS.record
-    config = read_json(path)
-    if not isinstance(config, Mapping):
-        raise CheckpointError(f"{shown(path)} is not a model configuration")
-    parse(config.get("linearize"), shown(source))
     names = config.get("architectures")
     if not isinstance(names, list) or not names or not isinstance(names[0], str):
-        raise CheckpointError(f"{shown(path)} names no class of model: `architectures` is {excerpt(names)}")
+        return None
     cls = getattr(transformers, names[0], None)
-    if not (isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel)):
+    return cls if isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel) else None
+
+
+def class_of(source: Path) -> Any:
+    """The class of transformers that a converted checkpoint is of. Raises CheckpointError."""
+    config = config_of(source)
+    parse(config.get("linearize"), shown(source))
+    cls = known_class(config)
+    if cls is None:
         raise CheckpointError(
-            f"{shown(source)} holds a model of class {excerpt(names[0])}, which transformers lacks; "
-            "load it with that class's own from_pretrained"
+            f"{shown(source)} holds a model of class {excerpt(config.get('architectures'))}, which "
+            "transformers lacks; load it with that class's own from_pretrained"
         )
     return cls
 
@@ -59,13 +70,14 @@ def files_of_index(path: Path) -> dict[str, str]:
     return where
 
 
-def check_finite(model: nn.Module, source: Path) -> None:
-    """Raise CheckpointError where a parameter of our attention is no number."""
+def check_finite(model: nn.Module, tensors: Mapping[str, Tensor], source: Path) -> None:
+    """Raise CheckpointError where one of the tensors that a model's attention modules get is no number."""
     for path, module in model.named_modules():
         if isinstance(module, AttentionModule):
-            for name, tensor in module.named_parameters():
-                if not tensor.is_meta and not bool(torch.isfinite(tensor).all()):
-                    raise CheckpointError(f"{shown(source)}: {path}.{name} holds values that are not finite")
+            for name in (f"{path}.{name}" if path else name for name, _ in module.named_parameters()):
+                tensor = tensors.get(name)
+                if tensor is not None and not tensor.is_meta and not bool(torch.isfinite(tensor).all()):
+                    raise CheckpointError(f"{shown(source)}: {name} holds values that are not finite")
 
 
 def check_fit(probe: nn.Module, tensors: Mapping[str, Tensor], source: Path) -> None:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from transformers.quantizers.base import HfQuantizer
 
+from ..common.checks import excerpt
 from ..errors import CheckpointError
 from ..planning.record import METHOD, LinearizeHookConfig, measured_in, parse
 from ..planning.state import carry
@@ -18,10 +19,10 @@ if TYPE_CHECKING:
     from ..planning.plan import Plan
 
 
-def relocate(plan: Plan, model: PreTrainedModel) -> Plan:
+def relocate(plan: Plan, model: PreTrainedModel, where: str) -> Plan:
     """The plan with the paths `model` has: without the prefix of a head it lacks, or with that of one it has.
 
-    Raises CheckpointError when neither form of a path exists.
+    Raises CheckpointError, naming `where`, when neither form of a path exists.
     """
     prefix = f"{model.base_model_prefix}."
     names = {name for name, _ in model.named_modules()}
@@ -30,7 +31,10 @@ def relocate(plan: Plan, model: PreTrainedModel) -> Plan:
         for candidate in (path, path.removeprefix(prefix), prefix + path):
             if candidate in names:
                 return candidate
-        raise CheckpointError(f"the plan names {path!r}, which {type(model).__name__} does not have")
+        raise CheckpointError(
+            f"{where} was saved from another architecture: its plan names {excerpt(path)}, which a "
+            f"{type(model).__name__} does not have"
+        )
 
     return dataclasses.replace(
         plan, sites=tuple(dataclasses.replace(site, path=path_in_model(site.path)) for site in plan.sites)
@@ -51,7 +55,7 @@ class LinearizeHook(HfQuantizer):
         where = f"the checkpoint {getattr(model.config, 'name_or_path', '')!r}"
         record: Any = getattr(model.config, "linearize", None)
         plan, config = parse(record, where)
-        replay(model, relocate(plan, model), config, where)
+        replay(model, relocate(plan, model, where), config, where)
         carry(model, measured_in(record))
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
 import os
-import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, cast, overload
@@ -15,8 +15,9 @@ from safetensors.torch import load_file, save_model
 from torch import Tensor, nn
 
 from ..common.checks import excerpt
-from ..common.files import read_json, shown
+from ..common.files import read_json, reason, shown
 from ..common.replacing import TRANSFORMERS, Layout, finish_killed, identity, is_inside, whole_checkpoint
+from ..common.scratch import locked
 from ..errors import CheckpointError, LinearizeError
 from ..planning.record import VERSION, measured_in, parse
 from ..planning.state import carry, state_of
@@ -33,7 +34,7 @@ Model = TypeVar("Model", bound=nn.Module)
 Result = TypeVar("Result")
 RECORD = "linearize.json"
 WEIGHTS = "model.safetensors"
-TRIALS = 12
+TRIALS = 8
 """Reads of a checkpoint that others replace meanwhile."""
 MODULE = Layout(RECORD, "weights", WEIGHTS, instead=TRANSFORMERS.record)
 
@@ -147,20 +148,27 @@ def load(
 
 
 def _undisturbed(source: Path, read: Callable[[], Result]) -> Result:
-    """What `read` gives; read again as long as other writers replace the checkpoint meanwhile."""
+    """What `read` gives; read again where other writers replaced the checkpoint meanwhile.
+
+    After a few trials they wait: who writes all the time would never let anyone read.
+    """
     for trial in range(TRIALS):
-        before = [identity(source / name) for name in (RECORD, TRANSFORMERS.record)]
-        error: CheckpointError | None = None
-        try:
-            found = read()
-        except CheckpointError as problem:
-            error = problem
-        if before == [identity(source / name) for name in (RECORD, TRANSFORMERS.record)]:
-            if error is not None:
-                raise error
-            return found
-        time.sleep(min(0.01 * 2**trial, 0.5))
+        with locked(source) if trial >= TRIALS // 2 else contextlib.nullcontext():
+            before = _identity(source)
+            error: CheckpointError | None = None
+            try:
+                found = read()
+            except CheckpointError as problem:
+                error = problem
+            if before == _identity(source):
+                if error is not None:
+                    raise error
+                return found
     raise CheckpointError(f"{shown(source)} is being written all the time; load it when that has ended")
+
+
+def _identity(source: Path) -> list[tuple[int, int, int] | None]:
+    return [identity(source / name) for name in (RECORD, TRANSFORMERS.record)]
 
 
 def _load_transformers(source: Path, dtype: torch.dtype | None) -> nn.Module:
@@ -174,8 +182,9 @@ def _load_transformers(source: Path, dtype: torch.dtype | None) -> nn.Module:
         raise CheckpointError(f"cannot load {shown(source)}: {error}") from error
     # A config from anywhere can make any line of transformers raise anything.
     except Exception as error:
-        text = str(error)[:400]
-        raise CheckpointError(f"cannot load {shown(source)}: {type(error).__name__}: {text}") from error
+        raise CheckpointError(
+            f"cannot load {shown(source)}: {type(error).__name__}: {reason(error)}"
+        ) from error
     wrong = {kind: sorted(map(str, keys)) for kind, keys in info.items() if keys}
     if wrong:
         text = "; ".join(
@@ -183,7 +192,7 @@ def _load_transformers(source: Path, dtype: torch.dtype | None) -> nn.Module:
             for kind, keys in wrong.items()
         )
         raise CheckpointError(f"{shown(source)} does not fit the model its config describes: {text}")
-    check_finite(model, source)
+    check_finite(model, model.state_dict(), source)
     return model
 
 
@@ -211,9 +220,9 @@ def _fill(source: Path, model: Model, record: Mapping[str, Any], tensors: Mappin
     probe = _meta_copy(model)
     replay(probe, plan, config, str(source))
     check_fit(probe, tensors, source)
+    check_finite(probe, tensors, source)
     replay(model, plan, config, str(source))
     model.load_state_dict(dict(tensors), strict=False)  # tensors that share storage are stored once
-    check_finite(model, source)
     carry(model, measured_in(record))
     return model
 

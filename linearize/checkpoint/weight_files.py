@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import os
-import pickle
 import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from ..common.files import read_json
+from ..common.files import reason, shown
 from ..errors import CheckpointError
+from .checking import files_of_index
 
 Source = str | os.PathLike[str] | Mapping[str, Tensor]
 # The first of each row that a folder has is read: safetensors before pickles, as transformers does.
@@ -67,16 +66,16 @@ def _file(path: Path) -> Iterator[Mapping[str, Tensor]]:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except FileNotFoundError as error:
         raise CheckpointError(f"{path.parent} is incomplete: {path.name} is missing") from error
-    except (OSError, EOFError, RuntimeError, pickle.UnpicklingError, SafetensorError) as error:
-        raise CheckpointError(f"{path} cannot be read, it is cut short or damaged: {error}") from error
+    # What is no archive can end a reader of archives in any way.
+    except Exception as error:
+        raise CheckpointError(
+            f"{shown(path)} cannot be read, it is cut short or damaged: {reason(error)}"
+        ) from error
     yield _tensors(content, str(path))
 
 
 def _shards(index: Path) -> Iterator[Mapping[str, Tensor]]:
-    record = read_json(index)
-    where = record.get("weight_map") if isinstance(record, dict) else None
-    if not isinstance(where, dict) or not all(isinstance(name, str) for name in where.values()):
-        raise CheckpointError(f"{index} is no index of shards: it has no `weight_map` of file names")
+    where = files_of_index(index)
     for name in sorted(set(where.values())):
         for shard in _file(index.parent / name):
             lost = next((key for key, file in where.items() if file == name and key not in shard), None)

@@ -10,6 +10,8 @@ from rich.table import Table
 from rich.text import Text
 
 from ..common.version import __version__
+from .before import check_file
+from .results import stopping
 from .sources import hide_bars
 from .terminal import console
 
@@ -54,8 +56,12 @@ def demo(
     import torch
 
     from ..demo.walkthrough import run
+    from ..evaluation.plot import check_format
 
+    check_format(plot)
+    check_file(plot)
     hide_bars()
     if threads:
         torch.set_num_threads(threads)
-    run(console(120), plot, small)
+    with stopping(lambda: "nothing was written"):
+        run(console(120), plot, small)

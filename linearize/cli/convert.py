@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from ..errors import CheckpointError
+from .before import check_file, check_folder, check_texts
 from .options import OnRefusal, Rewriting, numbers
+from .results import save_or_rescue, stopping
 from .sources import Source, copy_companions, find_source, load_source, load_tokenizer
 from .terminal import console
 
@@ -24,15 +25,14 @@ def inspect(
     rewriting: Rewriting,
 ) -> None:
     """List every candidate attention site: where it is, what it means, what becomes of it or why not."""
+    from ..common.files import write_whole
     from ..convert.inspect import inspect as inspect_model
 
     config = rewriting.config()
+    check_file(html)
     report = inspect_model(load_source(find_source(model)), config=config)
     if html is not None:
-        try:
-            html.write_text(report.to_html(), encoding="utf-8")
-        except OSError as error:
-            raise CheckpointError(f"cannot write {html}: {error}") from error
+        write_whole(html, report.to_html())
     if json:
         typer.echo(report.to_json())
     else:
@@ -54,7 +54,7 @@ def convert(
     ] = None,
 ) -> None:
     """Convert a transformers model and write it, tokenizer and all, to a folder."""
-    from ..checkpoint.saving import save
+    from ..checkpoint.saving import write_checkpoint
     from ..convert.linearize import linearize
     from ..planning.state import state_of
 
@@ -64,18 +64,26 @@ def convert(
         on_refusal=on_refusal,
     )
     folder = find_source(source)
-    if target.resolve() == folder.resolve():
-        raise CheckpointError(f"{target} is the model to convert; write to another folder")
-    model = linearize(load_source(folder), config=config)
-    if calibrate:
-        from ..calibration.calibrate import TOKENS
-        from ..calibration.calibrate import calibrate as fit
-        from ..common.text import text_tokens
-
-        texts = text_tokens(calibrate, load_tokenizer(folder), TOKENS, CALIBRATION_LENGTH, seed=0)
-        pieces = [piece[None] for ids in texts for piece in ids.split(CALIBRATION_LENGTH)]
-        console(160).print(fit(model, pieces))
-    save(model, target)
-    copy_companions(folder, target)
+    check_folder(target, folder)
+    check_texts(calibrate)
+    with stopping(lambda: f"nothing was written to {target}; the same command begins anew"):
+        model = linearize(load_source(folder), config=config)
+        if calibrate:
+            _calibrate(model, calibrate, folder)
+        save_or_rescue(
+            lambda place: write_checkpoint(model, place, lambda files: copy_companions(folder, files, place)),
+            target,
+        )
     count = len(state_of(model).plan.sites)
     typer.echo(f"{count} attention modules rewritten to {config.mechanism}, written to {target}")
+
+
+def _calibrate(model: Any, calibrate: list[Path], folder: Path) -> None:
+    """Fit the model on text files, and print what that did."""
+    from ..calibration.calibrate import TOKENS
+    from ..calibration.calibrate import calibrate as fit
+    from ..common.text import text_tokens
+
+    texts = text_tokens(calibrate, load_tokenizer(folder), TOKENS, CALIBRATION_LENGTH, seed=0)
+    pieces = [piece[None] for ids in texts for piece in ids.split(CALIBRATION_LENGTH)]
+    console(160).print(fit(model, pieces))

@@ -11,8 +11,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..errors import ConfigError, InvalidModelError, MissingExtraError
+from ..common.files import write_whole
+from ..common.replacing import read_entry
+from ..errors import ConfigError, InvalidModelError, LinearizeError, MissingExtraError
+from .before import check_file, check_folder, check_plot, check_texts
 from .options import Device, Dtype, numbers
+from .results import stopping
 from .sources import Source, find_source, hide_bars, load_model, load_tokenizer
 from .terminal import console
 
@@ -41,15 +45,18 @@ class More:
         ),
     ] = False
 
-    def check(self, data: list[Path] | None, model: PreTrainedModel) -> None:
-        """Raises ConfigError or InvalidModelError for what cannot be measured: before all measuring."""
-        from ..evaluation.compared import kind_of
-        from ..planning.state import state_of
-
+    def check_data(self, data: list[Path] | None) -> None:
+        """Raise ConfigError where there is nothing to measure on: before a model is loaded."""
         if not data and not self.recall:
             raise ConfigError("there is nothing to measure on: give --data; only --recall needs none")
         if not data and self.parts:
             raise ConfigError("--parts needs --data")
+
+    def check(self, model: PreTrainedModel) -> None:
+        """Raise InvalidModelError for what cannot be measured of a model: before all measuring."""
+        from ..evaluation.compared import kind_of
+        from ..planning.state import state_of
+
         if self.parts:
             state_of(model)  # raises for a model that is not converted
         if (self.parts or self.recall) and kind_of(model) != "decoder":
@@ -69,16 +76,24 @@ class Outputs:
         bool, typer.Option("--card", help="put the figures into the model's folder and its README.md")
     ] = False
 
-    def check(self, source: str, data: list[Path] | None, model: PreTrainedModel) -> None:
-        """Raises ConfigError or InvalidModelError where a card cannot be written: before all measuring."""
-        from ..planning.state import state_of
-
+    def check(self, source: str, data: list[Path] | None, lengths: tuple[int, ...] | None) -> None:
+        """Raise a LinearizeError where something cannot be written: before a model is loaded."""
         if self.plot is not None and not data:
             raise ConfigError("--plot needs --data")
+        if self.plot is not None and lengths is not None and len(set(lengths)) < 2:
+            raise ConfigError("--plot draws curves against length: give two --lengths or more")
+        check_plot(self.plot)
+        check_file(self.json)
         if self.card:
             if not Path(source).is_dir():
                 raise ConfigError(f"--card writes into the model's folder, and {source} is none")
-            state_of(model)
+            check_folder(Path(source))
+            record = read_entry(Path(source) / "config.json", "linearize")
+            if record is None:
+                raise InvalidModelError(
+                    f"--card is for converted models, and {source} is not converted; "
+                    "`linearize convert` makes one"
+                )
 
     def write(self, found: Mapping[str, Any], source: str, model: PreTrainedModel) -> None:
         """Write what was asked for; the terminal has the tables already.
@@ -86,14 +101,26 @@ class Outputs:
         found: "evaluation", "parts" and "recall", those that there are. The file has the first as it is, and
         the others under their names beside it.
         """
-        from ..common.files import write_whole
+        problems = []
+        for write in (self._write_json, self._write_plot, self._write_card):
+            try:
+                write(found, source, model)
+            except LinearizeError as error:  # one that cannot be written is no reason to lose the others
+                problems.append(error)
+        if problems:
+            raise problems[0]
 
+    def _write_json(self, found: Mapping[str, Any], source: str, model: PreTrainedModel) -> None:
         if self.json is not None:
             parts = {name: result.to_dict() for name, result in found.items()}
             data = {**parts.pop("evaluation", {}), **parts}
             write_whole(self.json, codec.dumps(data, indent=2) + "\n")
+
+    def _write_plot(self, found: Mapping[str, Any], source: str, model: PreTrainedModel) -> None:
         if self.plot is not None and "evaluation" in found:
             found["evaluation"].plot(self.plot)
+
+    def _write_card(self, found: Mapping[str, Any], source: str, model: PreTrainedModel) -> None:
         if self.card:
             from ..evaluation.card import update_folder
 
@@ -134,12 +161,16 @@ def evaluate(
 
     if outputs.card and dtype != "auto":
         raise ConfigError("--card is about the weights as they are stored: leave out --dtype")
+    wanted = numbers(lengths, "lengths")
+    outputs.check(source, data, wanted)
+    check_texts(data)
+    more.check_data(data)
+    if reference is not None:
+        find_source(reference)
     model = load_model(source, dtype, device)
-    outputs.check(source, data, model)
-    more.check(data, model)
+    more.check(model)
     other = None if reference is None else load_model(reference, dtype, device)
     tokenizer = load_tokenizer(find_source(source))
-    wanted = numbers(lengths, "lengths")
     shared: dict[str, Any] = dict(reference=other, tokenizer=tokenizer, lengths=wanted, max_tokens=tokens)
     found: dict[str, Any] = {}
 
@@ -147,17 +178,26 @@ def evaluate(
         found[name] = result
         console(160).print(result)
 
-    if data:
-        shared["name"] = ", ".join(path.name for path in data) if outputs.name is None else outputs.name
-        texts = _texts(model, source, tokenizer, data, tokens, wanted, seed)
-        tell("evaluation", measure(model, texts, **shared, speed=speed))
-        if more.parts:
-            from ..convert.parts import measure_parts
+    with stopping(lambda: _measured_so_far(found, outputs, source, model)):
+        if data:
+            shared["name"] = ", ".join(path.name for path in data) if outputs.name is None else outputs.name
+            texts = _texts(model, source, tokenizer, data, tokens, wanted, seed)
+            tell("evaluation", measure(model, texts, **shared, speed=speed))
+            if more.parts:
+                from ..convert.parts import measure_parts
 
-            tell("parts", measure_parts(model, texts, **shared))
-    if more.recall:
-        tell("recall", _recalled(model, tokenizer, other, wanted, seed))
+                tell("parts", measure_parts(model, texts, **shared))
+        if more.recall:
+            tell("recall", _recalled(model, tokenizer, other, wanted, seed))
     outputs.write(found, source, model)
+
+
+def _measured_so_far(found: Mapping[str, Any], outputs: Outputs, source: str, model: PreTrainedModel) -> str:
+    """Write what was measured before a stop, and say so."""
+    if not found:
+        return "nothing was measured yet, so nothing was written"
+    outputs.write(found, source, model)
+    return f"what was measured until now ({', '.join(found)}) is written; the rest is not"
 
 
 def _recalled(

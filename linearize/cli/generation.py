@@ -12,7 +12,9 @@ import typer
 from rich.table import Table
 
 from ..errors import ConfigError, InputError
+from .before import check_extra, check_folder, check_resume, check_texts
 from .options import Device, Dtype
+from .results import save_or_rescue, stopping
 from .sources import find_source, is_demo, load_decoder, load_source, to_device
 from .terminal import console
 
@@ -110,7 +112,8 @@ def generate(
 
     speculation = drafting.of(model, source, dtype, device)
     settings = dataclasses.asdict(sampling)
-    run = continue_text(model, tokenizer, text, speculation=speculation, write=write, **settings)
+    with stopping(lambda: "what was written above is all of it"):
+        run = continue_text(model, tokenizer, text, speculation=speculation, write=write, **settings)
     write("\n")
     _tell(run)
 
@@ -135,15 +138,21 @@ def train_heads(
         if is_demo(source):
             raise ConfigError("name the folder to write the heads to: --out DIR")
         target = find_source(source)
-    model, tokenizer = load_decoder(source)
-    heads = train(
-        model,
-        text_tokens(data, tokenizer, max_tokens, training.context, training.seed),
-        output_dir=checkpoints,
-        progress=sys.stderr.isatty(),
-        **dataclasses.asdict(training),
-    )
-    heads.save(target)
+    check_folder(target)
+    check_texts(data)
+    check_resume(training.resume, checkpoints)
+    check_extra("train", "accelerate")
+    go_on = "nothing was kept" if checkpoints is None else f"--resume goes on from those in {checkpoints}"
+    with stopping(lambda: f"no heads were written to {target}; {go_on}"):
+        model, tokenizer = load_decoder(source)
+        heads = train(
+            model,
+            text_tokens(data, tokenizer, max_tokens, training.context, training.seed),
+            output_dir=checkpoints,
+            progress=sys.stderr.isatty(),
+            **dataclasses.asdict(training),
+        )
+        save_or_rescue(heads.save, target)
     _tell_heads(heads, target)
 
 

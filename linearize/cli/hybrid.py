@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ..errors import ConfigError
+from .before import check_file, check_texts
 from .options import Data, OnRefusal, Rewriting
+from .results import stopping
 from .sources import Source, find_source, load_model, load_tokenizer
 from .terminal import console
 
@@ -51,21 +53,24 @@ def plan(
 
     config = rewriting.config(on_refusal=on_refusal)
     limit = None if budget is None else _number(budget)
+    check_file(json)
+    check_texts(data)
     model = load_model(source)
     tokenizer = load_tokenizer(find_source(source))
     texts = read_files(model, tokenizer, data, tokens, CONTEXT, seed)
     rows = training_data(model, texts, tokenizer, CONTEXT).first(tokens).rows
     collate = Collate.of(model)
     batches = [collate(rows[start : start + BATCH]) for start in range(0, len(rows), BATCH)]
-    found = find(
-        model,
-        batches,
-        budget=limit,
-        max_divergence=max_divergence,
-        config=config,
-        search=search,
-        max_tokens=tokens,
-    )
+    with stopping(lambda: "nothing was written; the same command begins anew"):
+        found = find(
+            model,
+            batches,
+            budget=limit,
+            max_divergence=max_divergence,
+            config=config,
+            search=search,
+            max_tokens=tokens,
+        )
     console(160).print(found)
     if json is not None:
         write_whole(json, codec.dumps(found.to_dict(), indent=2) + "\n")

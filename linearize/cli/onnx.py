@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from .before import check_extra, check_file, check_folder
+from .results import stopping
 from .sources import Source, companions, find_source, load_source
 
 
@@ -23,11 +25,18 @@ def export(
     ] = False,
 ) -> None:
     """Write a model, converted or not, as ONNX that stock onnxruntime runs, state in and state out."""
-    from ..onnx.command import run
+    check_extra("onnx", "onnx", "onnxscript", "onnxruntime")
+    from ..onnx.command import check, run
 
     folder = find_source(source)
     options = dict(opset=opset, dtype=dtype, last_logits=last_logits)
-    run(load_source(folder), target, companions(folder), options, bits=bits, write=typer.echo)
+    check(target, options, bits)
+    if target.suffix == ".onnx":
+        check_file(target)
+    else:
+        check_folder(target)
+    with stopping(lambda: f"{target} is as it was; the same command begins anew"):
+        run(load_source(folder), target, companions(folder), options, bits=bits, write=typer.echo)
 
 
 def build_library(

@@ -5,10 +5,11 @@ from __future__ import annotations
 import os
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ..common.files import reason, shown
 from ..errors import CheckpointError, ConfigError
 
 if TYPE_CHECKING:
@@ -35,7 +36,7 @@ def hide_bars() -> None:
 def find_source(name: str) -> Path:
     """The folder of a model, existing, of the shipped demo, or downloaded from the Hub; or a GGUF file."""
     folder = Path(name)
-    if folder.is_dir() or (folder.is_file() and _is_gguf(folder)):
+    if os.path.isdir(folder) or (os.path.isfile(folder) and _is_gguf(folder)):
         return folder
     if _is_gguf(folder):
         raise CheckpointError(f"{name}: no such file")
@@ -44,7 +45,7 @@ def find_source(name: str) -> Path:
 
         return MODEL
     if folder.is_absolute() or name.startswith((".", "~")) or name.count("/") != 1:
-        raise CheckpointError(f"{name}: no such folder")
+        raise CheckpointError(f"{shown(folder)}: no such folder")
     from huggingface_hub import snapshot_download
 
     hide_bars()
@@ -71,9 +72,8 @@ def load_source(folder: Path, dtype: str = "auto") -> PreTrainedModel:
     dtype: "auto" is as stored, float32 for GGUF.
     """
     import transformers
-    from safetensors import SafetensorError
 
-    from ..common.files import read_json
+    from ..checkpoint.checking import config_of, known_class
 
     hide_bars()
     if dtype not in DTYPES:
@@ -84,13 +84,12 @@ def load_source(folder: Path, dtype: str = "auto") -> PreTrainedModel:
         from ..checkpoint.gguf import load_gguf
 
         return load_gguf(folder, dtype=torch.float32 if dtype == "auto" else getattr(torch, dtype))[0]
-    architectures = read_json(folder / "config.json").get("architectures") or []
-    cls = getattr(transformers, architectures[0], None) if architectures else None
+    loader: Any = known_class(config_of(folder)) or transformers.AutoModel
     try:
-        loader = cls or transformers.AutoModel
         return loader.from_pretrained(folder, dtype=dtype, local_files_only=True).eval()
-    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
-        raise CheckpointError(f"cannot load the model in {folder}: {error}") from error
+    # Files from anywhere can make any line of transformers raise anything.
+    except Exception as error:
+        raise CheckpointError(f"cannot load the model in {shown(folder)}: {error}") from error
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
@@ -103,8 +102,8 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
         return gguf.load_tokenizer(folder)
     try:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, ImportError) as error:
-        raise CheckpointError(f"cannot load the tokenizer in {folder}: {error}") from error
+    except Exception as error:  # as above
+        raise CheckpointError(f"cannot load the tokenizer in {shown(folder)}: {error}") from error
 
 
 def load_decoder(
@@ -157,23 +156,20 @@ def companions(folder: Path) -> list[Path]:
     ]
 
 
-def check_target(target: Path) -> None:
-    """Raises CheckpointError when a folder cannot be written there: for commands that work long before."""
-    nearest = next(path for path in (target, *target.absolute().parents) if path.exists())
-    if not (nearest.is_dir() and os.access(nearest, os.W_OK)):
-        raise CheckpointError(f"cannot write to {target}: {nearest} is no folder that can be written to")
+def copy_companions(folder: Path, target: Path, there: Path | None = None) -> None:
+    """Put the files that belong to the model of `folder` beside the model in `target`.
 
-
-def copy_companions(folder: Path, target: Path) -> None:
-    """Put the files that belong to the model of `folder` beside the model in `target`; none is overwritten.
-
-    For a GGUF file that is its tokenizer. Raises CheckpointError when a file cannot be written.
+    For a GGUF file that is its tokenizer. there: the folder that the files are for, where none is replaced;
+    `target` unless given. Raises CheckpointError when a file cannot be written.
     """
-    if _is_gguf(folder):
-        load_tokenizer(folder).save_pretrained(target)
-    for path in companions(folder):
-        if not (target / path.name).exists():
-            try:
+    home = target if there is None else there
+    try:
+        if _is_gguf(folder):
+            load_tokenizer(folder).save_pretrained(target)
+        for path in companions(folder):
+            if not (target / path.name).exists() and not (home / path.name).exists():
                 shutil.copyfile(path, target / path.name)
-            except OSError as error:
-                raise CheckpointError(f"cannot write {target / path.name}: {error}") from error
+    except OSError as error:
+        if isinstance(error, CheckpointError):
+            raise
+        raise CheckpointError(f"cannot write to {shown(home)}: {reason(error)}") from error

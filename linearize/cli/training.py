@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from ..errors import CheckpointError
+from .before import check_extra, check_folder, check_resume, check_texts
 from .options import Approximate, Augmentation, Data, Dtype, Option, given, option_values
+from .results import save_or_rescue, stopping
 from .sources import (
     Source,
-    check_target,
     copy_companions,
     find_source,
     load_model,
@@ -86,6 +86,21 @@ class Running:
         checkpoints = settings.pop("checkpoints", None)
         return {**settings, "output_dir": checkpoints}
 
+    def kept(self, out: Path) -> Callable[[], str]:
+        """What is left of a training that was stopped, and how to go on."""
+
+        def text() -> str:
+            if self.checkpoints is None:
+                return f"nothing was written to {out}; with --checkpoints DIR a stopped training can go on"
+            if not any(self.checkpoints.glob("*/checkpoint-*")):
+                return f"nothing was written to {out}, and there is no checkpoint yet; begin anew"
+            return (
+                f"nothing was written to {out}; the checkpoints in {self.checkpoints} are kept, and the same "
+                "command with --resume goes on from the last one"
+            )
+
+        return text
+
 
 def distill(
     source: Source,
@@ -110,37 +125,46 @@ def distill(
 
     On several GPUs or machines: `accelerate launch -m linearize distill ...`.
     """
-    from ..checkpoint.saving import save
+    from ..checkpoint.saving import write_checkpoint
     from ..training import distill as train
     from ..training.files import read_files
     from ..training.recipes import recipe_of
     from ..training.trainer import is_main_process
 
-    folder = find_source(source)
-    if out.resolve() == folder.resolve():
-        raise CheckpointError(f"{out} is the model to start from; write to another folder")
-    check_target(out)
     chosen = recipe_of(recipe)
-    model = load_model(source, dtype)
-    tokenizer = load_tokenizer(folder)
-    most = chosen.tokens if tokens is None else tokens
-    length = chosen.context(model) if context is None else context
-    report = train(
-        model,
-        read_files(model, tokenizer, data, most, length, seed),
-        recipe=chosen,
-        tokenizer=tokenizer,
-        teacher=None if teacher is None else load_source(find_source(teacher)),
-        config=changes.config(chosen.config),
-        tokens=most,
-        context=length,
-        progress=sys.stderr.isatty(),
-        tune_settings=given(dataclasses.asdict(tuning)),
-        seed=seed,
-        **running.settings(),
-    )
-    if is_main_process():
-        console(120).print(report)
-        save(model, out)
-        copy_companions(folder, out)
-        typer.echo(f"written to {out}")
+    folder = find_source(source)
+    check_folder(out, folder)
+    check_texts(data)
+    check_resume(running.resume, running.checkpoints)
+    lora = chosen.tune is not None and (tuning.method or chosen.tune.get("method")) == "lora"
+    check_extra("train", "accelerate", *(("peft",) if lora else ()))
+    if teacher is not None:
+        find_source(teacher)
+    with stopping(running.kept(out)):
+        model = load_model(source, dtype)
+        tokenizer = load_tokenizer(folder)
+        most = chosen.tokens if tokens is None else tokens
+        length = chosen.context(model) if context is None else context
+        report = train(
+            model,
+            read_files(model, tokenizer, data, most, length, seed),
+            recipe=chosen,
+            tokenizer=tokenizer,
+            teacher=None if teacher is None else load_source(find_source(teacher)),
+            config=changes.config(chosen.config),
+            tokens=most,
+            context=length,
+            progress=sys.stderr.isatty(),
+            tune_settings=given(dataclasses.asdict(tuning)),
+            seed=seed,
+            **running.settings(),
+        )
+        if is_main_process():
+            console(120).print(report)
+            save_or_rescue(
+                lambda place: write_checkpoint(
+                    model, place, lambda files: copy_companions(folder, files, place)
+                ),
+                out,
+            )
+            typer.echo(f"written to {out}")

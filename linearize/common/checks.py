@@ -16,7 +16,7 @@ def require(ok: bool, name: str, value: object, expected: str) -> None:
 
 def excerpt(value: object) -> str:
     """A value as a message can hold it: short, and in characters that every terminal takes."""
-    text = ascii(value)
+    text = repr(value).encode("utf-8", "backslashreplace").decode()
     return text if len(text) <= 80 else f"{text[:70]}..."
 
 

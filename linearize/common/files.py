@@ -114,10 +114,17 @@ def link(file: Path, name: Path) -> None:
         shutil.copy2(file, name)
 
 
+def try_writing(folder: Path) -> None:
+    """Write a file into a folder, and remove it. Raises OSError when that is not possible."""
+    with scratch_folder(folder, folder) as scratch:
+        (scratch / "try").write_bytes(bytes(4096))
+
+
 def reason(error: BaseException) -> str:
     """Why the system refused, in a line: without the paths, which are long and may be of temporary files."""
     text = getattr(error, "strerror", None) or str(error).strip() or type(error).__name__
-    return str(text).splitlines()[0][:300]
+    line = str(text).replace("\0", "\\0").splitlines()[0]
+    return line.encode("utf-8", "backslashreplace").decode()[:300]
 
 
 def shown(path: Path) -> str:

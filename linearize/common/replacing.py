@@ -74,7 +74,8 @@ class Layout:
                 self._finish(scratch, home)
 
     def settle(self, scratch: Path, home: Path) -> None:
-        """Finish what a killed writer began. Raises OSError when that is not possible now."""
+        """Finish what a killed writer began. Raises OSError when that is not possible now, or not ours."""
+        (scratch / self.record).stat()
         named = read_entry(home / self.record, self.key)
         if isinstance(named, str) and Path(named).parts[:1] == (scratch.name,):
             self._finish(scratch, home)

@@ -84,5 +84,21 @@ def _read(file: Path, optional: bool) -> str:
         raise InputError(f"cannot read the text in {file}: {error}") from error
 
 
+def readable_texts(paths: Iterable[Path]) -> None:
+    """Raise InputError for a path that is neither a file that can be read nor a folder with files."""
+    for path in paths:
+        try:
+            files = _files(path)
+            if not files:
+                raise InputError(f"there are no files in {path}")
+            if not path.is_dir():
+                with path.open("rb") as file:
+                    file.read(1)
+        except (OSError, ValueError) as error:
+            if isinstance(error, InputError):
+                raise
+            raise InputError(f"cannot read the text in {path}: {error}") from error
+
+
 def _files(path: Path) -> list[Path]:
     return sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]

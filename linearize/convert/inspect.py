@@ -10,7 +10,7 @@ from torch import nn
 from ..common.running import quiet_run
 from ..passes.site import Reason
 from ..planning.config import LinearizeConfig
-from ..planning.plan import layer_index, problem_of, stays_softmax
+from ..planning.plan import check_layers_of, layer_index, problem_of, stays_softmax
 from ..planning.state import LinearizeState
 from .inputs import example_inputs
 from .linearize import check_model, resolve_config, search
@@ -47,6 +47,7 @@ def inspect(
     examples = example_inputs(model, inputs)
     with quiet_run(model):
         match = search(model, examples)
+    check_layers_of(model, match, settings)
     refused, becomes = {}, {}
     for site in match.sites:
         if stays_softmax(settings, site.path, layer_index(model, site.path)):

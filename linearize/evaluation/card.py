@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import html
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -99,7 +101,7 @@ def card(model: nn.Module) -> str:
         "---",
         MARK,
         "",
-        f"# {name} with {state.config.mechanism} attention",
+        f"# {_text(name)} with {state.config.mechanism} attention",
         "",
         *_conversion(name, state),
         "",
@@ -126,7 +128,7 @@ def _conversion(name: str, state: LinearizeState) -> Iterator[str]:
     config, plan = state.config, state.plan
     mechanism = mechanisms.get(config.mechanism)
     yield (
-        f"The softmax attention of a `{name}` was rewritten at {len(plan.sites)} "
+        f"The softmax attention of a {_code(name)} was rewritten at {len(plan.sites)} "
         f"{'place' if len(plan.sites) == 1 else 'places'} by linearize {__version__}."
     )
     yield ""
@@ -139,19 +141,19 @@ def _conversion(name: str, state: LinearizeState) -> Iterator[str]:
     if config.approximate:
         yield f"- left out knowingly: {', '.join(config.approximate)}"
     kept = [skip for skip in plan.skipped if skip.reason != Reason.NOT_ATTENTION.value]
-    yield f"- kept as softmax: {', '.join(f'`{skip.path}`' for skip in kept) or 'nothing'}"
+    yield f"- kept as softmax: {', '.join(_code(skip.path) for skip in kept) or 'nothing'}"
 
 
 def _evaluation(evaluation: Evaluation) -> Iterator[str]:
     if evaluation.name:
-        yield f"On {evaluation.name}:"
+        yield f"On {_text(evaluation.name)}:"
         yield ""
     headings, *rows = evaluation.table()
     yield _line(headings)
     yield _line(["---:"] * len(headings))
     yield from map(_line, rows)
     yield ""
-    yield f"{evaluation.scored} Measured in {evaluation.setting}."
+    yield f"{evaluation.scored} Measured in {_text(evaluation.setting)}."
 
 
 def _more(model: nn.Module, state: LinearizeState) -> Iterator[str]:
@@ -162,7 +164,7 @@ def _more(model: nn.Module, state: LinearizeState) -> Iterator[str]:
         found = parts or recalled
         if found is None or found.weights != weights:
             continue
-        where = f", on {parts.name}" if parts is not None and parts.name else ""
+        where = f", on {_text(parts.name)}" if parts is not None and parts.name else ""
         yield f"### {'What each part gives' if parts is not None else 'What it recalls'}{where}"
         yield ""
         headings, *rows = found.table()
@@ -170,9 +172,20 @@ def _more(model: nn.Module, state: LinearizeState) -> Iterator[str]:
         yield _line(["---"] + ["---:"] * (len(headings) - 1))
         yield from map(_line, rows)
         yield ""
-        yield found.note
+        yield _text(found.note)
         yield ""
 
 
 def _line(cells: list[str]) -> str:
-    return f"| {' | '.join(cells)} |"
+    return f"| {' | '.join(map(_text, cells))} |"
+
+
+def _text(text: object) -> str:
+    """A text of a checkpoint as plain text in Markdown: one line, without HTML, links or cells of its own."""
+    line = html.escape(" ".join(str(text).split()), quote=False)
+    return re.sub(r"([\\`\[\]|*])", r"\\\1", line)
+
+
+def _code(name: str) -> str:
+    """The name of a module or class as code; what no such name has is a question mark."""
+    return f"`{re.sub(r'[^A-Za-z0-9_.-]', '?', name)}`"

@@ -65,8 +65,9 @@ class Parts:
             if (fields.pop("version"), fields.pop("kind")) != (VERSION, KIND):
                 return None
             rows = tuple(Part(**{**row, "perplexity": tuple(row["perplexity"])}) for row in fields["rows"])
-            return cls(**{**fields, "lengths": tuple(fields["lengths"]), "rows": rows})
-        except (KeyError, TypeError, ValueError):
+            found = cls(**{**fields, "lengths": tuple(fields["lengths"]), "rows": rows})
+            return found if found.table() and found.note else None  # what cannot be written is no figure
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError):
             return None
 
     def attach(self, model: nn.Module) -> None:

@@ -41,9 +41,7 @@ def plot(
     rows: Sequence[Measurement], model: str, reference: str | None, path: str | os.PathLike[str]
 ) -> None:
     """See `Evaluation.plot`. model, reference: their names in the legend."""
-    suffix = Path(path).suffix.lower().removeprefix(".")
-    if suffix not in FORMATS:
-        raise InputError(f"a plot must be of the kind {', '.join(FORMATS)}, got {os.fspath(path)!r}")
+    suffix = check_format(path)
     sides: list[tuple[str, Callable[[Measurement], Figures | None]]] = [(model, lambda row: row.model)]
     if reference is not None:
         sides.insert(0, (f"{reference}, original", lambda row: row.reference))
@@ -67,6 +65,14 @@ def plot(
     drawn = io.BytesIO()
     figure.savefig(drawn, format=suffix, dpi=120)
     write_whole(path, drawn.getvalue())
+
+
+def check_format(path: str | os.PathLike[str]) -> str:
+    """The format of a plot, by the suffix of its file. Raises InputError for another one."""
+    suffix = Path(path).suffix.lower().removeprefix(".")
+    if suffix not in FORMATS:
+        raise InputError(f"a plot must be of the kind {', '.join(FORMATS)}, got {os.fspath(path)!r}")
+    return suffix
 
 
 def curve(

@@ -141,8 +141,9 @@ class Recall:
             fields = dict(data)
             if (fields.pop("version"), fields.pop("kind")) != (VERSION, KIND):
                 return None
-            return cls(**{**fields, "rows": tuple(_depth(row) for row in fields["rows"])})
-        except (KeyError, TypeError, ValueError):
+            found = cls(**{**fields, "rows": tuple(_depth(row) for row in fields["rows"])})
+            return found if found.table() and found.note else None  # what cannot be written is no figure
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError):
             return None
 
     def attach(self, model: nn.Module) -> None:

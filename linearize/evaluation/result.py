@@ -103,8 +103,10 @@ class Evaluation:
                 raise InputError(f"this evaluation has version {version!r}; this release reads {VERSION}")
             if fields["kind"] not in KINDS:
                 raise ValueError(f"kind is one of {', '.join(KINDS)}, got {fields['kind']!r}")
-            return cls(**{**fields, "rows": tuple(_measurement(row) for row in fields["rows"])})
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            found = cls(**{**fields, "rows": tuple(_measurement(row) for row in fields["rows"])})
+            found.table()  # what cannot be written is no figure
+            return found
+        except (KeyError, TypeError, ValueError, AttributeError, IndexError, OverflowError) as error:
             if isinstance(error, InputError):
                 raise
             raise InputError(f"this is no record of an evaluation: {error}") from error

@@ -8,6 +8,7 @@ from difflib import get_close_matches
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Protocol
 
+from ..common.checks import excerpt
 from ..errors import ConfigError
 from ..passes.site import Reason
 from .onnx_form import StateOperator
@@ -40,6 +41,11 @@ DROPPABLE = ("softcap", "sinks", "alibi", "bias", "window")
 
 BIGGEST = 2**20
 """Of every size that a user or a checkpoint sets: above it nothing could be allocated."""
+
+
+def is_too_large(size: Any) -> bool:
+    return isinstance(size, int) and size > BIGGEST
+
 
 EVERYWHERE = frozenset({"causal", "bidirectional", "cross"})
 
@@ -99,7 +105,7 @@ def whole(default: int | None, meaning: str, least: int = 1, most: int = BIGGEST
         number = isinstance(value, int) and not isinstance(value, bool) and least <= value <= most
         return number or (value is None and default is None)
 
-    return Option(default, meaning, f"an int >= {least}, up to {most}", valid)
+    return Option(default, meaning, f"an int >= {least}", valid)
 
 
 def switch(default: bool, meaning: str) -> Option:
@@ -181,11 +187,12 @@ class Mechanism:
                 close = get_close_matches(str(name), self.options, n=1)
                 hint = f"; did you mean {close[0]!r}?" if close else ""
                 raise ConfigError(
-                    f"options: mechanism {self.name!r} has no option {name!r}{hint} (known: {known})"
+                    f"options: mechanism {self.name!r} has no option {excerpt(name)}{hint} (known: {known})"
                 )
             if not option.valid(value):
                 raise ConfigError(
-                    f"options: {name!r} of mechanism {self.name!r} must be {option.expected}, got {value!r}"
+                    f"options: {name!r} of mechanism {self.name!r} must be {option.expected}"
+                    f"{', and not as large' if is_too_large(value) else ''}, got {excerpt(value)}"
                 )
 
     def covers(self, spec: SiteSpec, options: Mapping[str, Any]) -> bool:

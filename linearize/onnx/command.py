@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
+from ..common.files import reason, write_whole
 from ..errors import ConfigError, ExportError
 from . import export_onnx, quantize
+from .export import check_target
+
+
+def check(target: Path, options: Mapping[str, Any], bits: int) -> None:
+    """Raise ConfigError or ExportError for what no model could be exported with."""
+    if bits not in (0, 4, 8):
+        raise ConfigError(f"bits must be 8 or 4, or 0 for none, got {bits}")
+    check_target(target, options["opset"], options["dtype"])
 
 
 def run(
@@ -27,16 +35,14 @@ def run(
     options: of `export_onnx`. bits: of the weights; a quantised file lies beside the other one, as
     `*.int8.onnx` or `*.int4.onnx`.
     """
-    if bits not in (0, 4, 8):
-        raise ConfigError(f"bits must be 8 or 4, or 0 for none, got {bits}")
     exported = export_onnx(model, target, **options)
     if target.is_dir():
         for path in companions:
             if not (target / path.name).exists():
                 try:
-                    shutil.copyfile(path, target / path.name)
+                    write_whole(target / path.name, path.read_bytes())
                 except OSError as error:
-                    raise ExportError(f"cannot write {target / path.name}: {error}") from error
+                    raise ExportError(f"cannot write {target / path.name}: {reason(error)}") from error
     write(str(exported))
     for file in exported.files:
         if bits and file.suffix == ".onnx":

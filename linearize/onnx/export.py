@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..common.files import reason, shown
 from ..common.running import generates, quiet_run
 from ..errors import ExportError, InvalidModelError
 from ..mechanisms.module import AttentionModule
@@ -112,8 +113,6 @@ def export_onnx(
     makers = _makers(model, inputs, names or StateNames(), last_logits)
     if single and len(makers) > 1:
         raise ExportError(f"an encoder-decoder becomes two files; give a folder instead of {target}")
-    if target.is_dir() == single and target.exists():
-        raise ExportError(f"cannot write {target}: it is a {'folder' if single else 'file'}")
     with files.staged(target, single) as folder:
         model = _in_dtype(model, dtype)
         if single:
@@ -144,11 +143,23 @@ def _check(model: nn.Module, target: Path, opset: int, dtype: str | None) -> boo
     """Raise for wrong arguments of `export_onnx`; whether the target is one file rather than a folder."""
     if not isinstance(model, nn.Module):
         raise InvalidModelError(f"export_onnx needs an nn.Module, got {type(model).__name__}")
+    return check_target(target, opset, dtype)
+
+
+def check_target(target: Path, opset: int, dtype: str | None) -> bool:
+    """As `_check`, before there is a model."""
     if opset not in files.OPSETS:
         raise ExportError(f"opset must be {files.OPSETS[0]} to {files.OPSETS[-1]}, got {opset!r}")
     if dtype is not None and dtype not in DTYPES:
         raise ExportError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
-    return target.suffix == ".onnx"
+    single = target.suffix == ".onnx"
+    try:
+        wrong = target.exists() and target.is_dir() == single
+    except (OSError, ValueError) as error:
+        raise ExportError(f"cannot write {shown(target)}: {reason(error)}") from error
+    if wrong:
+        raise ExportError(f"cannot write {target}: it is a {'folder' if single else 'file'}")
+    return single
 
 
 def _write(

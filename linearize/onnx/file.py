@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
+import secrets
 import warnings
 from collections import Counter
 from collections.abc import Iterator
@@ -17,8 +18,10 @@ import torch
 from onnxscript.rewriter import pattern
 
 from ..common import files
+from ..common.checks import excerpt
+from ..common.replacing import is_inside, is_plain
 from ..common.version import __version__
-from ..errors import ExportError
+from ..errors import ExportError, LinearizeError
 from ..passes.tracing import TRACING
 from . import body
 from .programs import LENGTH, PAST, TOTAL, Program
@@ -138,6 +141,9 @@ def save(model: ir.Model, path: Path, external_data: bool | None) -> list[Path]:
     if external_data is None:
         external_data = sum(tensor.nbytes for tensor in _weights(model)) > _LIMIT
     data = f"{path.name}.data" if external_data else None
+    # A temporary folder lies beside the old file, which reads its weights until the new one is in its place.
+    if data and (path.parent.parent / data).exists():
+        data = f"{path.stem}.{secrets.token_hex(4)}.onnx.data"
     ir.save(model, path, external_data=data)
     return [path, *([path.parent / data] if data else [])]
 
@@ -159,10 +165,52 @@ def staged(target: Path, names_target: bool) -> Iterator[Path]:
         if not parent.is_dir():
             raise ExportError(f"cannot write {target}: there is no folder {parent}")
         # A file of weights first: a graph without its weights would be half a model.
+        old: set[str] = set()
         with files.staged(home, last=lambda file: file.suffix == ".onnx") as temporary:
             yield temporary
-    except OSError as error:
-        raise ExportError(f"cannot write {target}: {error}") from error
+            new = {file.name for file in temporary.iterdir()}
+            old = {name for graph in new for name in _data_of(home / graph)} - new
+        for name in old:
+            (home / name).unlink(missing_ok=True)
+    except (OSError, ValueError, UnicodeError, MemoryError) as error:
+        if isinstance(error, LinearizeError):
+            raise
+        raise ExportError(f"cannot write {files.shown(target)}: {files.reason(error)}") from error
+
+
+def read_graph(path: Path) -> onnx.ModelProto:
+    """A file without the weights beside it. Raises ExportError where it is none, or names other folders."""
+    try:
+        model = onnx.load(path, load_external_data=False)
+    # Whatever protobuf says of a file that is none.
+    except Exception as error:
+        raise ExportError(f"{files.shown(path)} cannot be read: {files.reason(error)}") from error
+    for name in sorted(_locations(model)):
+        if not is_inside(name):
+            raise ExportError(f"{files.shown(path)} names weights outside its folder: {excerpt(name)}")
+    return model
+
+
+def _locations(model: onnx.ModelProto) -> set[str]:
+    tensors = [*model.graph.initializer]
+    nodes = [*model.graph.node, *(node for function in model.functions for node in function.node)]
+    while nodes:
+        for attribute in nodes.pop().attribute:
+            tensors += [attribute.t, *attribute.tensors]
+            for graph in (attribute.g, *attribute.graphs):
+                tensors += graph.initializer
+                nodes += graph.node
+    return {entry.value for tensor in tensors for entry in tensor.external_data if entry.key == "location"}
+
+
+def _data_of(graph: Path) -> set[str]:
+    """The files beside a graph that hold its weights; none where it is no graph."""
+    if graph.suffix != ".onnx" or not any(graph.parent.glob("*.onnx.data")):
+        return set()
+    try:
+        return {name for name in _locations(read_graph(graph)) if is_plain(name, ".onnx.data")}
+    except ExportError:
+        return set()
 
 
 @contextmanager

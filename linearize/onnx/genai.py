@@ -9,11 +9,12 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import onnx
 from transformers import GenerationConfig, PreTrainedConfig
 
-from ..errors import ExportError
+from ..common.files import write_whole
+from ..errors import CheckpointError, ExportError
 from . import library as operators
+from .file import read_graph
 
 CONFIG = "genai_config.json"
 _TYPE = "decoder"
@@ -54,15 +55,15 @@ def write_genai(
         settings["model"]["decoder"]["session_options"]["custom_ops_library"] = str(operators.LIBRARY)
     target = path.with_name(CONFIG)
     try:
-        target.write_text(json.dumps(settings, indent=2) + "\n")
-    except OSError as error:
-        raise ExportError(f"cannot write {target}: {error}") from error
+        write_whole(target, json.dumps(settings, indent=2) + "\n")
+    except CheckpointError as error:
+        raise ExportError(str(error)) from error
     return target
 
 
 def genai_config(path: Path, config: PreTrainedConfig, generation: GenerationConfig) -> dict[str, Any]:
     """The contents of `genai_config.json` for the decoder in `path`."""
-    graph = onnx.load(path, load_external_data=False).graph
+    graph = read_graph(path).graph
     inputs, outputs = ([value.name for value in values] for values in (graph.input, graph.output))
     if "logits" not in outputs or "attention_mask" not in inputs:
         raise ExportError(f"{path} is no decoder that onnxruntime-genai could run")

@@ -74,6 +74,7 @@ def quantize(
         raise ExportError(f"the quantised file needs a name of its own that ends in .onnx, not {new}")
     if not old.is_file():
         raise ExportError(f"{old} is not there; `lz.export_onnx` writes such files")
+    files.read_graph(old)
     with files.staged(new, True) as folder:
         try:
             model = ir.load(old)

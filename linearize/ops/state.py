@@ -68,6 +68,11 @@ class Part(ABC):
         self.check_rewind(count)
         self.length.sub_(count)
 
+    def clear(self) -> None:
+        """Make the state one of no tokens, in place."""
+        for tensor in self.tensors:
+            tensor.zero_()
+
     def map(self, function: Callable[[Tensor], Tensor]) -> Self:
         """A new state of `function` of every tensor."""
         state: Any = self  # a dataclass, which a base class cannot say
@@ -199,6 +204,10 @@ class SalientState(Part):
     def first_kept(self) -> Tensor:
         return self.tensors.block * salient.BLOCK
 
+    def clear(self) -> None:
+        super().clear()
+        salient.forget(self.tensors, self.sizes)
+
 
 @dataclass(frozen=True)
 class States:
@@ -227,6 +236,11 @@ class States:
 
     def tensors(self) -> list[Tensor]:
         return [x for part in self.parts for x in part.tensors]
+
+    def clear(self) -> None:
+        """As `Part.clear`, for all parts."""
+        for part in self.parts:
+            part.clear()
 
     def rewind(self, count: int | Tensor) -> None:
         """As `Part.rewind`, for all parts or none."""

@@ -9,9 +9,9 @@ from difflib import get_close_matches
 from typing import Any, TypeGuard
 
 from .. import mechanisms
-from ..common.checks import require
+from ..common.checks import excerpt, require
 from ..errors import ConfigError
-from ..mechanisms.base import BIGGEST, DROPPABLE
+from ..mechanisms.base import BIGGEST, DROPPABLE, is_too_large
 
 VERSION = 3
 """Version 1 had no `augmentation` and no `options`: their defaults are what it meant. Up to version 2
@@ -87,10 +87,11 @@ class LinearizeConfig:
         mechanism = mechanisms.get(self.mechanism)
         for name in ("group_size", "conv_taps"):
             size = getattr(self, name)
-            require(_is_int(size) and 1 <= size <= BIGGEST, name, size, f"an int >= 1, up to {BIGGEST}")
+            bound = f", up to {BIGGEST}" if is_too_large(size) else ""
+            require(_is_int(size) and 1 <= size <= BIGGEST, name, size, f"an int >= 1{bound}")
         scale = self.local_scale
         number = isinstance(scale, int | float) and not isinstance(scale, bool)
-        require(number and abs(scale) <= 1e30, "local_scale", scale, "a finite number, up to 1e30")
+        require(number and abs(scale) <= 1e30, "local_scale", scale, "a finite number")
         choice = self.augmentation
         require(choice is None or isinstance(choice, bool), "augmentation", choice, "True, False or None")
         if self.augmentation and mechanism.augmentation is None:
@@ -155,7 +156,7 @@ class LinearizeConfig:
         version = fields.pop("version", VERSION)
         if not _is_int(version) or not 1 <= version <= VERSION:
             raise ConfigError(
-                f"this config has version {version!r}; this release reads versions 1 to {VERSION}: "
+                f"this config has version {excerpt(version)}; this release reads versions 1 to {VERSION}: "
                 f"load it with the release that wrote it"
             )
         if version < 3 and fields.setdefault("mechanism", "augmented") == "augmented":
@@ -167,7 +168,7 @@ class LinearizeConfig:
             if name not in known:
                 close = get_close_matches(str(name), known, n=1)
                 hint = f"did you mean {close[0]!r}?" if close else f"known fields: {', '.join(known)}"
-                raise ConfigError(f"unknown config field {name!r}; {hint}")
+                raise ConfigError(f"unknown config field {excerpt(name)}; {hint}")
         return cls(**fields)
 
 

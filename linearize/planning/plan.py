@@ -7,6 +7,7 @@ a graph again. It is made from the matcher's report plus one recorded run of the
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from typing import Any
 from torch import nn
 
 from .. import mechanisms
+from ..common.checks import excerpt
 from ..errors import ConfigError, InvalidModelError, NoAttentionError, RefusedError
 from ..mechanisms.base import DROPPABLE
 from ..mechanisms.spec import SiteSpec
@@ -178,14 +180,50 @@ def site_spec(site: Site) -> SiteSpec:
     )
 
 
+def check_layers_of(model: nn.Module, report: MatchReport, config: LinearizeConfig) -> None:
+    """As `check_named_layers`, of what was found in a model."""
+    names = {id(module): name for name, module in model.named_modules()}
+    sites = {names[id(model.get_submodule(site.path))] for site in report.sites}
+    sites |= {site.path for site in report.sites}  # users may know a shared module by another of its names
+    refused = ((refusal.path, _index(model, refusal)) for refusal in report.refusals)
+    check_named_layers(config, [*((path, layer_index(model, path)) for path in sorted(sites)), *refused])
+
+
+def check_named_layers(config: LinearizeConfig, candidates: Iterable[tuple[str, int | None]]) -> None:
+    """Raise ConfigError where `layers` or `keep_softmax` names a layer that has no attention, or none at all.
+
+    candidates: path and index of everything that is attention, or may be.
+    """
+    known = list(dict.fromkeys(candidates))
+    for name, items in (("layers", config.layers or ()), ("keep_softmax", config.keep_softmax)):
+        for item in items:
+            if not any(_names(item, path, index) for path, index in known):
+                numbers = sorted({index for _, index in known if index is not None})
+                raise ConfigError(
+                    f"{name} names {excerpt(item)}, and no attention is there; the layers with attention are "
+                    f"{_ranges(numbers) or 'not numbered'}, and a path is one such as {known[0][0]!r}"
+                )
+
+
+def _names(item: int | str, path: str, index: int | None) -> bool:
+    """Whether an item of `keep_softmax` or `layers` names the layer at a path."""
+    return item == index if isinstance(item, int) else path == item or path.startswith(f"{item}.")
+
+
+def _ranges(numbers: list[int]) -> str:
+    """`0 to 5, 7` for these numbers."""
+    texts: list[str] = []
+    for _, group in itertools.groupby(enumerate(numbers), lambda pair: pair[1] - pair[0]):
+        run = [number for _, number in group]
+        texts.append(str(run[0]) if len(run) == 1 else f"{run[0]} to {run[-1]}")
+    return ", ".join(texts[:8])
+
+
 def stays_softmax(config: LinearizeConfig, path: str, index: int | None) -> bool:
     """The user asked to leave the layer at `path` as softmax."""
     if config.layers is not None and index not in config.layers:
         return True
-    return any(
-        keep == index if isinstance(keep, int) else path == keep or path.startswith(f"{keep}.")
-        for keep in config.keep_softmax
-    )
+    return any(_names(keep, path, index) for keep in config.keep_softmax)
 
 
 def plan_sites(model: nn.Module, report: MatchReport, config: LinearizeConfig) -> Plan:
@@ -200,6 +238,7 @@ def plan_sites(model: nn.Module, report: MatchReport, config: LinearizeConfig) -
         raise NoAttentionError(
             f"{type(model).__name__} holds no softmax attention that this package recognises"
         )
+    check_layers_of(model, report, config)
     # A module held under several names is one owner: the name it is found under first.
     names = {id(module): name for name, module in model.named_modules()}
     slots: Counter[tuple[str, int]] = Counter()
@@ -253,6 +292,13 @@ def replan(model: nn.Module, plan: Plan, config: LinearizeConfig) -> Plan:
     Raises InvalidModelError where the settings rewrite a layer that is softmax in this model, otherwise as
     `plan_sites`.
     """
+    check_named_layers(
+        config,
+        [
+            *((site.path, site.layer_index) for site in plan.sites),
+            *((skip.path, _index(model, skip)) for skip in plan.skipped),
+        ],
+    )
     wanted = [
         skip.path
         for skip in plan.skipped

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 from pathlib import Path
 
 import pytest
@@ -486,3 +487,37 @@ def test_a_package_without_the_library_says_so(tmp_path):
     (tmp_path / "_kernels.so").write_bytes(b"no library")
     bare.load.cache_clear()
     assert "could not be loaded" in bare.load()[1]
+
+
+@needs_library
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_thread_computes_on_after_its_memory_ran_out(isa):
+    """In a process of its own, whose memory is limited for one call: a tree so large that it does not fit."""
+    import resource
+
+    nodes = 5000
+    args = make(nodes, dims=(8, 8))
+    decoder = Decoder(isa, args, 8, 8)
+    large = dict(
+        depth=torch.arange(nodes)[None], ancestors=torch.ones(1, nodes, nodes, dtype=torch.bool).tril()
+    )
+    small = [x[:, :, :1] for x in args[:3]]
+    one = dict(depth=torch.zeros(1, 1, dtype=torch.int64), ancestors=torch.ones(1, 1, 1, dtype=torch.bool))
+    wanted = decoder.tree(*small, **one)
+    child = os.fork()
+    if child == 0:
+        status = 1
+        try:
+            pages = int(Path("/proc/self/statm").read_text().split()[0])
+            limit = pages * os.sysconf("SC_PAGE_SIZE") + 2**26
+            before = resource.getrlimit(resource.RLIMIT_AS)
+            resource.setrlimit(resource.RLIMIT_AS, (limit, before[1]))
+            try:
+                decoder.tree(*args[:3], **large)
+                status = 2
+            except MemoryError:
+                resource.setrlimit(resource.RLIMIT_AS, before)
+                status = 0 if torch.equal(decoder.tree(*small, **one), wanted) else 3
+        finally:
+            os._exit(status)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
