@@ -203,7 +203,12 @@ def _before(relayout: Relayout, at: At, node: Node) -> At:
     split: list[Numeric] = [constant(0)] * len(at)
     for place, axis in zip(at, relayout.order, strict=True):
         split[axis] = place
-    return reshaped(tuple(split), relayout.split, shape(node))
+    sizes = shape(node)
+    long = [axis for axis, size in enumerate(sizes) if size != 1]
+    if len(long) != len(split):
+        return reshaped(tuple(split), relayout.split, sizes)
+    places = dict(zip(long, split, strict=True))  # two expressions of one size need not look alike
+    return tuple(places.get(axis, constant(0)) for axis in range(len(sizes)))
 
 
 # --- steps --------------------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ import sympy
 from torch.fx import Node
 
 from .algebra import bounds, floored, is_whole, plus, times
-from .axes import WHOLE_SLICE_END, expr, overloads, shape_of
+from .axes import WHOLE_SLICE_END, expr, is_one, overloads, shape_of
 from .terms import Numeric, Sum, Term, UnreadableError, constant, of_term
 
 At = tuple[Numeric, ...]
@@ -45,7 +45,8 @@ def shape(node: Any) -> tuple[sympy.Expr, ...]:
     found = shape_of(node) if isinstance(node, Node) else None
     if found is None:
         raise UnreadableError("a tensor was traced without a shape")
-    return found
+    plain = [size.is_Symbol or size.is_Integer for size in found]
+    return tuple(size if p or not is_one(size) else sympy.Integer(1) for size, p in zip(found, plain, strict=True))
 
 
 def only_sum(place: Numeric) -> Sum:

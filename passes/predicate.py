@@ -35,7 +35,7 @@ class Meaning:
     Attributes:
         pattern, width, padding, documents, top_left, per_head: As in `Mask`.
         why: What the language does not say, for a refusal; "" where it says everything.
-        inputs: The graph inputs that decide what is not said.
+        inputs: The graph inputs that decide what is not said, or which tokens are one document.
         culprit: A node that computes it, where one can be named.
     """
 
@@ -184,7 +184,9 @@ class _Reading:
         if pattern is None:
             return _other(f"its mask shows keys at distances {distance} before the query", [])
         aligned = not self.shift.items and self.shift.const == 0 or pattern[0] is Pattern.FULL
-        return Meaning(*pattern, bool(self.keys), bool(documents), top_left and not aligned)
+        inputs = tuple(sorted({name for n in documents for name in self.axes[n].direction.inputs}))
+        padding, apart = bool(self.keys), bool(documents)
+        return Meaning(*pattern, padding, apart, top_left and not aligned, inputs=inputs)
 
     # --- one direction ---
 
@@ -211,7 +213,9 @@ class _Reading:
     def _is_document(self, n: int, allowed: Integers) -> bool:
         """Query and key share a term that inputs decide."""
         direction = self.axes[n].direction
-        return allowed == only(0) and bool(direction.inputs) and self._sides(direction) is not None
+        sides = self._sides(direction) if allowed == only(0) and direction.inputs else None
+        # A term of the position itself, such as chunks that start behind the padding, is no document.
+        return sides is not None and not any(term.kind == "index" for term in _outside_reads(sides[1]))
 
     def _chunk(self, direction: Sum) -> int | None:
         """The width of the chunks whose difference a direction is."""
@@ -315,7 +319,7 @@ def _outside_reads(value: Sum) -> list[Term]:
     while waiting:
         term = waiting.pop()
         found.append(term)
-        if term.kind != "read":
+        if term.kind not in ("read", "count"):
             waiting += [inner for arg in term.args for inner in getattr(arg, "items", {})]
     return found
 

@@ -97,7 +97,7 @@ class Mask:
             at the last key.
         leaves: Names of the graph inputs, buffers and parameters whose values take part.
         why: What about the mask no pattern says; "" where the pattern is all.
-        inputs: The graph inputs that decide it, where inputs do.
+        inputs: The graph inputs that decide it, or that tell documents apart.
         zero_or_one: Integer inputs that are multiplied by a huge number; the reading holds for zero and one.
     """
 

@@ -22,6 +22,7 @@ _REASONS = {
     "cross": Reason.MASK_UNSUPPORTED,
     "window": Reason.MASK_UNSUPPORTED,
     "mask": Reason.MASK_UNSUPPORTED,
+    "documents": Reason.MASK_DATA_DEPENDENT,
     "bias": Reason.BIAS_UNSUPPORTED,
     "alibi": Reason.BIAS_UNSUPPORTED,
     "softcap": Reason.SOFTCAP_UNSUPPORTED,
@@ -29,8 +30,9 @@ _REASONS = {
 }
 """Everything a site may need of a mechanism, and the code to refuse it with.
 
-"window": a causal or centred window; "mask": any other positional mask (chunks, arbitrary ones); "bias":
-finite values added to the scores; "alibi": a bias known to be ALiBi.
+"window": a causal or centred window; "mask": any other mask (chunks, prefixes, arbitrary ones); "documents":
+tokens see only their own document, which inputs tell apart; "bias": finite values added to the scores;
+"alibi": a bias known to be ALiBi.
 """
 
 DROPPABLE = ("softcap", "sinks", "alibi", "bias", "window")
@@ -185,22 +187,39 @@ class Mechanism:
 
         Args:
             spec: The site.
-            terms: What its scores hold beyond the spec: any of "bias", "alibi", "sinks", "mask".
+            terms: What its scores hold beyond the spec: any of "bias", "alibi", "sinks", "mask", "documents".
             approximate: What the user allows to be dropped (`LinearizeConfig.approximate`).
 
         Returns:
             The reason's code and a sentence; None if the mechanism can take the site's place.
         """
+        need = self.lacking(spec, terms, approximate)
+        if need is None:
+            return None
+        advice = (
+            f'; approximate=("{need}",) leaves it out knowingly'
+            if need in DROPPABLE
+            else "; keep its softmax"
+        )
+        return _REASONS[need], f"mechanism {self.name!r} cannot carry {need}{advice}"
+
+    def lacking(
+        self, spec: SiteSpec, terms: Collection[str] = (), approximate: Collection[str] = ()
+    ) -> str | None:
+        """The first thing a site needs that this mechanism cannot carry; the arguments are `refusal`'s.
+
+        Args:
+            spec: The site.
+            terms: What its scores hold beyond the spec.
+            approximate: What the user allows to be dropped.
+
+        Returns:
+            One of the words of `terms`, or of what the spec says; None where nothing is missing.
+        """
         needs = ["cross" if spec.cross else "causal" if spec.causal else "bidirectional"]
         needs += ["softcap"] if spec.softcap is not None else []
         needs += ["window"] if spec.window is not None else []
         for need in [*needs, *terms]:
-            if need in self.supports or (need in DROPPABLE and need in approximate):
-                continue
-            advice = (
-                f'; approximate=("{need}",) leaves it out knowingly'
-                if need in DROPPABLE
-                else "; keep its softmax"
-            )
-            return _REASONS[need], f"mechanism {self.name!r} cannot carry {need}{advice}"
+            if need not in self.supports and not (need in DROPPABLE and need in approximate):
+                return need
         return None

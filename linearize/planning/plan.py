@@ -302,8 +302,10 @@ def terms(site: Site) -> tuple[str, ...]:
         found.append("sinks")
     if site.mask.bias:
         found.append("bias")
-    if site.mask.pattern in (Pattern.CHUNK, Pattern.OTHER) or site.mask.top_left:
+    if site.mask.pattern in (Pattern.CHUNK, Pattern.PREFIX, Pattern.OTHER) or site.mask.top_left:
         found.append("mask")
+    if site.mask.documents:
+        found.append("documents")
     return tuple(found)
 
 
@@ -313,8 +315,19 @@ def problem_of(site: Site, config: LinearizeConfig) -> tuple[str, str] | None:
         spec = site_spec(site)
     except (ValueError, ConfigError) as error:
         return Reason.SHAPE_UNKNOWN.value, str(error)
-    refused = mechanisms.get(config.mechanism).refusal(spec, terms(site), config.approximate)
-    return None if refused is None else (refused[0].value, refused[1])
+    mechanism = mechanisms.get(config.mechanism)
+    refused = mechanism.refusal(spec, terms(site), config.approximate)
+    if refused is None:
+        return None
+    reason, sentence = refused
+    need = mechanism.lacking(spec, terms(site), config.approximate)
+    if need == "documents":
+        names = " and ".join(map(repr, site.mask.inputs))
+        return reason.value, f"its mask keeps documents apart, decided by the input {names}; {sentence}"
+    if need == "mask" and site.mask.why:
+        reason = Reason.MASK_DATA_DEPENDENT if site.mask.inputs else reason
+        return reason.value, f"{site.mask.why}; {sentence}"
+    return reason.value, sentence
 
 
 def _raise_blocked(blocked: list[Skipped], config: LinearizeConfig, report: MatchReport | None) -> None:
