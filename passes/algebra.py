@@ -359,7 +359,7 @@ def substitute(value: Value, replaced: Mapping[str, Sum]) -> Value:
         assert isinstance(inner, Sum)
         return member(inner, value.allowed)
     if isinstance(value, Both | Either):
-        formulas = [part for part in (substitute(part, replaced) for part in value.parts)]
+        formulas = [substitute(part, replaced) for part in value.parts]
         return (both if isinstance(value, Both) else either)(formulas)  # type: ignore[arg-type]
     return value
 

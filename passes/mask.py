@@ -32,10 +32,11 @@ from .algebra import (
     substitute,
     times,
 )
+from .entries import Reader, known_value
 from .evaluate import value_ancestors, value_leaves
 from .graphs import attribute
 from .intervals import NONE, Integers, between, from_on, only, up_to
-from .mask_terms import Reader, known_value
+from .mask_terms import VALUES
 from .moves import At, broadcast_to, reshaped, shape, size_sum
 from .predicate import Meaning, classify, satisfiable
 from .site import Mask, Operand, Pattern, Relayout, Step, term_operands
@@ -121,6 +122,7 @@ class MaskReader:
             meaning.pattern,
             meaning.width,
             padding=meaning.padding,
+            own_column=meaning.own_column,
             documents=meaning.documents,
             bias=bias,
             per_head=meaning.per_head,
@@ -134,7 +136,7 @@ class MaskReader:
     def _entry(self, term: Operand, query: sympy.Expr, key: sympy.Expr) -> Value:
         """The entry of a term at batch b, head h, query i, key j."""
         heads = term.relayout.merged[1]
-        reader = self._readers.setdefault((heads, query, key), Reader(self._graph))
+        reader = self._readers.setdefault((heads, query, key), Reader(self._graph, VALUES))
         lengths = (None, heads, query, key)
         at: At = tuple(
             of_term(index(name) if size is None else index(name, plus(size_sum(size), constant(-1))))
@@ -156,7 +158,9 @@ class MaskReader:
         value = self._entry(step.term, query, key)
         if step.kind == "scale":
             per_key = step.term.relayout.merged[3] != 1
-            reading.gated = either([reading.gated, equal_zero(as_number(value))]) if per_key else reading.gated
+            reading.gated = (
+                either([reading.gated, equal_zero(as_number(value))]) if per_key else reading.gated
+            )
         elif step.kind in ("fill", "keep"):
             masked = as_formula(value)
             _fill(reading, masked if step.kind == "fill" else negated(masked), float(step.value))
@@ -310,4 +314,3 @@ def _may_hide(term: Term) -> bool:
 
 def _is_huge(argument: object) -> bool:
     return isinstance(argument, int | float) and argument <= MASKED
-

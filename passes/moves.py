@@ -11,7 +11,7 @@ from typing import Any
 import sympy
 from torch.fx import Node
 
-from .algebra import bounds, floored, is_whole, plus, times
+from .algebra import bounds, floored, is_whole, plus
 from .axes import WHOLE_SLICE_END, expr, is_one, overloads, shape_of
 from .terms import Numeric, Sum, Term, UnreadableError, constant, of_term
 
@@ -46,7 +46,9 @@ def shape(node: Any) -> tuple[sympy.Expr, ...]:
     if found is None:
         raise UnreadableError("a tensor was traced without a shape")
     plain = [size.is_Symbol or size.is_Integer for size in found]
-    return tuple(size if p or not is_one(size) else sympy.Integer(1) for size, p in zip(found, plain, strict=True))
+    return tuple(
+        size if p or not is_one(size) else sympy.Integer(1) for size, p in zip(found, plain, strict=True)
+    )
 
 
 def only_sum(place: Numeric) -> Sum:
@@ -307,4 +309,3 @@ _ROWS: list[tuple[Move, list[Any]]] = [
 
 MOVES: dict[Any, Move] = {target: move for move, targets in _ROWS for target in targets}
 """Operators that only move entries."""
-

@@ -19,7 +19,7 @@ from torch.fx import Node
 from .algebra import as_formula, compare, either, plus, substitute
 from .intervals import ALL, NONE, Integers, cells, from_on, only
 from .site import Pattern
-from .terms import Both, Either, Formula, Member, Sum, Term, Truth, of_term
+from .terms import Both, Either, Expression, Formula, Member, Sum, Term, Truth, of_term
 from .terms import constant as number
 
 MOST_ENTRIES = 2**16
@@ -33,7 +33,7 @@ class Meaning:
     """What a formula shows.
 
     Attributes:
-        pattern, width, padding, documents, top_left, per_head: As in `Mask`.
+        pattern, width, padding, own_column, documents, top_left, per_head: As in `Mask`.
         why: What the language does not say, for a refusal; "" where it says everything.
         inputs: The graph inputs that decide what is not said, or which tokens are one document.
         culprit: A node that computes it, where one can be named.
@@ -42,6 +42,7 @@ class Meaning:
     pattern: Pattern
     width: int | None = None
     padding: bool = False
+    own_column: bool = True
     documents: bool = False
     top_left: bool = False
     per_head: bool = False
@@ -144,7 +145,8 @@ class _Reading:
             return _other("its mask differs from head to head", self._directions(), per_head=True)
         if not _is_product(self.values, [[n] for n in self.rest], self.keys):
             return self._prefix() or _other(
-                "its mask is none of full, causal, window, band, chunk, padding, documents", self._directions()
+                "its mask is none of full, causal, window, band, chunk, padding, documents",
+                self._directions(),
             )
         allowed = {n: self.axes[n].chosen(_along(self.values, n)) for n in self.rest}
         return self._product(allowed)
@@ -176,17 +178,17 @@ class _Reading:
             elif ahead == only(0) and self._is_document(n, ahead):
                 documents.append(n)
                 others.remove(n)
-        padded = self._padding(CAUSAL.holds(distance))
-        if others or padded is None:
-            blamed = [self.axes[n].direction for n in others or self.keys]
+        if others:
+            blamed = [self.axes[n].direction for n in others]
             return _other("its mask has a part that is no padding and no document", blamed)
         pattern = _pattern(distance, width)
         if pattern is None:
             return _other(f"its mask shows keys at distances {distance} before the query", [])
         aligned = not self.shift.items and self.shift.const == 0 or pattern[0] is Pattern.FULL
         inputs = tuple(sorted({name for n in documents for name in self.axes[n].direction.inputs}))
-        padding, apart = bool(self.keys), bool(documents)
-        return Meaning(*pattern, padding, apart, top_left and not aligned, inputs=inputs)
+        own = all(_at_own_column(self.axes[n].direction) for n in self.keys)
+        shown = {"padding": bool(self.keys), "own_column": own, "documents": bool(documents)}
+        return Meaning(*pattern, top_left=top_left and not aligned, inputs=inputs, **shown)
 
     # --- one direction ---
 
@@ -215,7 +217,7 @@ class _Reading:
         direction = self.axes[n].direction
         sides = self._sides(direction) if allowed == only(0) and direction.inputs else None
         # A term of the position itself, such as chunks that start behind the padding, is no document.
-        return sides is not None and not any(term.kind == "index" for term in _outside_reads(sides[1]))
+        return sides is not None and not _asks_place(sides[1], "j")
 
     def _chunk(self, direction: Sum) -> int | None:
         """The width of the chunks whose difference a direction is."""
@@ -232,13 +234,6 @@ class _Reading:
         terms = list(sides[0].items) if sides is not None else []
         rising = [term.kind == "count" and term.low == 0 or term.kind == "floor" for term in terms]
         return bool(terms) and all(rising) and all(factor > 0 for factor in sides[0].items.values())  # type: ignore[index]
-
-    def _padding(self, causal: bool) -> bool | None:
-        """Whether keys are switched off; None where that cannot be said of new tokens alone."""
-        if not self.keys or not causal:
-            return bool(self.keys)
-        # A state sees new tokens only: what is said of a key must be readable at its own column.
-        return all(_at_own_column(self.axes[n].direction) for n in self.keys) or None
 
     def _prefix(self) -> Meaning | None:
         """Causal, and keys that a predicate names are seen by all."""
@@ -310,18 +305,16 @@ def _at_own_column(value: Sum) -> bool:
         elif term.kind in ("count", "token", "flat", "size"):
             return False
     # The index itself may stand in such an entry only.
-    return not any("j" == term.key and term.kind == "index" for term in _outside_reads(value))
+    return not _asks_place(value, "j")
 
 
-def _outside_reads(value: Sum) -> list[Term]:
-    found: list[Term] = []
-    waiting: list[Term] = list(value.items)
-    while waiting:
-        term = waiting.pop()
-        found.append(term)
-        if term.kind not in ("read", "count"):
-            waiting += [inner for arg in term.args for inner in getattr(arg, "items", {})]
-    return found
+def _asks_place(value: Expression, name: str) -> bool:
+    """Whether an index has a say itself, not only as the place of an entry or of a running count."""
+    if isinstance(value, Term) and value.kind in ("index", "read", "count"):
+        return value.kind == "index" and value.key == name
+    if isinstance(value, Term) and value.kind == "token":
+        return _asks_place(value.args[0], value.bound)
+    return any(_asks_place(child, name) for child in value.children())
 
 
 def _by_position(direction: Sum, documents: Sequence[Sum]) -> Sum:
@@ -362,4 +355,3 @@ def _no_count_unless(count: Term, step: Sum, variable: Sum) -> bool:
     first = compare("le", variable, number(0))
     table = truth_table(either([counted, first, compare("eq", step, number(1))]))
     return table is not None and bool(table[1].all())
-

@@ -88,7 +88,9 @@ class Mask:
     Attributes:
         pattern: The positional part.
         width: The parameter of the pattern in tokens; None for full, causal and other.
-        padding: Whether a predicate of the key's own token switches keys off, the same for every query.
+        padding: Whether a predicate of the key alone switches keys off, the same for every query.
+        own_column: Whether that predicate reads inputs at the key's own column only, so that it can be asked
+            of new tokens alone.
         documents: Whether a query sees only keys of its own document: tokens that share a value which inputs
             decide.
         bias: Whether finite values other than zero are added to visible scores.
@@ -104,6 +106,7 @@ class Mask:
     pattern: Pattern
     width: int | None = None
     padding: bool = False
+    own_column: bool = True
     documents: bool = False
     bias: bool = False
     per_head: bool = False

@@ -105,5 +105,3 @@ def in_range(place: Numeric, size: Sum) -> Numeric:
     if isinstance(place, Sum) and bounds(place)[0] < 0 and is_whole(place):
         return choose(compare("le", constant(0), place), place, plus(place, size))
     return place
-
-

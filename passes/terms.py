@@ -26,7 +26,7 @@ class UnreadableError(Exception):
     """An operator, or its use, that the tables cannot turn into an expression."""
 
 
-class _Named:
+class Expression:
     """Equal when the text is."""
 
     text: str
@@ -43,7 +43,7 @@ class _Named:
     def _say(self, text: str) -> None:
         object.__setattr__(self, "text", text)
 
-    def children(self) -> Iterable[_Named]:
+    def children(self) -> Iterable[Expression]:
         """What the expression is directly made of."""
         return ()
 
@@ -69,7 +69,7 @@ class _Named:
 
 
 @dataclass(frozen=True, eq=False)
-class Term(_Named):
+class Term(Expression):
     """What a sum is made of.
 
     Attributes:
@@ -78,7 +78,7 @@ class Term(_Named):
             - `index`: the key names it: b, h, i (query), j (key), or a variable bound by a running count.
             - `size`: a size symbol, or an expression of sizes.
             - `read`: the entry of a node at the indices `args`; the key says which node.
-            - `floor`: `args[0]` divided by the number in the key, rounded down.
+            - `floor`: `args[0]` divided by the number in the key, rounded down; `ratio`: not rounded.
             - `count`: the sum of `args[0]` over its bound variable, the key, from 0 up to and with `args[1]`.
             - `token`: the value `args[0]`, with its variable, the key, at `args[1]`, taken as a whole.
             - `product`: of the arguments. `flat`: indices `args` of several axes as one, their sizes the key.
@@ -106,7 +106,7 @@ class Term(_Named):
         inner = ", ".join(arg.text for arg in self.args)
         self._say(self.key if self.kind == "index" else f"{self.kind}:{self.key}({inner})")
 
-    def children(self) -> Iterable[_Named]:
+    def children(self) -> Iterable[Expression]:
         return self.args
 
     @property
@@ -116,7 +116,7 @@ class Term(_Named):
 
 
 @dataclass(frozen=True, eq=False)
-class Sum(_Named):
+class Sum(Expression):
     """`const` plus the sum of each term times its factor."""
 
     items: Mapping[Term, Number]
@@ -127,12 +127,12 @@ class Sum(_Named):
         parts = sorted(f"{factor}*{term.text}" for term, factor in self.items.items())
         self._say(" + ".join([*parts, str(self.const)]))
 
-    def children(self) -> Iterable[_Named]:
+    def children(self) -> Iterable[Expression]:
         return self.items
 
 
 @dataclass(frozen=True, eq=False)
-class Choice(_Named):
+class Choice(Expression):
     """`then` where the condition holds, `other` elsewhere."""
 
     condition: Formula
@@ -143,12 +143,12 @@ class Choice(_Named):
     def __post_init__(self) -> None:
         self._say(f"({self.then.text} if {self.condition.text} else {self.other.text})")
 
-    def children(self) -> Iterable[_Named]:
+    def children(self) -> Iterable[Expression]:
         return self.condition, self.then, self.other
 
 
 @dataclass(frozen=True, eq=False)
-class Formula(_Named):
+class Formula(Expression):
     """True or False: see `Truth`, `Member`, `Both` and `Either`."""
 
 
@@ -174,7 +174,7 @@ class Member(Formula):
     def __post_init__(self) -> None:
         self._say(f"[{self.direction.text} in {self.allowed}]")
 
-    def children(self) -> Iterable[_Named]:
+    def children(self) -> Iterable[Expression]:
         return (self.direction,)
 
 
@@ -188,7 +188,7 @@ class Both(Formula):
     def __post_init__(self) -> None:
         self._say(f"({' and '.join(sorted(part.text for part in self.parts))})")
 
-    def children(self) -> Iterable[_Named]:
+    def children(self) -> Iterable[Expression]:
         return self.parts
 
 
@@ -202,7 +202,7 @@ class Either(Formula):
     def __post_init__(self) -> None:
         self._say(f"({' or '.join(sorted(part.text for part in self.parts))})")
 
-    def children(self) -> Iterable[_Named]:
+    def children(self) -> Iterable[Expression]:
         return self.parts
 
 

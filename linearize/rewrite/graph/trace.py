@@ -230,6 +230,8 @@ def _trace(
     if len(sites) != expected:
         reasons = "; ".join(refusal.message for refusal in report.refusals) or "no refusal"
         raise TraceError(f"its own graph shows {len(sites)} provable sites instead of {expected} ({reasons})")
+    if cached and not stored and any(not site.mask.own_column for site in sites):
+        raise TraceError("which keys its mask hides cannot be told from the new tokens alone")
     specs = [getattr(owner, child_name(slot)).spec for slot in range(expected)]
     if any(site.shapes["H"] != spec.num_heads for site, spec in zip(sites, specs, strict=True)):
         raise TraceError("heads and a batch of one cannot be told apart; call it with two sequences once")
