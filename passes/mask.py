@@ -91,13 +91,12 @@ class MaskReader:
 
         Such a factor is half of a mask such as `scores * m - 1e4 * (1 - m)`.
         """
-        value = as_number(self._entry(term, term.relayout.merged[2], term.relayout.merged[3]))
-        if value.inputs or any(term.learned for term in value.terms):
-            return False
         try:
-            return all(not one.items and one.const in (0, 1) for _, one in cases(value))
+            value = as_number(self._entry(term, term.relayout.merged[2], term.relayout.merged[3]))
+            found = cases(value)
         except UnreadableError:
             return False
+        return not value.inputs and all(not one.items and one.const in (0, 1) for _, one in found)
 
     def _read(self, steps: list[Step], query: sympy.Expr, key: sympy.Expr) -> Mask:
         terms = [term.node for term in term_operands(steps)]
@@ -153,6 +152,8 @@ class MaskReader:
         if step.kind in ("scale", "div") and step.term is None:
             factor = abs(step.value) if step.kind == "scale" else 1 / abs(step.value)
             reading.weakest *= factor if reading.weakest > -math.inf else 1.0
+            if reading.weakest > MASKED:
+                reading.give_up("a scale behind the mask leaves hidden keys a score")
         if step.term is None or step.kind in ("sink", "div"):
             return
         value = self._entry(step.term, query, key)
@@ -168,8 +169,6 @@ class MaskReader:
             reading.visible = both([reading.visible, value])
         else:
             _add(reading, as_number(value), 1.0 if step.kind == "sdpa" else step.value)
-        if reading.weakest > MASKED:
-            reading.give_up("a scale behind the mask leaves hidden keys a score")
 
 
 _WITHOUT_TERM = ("causal", "sdpa", "scale", "div", "softmax", "safe_softmax")

@@ -137,7 +137,8 @@ class _Reading:
             if n not in used:
                 values = values.select(n, 0)
         self.axes, self.values = [axes[n] for n in used], values
-        self.keys = [n for n, axis in enumerate(self.axes) if not axis.direction.indices & {"i", "h"}]
+        spoken = [axis.direction.indices & {"h", "i", "j"} for axis in self.axes]
+        self.keys = [n for n, names in enumerate(spoken) if names == {"j"}]
         self.rest = [n for n in range(len(self.axes)) if n not in self.keys]
 
     def meaning(self) -> Meaning:

@@ -21,8 +21,9 @@ MOST_RUNS = 8
 
 def read_table(table: Tensor, at: Sequence[Numeric]) -> Numeric:
     """The entry of a constant at indices that are known to be in range."""
-    if table.numel() > LARGEST or table.is_meta or not table.numel():
-        raise UnreadableError("a constant that is too large to read")
+    plain = type(table) in (Tensor, torch.nn.Parameter) and not table.is_meta
+    if not plain or not 0 < table.numel() <= LARGEST:
+        raise UnreadableError("a constant that is too large to read, or has no values")
     table, places = _varying(table.detach(), list(at))
     if table.dim() == 0:
         return constant(table.item())
