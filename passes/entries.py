@@ -28,6 +28,10 @@ Row = Callable[["Reader", Node, At], Value]
 """The entry of a node at indices, from the entries of its arguments."""
 
 
+_UNREADABLE = (UnreadableError, ArithmeticError, LookupError, TypeError, ValueError, RuntimeError)
+"""What a row may raise on a use that it does not foresee; the entry is then a term of its own."""
+
+
 class Reader:
     """Reads entries of the nodes of one graph; `rows` is the table of operators that compute."""
 
@@ -79,7 +83,7 @@ class Reader:
             value = constant_value(node)
             if value is not None:
                 return _fitting(read_table(value, at), node)
-        except UnreadableError:
+        except _UNREADABLE:
             pass
         return self._opaque(node, at)
 

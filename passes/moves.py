@@ -5,13 +5,14 @@ A row of `MOVES` gives, for the indices of the result, the tensor and the indice
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import sympy
 from torch.fx import Node
 
-from .algebra import bounds, floored, is_whole, plus
+from .algebra import LONGEST, bounds, floored, is_whole, plus
 from .axes import WHOLE_SLICE_END, expr, is_one, overloads, shape_of
 from .terms import Numeric, Sum, Term, UnreadableError, constant, of_term
 
@@ -34,11 +35,18 @@ def size_sum(size: sympy.Expr) -> Sum:
     for part, factor in size.as_coefficients_dict().items():
         if part == 1:
             total = plus(total, constant(int(factor)))
-        elif factor.is_Integer:
-            total = plus(total, of_term(Term("size", str(part), low=0, high=2**24)), int(factor))
         else:
-            total = plus(total, of_term(Term("size", str(factor * part), low=0, high=2**24)))
+            whole = factor.is_Integer
+            total = plus(
+                total, of_term(_size_term(part if whole else factor * part)), int(factor) if whole else 1
+            )
     return total
+
+
+def _size_term(size: sympy.Expr) -> Term:
+    """A symbol, or an expression of symbols that is no sum."""
+    low = 0 if size.is_Symbol or size.is_nonnegative else -math.inf
+    return Term("size", str(size), low=low, high=LONGEST if size.is_Symbol else math.inf)
 
 
 def shape(node: Any) -> tuple[sympy.Expr, ...]:
