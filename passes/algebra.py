@@ -74,7 +74,9 @@ def _highest(value: Sum) -> Bound:
         limit = term.high if factor > 0 else term.low
         assert not isinstance(limit, Sum)
         total += factor * limit
-    return math.inf if math.isnan(total) else total if math.isinf(total) else math.floor(total)
+    if math.isinf(total) or math.isnan(total):
+        return -math.inf if total == -math.inf else math.inf
+    return math.floor(total)
 
 
 def is_whole(value: Sum) -> bool:
@@ -89,9 +91,9 @@ def floored(value: Sum, divisor: int) -> Sum:
         return floored(times(value, -1), -divisor)
     if divisor == 0 or not is_whole(value):
         raise UnreadableError("a division that cannot be followed")
-    whole = {term: factor // divisor for term, factor in value.items.items() if factor % divisor == 0}
-    rest = Sum({t: f for t, f in value.items.items() if t not in whole}, value.const % divisor)  # type: ignore[operator]
-    outside = Sum(whole, value.const // divisor)  # type: ignore[operator]
+    whole = {term: int(factor) // divisor for term, factor in value.items.items() if factor % divisor == 0}
+    rest = Sum({t: f for t, f in value.items.items() if t not in whole}, int(value.const) % divisor)
+    outside = Sum(whole, int(value.const) // divisor)
     low, high = bounds(rest)
     if low >= 0 and high < divisor:
         return outside

@@ -52,8 +52,8 @@ def _triangle(lower: bool) -> Row:
 def _arange(reader: Reader, node: Node, at: At) -> Value:
     if node.meta["val"].dtype in _TOO_SMALL:
         raise UnreadableError("positions in a dtype that is too small for them")
-    start, step = (0, 1) if node.target is aten.arange.default else (node.args[0], 1)
-    step = node.args[2] if len(node.args) > 2 else step
+    start = 0 if node.target is aten.arange.default else node.args[0]
+    step: Any = node.args[2] if len(node.args) > 2 else 1
     if not isinstance(step, int):
         raise UnreadableError("a fractional step")
     return mapped(lambda first, place: plus(first, place, step), reader.number(start, ()), at[0])
@@ -154,8 +154,7 @@ def _embedding(reader: Reader, node: Node, at: At) -> Value:
 
 
 def _cat(reader: Reader, node: Node, at: At) -> Value:
-    tensors = node.args[0]
-    assert isinstance(tensors, list | tuple)
+    tensors: Any = node.args[0]
     axis = axis_of(node, 1, len(at))
     place = only_sum(at[axis])
     *others, last = tensors
@@ -224,8 +223,7 @@ def _item(reader: Reader, node: Node, at: At) -> Value:
 
 
 def _stack(reader: Reader, node: Node, at: At) -> Value:
-    tensors = node.args[0]
-    assert isinstance(tensors, list | tuple)
+    tensors: Any = node.args[0]
     axis = axis_of(node, 1, len(at))
     rest = (*at[:axis], *at[axis + 1 :])
     result = reader.entry(tensors[-1], rest)

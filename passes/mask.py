@@ -48,6 +48,10 @@ MASKED = -9e3
 """A score term at or below this switches a key off; -1e4 is the least negative mask in use."""
 
 
+LOWEST = -1e30
+"""What is added to this or less, by positions, stays a mask; to a finite minimum such as -1e4 it may not."""
+
+
 @dataclass
 class _Reading:
     """What the steps so far show and add.
@@ -234,7 +238,7 @@ def _fill(reading: _Reading, masked: Formula, value: float) -> None:
 
 
 def _add(reading: _Reading, value: Numeric, factor: float) -> None:
-    hidden = FALSE
+    hidden: Formula = FALSE
     for path, one in cases(value):
         here = _added(reading, path, times(one, Fraction(factor) if math.isfinite(factor) else factor))
         hidden = either([hidden, both([path, here])])
@@ -255,11 +259,12 @@ def _added(reading: _Reading, path: Formula, value: Sum) -> Formula:
         elif value.const <= MASKED:
             reading.weakest = max(reading.weakest, float(value.const))
         return TRUE if value.const <= MASKED else FALSE
-    huge = [term for term, size in value.items.items() if abs(size) >= -MASKED]
+    huge = [term for term, size in value.items.items() if not MASKED < size < -MASKED]
     if huge and len(value.items) == 1:
         return _switched(reading, path, value, huge[0])
-    unknown = [term for term in value.terms if _may_hide(term)]
-    if huge or unknown or value.const >= -MASKED:
+    unknown = any(_may_hide(term) for term in value.terms)
+    near = MASKED >= value.const > LOWEST and not all(term.kind == "read" for term in value.items)
+    if huge or unknown or near or value.const >= -MASKED:
         reading.biased = TRUE
         reading.give_up("it adds values to the scores that may hide keys", path, value)
         return FALSE
@@ -277,10 +282,10 @@ def _switched(reading: _Reading, path: Formula, value: Sum, term: Term) -> Formu
         reading.biased = TRUE
         reading.give_up("it adds values to the scores that may hide keys", path, value)
         return FALSE
-    low, high = (Fraction(int(MASKED)) - const) / factor, (Fraction(int(-MASKED)) - const) / factor
+    low, high = ((Fraction(int(limit)) - Fraction(const)) / Fraction(factor) for limit in (MASKED, -MASKED))
     off = from_on(math.ceil(low)) if factor < 0 else up_to(math.floor(low))
     excess = up_to(math.floor(high)) if factor < 0 else from_on(math.ceil(high))
-    zero = Fraction(-const) / factor
+    zero = Fraction(-const) / Fraction(factor)
     still = only(int(zero)) if zero.denominator == 1 else NONE
     place = of_term(term)
     if term.kind == "read" and term.leaves:

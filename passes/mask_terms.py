@@ -198,8 +198,8 @@ def _converted(value: Sum, before: torch.dtype, after: torch.dtype) -> Sum:
         finite = math.isfinite(value.const)
         if not finite and not after.is_floating_point:
             raise UnreadableError("infinity as an integer")
-        kept = value.const if abs(value.const) < 2**53 or not finite else float(value.const)
-        source = torch.tensor(float(kept) if before.is_floating_point else int(kept), dtype=before)
+        kept = float(value.const) if before.is_floating_point else int(value.const)
+        source = torch.tensor(kept, dtype=before)
         return constant(source.to(after).item())
     if after in NARROW:
         low, high = bounds(value)

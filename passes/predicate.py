@@ -188,8 +188,14 @@ class _Reading:
         aligned = not self.shift.items and self.shift.const == 0 or pattern[0] is Pattern.FULL
         inputs = tuple(sorted({name for n in documents for name in self.axes[n].direction.inputs}))
         own = all(_at_own_column(self.axes[n].direction) for n in self.keys)
-        shown = {"padding": bool(self.keys), "own_column": own, "documents": bool(documents)}
-        return Meaning(*pattern, top_left=top_left and not aligned, inputs=inputs, **shown)
+        return Meaning(
+            *pattern,
+            padding=bool(self.keys),
+            own_column=own,
+            documents=bool(documents),
+            top_left=top_left and not aligned,
+            inputs=inputs,
+        )
 
     # --- one direction ---
 

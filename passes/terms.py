@@ -32,7 +32,7 @@ class Expression:
     text: str
 
     def __eq__(self, other: object) -> bool:
-        return type(self) is type(other) and self.text == other.text  # type: ignore[attr-defined]
+        return isinstance(other, Expression) and type(self) is type(other) and self.text == other.text
 
     def __hash__(self) -> int:
         return hash(self.text)
