@@ -15,7 +15,7 @@ from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_arg
 
 from .anchors import Refused
-from .axes import shape_of
+from .axes import overloads, shape_of
 from .graphs import remove_dead
 from .site import Reason
 
@@ -42,14 +42,8 @@ def _check_pointwise(node: Node, function: GraphModule) -> None:
     for inner in function.graph.nodes:
         if inner.op in ("placeholder", "output", "get_attr"):
             continue
-        pointwise = torch.Tag.pointwise in getattr(inner.target, "tags", ())
-        readable = inner.target in (
-            aten.index.Tensor,
-            aten.lift_fresh_copy.default,
-            aten.scalar_tensor.default,
-            operator.getitem,
-        )
-        if not pointwise and not readable and inner.target not in _NEUTRAL:
+        pointwise = torch.Tag.pointwise in getattr(inner.target, "tags", ()) or inner.target in POINTWISE
+        if not pointwise and inner.target not in _READS:
             raise Refused(
                 Reason.FLEX,
                 node,
@@ -58,17 +52,36 @@ def _check_pointwise(node: Node, function: GraphModule) -> None:
             )
 
 
-_NEUTRAL = frozenset(
-    {
-        aten.to.dtype,
-        aten._to_copy.default,
-        aten.new_ones.default,
-        aten.new_zeros.default,
-        aten.full.default,
-        aten._assert_tensor_metadata.default,
-        aten.clone.default,
-    }
+_CONNECTIVES = ("__and__", "__or__", "__xor__", "floor_divide", "remainder", "fmod", "where")
+
+POINTWISE = frozenset(
+    getattr(packet, name)
+    for packet in (getattr(aten, name) for name in _CONNECTIVES)
+    for name in packet.overloads()
+    if not name.endswith("out")
 )
+"""Point-wise operators that PyTorch does not tag as such: composites of tagged ones."""
+
+_READS = frozenset(
+    [
+        *overloads(
+            "index.Tensor",
+            "lift_fresh_copy.default",
+            "detach_.default",
+            "scalar_tensor.default",
+            "to.dtype",
+            "to.dtype_layout",
+            "_to_copy.default",
+            "new_ones.default",
+            "new_zeros.default",
+            "full.default",
+            "_assert_tensor_metadata.default",
+            "clone.default",
+        ),
+        operator.getitem,
+    ]
+)
+"""Reads of captured tensors, and what makes a number a tensor of no axes."""
 
 
 class _Writer:

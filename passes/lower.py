@@ -11,7 +11,7 @@ from torch.fx import GraphModule, Node
 from .mask import MASKED
 from .raise_ import canonical_operands, emitter_for, replace_output
 from .relayout import Emitter
-from .site import Site
+from .site import Pattern, Site
 
 aten = torch.ops.aten
 
@@ -39,14 +39,17 @@ def lower_site(graph_module: GraphModule, site: Site, module: nn.Module, name: s
 def key_mask(emitter: Emitter, site: Site) -> Node:
     """Which keys are real, bool `[B, S]`: those the last query sees (it stands after every key).
 
-    Reads one row of each mask term, so nothing quadratic is left once unused rows are not computed.
+    Reads one row of each mask term, so nothing quadratic is left once unused rows are not computed. The last
+    query of a window does not see all keys, so there it is those that any query sees.
     """
+    whole = site.mask.pattern in (Pattern.FULL, Pattern.CAUSAL) and not site.mask.top_left
     merged: Node | None = None
     for step in site.program:
         if step.term is None or step.kind not in ("add", "fill", "keep", "sdpa"):
             continue
         term = emitter.move(step.term.node, step.term.relayout)
-        row = emitter.call(aten.select.int, emitter.call(aten.select.int, term, 2, -1), 1, 0)
+        row = emitter.call(aten.select.int, term, 1, 0)
+        row = emitter.call(aten.select.int, row, 1, -1) if whole else row
         boolean = step.term.node.meta["val"].dtype == torch.bool
         if step.kind == "fill":
             visible = emitter.call(aten.logical_not.default, row)
@@ -56,5 +59,6 @@ def key_mask(emitter: Emitter, site: Site) -> Node:
             visible = emitter.call(aten.gt.Scalar, row, MASKED)
         merged = visible if merged is None else emitter.call(aten.logical_and.default, merged, visible)
     assert merged is not None
+    merged = merged if whole else emitter.call(aten.any.dim, merged, 1)
     batch, sequence = site.query.relayout.merged[0], site.key.relayout.merged[2]
     return emitter.call(aten.expand.default, merged, [emitter.size(batch), emitter.size(sequence)])

@@ -1,88 +1,93 @@
-"""What a mask means, by evaluation: run the score terms on sizes alone and read the pattern off the result.
+"""What a mask means: its entries are read from the graph as formulas, and a formula is put into the language.
 
-Integers that positions are compared with (a window of 4096) are replaced by small ones first, so that
-lengths of a few dozen tokens show what thousands would. Inputs that take part are tried in the roles that an
-input can have in a mask: all tokens real, ordinary positions, and then with some keys switched off.
+`mask_terms.py` reads an entry, `predicate.py` knows the language. This file puts the steps of a program
+together: what they hide, which finite values they add, and what nobody can tell. Nothing is concluded from
+running a mask; running it may only contradict what was read.
 """
 
 from __future__ import annotations
 
-import itertools
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from fractions import Fraction
 
 import sympy
 import torch
-from torch import Tensor
 from torch.fx import Graph, Node
 
-from .axes import overloads
-from .contraction import read_contraction
-from .evaluate import Sizes, evaluate, value_ancestors, value_leaves
-from .relayout import move_tensor
-from .site import Mask, Operand, Pattern, Step, term_operands
+from .algebra import (
+    as_formula,
+    as_number,
+    both,
+    cases,
+    compare,
+    either,
+    equal_zero,
+    index,
+    is_exact,
+    member,
+    negated,
+    plus,
+    substitute,
+    times,
+)
+from .entries import Reader, known_value
+from .evaluate import value_ancestors, value_leaves
+from .graphs import attribute
+from .intervals import NONE, Integers, between, from_on, only, up_to
+from .mask_terms import VALUES
+from .moves import At, broadcast_to, reshaped, shape, size_sum
+from .predicate import Meaning, classify, satisfiable
+from .site import Mask, Operand, Pattern, Relayout, Step, term_operands
+from .terms import FALSE, TRUE, Formula, Numeric, Sum, Term, UnreadableError, Value, constant, of_term
 
 aten = torch.ops.aten
 
 MASKED = -9e3
 """A score term at or below this switches a key off; -1e4 is the least negative mask in use."""
 
-SMALL = 24
-"""Compared integers from here on are replaced by smaller ones; lengths tried exceed every integer below."""
 
-TRIAL_LENGTHS = (29, 37, 41, 43)
-"""Lengths tried beside the traced ones; distinct, so that two symbols never agree by accident."""
-
-MAX_NODES = 600
-"""A term with more ancestors than this computes from the model's activations and is not evaluated."""
-
-COMPARES = frozenset(
-    overloads(
-        "add.Tensor",
-        "add.Scalar",
-        "sub.Tensor",
-        "sub.Scalar",
-        "rsub.Scalar",
-        "gt.Scalar",
-        "ge.Scalar",
-        "lt.Scalar",
-        "le.Scalar",
-        "gt.Tensor",
-        "ge.Tensor",
-        "lt.Tensor",
-        "le.Tensor",
-        "floor_divide.default",
-        "div.Tensor_mode",
-        "div.Scalar_mode",
-        "triu.default",
-        "tril.default",
-        "remainder.Scalar",
-    )
-)
+LOWEST = -1e30
+"""What is added to this or less, by positions, stays a mask; to a finite minimum such as -1e4 it may not."""
 
 
-@dataclass(frozen=True)
-class Scene:
-    """Visible keys `[b, h, T, S]` at one choice of sizes and inputs, and whether finite scores are added."""
+@dataclass
+class _Reading:
+    """What the steps so far show and add.
 
-    visible: Tensor
-    biased: bool
-    lengths: tuple[int, int]
+    visible: which keys a query sees. biased: where a finite value is added. gated: where the scores are
+    multiplied by zero. weakest: the least negative finite value that hides a key. why: what cannot be told.
+    """
+
+    visible: Formula = TRUE
+    biased: Formula = FALSE
+    gated: Formula = FALSE
+    weakest: float = -math.inf
+    normalised: bool = False
+    why: str = ""
+    blamed: list[Value] = field(default_factory=list)
+    assumed: set[str] = field(default_factory=set)
+
+    def give_up(self, why: str, *blamed: Value) -> None:
+        self.why = self.why or why
+        self.blamed += blamed
 
 
 class MaskReader:
     """Classifies the masks of one graph; sites that share their terms share the work."""
 
     def __init__(self, graph: Graph) -> None:
-        self._hints = size_hints(graph)
+        self._graph = graph
+        self._readers: dict[tuple[sympy.Expr, ...], Reader] = {}
         self._cache: dict[object, Mask] = {}
 
     def read(self, program: Sequence[Step], query: sympy.Expr, key: sympy.Expr) -> Mask:
         """The meaning of `program` for `query` queries and `key` keys (traced sizes)."""
-        steps = [step for step in program if step.term is not None or step.kind in ("causal", "sdpa")]
+        steps = [step for step in program if step.term is not None or step.kind in _WITHOUT_TERM]
         identity = (query, key, tuple((s.kind, repr(s.value), s.term) for s in steps))
         if identity not in self._cache:
-            self._cache[identity] = _classify(steps, query, key, _trials(self._hints, query, key))
+            self._cache[identity] = self._read(steps, query, key)
         return self._cache[identity]
 
     def is_gate(self, term: Operand) -> bool:
@@ -90,272 +95,226 @@ class MaskReader:
 
         Such a factor is half of a mask such as `scores * m - 1e4 * (1 - m)`.
         """
-        if any(leaf.op == "placeholder" and _known(leaf) is None for leaf in value_leaves(term.node)):
-            return False
-        trials = _trials(self._hints, term.relayout.merged[2], term.relayout.merged[3])
         try:
-            values = [evaluate(term.node, sizes, _no_feed) for sizes in trials[:2]]
-        except (RuntimeError, ValueError, IndexError, TypeError, KeyError):
+            value = as_number(self._entry(term, term.relayout.merged[2], term.relayout.merged[3]))
+            found = cases(value)
+        except UnreadableError:
             return False
-        return all(bool(((value == 0) | (value == 1)).all()) for value in values)
+        return not value.inputs and all(not one.items and one.const in (0, 1) for _, one in found)
 
-
-def _classify(steps: list[Step], query: sympy.Expr, key: sympy.Expr, trials: list[Sizes]) -> Mask:
-    inputs, names, computed = _inputs(steps)
-    if computed:
-        return Mask(Pattern.OTHER, bias=True, leaves=names)
-    replaced = _large_integers(steps)
-    for roles in itertools.product(*[_roles(node) for node in inputs]):
-        feed = dict(zip(inputs, roles, strict=True))
-        tried = [(sizes, _scene(steps, sizes, query, key, feed, replaced)) for sizes in trials]
-        ran = [(sizes, scene) for sizes, scene in tried if scene is not None]
-        scenes = [scene for _, scene in ran]
-        found = _pattern(scenes, query == key)
-        if found is None:
-            continue
-        pattern, width, top_left = found
-        padding = _padding(steps, ran, query, key, feed, replaced)
-        if padding is None:
-            continue
-        originals = {small: large for large, small in replaced.items()}
-        return Mask(
-            pattern,
-            width=originals.get(width, width) if width is not None else None,
-            padding=padding,
-            bias=any(scene.biased for scene in scenes),
-            top_left=top_left,
-            lengths=tuple(scene.lengths for scene in scenes),
-            leaves=names,
-        )
-    scene = next((s for s in (_scene(steps, sizes, query, key, {}, replaced) for sizes in trials) if s), None)
-    per_head = scene is not None and not bool((scene.visible == scene.visible[:, :1]).all())
-    return Mask(Pattern.OTHER, bias=scene is None or scene.biased, per_head=per_head, leaves=names)
-
-
-def _no_feed(node: Node, shape: tuple[int, ...]) -> Tensor:
-    known = _known(node)
-    if known is None:
-        raise ValueError(f"{node} is an input")
-    return known
-
-
-def _terms(steps: Sequence[Step]) -> list[Node]:
-    return [term.node for term in term_operands(steps)]
-
-
-def _inputs(steps: Sequence[Step]) -> tuple[list[Node], tuple[str, ...], bool]:
-    """Inputs that take part, the names of all leaves, and whether activations are involved."""
-    found: dict[Node, None] = {}
-    computed = False
-    for term in _terms(steps):
-        ancestors = value_ancestors(term)
-        own = [leaf for leaf in value_leaves(term) if leaf.op == "placeholder" and _known(leaf) is None]
-        found.update(dict.fromkeys(own))
-        projected = any(n.target is aten.linear.default or read_contraction(n) is not None for n in ancestors)
-        computed |= len(ancestors) > MAX_NODES or bool(own and projected)
-        computed |= any(leaf.meta["val"].is_floating_point() for leaf in own)
-    names = sorted({str(leaf.target) for term in _terms(steps) for leaf in value_leaves(term)})
-    return list(found), tuple(names), computed
-
-
-def _known(placeholder: Node) -> Tensor | None:
-    """The tensor a lifted parameter or buffer holds (dynamo passes them as inputs)."""
-    leaf = placeholder.meta.get("leaf")
-    return None if leaf is None or leaf.kind == "input" else leaf.value
-
-
-Role = str
-
-
-def _roles(node: Node) -> tuple[Role, ...]:
-    """What an input may stand for: a mask of real tokens, positions, token ids, a mask of padding."""
-    if node.meta["val"].dtype == torch.bool:
-        return ("ones", "zeros")
-    return ("ones", "positions", "tokens", "zeros")
-
-
-def _fill(role: Role, node: Node, shape: tuple[int, ...]) -> Tensor:
-    dtype = node.meta["val"].dtype
-    if role == "positions":
-        return torch.arange(shape[-1] if shape else 1).expand(shape).to(dtype)
-    if role == "tokens":
-        return torch.full(shape, 7).to(dtype)
-    return torch.full(shape, int(role == "ones")).to(dtype)
-
-
-def _large_integers(steps: Sequence[Step]) -> dict[int, int]:
-    """Compared integers that are too large to try, and small stand-ins, in the same order of size."""
-    found = set()
-    for term in _terms(steps):
-        for node in value_ancestors(term):
-            if node.target in COMPARES:
-                found |= {abs(a) for a in node.args[1:] if type(a) is int and SMALL <= abs(a) < 2**31}
-    return {large: 5 + 3 * i for i, large in enumerate(sorted(found))}
-
-
-def _trials(hints: Mapping[sympy.Symbol, int], query: sympy.Expr, key: sympy.Expr) -> list[Sizes]:
-    """The traced sizes; the same with the length symbols moved past `SMALL`; and with all of them different.
-
-    Symbols traced at one number often have to agree (a mask and the tokens), so the second keeps them
-    alike; the third tells queries from keys where it can be run at all.
-    """
-    lengths = sorted(query.free_symbols | key.free_symbols, key=str)
-    traced = {**dict.fromkeys(lengths, 7), **hints}
-    if not lengths:
-        return [Sizes(traced)]
-    distinct = sorted({traced[symbol] for symbol in lengths})
-    trials_of = zip(
-        distinct, itertools.chain(TRIAL_LENGTHS, itertools.repeat(TRIAL_LENGTHS[-1])), strict=False
-    )
-    longer = {hint: trial if hint <= 2 * SMALL else 2 * hint + trial for hint, trial in trials_of}
-    alike = {symbol: longer.get(hint, hint) for symbol, hint in traced.items()}
-    trials = [Sizes(traced), Sizes(alike)]
-    if len(lengths) > len(distinct):
-        different = dict(zip(lengths, TRIAL_LENGTHS, strict=False))
-        trials.append(Sizes({**traced, **different}))
-    return trials
-
-
-def size_hints(graph: Graph) -> dict[sympy.Symbol, int]:
-    """The number each size symbol of a graph had when it was traced."""
-    hints: dict[sympy.Symbol, int] = {}
-    for node in graph.nodes:
-        value = node.meta.get("val")
-        for size in value.shape if isinstance(value, Tensor) else (value,):
-            if isinstance(size, torch.SymInt):
-                environment = size.node.shape_env
-                known = getattr(environment, "backed_var_to_val", None) or environment.var_to_val
-                for symbol in size.node.expr.free_symbols - hints.keys():
-                    hints[symbol] = int(known.get(symbol, 7))
-    return hints
-
-
-def _scene(
-    steps: Sequence[Step],
-    sizes: Sizes,
-    query: sympy.Expr,
-    key: sympy.Expr,
-    roles: Mapping[Node, Role | Tensor],
-    replaced: dict[int, int],
-) -> Scene | None:
-    """The mask at one choice, None where the graph does not run at these sizes."""
-    rows, columns = sizes.number(query), sizes.number(key)
-    if rows < 1 or columns < 1:
-        return None  # lengths that are computed from others need not exist at every trial
-    visible = torch.ones(1, 1, rows, columns, dtype=torch.bool)
-    gated = torch.zeros(1, 1, 1, 1, dtype=torch.bool)
-    biased = False
-
-    def feed(node: Node, shape: tuple[int, ...]) -> Tensor:
-        known = _known(node)
-        if known is not None:
-            return known
-        role = roles.get(node, "ones")
-        return role if isinstance(role, Tensor) else _fill(role, node, shape)
-
-    for step in steps:
-        if step.kind == "causal" or (step.kind == "sdpa" and step.value["causal"]):
-            visible = visible & torch.ones(rows, columns, dtype=torch.bool).tril()
-        if step.term is None or step.kind in ("sink", "div"):
-            continue
-        try:
-            term = move_tensor(
-                evaluate(step.term.node, sizes, feed, replaced, COMPARES), step.term.relayout, sizes
-            )
-        except (RuntimeError, ValueError, IndexError, TypeError, KeyError):
-            return None
-        if step.kind == "scale":
-            gated = gated | (term == 0)
-        elif step.kind == "fill" or step.kind == "keep" or (step.kind == "sdpa" and term.dtype == torch.bool):
-            if step.kind != "sdpa" and step.value >= -MASKED:
-                return None
-            masked = term.bool() if step.kind == "fill" else ~term.bool()
-            if step.kind == "sdpa" or step.value <= MASKED:
-                visible = visible & ~masked
-            elif bool((masked & visible).any()):
-                biased = True
+    def _read(self, steps: list[Step], query: sympy.Expr, key: sympy.Expr) -> Mask:
+        terms = [term.node for term in term_operands(steps)]
+        names = sorted({str(leaf.target) for term in terms for leaf in value_leaves(term)})
+        reading = _Reading()
+        for step in steps:
+            try:
+                self._step(reading, step, query, key)
+            except UnreadableError as error:
+                reading.give_up(f"its mask cannot be followed: {error}")
+        sizes = _equal_sizes(term_operands(steps), query, key)
+        renamed = {f"size:{symbol}()": size_sum(size) for symbol, size in sizes.items()}
+        visible, biased = (_renamed(f, renamed) for f in (reading.visible, reading.biased))
+        bias = reading.biased == TRUE or satisfiable(both([visible, either([biased, reading.gated])]))
+        if reading.why:
+            inputs = tuple(sorted({name for value in reading.blamed for name in value.inputs}))
+            meaning = Meaning(Pattern.OTHER, why=reading.why, inputs=inputs)
         else:
-            added = term.float() * (1.0 if step.kind == "sdpa" else step.value)
-            if bool((added >= -MASKED).any()):
-                return None  # a huge positive term masks all the others; nothing here reads that
-            off = added <= MASKED
-            biased |= bool((added.masked_fill(off, 0) != 0).any()) or bool(added.isnan().any())
-            visible = visible & ~off
-    biased |= bool((visible & gated).any())
-    return Scene(visible, biased, (rows, columns))
+            shift = plus(size_sum(key.subs(sizes)), size_sum(query.subs(sizes)), -1)
+            meaning = classify(visible, shift)
+        return Mask(
+            meaning.pattern,
+            meaning.width,
+            padding=meaning.padding,
+            own_column=meaning.own_column,
+            documents=meaning.documents,
+            bias=bias,
+            per_head=meaning.per_head,
+            top_left=meaning.top_left,
+            leaves=tuple(names),
+            why=meaning.why,
+            inputs=meaning.inputs,
+            zero_or_one=tuple(sorted(reading.assumed)),
+        )
+
+    def _entry(self, term: Operand, query: sympy.Expr, key: sympy.Expr) -> Value:
+        """The entry of a term at batch b, head h, query i, key j."""
+        heads = term.relayout.merged[1]
+        reader = self._readers.setdefault((heads, query, key), Reader(self._graph, VALUES))
+        lengths = (None, heads, query, key)
+        at: At = tuple(
+            of_term(index(name) if size is None else index(name, plus(size_sum(size), constant(-1))))
+            for name, size in zip("bhij", lengths, strict=True)
+        )
+        return reader.entry(term.node, _before(term.relayout, at, term.node))
+
+    def _step(self, reading: _Reading, step: Step, query: sympy.Expr, key: sympy.Expr) -> None:
+        if step.kind == "causal" or (step.kind == "sdpa" and step.value["causal"]):
+            i = of_term(index("i", plus(size_sum(query), constant(-1))))
+            j = of_term(index("j", plus(size_sum(key), constant(-1))))
+            reading.visible = both([reading.visible, compare("le", j, i)])
+        reading.normalised |= "softmax" in step.kind
+        if step.kind in ("scale", "div") and step.term is None:
+            factor = abs(step.value) if step.kind == "scale" else 1 / abs(step.value)
+            reading.weakest *= factor if reading.weakest > -math.inf else 1.0
+            if reading.weakest > MASKED:
+                reading.give_up("a scale behind the mask leaves hidden keys a score")
+        if step.term is None or step.kind in ("sink", "div"):
+            return
+        value = self._entry(step.term, query, key)
+        if step.kind == "scale":
+            per_key = step.term.relayout.merged[3] != 1
+            reading.gated = (
+                either([reading.gated, equal_zero(as_number(value))]) if per_key else reading.gated
+            )
+        elif step.kind in ("fill", "keep"):
+            masked = as_formula(value)
+            _fill(reading, masked if step.kind == "fill" else negated(masked), float(step.value))
+        elif step.kind == "sdpa" and isinstance(value, Formula):
+            reading.visible = both([reading.visible, value])
+        else:
+            _add(reading, as_number(value), 1.0 if step.kind == "sdpa" else step.value)
 
 
-def _explains(visible: Tensor, pattern: Pattern, width: int | None, top_left: bool) -> bool:
-    rows, columns = visible.shape[-2:]
-    i = torch.arange(rows)[:, None] + (0 if top_left else columns - rows)
-    j = torch.arange(columns)[None]
-    if pattern is Pattern.FULL:
-        return bool(visible.all())
-    if pattern is Pattern.CAUSAL:
-        return bool((visible == (j <= i)).all())
-    assert width is not None
-    expected = {
-        Pattern.WINDOW: (j <= i) & (j > i - width),
-        Pattern.BAND: (j - i).abs() <= width,
-        Pattern.CHUNK: (j <= i) & (j // max(width, 1) == i // max(width, 1)),
-    }[pattern]
-    return bool((visible == expected).all())
+_WITHOUT_TERM = ("causal", "sdpa", "scale", "div", "softmax", "safe_softmax")
+"""Steps that matter to a mask although they hold no tensor."""
 
 
-def _pattern(scenes: Sequence[Scene], square: bool) -> tuple[Pattern, int | None, bool] | None:
-    """The pattern that explains every scene, read off the longest; None if none does."""
-    if not scenes:
-        return None
-    longest = max(scenes, key=lambda scene: scene.lengths[1])
-    rows, columns = longest.lengths
-    seen = int(longest.visible[0, 0, -1].sum())
-    first = int(longest.visible[0, 0, 0].sum())
-    candidates: list[tuple[Pattern, int | None]] = [(Pattern.FULL, None), (Pattern.CAUSAL, None)]
-    candidates += [(Pattern.WINDOW, seen), (Pattern.BAND, max(first, seen) - 1)]
-    candidates += [(Pattern.CHUNK, width) for width in range(2, columns)]
-    for pattern, width in candidates:
-        for top_left in (False, True):
-            if all(_explains(scene.visible, pattern, width, top_left) for scene in scenes):
-                aligned = square or pattern in (Pattern.FULL, Pattern.BAND)
-                return pattern, width, top_left and not aligned
-    return None
+def _renamed(formula: Formula, sizes: Mapping[str, Sum]) -> Formula:
+    result = substitute(formula, sizes)
+    assert isinstance(result, Formula)
+    return result
 
 
-def _padding(
-    steps: Sequence[Step],
-    ran: Sequence[tuple[Sizes, Scene]],
-    query: sympy.Expr,
-    key: sympy.Expr,
-    roles: dict[Node, Role],
-    replaced: dict[int, int],
-) -> bool | None:
-    """Whether switching input entries switches keys off, whole columns at a time; None if it does more."""
-    found = False
-    for node, role in roles.items():
-        for sizes, before in ran:
-            for changed in _changes(role, node, sizes.shape(node.meta["val"])):
-                after = _scene(steps, sizes, query, key, {**roles, node: changed}, replaced)
-                if after is None or bool((after.visible & ~before.visible).any()):
-                    return None
-                if after.biased and not before.biased:
-                    return None  # the input discourages keys instead of switching them off
-                gone = before.visible & ~after.visible
-                columns = gone.any(dim=-2, keepdim=True)
-                if bool((gone != (before.visible & columns)).any()):
-                    return None
-                found |= bool(gone.any())
-    return found
+def _equal_sizes(
+    terms: Sequence[Operand], query: sympy.Expr, key: sympy.Expr
+) -> dict[sympy.Symbol, sympy.Expr]:
+    """Size symbols that equal others because a term is broadcast to the scores."""
+    equal: dict[sympy.Symbol, sympy.Expr] = {}
+    for term in terms:
+        for size, other in zip(term.relayout.merged[2:], (query, key), strict=True):
+            a, b = size.subs(equal), other.subs(equal)
+            if size == 1 or a == b:
+                continue
+            a, b = (a, b) if a.is_Symbol and a not in b.free_symbols else (b, a)
+            if a.is_Symbol and a not in b.free_symbols:
+                equal = {symbol: known.subs({a: b}) for symbol, known in equal.items()} | {a: b}
+    return equal
 
 
-def _changes(role: Role, node: Node, shape: tuple[int, ...]) -> list[Tensor]:
-    """Other values an input of this role may hold: some keys switched off, all positions moved."""
-    plain = _fill(role, node, shape)
-    if not plain.numel():
-        return []
-    if role == "positions":
-        return [plain + 3]
-    off = torch.rand(shape, generator=torch.Generator().manual_seed(0)) < 0.4
-    if shape:
-        off[..., -1] = False  # the last key stays, so that no row loses every key
-    others = {"ones": (0,), "zeros": (1,), "tokens": (0, 1)}[role]
-    return [torch.where(off, torch.full_like(plain, other), plain) for other in others]
+def _before(relayout: Relayout, at: At, node: Node) -> At:
+    """Canonical indices as indices of the traced tensor: the moves of a relayout, backwards."""
+    at = tuple(constant(0) if size == 1 else place for size, place in zip(relayout.merged, at, strict=True))
+    at = broadcast_to(relayout.spread, reshaped(at, relayout.merged, relayout.full))
+    permuted = [relayout.split[axis] for axis in relayout.order]
+    at = reshaped(at, relayout.spread, permuted)
+    split: list[Numeric] = [constant(0)] * len(at)
+    for place, axis in zip(at, relayout.order, strict=True):
+        split[axis] = place
+    sizes = shape(node)
+    long = [axis for axis, size in enumerate(sizes) if size != 1]
+    if len(long) != len(split):
+        return reshaped(tuple(split), relayout.split, sizes)
+    places = dict(zip(long, split, strict=True))  # two expressions of one size need not look alike
+    return tuple(places.get(axis, constant(0)) for axis in range(len(sizes)))
+
+
+# --- steps --------------------------------------------------------------------------------------------------
+
+
+def _fill(reading: _Reading, masked: Formula, value: float) -> None:
+    if reading.normalised:
+        if value != 0:
+            reading.give_up("it writes a value other than zero into the weights", masked)
+        reading.biased = either([reading.biased, masked])
+    elif value >= -MASKED:
+        reading.give_up("it writes a huge positive score, which hides all others", masked)
+    elif value <= MASKED:
+        reading.visible = both([reading.visible, negated(masked)])
+        reading.weakest = max(reading.weakest, value)
+    elif satisfiable(both([masked, negated(reading.visible)])):
+        reading.give_up("a later step shows keys that an earlier one hid", masked)
+    else:
+        reading.biased = either([reading.biased, masked])
+
+
+def _add(reading: _Reading, value: Numeric, factor: float) -> None:
+    hidden: Formula = FALSE
+    for path, one in cases(value):
+        here = _added(reading, path, times(one, Fraction(factor) if math.isfinite(factor) else factor))
+        hidden = either([hidden, both([path, here])])
+    reading.visible = both([reading.visible, negated(hidden)])
+
+
+def _added(reading: _Reading, path: Formula, value: Sum) -> Formula:
+    """Where a value that is added to the scores hides them; what else it does goes into the reading."""
+    if math.isnan(value.const):
+        reading.give_up("it adds NaN to scores", path, value)
+        return FALSE
+    if not value.items:
+        if value.const >= -MASKED:
+            if satisfiable(path):
+                reading.give_up("it adds a huge positive score, which hides all others", path)
+        elif value.const > MASKED and value.const != 0:
+            reading.biased = either([reading.biased, path])
+        elif value.const <= MASKED:
+            reading.weakest = max(reading.weakest, float(value.const))
+        return TRUE if value.const <= MASKED else FALSE
+    huge = [term for term, size in value.items.items() if not MASKED < size < -MASKED]
+    if huge and len(value.items) == 1:
+        return _switched(reading, path, value, huge[0])
+    unknown = any(_may_hide(term) for term in value.terms)
+    near = MASKED >= value.const > LOWEST and not all(term.kind == "read" for term in value.items)
+    if huge or unknown or near or value.const >= -MASKED:
+        reading.biased = TRUE
+        reading.give_up("it adds values to the scores that may hide keys", path, value)
+        return FALSE
+    if value.const <= MASKED:
+        return TRUE
+    differs = compare("ne", value, constant(0)) if is_exact(value) else TRUE
+    reading.biased = either([reading.biased, both([path, differs])])
+    return FALSE
+
+
+def _switched(reading: _Reading, path: Formula, value: Sum, term: Term) -> Formula:
+    """Where `huge * term + const` hides: an integer input in arithmetic is zero or one."""
+    factor, const = value.items[term], value.const
+    if not term.integer or not math.isfinite(const):
+        reading.biased = TRUE
+        reading.give_up("it adds values to the scores that may hide keys", path, value)
+        return FALSE
+    low, high = ((Fraction(int(limit)) - Fraction(const)) / Fraction(factor) for limit in (MASKED, -MASKED))
+    off = from_on(math.ceil(low)) if factor < 0 else up_to(math.floor(low))
+    excess = up_to(math.floor(high)) if factor < 0 else from_on(math.ceil(high))
+    zero = Fraction(-const) / Fraction(factor)
+    still = only(int(zero)) if zero.denominator == 1 else NONE
+    place = of_term(term)
+    if term.kind == "read" and term.leaves:
+        binary = between(0, 1)
+        reading.assumed |= set(term.leaves)
+        excess = excess & binary
+        still = still | ~binary
+    if satisfiable(both([path, member(place, excess)])):
+        reading.give_up("it adds a huge positive score, which hides all others", path, value)
+    rest: Integers = ~(off | excess | still)
+    reading.biased = either([reading.biased, both([path, member(place, rest)])])
+    reading.weakest = max(reading.weakest, float(MASKED))
+    return member(place, off)
+
+
+def _may_hide(term: Term) -> bool:
+    """Whether an entry of a tensor may be so low that it hides a key."""
+    node = term.source
+    if node is None or term.integer:
+        return False
+    if node.op == "get_attr" or (node.op == "placeholder" and known_value(node) is not None):
+        value = attribute(node) if node.op == "get_attr" else known_value(node)
+        assert value is not None
+        learned = isinstance(value, torch.nn.Parameter)
+        return not learned and not bool((value.abs() < -MASKED).all())
+    if term.leaves:
+        return True
+    return any(_is_huge(argument) for inner in value_ancestors(node) for argument in inner.args)
+
+
+def _is_huge(argument: object) -> bool:
+    return isinstance(argument, int | float) and argument <= MASKED

@@ -77,40 +77,50 @@ class Pattern(str, enum.Enum):
     WINDOW = "window"  # causal and the last `width` keys, itself included
     BAND = "band"  # |i - j| <= width
     CHUNK = "chunk"  # causal and the same chunk of `width` keys
+    PREFIX = "prefix"  # causal, and every query sees the first keys, `width` of them where that is a number
     OTHER = "other"
 
 
 @dataclass(frozen=True)
 class Mask:
-    """What the mask of a site means, by evaluation.
+    """What the mask of a site means, read from the graph: it holds at every length and for every input.
 
     Attributes:
         pattern: The positional part.
         width: The parameter of the pattern in tokens; None for full, causal and other.
-        padding: Whether an input switches keys off by its data, the same keys for every query.
+        padding: Whether a predicate of the key alone switches keys off, the same for every query.
+        own_column: Whether that predicate reads inputs at the key's own column only, so that it can be asked
+            of new tokens alone.
+        documents: Whether a query sees only keys of its own document: tokens that share a value which inputs
+            decide.
         bias: Whether finite values other than zero are added to visible scores.
-        per_head: Whether the mask, or the bias, differs from head to head.
+        per_head: Whether the mask differs from head to head.
         top_left: Query i stands at key i although there may be more keys; otherwise the last query stands
             at the last key.
-        lengths: The (query, key) lengths at which the mask was evaluated. At other lengths they are
-            evidence, not proof.
         leaves: Names of the graph inputs, buffers and parameters whose values take part.
+        why: What about the mask no pattern says; "" where the pattern is all.
+        inputs: The graph inputs that decide it, or that tell documents apart.
+        zero_or_one: Integer inputs that are multiplied by a huge number; the reading holds for zero and one.
     """
 
     pattern: Pattern
     width: int | None = None
     padding: bool = False
+    own_column: bool = True
+    documents: bool = False
     bias: bool = False
     per_head: bool = False
     top_left: bool = False
-    lengths: tuple[tuple[int, int], ...] = ()
     leaves: tuple[str, ...] = ()
+    why: str = ""
+    inputs: tuple[str, ...] = ()
+    zero_or_one: tuple[str, ...] = ()
 
     @property
     def label(self) -> str:
         """The mask in a word, for example `window(128)+padding`."""
         text = self.pattern.value if self.width is None else f"{self.pattern.value}({self.width})"
-        return "+".join([text, *(["padding"] if self.padding else []), *(["bias"] if self.bias else [])])
+        return "+".join([text, *(name for name in ("padding", "documents", "bias") if getattr(self, name))])
 
 
 class KVKind(str, enum.Enum):
@@ -214,7 +224,7 @@ class Site:
         output: The node that the canonical call replaces.
         restore: The data movement from `[B, H, T, Dv]` to the layout of the output.
         program: The exact steps from the scores to the weights.
-        mask: What the program hides, by evaluation.
+        mask: What the program hides.
         scale: Product of the constant scales on the scores; None where one is a tensor, as a scale learned
             per head.
         softcap: c of `c * tanh(s / c)`, if there is one.

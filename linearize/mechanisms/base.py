@@ -23,6 +23,7 @@ _REASONS = {
     "cross": Reason.MASK_UNSUPPORTED,
     "window": Reason.MASK_UNSUPPORTED,
     "mask": Reason.MASK_UNSUPPORTED,
+    "documents": Reason.MASK_DATA_DEPENDENT,
     "bias": Reason.BIAS_UNSUPPORTED,
     "alibi": Reason.BIAS_UNSUPPORTED,
     "softcap": Reason.SOFTCAP_UNSUPPORTED,
@@ -30,8 +31,9 @@ _REASONS = {
 }
 """Everything a site may need of a mechanism, and the code to refuse it with.
 
-"window": a causal or centred window; "mask": any other positional mask (chunks, arbitrary ones); "bias":
-finite values added to the scores; "alibi": a bias known to be ALiBi.
+"window": a causal or centred window; "mask": any other mask (chunks, prefixes, arbitrary ones); "documents":
+tokens see only their own document, which inputs tell apart; "bias": finite values added to the scores;
+"alibi": a bias known to be ALiBi.
 """
 
 NEEDS = tuple(_REASONS)
@@ -220,7 +222,7 @@ class Mechanism:
 
         Args:
             spec: The site.
-            terms: What its scores hold beyond the spec: any of "bias", "alibi", "sinks", "mask".
+            terms: What its scores hold beyond the spec: any of "bias", "alibi", "sinks", "mask", "documents".
             approximate: What the user allows to be dropped (`LinearizeConfig.approximate`).
             options: Of the mechanism (`LinearizeConfig.options`).
 

@@ -14,7 +14,7 @@ def _build(spec: SiteSpec, config: Settings) -> SoftmaxAttention:
 MECHANISM = Mechanism(
     name="softmax",
     formula="softmax(program(q.k)) v",
-    supports=EVERYWHERE | {"softcap", "sinks", "alibi", "bias", "window", "mask"},
+    supports=EVERYWHERE | {"softcap", "sinks", "alibi", "bias", "window", "mask", "documents"},
     build=_build,
     augmentation=None,
 )

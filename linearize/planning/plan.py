@@ -349,8 +349,10 @@ def terms(site: Site) -> tuple[str, ...]:
         found.append("sinks")
     if site.mask.bias:
         found.append("alibi" if is_alibi(site) else "bias")
-    if site.mask.pattern in (Pattern.CHUNK, Pattern.OTHER) or site.mask.top_left:
+    if site.mask.pattern in (Pattern.CHUNK, Pattern.PREFIX, Pattern.OTHER) or site.mask.top_left:
         found.append("mask")
+    if site.mask.documents:
+        found.append("documents")
     return tuple(found)
 
 
@@ -360,8 +362,20 @@ def problem_of(site: Site, config: LinearizeConfig) -> tuple[str, str] | None:
         spec = site_spec(site)
     except (ValueError, ConfigError) as error:
         return Reason.SHAPE_UNKNOWN.value, str(error)
-    refused = mechanisms.get(config.mechanism).refusal(spec, terms(site), config.approximate, config.options)
-    return None if refused is None else (refused[0].value, refused[1])
+    mechanism = mechanisms.get(config.mechanism)
+    asked = spec, terms(site), config.approximate, config.options
+    refused = mechanism.refusal(*asked)
+    if refused is None:
+        return None
+    reason, sentence = refused
+    need = mechanism.missing(*asked)[0]
+    if need == "documents":
+        names = " and ".join(map(repr, site.mask.inputs))
+        return reason.value, f"its mask keeps documents apart, decided by the input {names}; {sentence}"
+    if need == "mask" and site.mask.why:
+        reason = Reason.MASK_DATA_DEPENDENT if site.mask.inputs else reason
+        return reason.value, f"{site.mask.why}; {sentence}"
+    return reason.value, sentence
 
 
 def missing(site: Site, config: LinearizeConfig) -> tuple[str, ...]:

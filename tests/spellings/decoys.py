@@ -231,7 +231,7 @@ def talking_heads_einsum(m: Attention, q: Tensor, k: Tensor, v: Tensor) -> Tenso
 
 @spelling(
     "decoy",
-    facts=Facts(mask="other", label="other+bias"),
+    facts=Facts(mask="other"),
     reference=False,
     reasons=("mask-data-dependent", "mask-unknown", "score-step", "bias-unsupported"),
     fx=False,

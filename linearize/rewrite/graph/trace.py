@@ -256,6 +256,8 @@ def _trace(
     if len(sites) != expected:
         reasons = "; ".join(refusal.message for refusal in report.refusals) or "no refusal"
         raise TraceError(f"its own graph shows {len(sites)} provable sites instead of {expected} ({reasons})")
+    if cached and not stored and any(not site.mask.own_column for site in sites):
+        raise TraceError("which keys its mask hides cannot be told from the new tokens alone")
     specs = [getattr(owner, child_name(slot)).spec for slot in range(expected)]
     if single is not None and inputs[single].shape[0] == 1:
         sites = [with_heads(site, spec) for site, spec in zip(sites, specs, strict=True)]
