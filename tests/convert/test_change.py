@@ -169,7 +169,7 @@ def windowed() -> nn.Module:
     [
         (lambda: converted("llama"), {}, InvalidModelError, "already linearized; name the settings"),
         (lambda: converted("llama", keep_softmax=(0,)), {"keep_softmax": ()}, InvalidModelError, "layers.0"),
-        (lambda: converted("llama"), {"layers": (7,)}, RefusedError, "leave no attention"),
+        (lambda: converted("llama"), {"layers": (7,)}, ConfigError, "no attention is there"),
         (lambda: converted("llama"), {"mechanism": "linformer"}, RefusedError, "cannot carry causal"),
         (lambda: converted("llama"), {"mechanism": "magic"}, ConfigError, "magic"),
         (lambda: converted("llama"), {"options": {"window": -1}}, ConfigError, "window"),
@@ -211,8 +211,8 @@ def test_a_mechanism_that_decodes_something_else_is_refused(monkeypatch: pytest.
     from linearize.mechanisms.augmented import AugmentedAttention
 
     model = converted("llama")
-    real = AugmentedAttention.mix_after
-    monkeypatch.setattr(AugmentedAttention, "mix_after", lambda *args: real(*args) * 2)
+    real = AugmentedAttention.extend
+    monkeypatch.setattr(AugmentedAttention, "extend", lambda *args, **more: real(*args, **more) * 2)
     before = snapshot(model)
     with pytest.raises(VerificationError, match="decoding with a cache"):
         lz.linearize(model, mechanism="augmented")
