@@ -94,7 +94,7 @@ class Arguments:
         key = ("state", self._owner.training, _form(self._parts, sizes=False), self._shared)
         for graph in self._known((*key, bool(past > 0))):
             tensors = cut(wide & set(graph.masks))
-            if graph.fits(self._owner, tensors):
+            if graph.fits(self._owner, tensors, marker):
                 self._check_past(state, graph, total)
                 return graph, [*tensors, *marker]
         stateless = self._record.graphs.stateless
@@ -148,7 +148,7 @@ class Arguments:
         # Keys and values of one token have a graph of their own; otherwise that of several tokens does.
         form = _form(self._parts, sizes=past is not None)
         known = self._known((past, self._owner.training, form, self._shared))
-        graph = next((graph for graph in known if graph.fits(self._owner, tensors)), None)
+        graph = next((graph for graph in known if graph.fits(self._owner, tensors, example)), None)
         if graph is None:
             graph = self._made(tensors, example)
             known.append(graph)
