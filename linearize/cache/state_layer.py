@@ -57,6 +57,7 @@ class StateLayer(CacheLayerMixin):
         self._skipped = False  # tokens were counted that the state does not hold
         # bool [B, W], the tokens that masks said are real; later columns are, and all where there is none.
         self._real: Tensor | None = None
+        self._rows: dict[int, Tensor] = {}  # what `hear_row` was last given, by place
         self._hears = False  # masks are compared in the first layer of a model, for all of them
         self._module: weakref.ref[AttentionModule] | None = weakref.ref(module)
         self.tree: Lineage | None = None  # of the draft nodes that come next, see `draft`
@@ -181,6 +182,26 @@ class StateLayer(CacheLayerMixin):
             self._real = torch.ones(size, dtype=torch.bool, device=self.device)
             torch._dynamo.mark_static_address(self._real)
         return self._real
+
+    def hear_row(self, place: int, mask: Tensor, count: int) -> None:
+        """As `hear` before `update` counts the tokens, for a mask whose meaning is not known here.
+
+        mask: `[..., S]`, or `[..., T, S]` with a row for each new token; of whatever kind, at `place` among
+        the masks of a call. Of earlier tokens it must say what it said in the call before; where there was
+        none, what it says of each new token to itself.
+        """
+        start = int(self.get_seq_length())
+        known = self._rows.get(place)
+        if known is not None:
+            width = min(start, known.shape[-1])
+            same = mask[..., :width] == known[..., :width]
+        elif mask.ndim > 2 and mask.shape[-2] == count:
+            same = mask[..., :start] == mask.diagonal(start, -2, -1)[..., None]
+        else:
+            same = mask[..., :start] == mask[..., start + count - 1 : start + count]
+        require_true(same.all(), _HIDDEN)
+        row = mask[..., -1:, :] if mask.ndim > 2 else mask
+        self._rows[place] = row[..., : start + count].clone()
 
     def skip(self) -> None:
         """The tokens that `update` counted do not enter the state, after which nothing can.
@@ -345,6 +366,7 @@ class StateLayer(CacheLayerMixin):
             self.states.clear()
         self._skipped = False
         self._real = None if self._real is None or not self.is_compileable else self._real.fill_(True)
+        self._rows = {}
         if isinstance(self.cumulative_length, Tensor):
             self.cumulative_length.zero_()
         else:
@@ -378,6 +400,13 @@ class StateLayer(CacheLayerMixin):
             self.cumulative_length = self.cumulative_length.clone()
 
     def _map(self, function: Callable[[Tensor], Tensor]) -> None:
+        batch = self.states.batch_size if self.states is not None else 0
+        # A row may be one for the whole batch, or of batch and heads as one.
+        self._rows = {
+            place: row if row.shape[0] == 1 else function(row)
+            for place, row in self._rows.items()
+            if row.shape[0] in (1, batch)
+        }
         if self.states is not None:
             self.states = self.states.map(function)
         if self._real is not None:

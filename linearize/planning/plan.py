@@ -260,7 +260,7 @@ def plan_sites(model: nn.Module, report: MatchReport, config: LinearizeConfig) -
         if stays_softmax(config, path, index):
             skipped.append(Skipped(path, site.ordinal, KEPT, _KEPT))
             continue
-        problem = problem_of(site, config)
+        problem = problem_of(site, config) or _too_short(site)
         if problem is not None:
             skip = Skipped(path, site.ordinal, *problem)
             skipped.append(skip)
@@ -385,6 +385,14 @@ def missing(site: Site, config: LinearizeConfig) -> tuple[str, ...]:
     except (ValueError, ConfigError):
         return ()
     return mechanisms.get(config.mechanism).missing(spec, terms(site), config.approximate, config.options)
+
+
+def _too_short(site: Site) -> tuple[str, str] | None:
+    """Why the example shows too little of `site`, as `problem_of`."""
+    if site.shapes["T"] == site.shapes["S"] == 1 and not site.causal:
+        problem = "one token alone does not show whether the attention is causal; give an example of several"
+        return Reason.SHAPE_UNKNOWN.value, problem
+    return None
 
 
 def _raise_blocked(

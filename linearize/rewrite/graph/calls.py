@@ -94,7 +94,8 @@ class Arguments:
         key = ("state", self._owner.training, _form(self._parts, sizes=False), self._shared)
         for graph in self._known((*key, bool(past > 0))):
             tensors = cut(wide & set(graph.masks))
-            if graph.fits(self._owner, tensors):
+            if graph.fits(self._owner, tensors, marker):
+                self._check_past(state, graph, total)
                 return graph, [*tensors, *marker]
         stateless = self._record.graphs.stateless
         failed = (self._owner.training, _form(self._parts), self._shared)
@@ -118,12 +119,27 @@ class Arguments:
                     later = (hidden.new_empty(count, device="meta"),)
                     again = self._made(cut(places), later) if graph.asks_length else graph
                     self._known((*key, True)).append(again)
+                self._check_past(state, graph, total)
                 return graph, [*cut(places), *marker]
         problem = problem or TraceError(f"{self._record.path}: what is as wide as its masks is no mask")
         if not state.is_initialized:
             stateless[failed] = str(problem)
             log.warning("%s; its cache keeps keys and values, which grow with every token", problem)
         raise problem
+
+    def _check_past(self, state: Any, graph: Trace, total: int) -> None:
+        """Raise InputError where masks say something else of the tokens in the state than they did before.
+
+        Once for all layers. Biases and windows move on with the queries, so that there is nothing to compare.
+        """
+        record = self._record
+        windowed = any(site.spec.window is not None for site in record.sites)
+        if record.layer_index in record.layers[1:] or record.biased or windowed:
+            return
+        for place in graph.masks:
+            mask = self._tensors[place]
+            if mask.ndim > 1 and mask.shape[-1] == total:
+                state.hear_row(place, mask, self.tokens)
 
     def _known(self, key: Any) -> list[Trace]:
         return self._record.graphs.setdefault(key, [])
@@ -132,7 +148,7 @@ class Arguments:
         # Keys and values of one token have a graph of their own; otherwise that of several tokens does.
         form = _form(self._parts, sizes=past is not None)
         known = self._known((past, self._owner.training, form, self._shared))
-        graph = next((graph for graph in known if graph.fits(self._owner, tensors)), None)
+        graph = next((graph for graph in known if graph.fits(self._owner, tensors, example)), None)
         if graph is None:
             graph = self._made(tensors, example)
             known.append(graph)

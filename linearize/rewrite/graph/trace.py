@@ -11,8 +11,7 @@ Otherwise its `update` becomes a hole in the graph, filled at call time with all
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,7 +21,6 @@ import torch.utils._pytree as pytree
 from torch import Tensor, nn
 from torch.export import Dim
 from torch.fx import Graph, GraphModule, Node
-from torch.utils._sympy.printers import PythonPrinter
 
 from ...cache.lookup import is_cache
 from ...errors import VerificationError
@@ -36,13 +34,11 @@ from ...planning.plan import child_name
 from ..attributes import Held, held
 from ..call import Call
 from ..owner import OwnerRecord
+from .guards import Guard, guards_of
 from .meaning import difference, reads_mask
 from .one_sequence import with_heads
 from .runtime import attend_site, attribute, call_child, item, update_cache
 from .submodules import call_children
-
-Guard = tuple[tuple[sympy.Symbol, ...], Callable[..., bool]]
-"""Size symbols, and what must hold of them."""
 
 Place = tuple[int, int]
 """An axis: index of the tensor among the inputs, and of the axis in it."""
@@ -61,6 +57,7 @@ class Trace:
     """A graph `(call, *tensors) -> flat outputs`, and how to rebuild the owner's result from them.
 
     sizes: of the owner's tensors, as numbers and expressions over sizes that may differ from call to call.
+    cached: likewise of the past marker and of what `update` returns.
     masks: which of the tensors act on nothing but the scores of the sites. asks_length: the owner asked its
     cache how many tokens it holds. guards: what must hold of the sizes, as export found on its way. held:
     what it took from the owner. differs: in what a site's meaning is not that of the plan, None where it is.
@@ -69,17 +66,21 @@ class Trace:
     graph: GraphModule
     spec: Any
     sizes: tuple[tuple[sympy.Expr, ...], ...]
+    cached: tuple[tuple[sympy.Expr, ...], ...]
     masks: tuple[int, ...]
     asks_length: bool
     guards: tuple[Guard, ...]
     held: Held
     differs: str | None
 
-    def fits(self, owner: nn.Module, tensors: Sequence[Tensor]) -> bool:
-        """Whether the owner and the sizes of a call, tensor by tensor, are as the trace took them."""
-        return self._fits_sizes(tensors) and self.held.still_by(owner)
+    def fits(self, owner: nn.Module, tensors: Sequence[Tensor], cache: Sequence[Tensor]) -> bool:
+        """Whether the owner and the sizes of a call, tensor by tensor, are as the trace took them.
 
-    def _fits_sizes(self, tensors: Sequence[Tensor]) -> bool:
+        cache: as `trace` takes it.
+        """
+        return self._fits_sizes(tensors, cache) and self.held.still_by(owner)
+
+    def _fits_sizes(self, tensors: Sequence[Tensor], cache: Sequence[Tensor]) -> bool:
         known: dict[sympy.Expr, int] = {}
         derived = []
         for expected, tensor in zip(self.sizes, tensors, strict=True):
@@ -94,9 +95,12 @@ class Trace:
                         return False
                 else:
                     derived.append((size, found))
-        return all(size.subs(known) == found for size, found in derived) and all(
-            holds(*(known[symbol] for symbol in symbols)) for symbols, holds in self.guards
-        )
+        for expected, tensor in zip(self.cached, cache, strict=True):
+            for size, found in zip(expected, tensor.shape, strict=True):
+                if size.is_Symbol:
+                    known.setdefault(size, found)
+        same = all(size.subs(known) == found for size, found in derived)
+        return same and all(guard.holds(known) for guard in self.guards)
 
     def __call__(self, call: Call, tensors: Sequence[Tensor]) -> Any:
         return pytree.tree_unflatten(list(self.graph(call, *tensors)), self.spec)
@@ -227,43 +231,16 @@ def _trace(
     of_cache: int,
     record: OwnerRecord,
 ) -> Trace:
-    expected = len(record.sites)
     cached, stored = of_cache > 0, max(of_cache - 1, 0)
     # Export undoes what a forward assigns to its module, hence a list beside it.
     asked: list[Any] = []
-    shell = _Shell(owner, forward, rebuild, of_cache, equal, asked)
-    # The shell calls forward directly: hooks of the owner run around the graph, not inside it as well.
-    axes = [_axes(tensor) for tensor in inputs]
-    for kept in axes[len(axes) - stored :]:
-        for axis in set(kept) - set(_CACHED_AXES):
-            del kept[axis]
-    single = next((i for i, t in enumerate(inputs) if t.is_floating_point() and t.ndim == 3), None)
-    one = cached and single is not None and inputs[single].shape[1] == 1
-    if one and single is not None:
-        # One token at a time: its axis must be seen as an axis, or no attention can be recognised.
-        axes[single][1] = Dim.AUTO
-    with sizes_of_one_as_symbols(one or stored > 0):
-        gm = capture(shell, inputs, dynamic=(tuple(axes),))
+    gm = _captured(_Shell(owner, forward, rebuild, of_cache, equal, asked), inputs, of_cache)
     index = asked[-1].index if asked else None
     if cached and index is None:
         raise TraceError("the owner takes a cache but does not update it")
-    report = find_attention(gm)
-    if any(refusal.reason is Reason.WEIGHTS_ESCAPE for refusal in report.refusals):
-        # Weights that only leave through the owner's result are not returned, as with fused attention.
-        _drop_weights(report.graph_module, [refusal.anchor for refusal in report.refusals])
-        report = find_attention(report.graph_module)
-    sites = [site for site in report.sites if site.path in ("", "owner")]
-    if len(sites) != expected:
-        reasons = "; ".join(refusal.message for refusal in report.refusals) or "no refusal"
-        raise TraceError(f"its own graph shows {len(sites)} provable sites instead of {expected} ({reasons})")
+    gm, sites = _found(gm, owner, record, inputs)
     if cached and not stored and any(not site.mask.own_column for site in sites):
         raise TraceError("which keys its mask hides cannot be told from the new tokens alone")
-    specs = [getattr(owner, child_name(slot)).spec for slot in range(expected)]
-    if single is not None and inputs[single].shape[0] == 1:
-        sites = [with_heads(site, spec) for site, spec in zip(sites, specs, strict=True)]
-    if any(site.shapes["H"] != spec.num_heads for site, spec in zip(sites, specs, strict=True)):
-        raise TraceError("heads and a batch of one cannot be told apart; call it with two sequences once")
-    gm = report.graph_module
     first = next(iter(gm.graph.nodes))
     with gm.graph.inserting_before(first):
         call = gm.graph.placeholder("linearize_call")
@@ -273,7 +250,7 @@ def _trace(
     codegen: Any = gm.graph._codegen
     spec = codegen.pytree_info.out_spec
     placeholders = [node for node in gm.graph.find_nodes(op="placeholder") if "val" in node.meta]
-    sizes = tuple(shape_of(node) or () for node in placeholders[: len(placeholders) - of_cache])
+    sizes = tuple(shape_of(node) or () for node in placeholders)
     masks = _mask_inputs(gm.graph)
     read = {
         leaf.removeprefix("owner.") for site in sites for leaf in site.mask.leaves if leaf[:6] == "owner."
@@ -285,12 +262,14 @@ def _trace(
     elif cached and index != record.layer_index:
         raise TraceError(f"it counts its tokens in layer {index} of the cache, not its own")
     asks_length = any(hole.asked for hole in asked)
-    guards = _guards(placeholders, {size for shape in sizes for size in shape if size.is_Symbol})
+    own = len(sizes) - of_cache
+    guards = guards_of(placeholders, {size for shape in sizes for size in shape if size.is_Symbol})
     differs_in = next((text for text in differs if text is not None), None)
     return Trace(
         _rebuilt(gm, call),
         _result_spec(spec),
-        sizes,
+        sizes[:own],
+        sizes[own:],
         masks,
         asks_length,
         guards,
@@ -299,25 +278,48 @@ def _trace(
     )
 
 
-def _guards(placeholders: Sequence[Node], known: Collection[sympy.Symbol]) -> tuple[Guard, ...]:
-    """What export took to hold of the sizes of a call, where it is of `known` symbols.
+def _captured(shell: _Shell, inputs: Sequence[Tensor], of_cache: int) -> GraphModule:
+    """The graph of an owner. The shell calls forward directly: hooks of the owner run around the graph, not
+    inside it as well."""
+    stored = max(of_cache - 1, 0)
+    axes = [_axes(tensor) for tensor in inputs]
+    for kept in axes[len(axes) - stored :]:
+        for axis in set(kept) - set(_CACHED_AXES):
+            del kept[axis]
+    single = next((i for i, t in enumerate(inputs) if t.is_floating_point() and t.ndim == 3), None)
+    one = of_cache > 0 and single is not None and inputs[single].shape[1] == 1
+    if one and single is not None:
+        # One token at a time: its axis must be seen as an axis, or no attention can be recognised.
+        axes[single][1] = Dim.AUTO
+    with sizes_of_one_as_symbols(one or stored > 0):
+        return capture(shell, inputs, dynamic=(tuple(axes),))
 
-    A branch on a length, say. Plain functions of numbers, which compilers can follow.
-    """
-    symbolic = [
-        size for node in placeholders for size in node.meta["val"].shape if isinstance(size, torch.SymInt)
-    ]
-    if not symbolic:
-        return ()
-    environment: Any = symbolic[0].node.shape_env
-    found: list[Guard] = []
-    for guard in environment.guards:
-        holds = environment.replace(guard.expr)
-        symbols = tuple(sorted(holds.free_symbols, key=str))
-        if symbols and set(symbols) <= set(known):
-            names = ", ".join(str(symbol) for symbol in symbols)
-            found.append((symbols, eval(f"lambda {names}: {PythonPrinter().doprint(holds)}", {"math": math})))
-    return tuple(found)
+
+def _found(
+    gm: GraphModule, owner: nn.Module, record: OwnerRecord, inputs: Sequence[Tensor]
+) -> tuple[GraphModule, list[Site]]:
+    """The sites of the record in a graph of its owner. Raises TraceError where they are not there."""
+    report = find_attention(gm)
+    if any(refusal.reason is Reason.WEIGHTS_ESCAPE for refusal in report.refusals):
+        # Weights that only leave through the owner's result are not returned, as with fused attention.
+        _drop_weights(report.graph_module, [refusal.anchor for refusal in report.refusals])
+        report = find_attention(report.graph_module)
+    sites = [site for site in report.sites if site.path in ("", "owner")]
+    expected = len(record.sites)
+    if len(sites) != expected:
+        reasons = "; ".join(refusal.message for refusal in report.refusals) or "no refusal"
+        raise TraceError(f"its own graph shows {len(sites)} provable sites instead of {expected} ({reasons})")
+    specs = [getattr(owner, child_name(slot)).spec for slot in range(expected)]
+    if _batch(inputs) == 1:
+        sites = [with_heads(site, spec) for site, spec in zip(sites, specs, strict=True)]
+    if any(site.shapes["H"] != spec.num_heads for site, spec in zip(sites, specs, strict=True)):
+        raise TraceError("heads and a batch of one cannot be told apart; call it with two sequences once")
+    return report.graph_module, sites
+
+
+def _batch(inputs: Sequence[Tensor]) -> int | None:
+    """The batch of the first activations [B, T, C] among the inputs; None where there are none."""
+    return next((len(x) for x in inputs if x.is_floating_point() and x.ndim == 3), None)
 
 
 def _real(tensor: Tensor, beside: Sequence[Tensor]) -> Tensor:
