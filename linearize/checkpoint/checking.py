@@ -50,10 +50,14 @@ def class_of(source: Path) -> Any:
 
 
 def check_index(source: Path) -> None:
-    """Raise CheckpointError for an index of weights that names files outside the folder, or none."""
-    path = source / (TRANSFORMERS.weights + INDEX)
-    if path.is_file() and not (source / TRANSFORMERS.weights).is_file():
-        files_of_index(path)
+    """Raise CheckpointError for weights, or an index of them, that would be read from outside the folder."""
+    named = config_of(source).get(TRANSFORMERS.key)
+    if named is not None and not is_inside(named):
+        raise CheckpointError(f"{shown(source)} names weights outside its folder: {excerpt(named)}")
+    path = source / (TRANSFORMERS.weights + INDEX if named is None else named)
+    if path.name.endswith(INDEX) and path.is_file():
+        if named is not None or not (source / TRANSFORMERS.weights).is_file():
+            files_of_index(path)
 
 
 def files_of_index(path: Path) -> dict[str, str]:

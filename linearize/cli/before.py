@@ -74,6 +74,6 @@ def check_extra(extra: str, *packages: str) -> None:
 def check_resume(resume: bool, checkpoints: Path | None) -> None:
     """Raise ConfigError where there is nothing to resume from."""
     if resume and checkpoints is None:
-        raise ConfigError("--resume goes on from checkpoints: name their folder with --checkpoints")
+        raise ConfigError("--resume continues from a checkpoint: name the folder with --checkpoints")
     if checkpoints is not None:
         check_folder(checkpoints)

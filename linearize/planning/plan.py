@@ -186,11 +186,14 @@ def check_layers_of(model: nn.Module, report: MatchReport, config: LinearizeConf
     sites = {names[id(model.get_submodule(site.path))] for site in report.sites}
     sites |= {site.path for site in report.sites}  # users may know a shared module by another of its names
     refused = ((refusal.path, _index(model, refusal)) for refusal in report.refusals)
-    check_named_layers(config, [*((path, layer_index(model, path)) for path in sorted(sites)), *refused])
+    found = [*((path, layer_index(model, path)) for path in sorted(sites)), *refused]
+    check_named_layers(config, found, report)
 
 
-def check_named_layers(config: LinearizeConfig, candidates: Iterable[tuple[str, int | None]]) -> None:
-    """Raise ConfigError where `layers` or `keep_softmax` names a layer that has no attention, or none at all.
+def check_named_layers(
+    config: LinearizeConfig, candidates: Iterable[tuple[str, int | None]], report: MatchReport | None = None
+) -> None:
+    """Raise RefusedError where `layers` or `keep_softmax` names a layer without attention, or none at all.
 
     candidates: path and index of everything that is attention, or may be.
     """
@@ -199,9 +202,10 @@ def check_named_layers(config: LinearizeConfig, candidates: Iterable[tuple[str, 
         for item in items:
             if not any(_names(item, path, index) for path, index in known):
                 numbers = sorted({index for _, index in known if index is not None})
-                raise ConfigError(
+                raise RefusedError(
                     f"{name} names {excerpt(item)}, and no attention is there; the layers with attention are "
-                    f"{_ranges(numbers) or 'not numbered'}, and a path is one such as {known[0][0]!r}"
+                    f"{_ranges(numbers) or 'not numbered'}, and a path is one such as {known[0][0]!r}",
+                    report,
                 )
 
 
@@ -238,7 +242,6 @@ def plan_sites(model: nn.Module, report: MatchReport, config: LinearizeConfig) -
         raise NoAttentionError(
             f"{type(model).__name__} holds no softmax attention that this package recognises"
         )
-    check_layers_of(model, report, config)
     # A module held under several names is one owner: the name it is found under first.
     names = {id(module): name for name, module in model.named_modules()}
     slots: Counter[tuple[str, int]] = Counter()
@@ -282,6 +285,7 @@ def plan_sites(model: nn.Module, report: MatchReport, config: LinearizeConfig) -
         if skipped and not blocked:
             raise RefusedError("`layers` and `keep_softmax` leave no attention to rewrite", report)
         raise RefusedError(_nothing_left(blocked, config, windows), report)
+    check_layers_of(model, report, config)
     return Plan(sites=sites, skipped=tuple(skipped))
 
 
@@ -292,13 +296,6 @@ def replan(model: nn.Module, plan: Plan, config: LinearizeConfig) -> Plan:
     Raises InvalidModelError where the settings rewrite a layer that is softmax in this model, otherwise as
     `plan_sites`.
     """
-    check_named_layers(
-        config,
-        [
-            *((site.path, site.layer_index) for site in plan.sites),
-            *((skip.path, _index(model, skip)) for skip in plan.skipped),
-        ],
-    )
     wanted = [
         skip.path
         for skip in plan.skipped
@@ -332,6 +329,8 @@ def replan(model: nn.Module, plan: Plan, config: LinearizeConfig) -> Plan:
         raise RefusedError("`layers` and `keep_softmax` leave no attention to rewrite")
     if not left:
         raise RefusedError(_nothing_left(blocked, config, windows))
+    indexed = ((skip.path, _index(model, skip)) for skip in plan.skipped)
+    check_named_layers(config, [*((site.path, site.layer_index) for site in plan.sites), *indexed])
     return dataclasses.replace(plan, sites=left, skipped=(*skipped, *(skip for skip, _ in blocked)))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import inspect
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,8 +21,8 @@ from ..planning.state import LinearizeState
 from .attention_transfer import transfer
 from .data import Collate, TrainingData, is_encoder, is_encoder_decoder, training_data
 from .recipes import Recipe, recipe_of
-from .trainer import Stage, table_of
-from .tuning import tune
+from .trainer import Stage, TrainingSettings, check_ready, table_of
+from .tuning import check_method, tune
 
 
 @dataclass(frozen=True)
@@ -93,6 +94,7 @@ def distill(
     shared = {**settings, "context": length, "resume": resume, "progress": progress}
     transferring = _settings(recipe.transfer, shared, transfer_settings)
     tuning = _settings(recipe.tune, shared, tune_settings)
+    _check_stages(transferring, tuning, output_dir)
     unconverted = not isinstance(vars(model).get("_linearize"), LinearizeState)
     with _stage("data"):
         most = recipe.tokens if tokens is None else tokens
@@ -115,6 +117,21 @@ def distill(
         with _stage("tune"):
             stages.append(tune(model, rows, teacher=teacher, **tuning, **_folder(output_dir, "tune")))
     return Distillation(model, tuple(stages), calibration)
+
+
+def _check_stages(
+    transferring: Mapping[str, Any] | None, tuning: Mapping[str, Any] | None, output_dir: str | Path | None
+) -> None:
+    """Raise what the stages would raise of their settings, before the work of those before them."""
+    for name, stage, given in (("transfer", transfer, transferring), ("tune", tune, tuning)):
+        if given is None:
+            continue
+        own = inspect.signature(stage).parameters
+        with _stage(name):
+            fields = {key: value for key, value in given.items() if key not in own}
+            check_ready(TrainingSettings.of({**fields, **_folder(output_dir, name)}))
+            if "method" in own:
+                check_method(given.get("method", own["method"].default), given.get("lora"))
 
 
 def _teaching(

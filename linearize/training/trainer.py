@@ -232,6 +232,17 @@ def is_main_process() -> bool:
     return bool(PartialState().is_main_process)
 
 
+def check_ready(settings: TrainingSettings) -> None:
+    """Raise what `train` would raise of its settings, before there is anything to train.
+
+    Raises ConfigError, TrainingError or MissingExtraError.
+    """
+    _, arguments_class = _trainer_classes()
+    _arguments(arguments_class, settings, Path(settings.output_dir or tempfile.gettempdir()))
+    if settings.output_dir is not None:
+        _check_folder(Path(settings.output_dir), settings.resume)
+
+
 def _check_folder(folder: Path, resume: bool) -> None:
     if not resume and newest_checkpoint(folder) is not None:
         raise ConfigError(

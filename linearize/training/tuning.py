@@ -71,7 +71,7 @@ def tune(
             kept, and `resume=True` continues from them.
         MissingExtraError: peft or accelerate is not installed.
     """
-    _check_method(method, lora)
+    check_method(method, lora)
     run = TrainingSettings.of(settings)
     state = state_of(model)
     rows = training_data(model, data, tokenizer, context)
@@ -110,9 +110,12 @@ def tune(
     return dataclasses.replace(stage, model=model)
 
 
-def _check_method(method: str, lora: Mapping[str, Any] | None) -> None:
+def check_method(method: str, lora: Mapping[str, Any] | None) -> None:
+    """Raise ConfigError or MissingExtraError for a way to tune that there is not."""
     if method not in METHODS:
         raise ConfigError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
+    if method == "lora":
+        require_peft()
     if lora and method != "lora":
         raise ConfigError(f"lora= is for method='lora', and the method is {method!r}")
 

@@ -228,6 +228,18 @@ def test_an_index_names_files_inside_the_folder(target: Any, folder: Path, tmp_p
         list(read(tmp_path))
 
 
+@pytest.mark.parametrize("name", ["../model.safetensors", "/tmp/model.safetensors", 5, "", "a.index.json"])
+def test_a_config_names_weights_inside_the_folder(name: Any, folder: Path, tmp_path: Path) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    inner = tmp_path / "in"
+    inner.mkdir()
+    (tmp_path / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes())
+    (inner / "a.index.json").write_text(json.dumps({"weight_map": {"x": "../model.safetensors"}}))
+    (inner / "config.json").write_text(json.dumps({**config, "transformers_weights": name}))
+    with pytest.raises(CheckpointError):
+        lz.load(inner)
+
+
 HTML = "x<script>alert(1)</script>\n# title [a](javascript:b) `c` | d"
 
 
