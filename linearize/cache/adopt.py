@@ -118,7 +118,7 @@ def _adopt_state(
 
 
 @functools.cache
-def _kind_of(layer: type) -> type[StateLayer] | None:
+def _kind_of(layer: Any) -> type[StateLayer] | None:
     """The kind of state layer that can do all that a layer of a cache does; None where none can.
 
     Layers of other kinds hold more than keys and values, such as the keys of an indexer: they stay.

@@ -104,7 +104,7 @@ def decode(
         return None
     tokens, rows = getattr(out, "sequences", None), scores[0].shape[0]
     usable = isinstance(tokens, Tensor) and tokens.ndim == 2 and len(tokens) == rows and len(scores) == STEPS
-    return Decoded(tuple(scores), tokens[:, -STEPS:] if usable else None)
+    return Decoded(tuple(scores), tokens[:, -STEPS:] if tokens is not None and usable else None)
 
 
 def cache_proof(model: nn.Module, examples: Sequence[Inputs]) -> CacheProof | None:
