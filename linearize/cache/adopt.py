@@ -102,7 +102,7 @@ def _adopt_state(
     if isinstance(layer, StateLayer):
         layer.claim(module)
         return layer
-    kind = _kind_of(type(layer))
+    kind = _kind_of(layer.__class__)
     if kind is None or (getattr(layer, "is_initialized", False) and int(layer.get_seq_length()) > 0):
         return None
     longest = None

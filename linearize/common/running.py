@@ -93,6 +93,13 @@ def floats(output: Any) -> tuple[Tensor, ...]:
     return ()
 
 
+def shortened(error: BaseException, limit: int = 360) -> str:
+    """An exception of another library in at most `limit` characters: its class, and how it begins and ends."""
+    text = " ".join(f"{type(error).__name__}: {error}".split())
+    head = limit * 2 // 3
+    return text if len(text) <= limit else f"{text[:head]} [...] {text[head + 7 - limit :]}"
+
+
 def vocabulary_size(model: Any) -> int | None:
     """How many token ids a model has embeddings for; None for a model that does not take token ids."""
     try:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ..cache.lookup import is_cache
-from ..common.running import call, floats, generates, without_cache
+from ..common.running import call, floats, generates, shortened, without_cache
 from ..errors import VerificationError
 
 STEPS = 4
@@ -95,7 +95,7 @@ def decode(
     except Exception as error:
         if must:
             raise VerificationError(
-                f"the rewritten model no longer generates: {type(error).__name__}: {error}; nothing changed"
+                f"the rewritten model no longer generates: {shortened(error)}; nothing changed"
             ) from error
         # Models with a generate() of their own; the caller learns from None that decoding was not compared.
         return None
@@ -155,8 +155,7 @@ def _continued_gap(model: nn.Module, example: Inputs, must: bool) -> float | Non
     except Exception as error:
         if must:
             raise VerificationError(
-                f"the rewritten model does not run with a cache: {type(error).__name__}: {error}; nothing "
-                "was changed"
+                f"the rewritten model does not run with a cache: {shortened(error)}; nothing was changed"
             ) from error
         return None
     return relative_gap((whole[0][:, -STEPS:],), floats(after)[:1])
