@@ -94,10 +94,10 @@ def floats(output: Any) -> tuple[Tensor, ...]:
 
 
 def shortened(error: BaseException, limit: int = 360) -> str:
-    """An exception of another library in at most `limit` characters: its class, and how it begins and ends."""
+    """An exception as one line of at most `limit` characters: its class, how it begins and how it ends."""
     text = " ".join(f"{type(error).__name__}: {error}".split())
-    head = limit * 2 // 3
-    return text if len(text) <= limit else f"{text[:head]} [...] {text[head + 7 - limit :]}"
+    head, gap = limit * 2 // 3, " [...] "
+    return text if len(text) <= limit else text[:head] + gap + text[head + len(gap) - limit :]
 
 
 def vocabulary_size(model: Any) -> int | None:
