@@ -107,30 +107,35 @@ def decode(
     return Decoded(tuple(scores), tokens[:, -STEPS:] if tokens is not None and usable else None)
 
 
-def cache_proof(model: nn.Module, examples: Sequence[Inputs]) -> CacheProof | None:
+def cache_proof(
+    model: nn.Module, examples: Sequence[Inputs], generated: Sequence[Decoded | None] = ()
+) -> CacheProof | None:
     """The inputs on which `model`, decoding with a cache, computes what it does without one.
 
     The last of the examples for which that is so, for it is the padded one where there is one. None where no
-    example shows it, or the model keeps no cache.
+    example shows it, or the model keeps no cache. generated: what `model` decodes, where that is known.
     """
     # Scores come back in float32, whatever the model computes in.
     rounding = max((tolerance(p.dtype) for p in model.parameters() if p.is_floating_point()), default=0.0)
-    for example in reversed(examples):
-        gap = cache_gap(model, example)
+    known = generated or [None] * len(examples)
+    for example, decoded in zip(reversed(examples), reversed(known), strict=True):
+        gap = cache_gap(model, example, cached=decoded)
         if gap is not None and gap <= max(AGREES, rounding):
             return CacheProof(example, gap, rounding + 4 * gap)
     return None
 
 
-def cache_gap(model: nn.Module, example: Inputs, must: bool = False) -> float | None:
+def cache_gap(
+    model: nn.Module, example: Inputs, must: bool = False, cached: Decoded | None = None
+) -> float | None:
     """Largest difference that decoding with a cache makes, relative to the largest score.
 
     None where the model does not decode, or not without a cache; must: raise VerificationError instead where
-    it does not run.
+    it does not run. cached: what it decodes with a cache, where that is known.
     """
     if not generates(model):
         return _continued_gap(model, example, must)
-    cached = decode(model, example, must=must, use_cache=True)
+    cached = decode(model, example, must=must, use_cache=True) if cached is None else cached
     if cached is None or cached.tokens is None:
         return None
     without = decode(model, example, cached.tokens, must=must, use_cache=False)
