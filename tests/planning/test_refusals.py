@@ -63,6 +63,20 @@ class TopLeft(nn.Module):
         return (weights @ value).transpose(1, 2).flatten(2)
 
 
+class Cross(TopLeft):
+    """Attention of its own, then to all of another sequence."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.own = Attention()
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        x = self.own(x)
+        query = self.q(x).view(*x.shape[:2], 4, 8).transpose(1, 2)
+        key, value = self.kv(y).view(*y.shape[:2], 2, 4, 8).permute(2, 0, 3, 1, 4)
+        return ((query @ key.mT * SCALE).softmax(-1) @ value).transpose(1, 2).flatten(2)
+
+
 def distances(scores: Tensor) -> Tensor:
     return torch.arange(scores.shape[-1]) - torch.arange(scores.shape[-2])[:, None]
 
@@ -137,10 +151,7 @@ CASES: dict[str, tuple[Callable[[], nn.Module], Any, dict[str, Any], set[str]]] 
         lambda: Attention(alibi), X, dict(on_refusal="keep"), {"approximate"},
     ),
     "top-left": (TopLeft, (X, Y), {}, {"mechanism"}),
-    "cross": (
-        lambda: nn.TransformerDecoderLayer(32, 4, 48, batch_first=True), dict(tgt=X, memory=Y),
-        dict(mechanism="softmax_window"), {"on_refusal"},
-    ),
+    "cross": (Cross, (X, Y), dict(mechanism="softmax_window"), {"on_refusal"}),
     "dispatched-window": (mistral, dict(input_ids=tokens(2, 9)), {}, {"approximate"}),
     "window-on-a-graph": (
         gpt_neo, dict(input_ids=tokens(2, 9)), {}, {"on_refusal"},
