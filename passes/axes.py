@@ -14,7 +14,7 @@ from typing import Any
 import sympy
 import torch
 from torch.fx import Node
-from torch.utils._sympy.functions import Min
+from torch.utils._sympy.functions import Max, Min
 
 aten = torch.ops.aten
 
@@ -31,11 +31,13 @@ def expr(size: Any) -> sympy.Expr:
 
 def _unclamped(size: sympy.Expr, environment: Any) -> sympy.Expr:
     """A slice clamped to its buffer has `Min(64, length)` rows: `length` where the trace demands that."""
-    for clamped in size.atoms(Min):
-        for guard in environment.guards:
-            sides = guard.expr.args if isinstance(guard.expr, sympy.Eq) else ()
-            equal = [side for side in sides if clamped in sides and side in clamped.args]
-            size = size.subs(clamped, equal[0]) if equal else size
+    if not size.has(Min, Max):
+        return size
+    for guard in environment.guards:
+        sides = guard.expr.args if isinstance(guard.expr, sympy.Eq) else ()
+        for clamped, plain in zip(sides, sides[::-1], strict=True):
+            if plain.is_Symbol and plain in clamped.free_symbols:
+                size = size.subs(clamped, plain)
     return size
 
 

@@ -122,7 +122,7 @@ def _exported(
 ) -> GraphModule:
     """The graph that torch.export makes of `module`; sizes that it divides by each other are one size."""
 
-    def once(equal: Sequence[Place]) -> GraphModule:
+    def once(equal: Sequence[tuple[Place, Place]]) -> GraphModule:
         with TRACING, torch.no_grad(), plain_attention(), undetected_causality(module), no_dumps():
             with agreeing_sizes(module, equal):
                 program = export(module, tuple(args), dict(kwargs), dynamic_shapes=shapes, strict=strict)

@@ -102,7 +102,7 @@ def _adopt_state(
     if isinstance(layer, StateLayer):
         layer.claim(module)
         return layer
-    kind = _kind_of(type(layer))
+    kind = _kind_of(layer.__class__)
     if kind is None or (getattr(layer, "is_initialized", False) and int(layer.get_seq_length()) > 0):
         return None
     longest = None
@@ -118,7 +118,7 @@ def _adopt_state(
 
 
 @functools.cache
-def _kind_of(layer: type) -> type[StateLayer] | None:
+def _kind_of(layer: Any) -> type[StateLayer] | None:
     """The kind of state layer that can do all that a layer of a cache does; None where none can.
 
     Layers of other kinds hold more than keys and values, such as the keys of an indexer: they stay.

@@ -44,7 +44,7 @@ class MixedStateLayer(StateLayer, LinearAttentionAndFullAttentionLayer):
     @property
     def is_croppable(self) -> bool:  # type: ignore[override]
         """Whether all of the layer can be rewound: a recurrent state cannot."""
-        return bool(LinearAttentionLayer.is_croppable.fget(self))  # type: ignore[attr-defined]
+        return bool(LinearAttentionLayer.is_croppable.fget(self))
 
     def crop(self, tokens_to_remove: int) -> None:
         """As `StateLayer.crop`, with the convolution states. Raises InputError beside a recurrent state."""

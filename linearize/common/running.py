@@ -93,6 +93,13 @@ def floats(output: Any) -> tuple[Tensor, ...]:
     return ()
 
 
+def shortened(error: BaseException, limit: int = 360) -> str:
+    """An exception as one line of at most `limit` characters: its class, how it begins and how it ends."""
+    text = " ".join(f"{type(error).__name__}: {error}".split())
+    head, gap = limit * 2 // 3, " [...] "
+    return text if len(text) <= limit else text[:head] + gap + text[head + len(gap) - limit :]
+
+
 def vocabulary_size(model: Any) -> int | None:
     """How many token ids a model has embeddings for; None for a model that does not take token ids."""
     try:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ..cache.lookup import is_cache
-from ..common.running import call, floats, generates, without_cache
+from ..common.running import call, floats, generates, shortened, without_cache
 from ..errors import VerificationError
 
 STEPS = 4
@@ -95,7 +95,7 @@ def decode(
     except Exception as error:
         if must:
             raise VerificationError(
-                f"the rewritten model no longer generates: {type(error).__name__}: {error}; nothing changed"
+                f"the rewritten model no longer generates: {shortened(error)}; nothing changed"
             ) from error
         # Models with a generate() of their own; the caller learns from None that decoding was not compared.
         return None
@@ -104,33 +104,38 @@ def decode(
         return None
     tokens, rows = getattr(out, "sequences", None), scores[0].shape[0]
     usable = isinstance(tokens, Tensor) and tokens.ndim == 2 and len(tokens) == rows and len(scores) == STEPS
-    return Decoded(tuple(scores), tokens[:, -STEPS:] if usable else None)
+    return Decoded(tuple(scores), tokens[:, -STEPS:] if tokens is not None and usable else None)
 
 
-def cache_proof(model: nn.Module, examples: Sequence[Inputs]) -> CacheProof | None:
+def cache_proof(
+    model: nn.Module, examples: Sequence[Inputs], generated: Sequence[Decoded | None] = ()
+) -> CacheProof | None:
     """The inputs on which `model`, decoding with a cache, computes what it does without one.
 
     The last of the examples for which that is so, for it is the padded one where there is one. None where no
-    example shows it, or the model keeps no cache.
+    example shows it, or the model keeps no cache. generated: what `model` decodes, where that is known.
     """
     # Scores come back in float32, whatever the model computes in.
     rounding = max((tolerance(p.dtype) for p in model.parameters() if p.is_floating_point()), default=0.0)
-    for example in reversed(examples):
-        gap = cache_gap(model, example)
+    known = generated or [None] * len(examples)
+    for example, decoded in zip(reversed(examples), reversed(known), strict=True):
+        gap = cache_gap(model, example, cached=decoded)
         if gap is not None and gap <= max(AGREES, rounding):
             return CacheProof(example, gap, rounding + 4 * gap)
     return None
 
 
-def cache_gap(model: nn.Module, example: Inputs, must: bool = False) -> float | None:
+def cache_gap(
+    model: nn.Module, example: Inputs, must: bool = False, cached: Decoded | None = None
+) -> float | None:
     """Largest difference that decoding with a cache makes, relative to the largest score.
 
     None where the model does not decode, or not without a cache; must: raise VerificationError instead where
-    it does not run.
+    it does not run. cached: what it decodes with a cache, where that is known.
     """
     if not generates(model):
         return _continued_gap(model, example, must)
-    cached = decode(model, example, must=must, use_cache=True)
+    cached = decode(model, example, must=must, use_cache=True) if cached is None else cached
     if cached is None or cached.tokens is None:
         return None
     without = decode(model, example, cached.tokens, must=must, use_cache=False)
@@ -155,8 +160,7 @@ def _continued_gap(model: nn.Module, example: Inputs, must: bool) -> float | Non
     except Exception as error:
         if must:
             raise VerificationError(
-                f"the rewritten model does not run with a cache: {type(error).__name__}: {error}; nothing "
-                "was changed"
+                f"the rewritten model does not run with a cache: {shortened(error)}; nothing was changed"
             ) from error
         return None
     return relative_gap((whole[0][:, -STEPS:],), floats(after)[:1])

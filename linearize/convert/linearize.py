@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from ..calibration import calibrate as calibration
-from ..common.running import quiet_run, run_model, without_cache
+from ..common.running import quiet_run, run_model, shortened, without_cache
 from ..errors import ConfigError, InputError, InvalidModelError
 from ..passes import find_attention
 from ..passes.capture import capture
@@ -210,6 +210,6 @@ def search(model: nn.Module, examples: Sequence[Mapping[str, Any]]) -> MatchRepo
         graph = capture(model, positional, keywords)
     except Exception as error:
         raise InputError(
-            f"{type(model).__name__} could not be captured by torch.export: {type(error).__name__}: {error}"
+            f"{type(model).__name__} could not be captured by torch.export: {shortened(error)}"
         ) from error
     return find_attention(graph)

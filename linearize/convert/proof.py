@@ -77,7 +77,7 @@ def record(model: nn.Module, paths: Sequence[str], inputs: Sequence[Mapping[str,
             handle.remove()
     recording.outputs += [run_model(model, example) for example in inputs[1:]]
     recording.generated = [decode(model, example) for example in inputs]
-    recording.cache = cache_proof(model, inputs)
+    recording.cache = cache_proof(model, inputs, recording.generated)
     for path, (args, kwargs, output) in first.items():
         if path == "" or find_cache(args, kwargs) is not None:
             continue

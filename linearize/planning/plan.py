@@ -425,7 +425,7 @@ def _advice(blocked: Sequence[Blocked], config: LinearizeConfig, windows: bool, 
         advice.append(f"approximate={dropped}, which leaves that out knowingly".replace("'", '"'))
     if keep:
         advice.append("on_refusal='keep', which leaves these layers softmax")
-    if all(missing for _, missing in blocked) and config.mechanism != "softmax":
+    if not advice and all(missing for _, missing in blocked) and config.mechanism != "softmax":
         advice.append("mechanism='softmax', which carries all of it")
     return f"What helps: {'; or '.join(advice)}." if advice else "There is no other attention in the model."
 

@@ -11,10 +11,21 @@ import torch
 import transformers
 from live_models import VOCAB, converted, llama, snapshot, tokens
 from torch import Tensor, nn
-from transformers.cache_utils import DynamicCache, DynamicIndexedLayer, LinearAttentionAndFullAttentionLayer
+from transformers.cache_utils import (
+    DynamicCache,
+    DynamicIndexedLayer,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    LinearAttentionAndFullAttentionLayer,
+    LinearAttentionAndSlidingWindowAttentionLayer,
+    LinearAttentionAndStaticFullAttentionLayer,
+    LinearAttentionLayer,
+    StaticLayer,
+)
 
 from linearize.cache.adopt import state_layer
 from linearize.cache.draft_tree import tree_logits
+from linearize.cache.key_value_layer import KeyValueLayer
 from linearize.cache.mixed_layer import MixedStateLayer
 from linearize.cache.state_layer import StateLayer
 from linearize.convert.linearize import linearize
@@ -123,20 +134,27 @@ def test_what_a_layer_with_recurrent_states_cannot_do_is_refused():
         torch.testing.assert_close(again, model(tokens(1, 9), use_cache=False).logits, rtol=1e-3, atol=1e-4)
 
 
-def test_a_cache_layer_that_does_more_than_a_state_can_stays():
-    module = converted("llama").model.layers[0].self_attn.linear_attention
-    with torch.no_grad():
-        for layer, kind in (
-            (DynamicIndexedLayer(), None),
-            (LinearAttentionAndFullAttentionLayer(), MixedStateLayer),
-        ):
-            past = DynamicCache()
-            past.layers = [layer]
-            found = state_layer(past, 0, module)
-            assert found is None if kind is None else type(found) is kind
-            assert past.layers[0] is (layer if kind is None else found)
-        past = DynamicCache()
-        assert type(state_layer(past, 0, module)) is StateLayer
+@pytest.mark.parametrize(
+    "layer, kind",
+    (
+        (DynamicLayer(), StateLayer),
+        (DynamicSlidingWindowLayer(8), StateLayer),
+        (StaticLayer(16), StateLayer),
+        (KeyValueLayer(DynamicLayer()), StateLayer),
+        (LinearAttentionAndFullAttentionLayer(), MixedStateLayer),
+        (LinearAttentionAndSlidingWindowAttentionLayer(8), MixedStateLayer),
+        (LinearAttentionAndStaticFullAttentionLayer(16), MixedStateLayer),
+        (DynamicIndexedLayer(), None),  # keeps the keys of an indexer too
+        (LinearAttentionLayer(), None),
+    ),
+    ids=lambda value: getattr(value, "__name__", type(value).__name__),
+)
+@torch.no_grad()
+def test_a_state_takes_the_place_of_what_it_can_do(layer, kind):
+    past = DynamicCache()
+    past.layers = [layer]
+    state_layer(past, 0, converted("llama").model.layers[0].self_attn.linear_attention)
+    assert past.layers[0] is layer if kind is None else type(past.layers[0]) is kind
 
 
 # --- the proof of it

@@ -65,12 +65,10 @@ CASES: dict[str, tuple[Callable[[], nn.Module], dict[str, Any]]] = {
     "encoder-norm-first": (lambda: encoder(norm_first=True), dict(src=X, mask=CAUSAL, is_causal=True)),
     "masks-made-inside": (Masks, dict(x=X, padded=PADDED)),
     "layer": (layer, dict(tgt=X, memory=MEMORY)),
-    "layer-same-length": (layer, dict(tgt=X, memory=MEMORY[:, :T])),
-    "decoder-mask": (decoder, dict(tgt=X, memory=MEMORY, tgt_mask=CAUSAL)),
-    "decoder-flag-padding": (
+    "decoder-mask-padding": (
         decoder,
         dict(
-            tgt=X, memory=MEMORY, tgt_mask=CAUSAL, tgt_is_causal=True, memory_key_padding_mask=MEMORY_PADDED,
+            tgt=X, memory=MEMORY, tgt_mask=CAUSAL, memory_key_padding_mask=MEMORY_PADDED,
         ),
     ),
     "transformer": (

@@ -171,3 +171,41 @@ def test_an_owner_whose_graph_cannot_be_made_leaves_the_model_as_it_was(
     with pytest.raises(VerificationError, match="blocks.0.*no graph today"):
         linearize(model, activations())
     assert type(model.blocks[0]) is EagerAttention and not children(model.blocks[0])
+
+
+# --- heads and a batch of one
+
+
+class Merged(nn.Module):
+    """Attention on one axis of batch and heads, with a bias of its own for each, as Bloom has it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv, self.slopes = nn.Linear(32, 96), nn.Buffer(torch.tensor([0.5, 0.25, 0.125, 0.0625]))
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, length, _ = x.shape
+        parts = self.qkv(x).view(batch, length, 3, 4, 8).permute(2, 0, 3, 1, 4)
+        query, key, value = (part.reshape(batch * 4, length, 8) for part in parts)
+        positions = torch.arange(length)[None, None, :].expand(batch, 1, -1)
+        bias = (self.slopes[None, :, None, None] * positions[:, None]).reshape(batch * 4, 1, length)
+        scores = torch.baddbmm(bias, query, key.mT, alpha=8**-0.5).view(batch, 4, length, length)
+        future = torch.ones(length, length, dtype=torch.bool).triu(1)
+        weights = scores.masked_fill(future, -torch.inf).softmax(-1).view(batch * 4, length, length)
+        return torch.bmm(weights, value).view(batch, 4, length, 8).transpose(1, 2).reshape(x.shape)
+
+
+@pytest.mark.parametrize("mechanism", ("softmax", "softmax_window"))
+@pytest.mark.parametrize("copied", (True, False))
+def test_one_sequence_is_told_from_heads_in_a_copy_too(copied, mechanism):
+    """A copy has no graph yet that was traced for several sequences."""
+    torch.manual_seed(0)
+    original = Merged().eval()
+    model = linearize(copy.deepcopy(original), activations(2, 9), mechanism=mechanism, approximate=("alibi",))
+    model = copy.deepcopy(model) if copied else model
+    if mechanism != "softmax":
+        original.slopes.zero_()  # what was dropped
+    for batch, length in ((1, 9), (1, 12), (3, 7)):
+        x = activations(batch, length)
+        with torch.no_grad():
+            torch.testing.assert_close(model(x), original(x), rtol=0, atol=2e-6)

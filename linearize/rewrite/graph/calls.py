@@ -14,6 +14,7 @@ import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
 from ...cache import lookup as caches
+from ...common.running import shortened
 from ...errors import InputError, VerificationError
 from ...mechanisms.module import AttentionModule
 from ...passes.tracing import TRACING
@@ -182,7 +183,7 @@ class Arguments:
             # Capture raises nearly anything; what matters to the caller is that no graph can be had.
             raise VerificationError(
                 f"{self._record.name} ({type(owner).__name__}) cannot be rewritten on its "
-                f"graph: {type(error).__name__}: {error}"
+                f"graph: {shortened(error)}"
             ) from error
 
 
