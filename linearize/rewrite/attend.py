@@ -12,10 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..common.checks import is_traced
 from ..errors import InputError
 from .call import Call
 from .documents import attend_documents
 from .masks import DOCUMENTS_AND_CACHE, documents_in, documents_of_row, key_mask_of, new_tokens, position_mask
+from .padded_queries import with_padded_queries
 
 
 def attend(
@@ -72,7 +74,11 @@ def attend(
     if child.is_exact:
         return _exact(child, query, key, value, mask, key_mask, start, bias, sinks, dropout)
     more = {"bias": bias} if child.keeps_bias else {}
-    return child(query, key, value, key_mask=key_mask, query_start=start, **more)
+    out = child(query, key, value, key_mask=key_mask, query_start=start, **more)
+    own = call.record.graphs is not None and query.shape[2] == key.shape[2] and not child.spec.cross
+    if not own or key_mask is None or is_traced(key_mask) or bool(key_mask.all()):
+        return out
+    return with_padded_queries(out, child.spec, query, key, value, mask, key_mask)
 
 
 def _in_documents(

@@ -48,8 +48,10 @@ def follows(original: OneAttention, module: OneAttention) -> None:
             torch.testing.assert_close(module(*given)[real], original(*given)[real], rtol=0, atol=2e-5)
 
 
-@pytest.mark.parametrize("name", ["pad_id", "two_pad_ids", "float_padding", "lengths", "clamped"])
-def test_padding_of_any_kind_is_carried(name: str) -> None:
+@pytest.mark.parametrize(
+    "name", ["pad_id", "two_pad_ids", "float_padding", "lengths", "clamped", "float_window"]
+)
+def test_padding_of_any_kind_and_a_window_that_is_covered_are_carried(name: str) -> None:
     follows(*converted(name, WIDE))
 
 
@@ -61,7 +63,6 @@ def test_padding_of_any_kind_is_carried(name: str) -> None:
         ("switch", "mask-data-dependent.*'inputs_0'"),
         ("segments", "mask-data-dependent.*documents apart.*'inputs_0'"),
         ("positions_that_may_fall", "mask-data-dependent.*'inputs_0'"),
-        ("float_window", "cannot carry window"),
     ],
 )
 def test_a_mask_that_is_not_carried_is_refused_with_its_cause(name: str, words: str) -> None:
