@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
-from ..common.checks import require_true
+from ..common.checks import is_traced, require_true
 from ..errors import InputError
 from ..mechanisms.module import AttentionModule
 from ..ops.attention import Lineage
@@ -145,10 +145,13 @@ class StateLayer(CacheLayerMixin):
         that it is real and an earlier mask did not, or the reverse: what is in the state cannot be taken out
         again.
         """
+        if torch.compiler.is_exporting():
+            return  # an exported graph keeps nothing of its own from call to call
         self._hears = True
         start = self.cumulative_length - count
         first = 0 if window is None else start - window + 1
-        if isinstance(start, int) and isinstance(first, int):
+        if not self.is_compileable:
+            assert not isinstance(start, Tensor) and not isinstance(first, Tensor)
             if self._real is not None or (mask is not None and start > 0):
                 known = self._real_of(start, mask)
                 said = torch.ones_like(known) if mask is None else mask[:, :start]
@@ -165,7 +168,7 @@ class StateLayer(CacheLayerMixin):
     def _note(self, new: Tensor | None, start: int) -> None:
         """new: bool `[B, count]`, the tokens from `start` on that are real; None where all are."""
         self._real = None if self._real is None else self._real[:, :start]  # `crop` may have taken some back
-        if new is not None and not bool(new.all()):
+        if new is not None and (is_traced(new) or not bool(new.all())):
             self._real = torch.cat([self._real_of(start, new), new], 1)
 
     def _real_of(self, count: int, like: Tensor | None) -> Tensor:
@@ -275,7 +278,7 @@ class StateLayer(CacheLayerMixin):
         self._leave_inference_mode()
         self._writing = True
         module.commit(*self._drafted, self.states, path)
-        if self._hears and isinstance(self.cumulative_length, int):
+        if self._hears and not isinstance(self.cumulative_length, Tensor):
             self._note(path >= 0, self.cumulative_length)
         elif self._hears:
             columns = torch.arange(path.shape[1], device=path.device) + self.cumulative_length

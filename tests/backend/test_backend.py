@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from linearize.backend.backend import Backend, linearize_backend
-from linearize.errors import ConfigError, RefusedError
+from linearize.errors import ConfigError, LinearizeError, RefusedError, VerificationError
 from linearize.planning.config import LinearizeConfig
 
 SMALL = {"mechanism": "augmented_paper", "group_size": 4, "conv_taps": 3, "inner": "eager"}
@@ -416,6 +416,74 @@ def test_an_owner_is_never_linear_in_one_graph_and_softmax_in_another():
 
 
 # --- what is refused, kept, wrong
+
+
+class Masked(nn.Module):
+    """Causal attention with an optional window, scale, mask in a buffer and documents."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv = nn.Linear(16, 48)
+        self.window, self.scale = None, 8**-0.5
+        self.register_buffer("keep", torch.ones(64, 64, dtype=torch.bool).tril())
+
+    def forward(self, x: Tensor, documents: Tensor | None = None, pad: Tensor | None = None) -> Tensor:
+        b, t, _ = x.shape
+        query, key, value = self.qkv(x).view(b, t, 3, 2, 8).permute(2, 0, 3, 1, 4).unbind(0)
+        mask = self.keep[:t, :t][None, None]
+        if self.window is not None:
+            mask = mask & ~mask.tril(-self.window)
+        if documents is not None:
+            mask = mask & (documents[:, None, :, None] == documents[:, None, None, :])
+        if pad is not None:
+            mask = mask & pad[:, None, None, :]
+        scores = (query @ key.mT * self.scale).masked_fill(~mask, float("-inf"))
+        return (scores.softmax(-1) @ value).transpose(1, 2).reshape(b, t, 16)
+
+
+def _window(model: Masked) -> None:
+    model.window = 3
+
+
+def _scale(model: Masked) -> None:
+    model.scale = 2.0
+
+
+def _buffer(model: Masked) -> None:
+    model.keep &= ~model.keep.tril(-3)
+
+
+@pytest.mark.parametrize("change", [_window, _scale, _buffer])
+def test_a_graph_that_means_something_else_than_the_first_is_refused(change):
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    model = Masked().eval()
+    backend = Backend({"mechanism": "softmax_window", "options": {"window": 64}}, inner="eager")
+    compiled = torch.compile(model, backend=backend)
+    x = torch.randn(2, 10, 16)
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(x), model(x), atol=1e-5, rtol=1e-4)
+        change(model)
+        with pytest.raises(VerificationError, match="not what the module in its place was made for"):
+            compiled(x)
+
+
+def test_the_first_inputs_of_a_graph_decide_whether_its_mask_was_read_rightly():
+    torch.manual_seed(0)
+    model = Masked().eval()
+    x, pad = torch.randn(2, 10, 16), torch.ones(2, 10, dtype=torch.bool)
+    pad[0, 6:] = False
+    documents = (torch.arange(10) >= 6).long().expand(2, -1)
+    for given, real in ((dict(pad=pad), pad), (dict(documents=documents), torch.ones_like(pad))):
+        torch._dynamo.reset()
+        backend = Backend({"mechanism": "softmax_window", "options": {"window": 64}}, inner="eager")
+        compiled = torch.compile(model, backend=backend)
+        with torch.no_grad():
+            try:
+                found = compiled(x, **given)
+            except LinearizeError:
+                continue
+            torch.testing.assert_close(found[real], model(x, **given)[real], atol=1e-5, rtol=1e-4)
 
 
 def test_what_cannot_be_rewritten_stays_softmax_and_is_reported(caplog):
