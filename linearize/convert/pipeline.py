@@ -23,7 +23,7 @@ from ..planning.plan import Plan
 from ..rewrite.apply import apply_owners, attach, use_compact_masks
 from ..rewrite.interface import dispatches
 from ..rewrite.snapshot import Snapshot
-from .decoding import verify_cache
+from .decoding import decode, verify_cache
 from .proof import Recording, verify, verify_generation
 
 Seen = dict[str, list[tuple[int, int | None]]]
@@ -92,6 +92,8 @@ def prove_mechanism(model: nn.Module, recording: Recording, config: LinearizeCon
     for example in recording.inputs:
         run_model(model, example)
     verify_cache(model, recording.cache)
+    if recording.cache is None and recording.generated and recording.generated[0] is not None:
+        decode(model, recording.inputs[0], must=True)
 
 
 def with_routes(plan: Plan, routes: Mapping[str, str]) -> Plan:
