@@ -1,16 +1,14 @@
-"""The value of a node from sizes alone: run its ancestors on made-up inputs at chosen lengths.
+"""What the value of a node depends on, and the values of those that are constant.
 
-Reads of a tensor's shape are answered from its traced symbolic shape, so an activation whose size a mask
-copies is never computed.
+Reads of a tensor's shape are answered from its traced shape, so an activation whose size a mask copies is
+neither a dependency nor computed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Any
 
-import sympy
 import torch
 from torch.fx import Node
 from torch.fx.node import map_arg
@@ -73,80 +71,6 @@ def value_leaves(node: Node) -> list[Node]:
     return [n for n in value_ancestors(node) if n.op in ("placeholder", "get_attr") and not is_size(n)]
 
 
-@dataclass(frozen=True)
-class Sizes:
-    """Numbers for the size symbols of a graph."""
-
-    values: Mapping[sympy.Symbol, int]
-
-    def number(self, size: Any) -> Any:
-        """A traced size as a Python number."""
-        if isinstance(size, (bool, float)):
-            return size
-        result = expr(size).subs(dict(self.values))
-        if not result.is_number:
-            raise ValueError(f"size {size} has unknown symbols")
-        return int(result)
-
-    def shape(self, value: torch.Tensor) -> tuple[int, ...]:
-        return tuple(self.number(size) for size in value.shape)
-
-
-def evaluate(
-    node: Node,
-    sizes: Sizes,
-    feed: Callable[[Node, tuple[int, ...]], torch.Tensor],
-    replaced: Mapping[int, int] | None = None,
-    replace_in: frozenset[Any] = frozenset(),
-) -> torch.Tensor:
-    """The value of `node` at `sizes`.
-
-    `feed(placeholder, shape)` supplies inputs; attributes are read from the owning module. Integer
-    arguments of the operators in `replace_in` are looked up in `replaced` (their sign is kept).
-
-    Raises whatever an operator raises when the sizes do not fit the graph (for example past a buffer's end).
-    """
-    wanted = value_ancestors(node)
-    computed = set(wanted)
-    values: dict[Node, Any] = {}
-
-    def lookup(argument: Node) -> Any:
-        if argument not in computed:  # only its shape or dtype is read
-            traced = argument.meta["val"]
-            if not isinstance(traced, torch.Tensor):
-                return sizes.number(traced)
-            return torch.empty(sizes.shape(traced), dtype=traced.dtype, device=traced.device)
-        return values[argument]
-
-    with torch.no_grad():
-        for current in wanted:
-            traced = current.meta.get("val")
-            if is_size(current):
-                values[current] = sizes.number(traced)
-            elif current.op == "placeholder":
-                assert isinstance(traced, torch.Tensor)
-                values[current] = feed(current, sizes.shape(traced))
-            elif current.op == "get_attr":
-                values[current] = attribute(current)
-            else:
-                arguments = map_arg(current.args, lookup)
-                if replaced and current.target in replace_in:
-                    arguments = tuple(_replace(value, replaced) for value in arguments)
-                keywords = map_arg(current.kwargs, lookup)
-                assert callable(current.target)
-                values[current] = current.target(*arguments, **keywords)
-    result = values[node]
-    if not isinstance(result, torch.Tensor):
-        raise TypeError(f"{node} is not a tensor")
-    return result
-
-
-def _replace(value: Any, replaced: Mapping[int, int]) -> Any:
-    if type(value) is not int or abs(value) not in replaced:
-        return value
-    return replaced[abs(value)] if value > 0 else -replaced[abs(value)]
-
-
 def constant(node: Node, limit: int = 64) -> torch.Tensor | None:
     """The value of `node` when it depends on no input, parameter or symbolic size; None otherwise.
 
@@ -161,10 +85,43 @@ def constant(node: Node, limit: int = 64) -> torch.Tensor | None:
         if ancestor.op == "get_attr" and isinstance(attribute(ancestor), torch.nn.Parameter):
             return None
     try:
-        return evaluate(node, Sizes({}), _no_inputs)
+        value = _run(needed)[node]
     except (ValueError, TypeError, RuntimeError, KeyError):
         return None
+    return value if isinstance(value, torch.Tensor) else None
 
 
-def _no_inputs(node: Node, shape: tuple[int, ...]) -> torch.Tensor:
-    raise ValueError(f"{node} is an input")
+def _run(nodes: Sequence[Node]) -> dict[Node, Any]:
+    """The values of nodes in graph order, which hold all that they depend on.
+
+    Raises whatever an operator raises, and ValueError for a size that is a symbol.
+    """
+    values: dict[Node, Any] = {}
+
+    def lookup(argument: Node) -> Any:
+        if argument in values:
+            return values[argument]
+        traced = argument.meta["val"]  # only its shape or dtype is read
+        if not isinstance(traced, torch.Tensor):
+            return _number(traced)
+        return torch.empty([_number(size) for size in traced.shape], dtype=traced.dtype, device=traced.device)
+
+    with torch.no_grad():
+        for node in nodes:
+            if is_size(node):
+                values[node] = _number(node.meta["val"])
+            elif node.op == "get_attr":
+                values[node] = attribute(node)
+            else:
+                assert callable(node.target)
+                values[node] = node.target(*map_arg(node.args, lookup), **map_arg(node.kwargs, lookup))
+    return values
+
+
+def _number(size: Any) -> Any:
+    """A traced size as a Python number."""
+    if isinstance(size, (bool, float)):
+        return size
+    if not expr(size).is_number:
+        raise ValueError(f"size {size} has unknown symbols")
+    return int(expr(size))

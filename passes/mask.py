@@ -38,9 +38,21 @@ from .graphs import attribute
 from .intervals import NONE, Integers, between, from_on, only, up_to
 from .mask_terms import VALUES
 from .moves import At, broadcast_to, reshaped, shape, size_sum
-from .predicate import Meaning, classify, satisfiable
-from .site import Mask, Operand, Pattern, Relayout, Step, term_operands
-from .terms import FALSE, TRUE, Formula, Numeric, Sum, Term, UnreadableError, Value, constant, of_term
+from .predicate import Meaning, classify, satisfiable, unknown
+from .site import Mask, Operand, Relayout, Step, term_operands
+from .terms import (
+    FALSE,
+    TRUE,
+    Expression,
+    Formula,
+    Numeric,
+    Sum,
+    Term,
+    UnreadableError,
+    Value,
+    constant,
+    of_term,
+)
 
 aten = torch.ops.aten
 
@@ -66,10 +78,10 @@ class _Reading:
     weakest: float = -math.inf
     normalised: bool = False
     why: str = ""
-    blamed: list[Value] = field(default_factory=list)
+    blamed: list[Expression] = field(default_factory=list)
     assumed: set[str] = field(default_factory=set)
 
-    def give_up(self, why: str, *blamed: Value) -> None:
+    def give_up(self, why: str, *blamed: Expression) -> None:
         self.why = self.why or why
         self.blamed += blamed
 
@@ -116,8 +128,7 @@ class MaskReader:
         visible, biased = (_renamed(f, renamed) for f in (reading.visible, reading.biased))
         bias = reading.biased == TRUE or satisfiable(both([visible, either([biased, reading.gated])]))
         if reading.why:
-            inputs = tuple(sorted({name for value in reading.blamed for name in value.inputs}))
-            meaning = Meaning(Pattern.OTHER, why=reading.why, inputs=inputs)
+            meaning = unknown(reading.why, reading.blamed)
         else:
             shift = plus(size_sum(key.subs(sizes)), size_sum(query.subs(sizes)), -1)
             meaning = classify(visible, shift)
@@ -131,7 +142,7 @@ class MaskReader:
             per_head=meaning.per_head,
             top_left=meaning.top_left,
             leaves=tuple(names),
-            why=meaning.why,
+            why=_located(meaning, terms),
             inputs=meaning.inputs,
             zero_or_one=tuple(sorted(reading.assumed)),
         )
@@ -173,6 +184,12 @@ class MaskReader:
             reading.visible = both([reading.visible, value])
         else:
             _add(reading, as_number(value), 1.0 if step.kind == "sdpa" else step.value)
+
+
+def _located(meaning: Meaning, terms: Sequence[Node]) -> str:
+    """Why a mask is not known, with the node to look at."""
+    node = meaning.culprit or (terms[-1] if terms else None)
+    return f"{meaning.why} (node {node.name})" if meaning.why and node is not None else meaning.why
 
 
 _WITHOUT_TERM = ("causal", "sdpa", "scale", "div", "softmax", "safe_softmax")
@@ -262,9 +279,9 @@ def _added(reading: _Reading, path: Formula, value: Sum) -> Formula:
     huge = [term for term, size in value.items.items() if not MASKED < size < -MASKED]
     if huge and len(value.items) == 1:
         return _switched(reading, path, value, huge[0])
-    unknown = any(_may_hide(term) for term in value.terms)
+    hiding = any(_may_hide(term) for term in value.terms)
     near = MASKED >= value.const > LOWEST and not all(term.kind == "read" for term in value.items)
-    if huge or unknown or near or value.const >= -MASKED:
+    if huge or hiding or near or value.const >= -MASKED:
         reading.biased = TRUE
         reading.give_up("it adds values to the scores that may hide keys", path, value)
         return FALSE

@@ -70,10 +70,10 @@ def classify(formula: Formula, shift: Sum) -> Meaning:
     """The meaning of what a mask shows; `shift` is the number of keys minus that of queries."""
     table = truth_table(formula)
     if table is None:
-        return _other("its mask has too many cases", [formula])
+        return unknown("its mask has too many cases", [formula])
     axes, values = table
     if not bool(values.any()):
-        return _other("its mask hides every key", [formula])
+        return unknown("its mask hides every key", [formula])
     return _Reading(axes, values, shift).meaning()
 
 
@@ -118,7 +118,8 @@ def _values(formula: Formula, axes: Sequence[Axis], places: dict[Sum, int]) -> T
     return torch.full([1] * len(axes), formula.value)
 
 
-def _other(why: str, blamed: Sequence[Formula | Sum], per_head: bool = False) -> Meaning:
+def unknown(why: str, blamed: Sequence[Expression], per_head: bool = False) -> Meaning:
+    """A mask that the language does not say; `blamed` is what decides it."""
     inputs = tuple(sorted({name for one in blamed for name in one.inputs}))
     sources = [term.source for one in blamed for term in one.terms if term.source is not None]
     culprit = next((node for node in sources if node.op != "placeholder"), None)
@@ -143,9 +144,9 @@ class _Reading:
 
     def meaning(self) -> Meaning:
         if any("h" in axis.direction.indices for axis in self.axes):
-            return _other("its mask differs from head to head", self._directions(), per_head=True)
+            return unknown("its mask differs from head to head", self._directions(), per_head=True)
         if not _is_product(self.values, [[n] for n in self.rest], self.keys):
-            return self._prefix() or _other(
+            return self._prefix() or unknown(
                 "its mask is none of full, causal, window, band, chunk, padding, documents",
                 self._directions(),
             )
@@ -181,10 +182,10 @@ class _Reading:
                 others.remove(n)
         if others:
             blamed = [self.axes[n].direction for n in others]
-            return _other("its mask has a part that is no padding and no document", blamed)
+            return unknown("its mask has a part that is no padding and no document", blamed)
         pattern = _pattern(distance, width)
         if pattern is None:
-            return _other(f"its mask shows keys at distances {distance} before the query", [])
+            return unknown(f"its mask shows keys at distances {distance} before the query", [])
         aligned = not self.shift.items and self.shift.const == 0 or pattern[0] is Pattern.FULL
         inputs = tuple(sorted({name for n in documents for name in self.axes[n].direction.inputs}))
         own = all(_at_own_column(self.axes[n].direction) for n in self.keys)
@@ -253,7 +254,7 @@ class _Reading:
             return None
         keys = [self.axes[n] for n in self.keys]
         blamed = [axis.direction for axis in keys]
-        said = _other("its mask shows a prefix to every query", blamed)
+        said = unknown("its mask shows a prefix to every query", blamed)
         width = None
         if len(keys) == 1 and keys[0].direction == _INDEX_J:
             seen = keys[0].chosen(~_along(hidden, self.keys[0])) & CAUSAL

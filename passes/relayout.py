@@ -8,11 +8,9 @@ from typing import Any
 
 import sympy
 import torch
-from torch import Tensor
 from torch.fx import Graph, Node
 
-from .axes import Atom, Axis, Layout, expr, product, quotient, resolve, shape_of
-from .evaluate import Sizes
+from .axes import Atom, Axis, Layout, product, quotient, resolve, shape_of
 from .site import Relayout
 
 aten = torch.ops.aten
@@ -70,26 +68,6 @@ def _simplest(shape: Sequence[sympy.Expr], relayout: Relayout) -> list[tuple[str
     if len(folded) == 1 and folded[0] == ("reshape", tuple(shape)):
         return []
     return folded
-
-
-def move_tensor(tensor: Tensor, relayout: Relayout, sizes: Sizes) -> Tensor:
-    """Do the movement on a real tensor, symbols replaced by `sizes`."""
-    numbers = [expr(size) for size in tensor.shape]
-    concrete = Relayout(
-        *(
-            tuple(sympy.Integer(sizes.number(s)) for s in group) if name != "order" else relayout.order
-            for name, group in (
-                ("split", relayout.split),
-                ("order", ()),
-                ("spread", relayout.spread),
-                ("full", relayout.full),
-                ("merged", relayout.merged),
-            )
-        )
-    )
-    for kind, values in _simplest(numbers, concrete):
-        tensor = getattr(tensor, kind)([int(v) for v in values])
-    return tensor
 
 
 class Emitter:
