@@ -44,8 +44,9 @@ class Held:
 
     def still_by(self, owner: nn.Module) -> bool:
         """Whether the owner still has them."""
+        parts = dict(owner.named_modules(remove_duplicate=False))
         for path, values in self.values:
-            if plain_values(_at(owner, path)) != values:
+            if path not in parts or plain_values(parts[path]) != values:
                 return False
         if torch.compiler.is_compiling():
             return True  # compiled code takes the tensors that it met; it cannot ask for their versions
@@ -110,9 +111,10 @@ def _is_plain(value: Any) -> bool:
 
 
 def _at(owner: nn.Module, path: str) -> Any:
+    """What is at a path below a module; None where nothing is."""
     found: Any = owner
     for name in path.split(".") if path else ():
-        found = getattr(found, name)
+        found = getattr(found, name, None)
     return found
 
 
