@@ -44,8 +44,9 @@ class Held:
 
     def still_by(self, owner: nn.Module) -> bool:
         """Whether the owner still has them."""
+        parts = dict(owner.named_modules(remove_duplicate=False))
         for path, values in self.values:
-            if plain_values(_at(owner, path)) != values:
+            if path not in parts or plain_values(parts[path]) != values:
                 return False
         if torch.compiler.is_compiling():
             return True  # compiled code takes the tensors that it met; it cannot ask for their versions
@@ -87,15 +88,16 @@ def values_of_owner(owner: nn.Module) -> Values:
 def values_of_config(config: Any) -> Values:
     """The settings of a config that decide what masks and scores mean; None where one is not set yet."""
     names = _NOT_SET_BY_DEFAULT | {name for name in vars(config) if _OF_MASKS.search(name)}
-    found = [(name, getattr(config, name, None)) for name in sorted(names)]
+    found = [(name, vars(config).get(name)) for name in sorted(names)]
     return tuple((name, _taken(value)) for name, value in found if _is_plain(value))
 
 
 def check_unchanged(values: Values, holder: Any, where: str) -> None:
     """Raise InvalidModelError where a value of `holder` is not what it was."""
+    held_now = vars(holder)
     for name, value in values:
-        now = _taken(getattr(holder, name, None))
-        if now != value:
+        now = held_now.get(name)
+        if now is not value and _taken(now) != value:
             raise InvalidModelError(
                 f"{where}: `{name}` was {value!r} when the model was converted and is {now!r} now, which the "
                 "rewritten attention does not follow; set it back, or change it in the original and convert "
@@ -110,9 +112,10 @@ def _is_plain(value: Any) -> bool:
 
 
 def _at(owner: nn.Module, path: str) -> Any:
+    """What is at a path below a module; None where nothing is."""
     found: Any = owner
     for name in path.split(".") if path else ():
-        found = getattr(found, name)
+        found = getattr(found, name, None)
     return found
 
 
