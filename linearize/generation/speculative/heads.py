@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ...common.files import read_json, shown
 from ...common.replacing import Layout, finish_killed, is_inside, whole_checkpoint
 from ...common.schema import FLAG, OBJECT, Rule, check_entries, number, optional, several, whole
-from ...errors import CheckpointError, ConfigError, InputError, LinearizeError
+from ...errors import CheckpointError, ConfigError, InputError
 from .drafter import output_layer
 
 HEADS = Layout("medusa_heads.json", "weights", "medusa_heads.safetensors")
@@ -151,15 +151,15 @@ class MedusaHeads(nn.Module):
                 f"no heads in {shown(folder)} ({HEADS.record} and {HEADS.weights}); "
                 "`linearize train-heads` makes them"
             )
-        about = _checked(read_json(folder / HEADS.record), folder / HEADS.record)
         try:
+            about = _checked(read_json(folder / HEADS.record), folder / HEADS.record)
             tensors = load_file(folder / about.get(HEADS.key, HEADS.weights))
             heads = cls(model, about["num_heads"], about["sees_token"], about["own_layers"])
             heads.fingerprint, heads.rates = about["model"], about["rates"]
             heads.check(model)
             heads.load_state_dict(tensors)
         except (ValueError, KeyError, TypeError, RuntimeError, OSError, SafetensorError) as error:
-            if isinstance(error, LinearizeError):
+            if isinstance(error, InputError):
                 raise
             raise CheckpointError(f"the heads in {shown(folder)} cannot be used: {error}") from error
         return heads.eval()
