@@ -328,9 +328,13 @@ def _may_hide(term: Term) -> bool:
         assert value is not None
         learned = isinstance(value, torch.nn.Parameter)
         return not learned and not bool((value.abs() < -MASKED).all())
-    if term.leaves:
+    if term.leaves and (term.learned or any(_is_float_input(leaf) for leaf in value_leaves(node))):
         return True
     return any(_is_huge(argument) for inner in value_ancestors(node) for argument in inner.args)
+
+
+def _is_float_input(leaf: Node) -> bool:
+    return leaf.op == "placeholder" and known_value(leaf) is None and leaf.meta["val"].is_floating_point()
 
 
 def _is_huge(argument: object) -> bool:

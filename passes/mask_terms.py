@@ -207,7 +207,7 @@ def _converted(value: Sum, before: torch.dtype, after: torch.dtype) -> Sum:
             raise UnreadableError("positions in an integer that is too small for them")
     if after in COARSE and value.indices:
         if any(term.kind != "read" for term in value.items) or len(value.items) > 1:
-            raise UnreadableError("positions in half precision, which rounds them")
+            return of_term(Term("rounded", str(after), (value,), integer=False))
     if before.is_floating_point and not after.is_floating_point:
         return _rounded_down(value, toward_zero=True)
     return value

@@ -207,6 +207,7 @@ def _reshape(node: Node, at: At) -> tuple[Node, At]:
 
 def reshaped(at: At, after: Sequence[sympy.Expr], before: Sequence[sympy.Expr]) -> At:
     """Indices in the shape `after` as indices in the shape `before`."""
+    after = _same_symbols(after, before)
     result: dict[int, Numeric] = {i: ZERO for i, size in enumerate(before) if size == 1}
     olds = [i for i, size in enumerate(before) if size != 1]
     news = [i for i, size in enumerate(after) if size != 1]
@@ -231,6 +232,13 @@ def reshaped(at: At, after: Sequence[sympy.Expr], before: Sequence[sympy.Expr]) 
             for i, place in zip(held, _unflat(flat, [before[i] for i in held]), strict=True):
                 result[i] = place
     return tuple(result[i] for i in range(len(before)))
+
+
+def _same_symbols(after: Sequence[sympy.Expr], before: Sequence[sympy.Expr]) -> Sequence[sympy.Expr]:
+    """`after` in the symbols of `before`: as many entries stand in both, so two names are of one size."""
+    ratio = sympy.cancel(sympy.prod(after) / sympy.prod(before)) if tuple(after) != tuple(before) else 1
+    ours, theirs = sympy.fraction(ratio)
+    return [size.subs({ours: theirs}) for size in after] if ours.is_Symbol and theirs.is_Symbol else after
 
 
 def _divides(divisor: sympy.Expr, size: sympy.Expr) -> bool:

@@ -79,6 +79,7 @@ class Term(Expression):
             - `size`: a size symbol, or an expression of sizes.
             - `read`: the entry of a node at the indices `args`; the key says which node.
             - `floor`: `args[0]` divided by the number in the key, rounded down; `ratio`: not rounded.
+            - `rounded`: `args[0]` in the dtype of the key, which does not hold every position.
             - `count`: the sum of `args[0]` over its bound variable, the key, from 0 up to and with `args[1]`.
             - `token`: the value `args[0]`, with its variable, the key, at `args[1]`, taken as a whole.
             - `product`: of the arguments. `flat`: indices `args` of several axes as one, their sizes the key.
