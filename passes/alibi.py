@@ -5,13 +5,18 @@ What is added to a query's whole row cancels in the softmax, so distances and po
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import sympy
 import torch
 from torch import Tensor
 from torch.fx import Node
+from torch.fx.node import map_arg
 
-from .evaluate import Sizes, evaluate, value_ancestors
-from .relayout import move_tensor
+from .axes import expr
+from .evaluate import is_size, value_ancestors
+from .graphs import attribute
 from .site import Operand, Site
 
 HIDES = -9e3
@@ -44,19 +49,53 @@ def is_alibi(site: Site) -> bool:
 
 def _value(operand: Operand) -> Tensor | None:
     """The value of a score term `[b, h, T, S]` at the traced sizes; None where activations take part."""
-    sizes = Sizes(_traced(operand.node))
+    traced = _traced(operand.node)
+
+    def number(size: Any) -> int:
+        return int(expr(size).subs(traced))
+
     try:
-        return move_tensor(evaluate(operand.node, sizes, _ones), operand.relayout, sizes)
+        value, moves = _run(operand.node, number), operand.relayout
+        value = value.reshape([*map(number, moves.split)]).permute(moves.order)
+        value = value.reshape([*map(number, moves.spread)]).expand([*map(number, moves.full)])
+        return value.reshape([*map(number, moves.merged)])
     except (RuntimeError, ValueError, IndexError, TypeError, KeyError):
         return None
 
 
-def _ones(node: Node, shape: tuple[int, ...]) -> Tensor:
-    """An integer input with every token real; what a floating one holds is not known."""
-    dtype = node.meta["val"].dtype
-    if dtype.is_floating_point:
-        raise ValueError(f"{node} is an input of scores")
-    return torch.ones(shape, dtype=dtype)
+def _run(node: Node, number: Callable[[Any], int]) -> Tensor:
+    """`node` at the traced sizes, of integer inputs with every token real.
+
+    Raises ValueError where scores are computed of inputs, and whatever an operator raises.
+    """
+    values: dict[Node, Any] = {}
+
+    def shape(argument: Node) -> list[int]:
+        return [number(size) for size in argument.meta["val"].shape]
+
+    def read(argument: Node) -> Any:
+        if argument in values:
+            return values[argument]
+        found = argument.meta["val"]  # only its shape or dtype is read
+        return torch.empty(shape(argument), dtype=found.dtype) if isinstance(found, Tensor) else number(found)
+
+    with torch.no_grad():
+        for current in value_ancestors(node):
+            found = current.meta.get("val")
+            if is_size(current):
+                values[current] = found if isinstance(found, (bool, float)) else number(found)
+            elif current.op == "get_attr":
+                values[current] = attribute(current)
+            elif current.op == "placeholder":
+                if not isinstance(found, Tensor) or found.is_floating_point():
+                    raise ValueError(f"{current} is an input of scores")
+                values[current] = torch.ones(shape(current), dtype=found.dtype)
+            else:
+                assert callable(current.target)
+                values[current] = current.target(
+                    *map_arg(current.args, read), **map_arg(current.kwargs, read)
+                )
+    return values[node]
 
 
 def _traced(node: Node) -> dict[sympy.Symbol, int]:
