@@ -309,6 +309,8 @@ def replan(model: nn.Module, plan: Plan, config: LinearizeConfig) -> Plan:
             f"{len(set(wanted))} module(s) are, so that nothing is known of it; load the original to rewrite "
             "it, or keep the settings `layers`, `keep_softmax` and `on_refusal` of the model"
         )
+    indexed = ((skip.path, _index(model, skip)) for skip in plan.skipped)
+    check_named_layers(config, [*((site.path, site.layer_index) for site in plan.sites), *indexed])
     skipped, blocked, sites = list(plan.skipped), list[Blocked](), list[SitePlan]()
     mechanism = mechanisms.get(config.mechanism)
     for site in plan.sites:
@@ -329,8 +331,6 @@ def replan(model: nn.Module, plan: Plan, config: LinearizeConfig) -> Plan:
         raise RefusedError("`layers` and `keep_softmax` leave no attention to rewrite")
     if not left:
         raise RefusedError(_nothing_left(blocked, config, windows))
-    indexed = ((skip.path, _index(model, skip)) for skip in plan.skipped)
-    check_named_layers(config, [*((site.path, site.layer_index) for site in plan.sites), *indexed])
     return dataclasses.replace(plan, sites=left, skipped=(*skipped, *(skip for skip, _ in blocked)))
 
 
