@@ -11,6 +11,8 @@ computed in float32.
     vector.h                vectors, rows of tensors, register tiles
     forward.h, backward.h   the whole sequence
     decode.h                after a state: one token, a tree of tokens, tokens whose outputs are known
+    salient.h, salient_backward.h    the attention of `kernels/salient.py`, called from `salient.py` here
+    library.py              finding the library and calling it
 """
 
 from __future__ import annotations

@@ -7,6 +7,7 @@ namespace linearize {
 
 enum Dtype : int64_t { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2 };
 enum Activation : int64_t { RELU2 = 0, LINEAR = 1 };
+constexpr int64_t SALIENT_BLOCK = 32;  // BLOCK of kernels/salient.py
 
 // [batch, head, row, column] with strides in elements; columns are adjacent.
 struct Tensor {
@@ -68,7 +69,8 @@ struct Tree {
 };
 
 // Tokens after a state of kernels/salient.py that takes none back: float32 scores and votes, [batch, kv head,
-// rows] and [batch, kv head, vote_rows, rows], rows = sinks + salient + window + 32.
+// rows] and [batch, kv head, vote_rows, rows], rows = sinks + salient + window +
+// SALIENT_BLOCK.
 struct Salient {
   int64_t dtype, state_dtype, batch, heads, kv_heads, length, dim, value_dim;
   int64_t window, sinks, salient, vote_rows, taps;
@@ -82,7 +84,7 @@ struct Salient {
   const float* tail;                    // [heads, value_dim, dim + value_dim + 1] or null
 
   int64_t kept() const { return sinks + salient; }
-  int64_t ring() const { return window + 32; }
+  int64_t ring() const { return window + SALIENT_BLOCK; }
 };
 
 // Whole sequences of the same attention; `positions` [batch, kv head, blocks, kept] of the tokens that each block

@@ -234,7 +234,7 @@ __attribute__((visibility("default"))) int linearize_salient(const Salient* s, i
     return 1;
   for (int64_t b = 0; b < s->batch; b++) {
     const int64_t length = s->state_length[b] += s->count ? s->count[b] : s->length;
-    if (length) s->state_block[b] = std::max(s->state_block[b], (length - 1) / 32);
+    if (length) s->state_block[b] = std::max(s->state_block[b], (length - 1) / SALIENT_BLOCK);
   }
   return 0;
 }

@@ -15,7 +15,7 @@
 namespace linearize {
 namespace {
 
-constexpr int64_t SALIENT_BLOCK = 32, SALIENT_DELAY = 64;
+constexpr int64_t SALIENT_DELAY = 64;
 constexpr float SALIENT_DECAY = 0.9f;
 constexpr int32_t UNSEEN = std::numeric_limits<int32_t>::max();
 constexpr int64_t SHORT_SPAN = 12;  // rows of queries that are faster one by one

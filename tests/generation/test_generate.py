@@ -160,7 +160,9 @@ def test_a_dropped_window_is_dropped_in_the_cache_and_the_masks_too() -> None:
 
 def test_a_window_is_not_dropped_beside_layers_that_keep_theirs() -> None:
     with pytest.raises(RefusedError, match="can only be dropped when every attention"):
-        linearize(mistral(), approximate=("window",), layers=(0,))
+        linearize(mistral(), mechanism="augmented_paper", approximate=("window",), layers=(0,))
+    with pytest.raises(RefusedError, match="their masks are one"):  # a window that is carried
+        linearize(mistral(), layers=(0,))
 
 
 def test_softmax_through_the_seam_keeps_the_window_while_decoding() -> None:

@@ -131,9 +131,11 @@ def stack(*parts: nn.Module) -> nn.Module:
 
 
 X, Y = activations(2, 9), activations(2, 12)
+PAPER = {"mechanism": "augmented_paper"}
+"""It carries no window."""
 CASES: dict[str, tuple[Callable[[], nn.Module], Any, dict[str, Any], set[str]]] = {
     # What is refused, on which inputs, by which settings, and what helps.
-    "window": (lambda: Attention(window), X, {}, {"mechanism"}),
+    "window": (lambda: Attention(window), X, PAPER, {"mechanism"}),
     "alibi": (lambda: Attention(alibi), X, {}, {"approximate"}),
     "bias": (lambda: Attention(table), X, {}, {"approximate"}),
     "softcap": (lambda: Attention(softcap), X, {}, {"approximate"}),
@@ -152,12 +154,12 @@ CASES: dict[str, tuple[Callable[[], nn.Module], Any, dict[str, Any], set[str]]] 
     ),
     "top-left": (TopLeft, (X, Y), {}, {"mechanism"}),
     "cross": (Cross, (X, Y), dict(mechanism="softmax_window"), {"on_refusal"}),
-    "dispatched-window": (mistral, dict(input_ids=tokens(2, 9)), {}, {"approximate"}),
+    "dispatched-window": (mistral, dict(input_ids=tokens(2, 9)), PAPER, {"approximate"}),
     "window-on-a-graph": (
-        gpt_neo, dict(input_ids=tokens(2, 9)), {}, {"on_refusal"},
+        gpt_neo, dict(input_ids=tokens(2, 9)), PAPER, {"on_refusal"},
     ),
     "window-on-a-graph-dropped": (
-        gpt_neo, dict(input_ids=tokens(2, 9)), dict(approximate=("window",)), {"keep_softmax"},
+        gpt_neo, dict(input_ids=tokens(2, 9)), dict(approximate=("window",), **PAPER), {"keep_softmax"},
     ),
 }  # fmt: skip
 
