@@ -34,6 +34,9 @@ from .terms import (
 MOST_CASES = 64
 """A value of more cases than this is not followed."""
 
+MOST_PAIRS = 48
+"""Values whose cases make more combinations than this are not put together."""
+
 LONGEST = 2**24
 """Positions stay below this: float32 holds every integer up to here."""
 
@@ -220,11 +223,18 @@ def cases(value: Numeric, path: Formula = TRUE) -> list[tuple[Formula, Sum]]:
     return found
 
 
+def _count(value: Numeric) -> int:
+    """How many sums a value may be."""
+    return _count(value.then) + _count(value.other) if isinstance(value, Choice) else 1
+
+
 def mapped(function: Callable[..., Value], *values: Numeric) -> Value:
     """The function of sums, on values with cases; it may give numbers or formulas."""
     position = next((i for i, value in enumerate(values) if isinstance(value, Choice)), None)
     if position is None:
         return function(*values)
+    if math.prod(_count(value) for value in values) > MOST_PAIRS:
+        raise UnreadableError("too many cases")
     split = values[position]
     assert isinstance(split, Choice)
     sides = []

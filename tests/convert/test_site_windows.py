@@ -140,7 +140,8 @@ def test_layers_with_one_mask_are_rewritten_together() -> None:
 
 def test_a_window_wider_than_ours_is_refused_with_what_would_cover_it() -> None:
     original = mistral(sliding_window=60)
-    with pytest.raises(RefusedError, match=r'window \(of 60 tokens: options=\{"window": \.\.\.\} can cover it\)'):
+    advice = r'window \(of 60 tokens: options=\{"window": \.\.\.\} can cover it\)'
+    with pytest.raises(RefusedError, match=advice):
         converted(original)
     assert converted(original, approximate=("window",))._linearize.plan.sites[0].spec.window == 60
     assert converted(original, options={"window": 59})._linearize.plan.sites[0].spec.window == 60

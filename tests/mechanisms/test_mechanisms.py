@@ -608,7 +608,9 @@ def test_what_the_mathematics_does_not_allow_is_refused() -> None:
 # --- compiled and exported
 
 
-@pytest.mark.parametrize("case", ("performer", "softmax_window", "power_window", "yoso"))
+@pytest.mark.parametrize(
+    "case", ("performer", "softmax_window", pytest.param("power_window", marks=pytest.mark.slow), "yoso")
+)
 def test_compiles_and_exports_with_dynamic_sizes(case: str) -> None:
     module = build(case, SPEC)
 

@@ -290,6 +290,7 @@ def test_models_can_be_converted_and_traced_in_threads_at_once(monkeypatch: pyte
     assert all(torch.equal(x, y) for x, y in zip(found[2:], alone, strict=True)), found
 
 
+@pytest.mark.slow
 def test_threads_whose_graphs_show_no_state_all_keep_keys_and_values(monkeypatch: pytest.MonkeyPatch) -> None:
     refuse_states(monkeypatch)
     converted = wake(linearize(gptj(), mechanism="augmented_paper", group_size=4))
