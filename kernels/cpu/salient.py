@@ -55,10 +55,25 @@ def extend(
 
     Returns:
         float32 [B, Hkv, R, T, Dv], zeros for tokens that are not real.
+
+    Raises:
+        ValueError: Shapes do not fit together.
     """
     batch, kv_heads, shared, length, dim = query.shape
+    rows, taps = sizes.kept + sizes.window + BLOCK, 0 if conv_weight is None else conv_weight.shape[2]
+    held = (batch, kv_heads, rows)
+    _check(query, key, value)
+    if (
+        state.keys.shape != (*held, dim)
+        or state.values.shape != (*held, value.shape[3])
+        or state.scores.shape != held
+        or state.votes.shape != (*held[:2], 1 + DELAY // BLOCK, rows)
+        or not state.length.shape == state.block.shape == (batch,)
+        or taps > sizes.window + 1
+    ):
+        shapes = [list(x.shape) for x in state]
+        raise ValueError(f"a state of shapes {shapes}, or {taps} taps, does not fit {sizes}")
     value_dim, heads = value.shape[3], kv_heads * shared
-    taps = 0 if conv_weight is None else conv_weight.shape[2]
     conv, conv_at = _of_heads(conv_weight, (heads, taps), "conv_weight")
     columns = dim + value_dim + 1
     tail, tail_at = _of_heads(tail_weight, (heads, value_dim, columns), "tail_weight")
@@ -102,8 +117,14 @@ def backward(
 
     Returns:
         Those of query, key and value, each float32 and of its shape.
+
+    Raises:
+        ValueError: Shapes do not fit together.
     """
+    _check(query, key, value)
     batch, kv_heads, shared, length, dim = query.shape
+    if grad.shape != (*query.shape[:4], value.shape[3]):
+        raise ValueError(f"grad must be like the output, not {list(grad.shape)}")
     value_dim, heads, blocks = value.shape[3], kv_heads * shared, -(-length // BLOCK)
     grads = [torch.zeros(x.shape, dtype=torch.float32) for x in (query, key, value)]
     positions = table(positions, (batch, kv_heads, blocks, sizes.kept), torch.int64, "positions")
@@ -120,6 +141,14 @@ def backward(
     work = batch * heads * length * (sizes.kept + sizes.window + BLOCK) * (dim + value_dim) * 2
     run("linearize_salient_backward", fields, isa, threads_for(work))
     return grads[0], grads[1], grads[2]
+
+
+def _check(query: Tensor, key: Tensor, value: Tensor) -> None:
+    """Raise ValueError unless the shapes fit: the kernel reads what they say."""
+    batch, kv_heads, _, length, dim = query.shape
+    if key.shape != (batch, kv_heads, length, dim) or value.shape[:3] != key.shape[:3]:
+        shapes = [list(x.shape) for x in (query, key, value)]
+        raise ValueError(f"shapes of query, key and value do not fit: {shapes}")
 
 
 def _of_heads(x: Tensor | None, shape: tuple[int, ...], name: str) -> tuple[Tensor | None, int]:

@@ -41,6 +41,7 @@ class MixedStateLayer(StateLayer, LinearAttentionAndFullAttentionLayer):
         else:
             LinearAttentionLayer.lazy_initialization(self, **kwargs)
 
+    # A class attribute of the state's layer, a property of the other part's: this layer is both.
     @property
     def is_croppable(self) -> bool:  # type: ignore[override]
         """Whether all of the layer can be rewound: a recurrent state cannot."""

@@ -177,6 +177,26 @@ def test_what_it_does_not_take_is_left_to_the_torch_form() -> None:
     assert out.dtype == torch.float64
 
 
+def test_shapes_that_do_not_fit_are_an_error_and_change_nothing() -> None:
+    sizes, dims = Sizes(32, 1, 6), (8, 8)
+    query, key, value = tokens(10, dims)
+    state = empty(sizes, dims)
+    before = [x.clone() for x in state]
+    conv = torch.zeros(KV_HEADS, REPEATS, sizes.window + 2)
+    wrong = [
+        ((query, key[:, :, :9], value), state, None),
+        ((query, key, value[:, :1]), state, None),
+        ((query, key, value), empty(Sizes(34, 1, 6), dims), None),
+        ((query, key, value), empty(sizes, (8, 6)), None),
+        ((query, key, value), state._replace(length=state.length[:1]), None),
+        ((query, key, value), state, conv),
+    ]
+    for given, into, weight in wrong:
+        with pytest.raises(ValueError, match="fit"):
+            compiled.extend(*given, into, sizes, SCALE, weight, None, None)
+    assert all(torch.equal(x, y) for x, y in zip(state, before, strict=True))
+
+
 @pytest.mark.parametrize(("sizes", "length", "dims"), [case for case in CASES if case.id != "no window"])
 @pytest.mark.parametrize("padded", [False, True])
 def test_gradients_are_those_of_the_torch_form(
