@@ -43,5 +43,5 @@ from .training import Recipe as Recipe
 from .training import distill as distill
 from .training import transfer as transfer
 from .training import tune as tune
-from .training.hybrid import Sensitivity as Sensitivity
 from .training.hybrid import plan as plan
+from .training.sensitivity import Sensitivity as Sensitivity

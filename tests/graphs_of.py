@@ -21,18 +21,26 @@ class Traced:
     dtype: torch.dtype
 
 
-@cache
 def graph_of(entry: Spelling, dtype: torch.dtype | None = None) -> Traced:
     """The spelling's model and its graph; float64 unless the spelling cannot be."""
-    dtype = dtype or (torch.float64 if entry.double else torch.float32)
+    return _traced(entry, dtype or (torch.float64 if entry.double else torch.float32))
+
+
+def report_of(entry: Spelling, dtype: torch.dtype | None = None) -> MatchReport:
+    """What the matcher says about `graph_of`, asked once."""
+    return _reported(graph_of(entry, dtype))
+
+
+# Of one spelling and dtype alone: a cache holds `f(x)` and `f(x, None)` to be different calls.
+@cache
+def _traced(entry: Spelling, dtype: torch.dtype) -> Traced:
     net = entry.model().to(dtype)
     return Traced(net, entry.export(net, dtype), dtype)
 
 
 @cache
-def report_of(entry: Spelling, dtype: torch.dtype | None = None) -> MatchReport:
-    """What the matcher says about `graph_of`, asked once."""
-    return find_attention(graph_of(entry, dtype).graph)
+def _reported(traced: Traced) -> MatchReport:
+    return find_attention(traced.graph)
 
 
 def named(entries: Iterable[Spelling]) -> list:

@@ -190,7 +190,7 @@ class Backend:
             slots[site.path, site.call] += 1
             if stays_softmax(self.config, site.path, _layer_index(site.path)):
                 continue
-            problem = problem_of(site, self.config)
+            problem = problem_of(site, self.config.at(site.path, _layer_index(site.path)))
             if problem is None:
                 found = self._place(site, slot, graph)
                 if isinstance(found, Place):
@@ -275,7 +275,8 @@ class Backend:
         if entry is None:
             with torch.inference_mode(False):
                 dtype = parameter_dtype(place.dtype)
-                module = build_attention(place.spec, self.config).to(device=place.device, dtype=dtype)
+                own = self.config.at(place.path, _layer_index(place.path))
+                module = build_attention(place.spec, own).to(device=place.device, dtype=dtype)
             module.requires_grad_(self.trainable)
             entry = Entry(place, module)
             self._entries.append(entry)

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from .before import check_file, check_folder, check_texts
-from .options import OnRefusal, Rewriting, numbers
+from .options import OnRefusal, Rewriting, layer_of, numbers
 from .results import save_or_rescue, stopping
 from .sources import Source, copy_companions, find_source, load_source, load_tokenizer
 from .terminal import console
@@ -60,7 +60,7 @@ def convert(
 
     config = rewriting.config(
         layers=numbers(layers, "layers"),
-        keep_softmax=tuple(int(item) if item.isdigit() else item for item in keep_softmax or ()),
+        keep_softmax=tuple(map(layer_of, keep_softmax or ())),
         on_refusal=on_refusal,
     )
     folder = find_source(source)

@@ -1,4 +1,4 @@
-"""`linearize plan`: which layers of a model are best left softmax."""
+"""`linearize plan`: which layers of a model are best left softmax, or get how many bytes of state."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import typer
 
 from ..errors import ConfigError
 from .before import check_file, check_texts
-from .options import Data, OnRefusal, Rewriting
+from .options import Data, OnRefusal, Rewriting, numbers
 from .results import stopping
 from .sources import Source, find_source, load_model, load_tokenizer
 from .terminal import console
@@ -36,6 +36,13 @@ def plan(
         float | None,
         typer.Option(help="instead of a budget: as few as bring the divergence from the original to this"),
     ] = None,
+    state_bytes: Annotated[
+        int | None,
+        typer.Option(help="bytes that all states of one sequence may have: sizes for each layer"),
+    ] = None,
+    lengths: Annotated[
+        str, typer.Option(help="tokens of context to measure at, such as 512,2048; 512 unless said")
+    ] = "",
     rewriting: Rewriting,
     on_refusal: OnRefusal = "error",
     search: Annotated[
@@ -45,7 +52,7 @@ def plan(
     json: Annotated[Path | None, typer.Option(help="write the figures to this file")] = None,
     seed: Annotated[int, typer.Option(help="of the choice of text")] = 0,
 ) -> None:
-    """Measure what each layer costs when it is linear, and say which are best left softmax."""
+    """Measure what each layer costs when it is linear, and say which are best left softmax, or how large."""
     from ..common.files import write_whole
     from ..training.data import Collate, training_data
     from ..training.files import read_files
@@ -53,12 +60,14 @@ def plan(
 
     config = rewriting.config(on_refusal=on_refusal)
     limit = None if budget is None else _number(budget)
+    wanted = numbers(lengths, "lengths")
+    context = max(wanted or (CONTEXT,))
     check_file(json)
     check_texts(data)
     model = load_model(source)
     tokenizer = load_tokenizer(find_source(source))
-    texts = read_files(model, tokenizer, data, tokens, CONTEXT, seed)
-    rows = training_data(model, texts, tokenizer, CONTEXT).first(tokens).rows
+    texts = read_files(model, tokenizer, data, tokens, context, seed)
+    rows = training_data(model, texts, tokenizer, context).first(tokens).rows
     collate = Collate.of(model)
     batches = [collate(rows[start : start + BATCH]) for start in range(0, len(rows), BATCH)]
     with stopping(lambda: "nothing was written; the same command begins anew"):
@@ -67,6 +76,8 @@ def plan(
             batches,
             budget=limit,
             max_divergence=max_divergence,
+            state_bytes=state_bytes,
+            lengths=wanted,
             config=config,
             search=search,
             max_tokens=tokens,
@@ -93,6 +104,9 @@ def _command(source: str, config: LinearizeConfig) -> str:
         if getattr(config, name) != default:
             words += [f"--{name.replace('_', '-')}", str(getattr(config, name))]
     words += [word for name, value in config.options.items() for word in ("--option", f"{name}={value}")]
+    for layer, own in config.layer_options.items():
+        for name, value in own.items():
+            words += ["--layer-option", f"{layer}:{name}={value}"]
     if config.augmentation is not None:
         words.append("--augmentation" if config.augmentation else "--no-augmentation")
     words += [word for name in config.approximate for word in ("--approximate", name)]

@@ -29,6 +29,13 @@ Option = Annotated[
     list[str] | None,
     typer.Option(metavar="NAME=VALUE", help="a setting of the mechanism; repeat for several"),
 ]
+LayerOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="LAYER:NAME=VALUE",
+        help="a setting of the mechanism in one layer, by its number or path; repeat for several",
+    ),
+]
 Augmentation = Annotated[
     bool | None,
     typer.Option(
@@ -62,6 +69,7 @@ class Rewriting:
     group_size: Group = 64
     conv_taps: Taps = 32
     option: Option = None
+    layer_option: LayerOption = None
     augmentation: Augmentation = None
     approximate: Approximate = None
 
@@ -74,6 +82,7 @@ class Rewriting:
             group_size=self.group_size,
             conv_taps=self.conv_taps,
             options=option_values(self.option or ()),
+            layer_options=layer_option_values(self.layer_option or ()),
             augmentation=self.augmentation,
             approximate=tuple(self.approximate or ()),
             **more,
@@ -130,6 +139,22 @@ def option_values(given: Iterable[str]) -> dict[str, Any]:
             raise ConfigError(f"--option {item!r} {wrong}")
         options[name] = _value(text)
     return options
+
+
+def layer_option_values(given: Iterable[str]) -> dict[int | str, dict[str, Any]]:
+    """LAYER:NAME=VALUE triples, as `LinearizeConfig.layer_options`."""
+    found: dict[int | str, list[str]] = {}
+    for item in given:
+        layer, colon, rest = item.partition(":")
+        if not (layer and colon):
+            raise ConfigError(f"--layer-option {item!r} is not LAYER:NAME=VALUE")
+        found.setdefault(layer_of(layer), []).append(rest)
+    return {layer: option_values(pairs) for layer, pairs in found.items()}
+
+
+def layer_of(text: str) -> int | str:
+    """A layer by its number or its path."""
+    return int(text) if text.isdecimal() else text
 
 
 def _value(text: str) -> int | float | str:

@@ -279,7 +279,7 @@ def _changed(base: nn.Module, config: LinearizeConfig, original: nn.Module | Non
 def _same(config: LinearizeConfig, simple: LinearizeConfig) -> bool:
     """Whether `config` is its own baseline."""
     parts = {name: config.option(name) for name in simple.options} if config.mechanism == MECHANISM else None
-    return parts == dict(simple.options) and not config.augments
+    return parts == dict(simple.options) and not config.augments and not config.layer_options
 
 
 def _unique(name: str, taken: Iterable[str]) -> str:

@@ -50,9 +50,10 @@ def inspect(
     check_layers_of(model, match, settings)
     refused, becomes = {}, {}
     for site in match.sites:
-        if stays_softmax(settings, site.path, layer_index(model, site.path)):
+        index = layer_index(model, site.path)
+        if stays_softmax(settings, site.path, index):
             continue
-        found = problem_of(site, settings)
+        found = problem_of(site, settings.at(site.path, index))
         if found is None:
             becomes[site.path, site.ordinal] = describe(settings)
         else:

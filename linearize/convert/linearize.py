@@ -46,10 +46,10 @@ def linearize(
     A converted model changes to other settings in place, for example `linearize(model, mechanism="hedgehog")`
     or `linearize(model, options={"window": 256})`. Where its attention is and what it means was found and
     proved by the conversion and is not asked again; only the attention modules are made anew. Settings that
-    are not named stay, but `options` and `augmentation` go back to their defaults with another mechanism, and
-    `options` are replaced as a whole. New parameters start from their initial values: what was calibrated or
-    trained of the old ones is gone, and so are stored evaluations. Layers can become softmax again this way;
-    those that are softmax cannot be rewritten without the original.
+    are not named stay, but those of the mechanism itself go back to their defaults with another mechanism,
+    and `options` are replaced as a whole. New parameters start from their initial values: what was calibrated
+    or trained of the old ones is gone, and so are stored evaluations. Layers can become softmax again this
+    way; those that are softmax cannot be rewritten without the original.
 
     Args:
         model: a live `nn.Module` with values, on any device and in any floating-point dtype.
@@ -135,7 +135,7 @@ def changed_config(
     base = state_of(model).config
     mechanism = overrides.get("mechanism", base.mechanism)
     if mechanism != base.mechanism:
-        base = dataclasses.replace(base, mechanism=mechanism, options={}, augmentation=None)
+        base = dataclasses.replace(base, mechanism=mechanism, options={}, layer_options={}, augmentation=None)
     return resolve_config(base, overrides)
 
 

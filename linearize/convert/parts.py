@@ -123,7 +123,11 @@ def stages(config: LinearizeConfig) -> Iterator[tuple[str, LinearizeConfig]]:
     for count, part in enumerate(there, 1):
         off = {name: value for later in there[count:] for name, value in parts[later].items()}
         options = {**config.options, **off}
-        yield f"+ {part}", dataclasses.replace(config, options=options, augmentation=bare)
+        own = {layer: {**some, **off} for layer, some in config.layer_options.items()}
+        yield (
+            f"+ {part}",
+            dataclasses.replace(config, options=options, layer_options=own, augmentation=bare),
+        )
     if config.augments:
         yield "+ convolution", config
 

@@ -172,7 +172,7 @@ def check_dropped_windows(plan: Plan, config: LinearizeConfig, report: MatchRepo
     keep = (*config.keep_softmax, *dict.fromkeys(layers))
     helps = f"What helps: keep_softmax={keep}, which leaves the layers with a window softmax"
     for site in windowed:
-        if not carried(site.spec, config.options):
+        if not carried(site.spec, config.at(site.path, site.layer_index).options):
             raise RefusedError(
                 f"the window of {site.path} can only be dropped when every attention of the model is "
                 f"rewritten and dispatches through transformers' attention interface. {helps}",

@@ -25,9 +25,11 @@ def state_bytes(plan: Plan, config: LinearizeConfig, dtype: torch.dtype) -> int 
     dtype: of keys and values. Layers that stay softmax are not in the plan, and not counted.
     """
     total = 0
-    for spec, count in Counter(site.spec for site in plan.sites if site.spec.causal).items():
+    causal = [site for site in plan.sites if site.spec.causal]
+    kinds = Counter((site.spec, config.at(site.path, site.layer_index)) for site in causal)
+    for (spec, own), count in kinds.items():
         with torch.random.fork_rng(devices=[]):  # random features draw numbers
-            module = build_attention(spec, config).to(dtype)
+            module = build_attention(spec, own).to(dtype)
         state = module.new_state(1, dtype=dtype, device=torch.device("cpu"))
         if state is None:
             return None
@@ -59,6 +61,7 @@ def _window(config: LinearizeConfig, window: int) -> LinearizeConfig:
 def title(config: LinearizeConfig) -> str:
     """A config in a few words: what differs from the defaults of its mechanism."""
     words = [config.mechanism, *(f"{name}={value}" for name, value in config.options.items())]
+    words += [f"own options in {len(config.layer_options)} layers"] if config.layer_options else []
     default = LinearizeConfig(mechanism=config.mechanism)
     for name in ("group_size", "conv_taps", "local_scale"):
         if getattr(config, name) != getattr(default, name):

@@ -135,6 +135,9 @@ def _conversion(name: str, state: LinearizeState) -> Iterator[str]:
     yield f"- mechanism: `{config.mechanism}`: {mechanism.formula}"
     for option, known in mechanism.options.items():
         yield f"- {option}: {config.option(option)} ({known.meaning})"
+    for layer, own in config.layer_options.items():
+        settings = ", ".join(f"{option} {value}" for option, value in own.items())
+        yield f"- in {'layer ' if isinstance(layer, int) else ''}{_code(str(layer))}: {settings}"
     yield f"- group size: {config.group_size}"
     taps = f"{config.conv_taps} taps" if config.augments else "none"
     yield f"- convolution over values: {taps}"

@@ -401,6 +401,7 @@ MECHANISM = Mechanism(
     reach=lambda spec, window: window + 1 if spec.causal else window,
     onnx=salient_onnx.OPERATOR,
     parts={"salient tokens": {"salient": 0}, "linear part": {"tail": False}},
+    sizes=("window", "salient"),
     options={
         "window": whole(128, "tokens before a query that it sees exactly; up to 31 more are", 0),
         "sinks": whole(4, "first tokens of the sequence that are seen exactly for ever", 0),

@@ -155,6 +155,7 @@ class Mechanism:
             it cannot be.
         parts: What it adds to a window and the first tokens, by name and in the order in which to add it:
             the options that leave the part out. The convolution is known without being named.
+        sizes: Names of the options that the size of the state grows with.
         reach: Of a site and the option `window`: the widest window of the site itself (as `SiteSpec.window`
             counts) that the mechanism then shows exactly. Such a window is carried: `build` makes a module
             that sees it and nothing else. None where a site's window is not carried.
@@ -171,6 +172,7 @@ class Mechanism:
     reach: Callable[[SiteSpec, int], int] | None = None
     onnx: StateOperator | None = None
     parts: Mapping[str, Mapping[str, Any]] = field(default_factory=lambda: MappingProxyType({}))
+    sizes: tuple[str, ...] = ()
 
     def check_options(self, options: Mapping[str, Any]) -> None:
         """Check what a user set for this mechanism.

@@ -128,6 +128,7 @@ MECHANISM = Mechanism(
     supports=frozenset({"causal", "bidirectional"}),
     build=_build,
     reach=reach,
+    sizes=("window",),
     options={
         "window": whole(64, "tokens that see each other's scores, the present one included"),
         "power": Option(16, "p; the larger, the closer to exp", "a power of two >= 2", _is_power_of_two),

@@ -292,6 +292,7 @@ MECHANISM = Mechanism(
     formula="softmax over the last `window` and first `sinks` tokens + f(q).g(k) over others, one normaliser",
     supports=frozenset({"causal", "bidirectional"}),
     build=_build,
+    sizes=("window",),
     options={"window": whole(64, "tokens that see each other exactly, the present one included"), **OPTIONS},
     reach=reach,
     onnx=_LINEAR,

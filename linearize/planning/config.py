@@ -11,7 +11,7 @@ from typing import Any, TypeGuard
 from .. import mechanisms
 from ..common.checks import excerpt, require
 from ..errors import ConfigError
-from ..mechanisms.base import BIGGEST, DROPPABLE, is_too_large
+from ..mechanisms.base import BIGGEST, DROPPABLE, Mechanism, is_too_large
 
 VERSION = 3
 """Version 1 had no `augmentation` and no `options`: their defaults are what it meant. Up to version 2
@@ -20,16 +20,16 @@ VERSION = 3
 _WINDOWS = ("softmax_window", "power_window")
 
 
-class Options(Mapping[str, Any]):
-    """An immutable mapping of option names to numbers, strings or None: hashable, so a config is."""
+class Options(Mapping[Any, Any]):
+    """An immutable mapping, in a fixed order: hashable where its values are, so a config is."""
 
-    def __init__(self, options: Mapping[str, Any] | None = None) -> None:
-        self._items = dict(sorted((options or {}).items()))
+    def __init__(self, options: Mapping[Any, Any] | None = None) -> None:
+        self._items = dict(sorted((options or {}).items(), key=lambda item: (str(type(item[0])), item[0])))
 
-    def __getitem__(self, name: str) -> Any:
+    def __getitem__(self, name: Any) -> Any:
         return self._items[name]
 
-    def __iter__(self) -> Iterator[str]:
+    def __iter__(self) -> Iterator[Any]:
         return iter(self._items)
 
     def __len__(self) -> int:
@@ -57,6 +57,8 @@ class LinearizeConfig:
         local_scale: Weight of the local part of `augmented_paper` and `local` before any fitting or tuning.
         augmentation: Whether to add the convolution over values. None: as the mechanism has it by default.
         options: Settings of the mechanism itself, by name; `mechanisms.get(name).options` lists them.
+        layer_options: Options of some layers, which go before `options` there: by the index of the layer, or
+            by a path of modules, which goes before an index. For example `{0: {"window": 256}}`.
         layers: Indices of the layers to rewrite; None for all.
         keep_softmax: Indices of layers, or paths of modules, to leave as they are.
         on_refusal: "error" rewrites everything or nothing; "keep" leaves out the sites that cannot be
@@ -74,6 +76,7 @@ class LinearizeConfig:
     local_scale: float = 1.0
     augmentation: bool | None = None
     options: Mapping[str, Any] = Options()
+    layer_options: Mapping[int | str, Mapping[str, Any]] = Options()
     layers: tuple[int, ...] | None = None
     keep_softmax: tuple[int | str, ...] = ()
     on_refusal: str = "error"
@@ -100,6 +103,7 @@ class LinearizeConfig:
         require(named, "options", self.options, "a mapping of option names to values")
         mechanism.check_options(self.options)
         object.__setattr__(self, "options", Options(self.options))
+        object.__setattr__(self, "layer_options", _layer_options(self.layer_options, mechanism))
         require(
             self.layers is None or (isinstance(self.layers, tuple) and all(map(_is_index, self.layers))),
             "layers",
@@ -131,9 +135,25 @@ class LinearizeConfig:
         """A setting of the mechanism: as given in `options`, or its default. KeyError when it has no such."""
         return self.options.get(name, mechanisms.get(self.mechanism).options[name].default)
 
+    def at(self, path: str, index: int | None) -> LinearizeConfig:
+        """The settings of one layer: `layer_options` are among its `options`.
+
+        path, index: The layer, as `SitePlan` has it.
+        """
+        if not self.layer_options:
+            return self
+        options = dict(self.options)
+        for layer, own in self.layer_options.items():  # indices come first
+            if names(layer, path, index):
+                options |= own
+        return dataclasses.replace(self, options=options, layer_options=Options())
+
     def exact(self) -> LinearizeConfig:
         """The same choice of sites with the mechanism "softmax", which changes no output."""
-        return dataclasses.replace(self, mechanism="softmax", augmentation=None, options=Options())
+        none = Options()
+        return dataclasses.replace(
+            self, mechanism="softmax", augmentation=None, options=none, layer_options=none
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able, with a format version."""
@@ -143,6 +163,8 @@ class LinearizeConfig:
             if isinstance(value, tuple):
                 value = list(value)
             fields[field.name] = dict(value) if isinstance(value, Options) else value
+        # Pairs: the keys of an object in JSON are strings, and an index is none.
+        fields["layer_options"] = [[layer, dict(own)] for layer, own in self.layer_options.items()]
         return {"version": VERSION, **fields}
 
     @classmethod
@@ -159,6 +181,8 @@ class LinearizeConfig:
                 f"this config has version {excerpt(version)}; this release reads versions 1 to {VERSION}: "
                 f"load it with the release that wrote it"
             )
+        if isinstance(fields.get("layer_options"), list):
+            fields["layer_options"] = _of_pairs(fields["layer_options"])
         if version < 3 and fields.setdefault("mechanism", "augmented") == "augmented":
             fields["mechanism"] = "augmented_paper"
         if version < 3 and fields["mechanism"] in _WINDOWS:
@@ -170,6 +194,40 @@ class LinearizeConfig:
                 hint = f"did you mean {close[0]!r}?" if close else f"known fields: {', '.join(known)}"
                 raise ConfigError(f"unknown config field {excerpt(name)}; {hint}")
         return cls(**fields)
+
+
+def names(item: int | str, path: str, index: int | None) -> bool:
+    """Whether an item of `keep_softmax`, `layers` or `layer_options` names the layer at a path."""
+    return item == index if isinstance(item, int) else path == item or path.startswith(f"{item}.")
+
+
+def _layer_options(given: Any, mechanism: Mechanism) -> Options:
+    """`layer_options`, checked. Raises ConfigError."""
+    expected = "a mapping of layer indices (ints >= 0) or module paths to options of the mechanism"
+    good = isinstance(given, Mapping) and all(
+        (_is_index(layer) or isinstance(layer, str))
+        and isinstance(own, Mapping)
+        and all(isinstance(name, str) for name in own)
+        for layer, own in given.items()
+    )
+    require(good, "layer_options", given, expected)
+    for layer, own in given.items():
+        try:
+            mechanism.check_options(own)
+        except ConfigError as error:
+            raise ConfigError(f"layer_options of {excerpt(layer)}: {error}") from error
+    return Options({layer: Options(own) for layer, own in given.items() if own})
+
+
+def _of_pairs(pairs: list[Any]) -> dict[Any, Any]:
+    """`layer_options` as they are stored. Raises ConfigError."""
+    found: dict[Any, Any] = {}
+    for pair in pairs:
+        good = isinstance(pair, list | tuple) and len(pair) == 2 and isinstance(pair[0], int | str)
+        if not good or pair[0] in found:
+            raise ConfigError(f"layer_options: a list of different [layer, options], got {excerpt(pair)}")
+        found[pair[0]] = pair[1]
+    return found
 
 
 def _is_int(value: object) -> TypeGuard[int]:

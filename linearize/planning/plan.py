@@ -22,7 +22,7 @@ from ..mechanisms.base import DROPPABLE
 from ..mechanisms.spec import SiteSpec
 from ..passes.alibi import is_alibi
 from ..passes.site import KVKind, MatchReport, Pattern, Reason, Refusal, Site
-from .config import LinearizeConfig
+from .config import LinearizeConfig, names
 
 VERSION = 2
 """Version 1 had other names for the routes, and no terms."""
@@ -193,25 +193,20 @@ def check_layers_of(model: nn.Module, report: MatchReport, config: LinearizeConf
 def check_named_layers(
     config: LinearizeConfig, candidates: Iterable[tuple[str, int | None]], report: MatchReport | None = None
 ) -> None:
-    """Raise RefusedError where `layers` or `keep_softmax` names a layer without attention, or none at all.
+    """Raise RefusedError where a setting names a layer without attention, or none at all.
 
     candidates: path and index of everything that is attention, or may be.
     """
     known = list(dict.fromkeys(candidates))
-    for name, items in (("layers", config.layers or ()), ("keep_softmax", config.keep_softmax)):
-        for item in items:
-            if not any(_names(item, path, index) for path, index in known):
+    for name in ("layers", "keep_softmax", "layer_options"):
+        for item in getattr(config, name) or ():
+            if not any(names(item, path, index) for path, index in known):
                 numbers = sorted({index for _, index in known if index is not None})
                 raise RefusedError(
                     f"{name} names {excerpt(item)}, and no attention is there; the layers with attention are "
                     f"{_ranges(numbers) or 'not numbered'}, and a path is one such as {known[0][0]!r}",
                     report,
                 )
-
-
-def _names(item: int | str, path: str, index: int | None) -> bool:
-    """Whether an item of `keep_softmax` or `layers` names the layer at a path."""
-    return item == index if isinstance(item, int) else path == item or path.startswith(f"{item}.")
 
 
 def _ranges(numbers: list[int]) -> str:
@@ -227,7 +222,7 @@ def stays_softmax(config: LinearizeConfig, path: str, index: int | None) -> bool
     """The user asked to leave the layer at `path` as softmax."""
     if config.layers is not None and index not in config.layers:
         return True
-    return any(_names(keep, path, index) for keep in config.keep_softmax)
+    return any(names(keep, path, index) for keep in config.keep_softmax)
 
 
 def plan_sites(model: nn.Module, report: MatchReport, config: LinearizeConfig) -> Plan:
@@ -263,11 +258,12 @@ def plan_sites(model: nn.Module, report: MatchReport, config: LinearizeConfig) -
         if stays_softmax(config, path, index):
             skipped.append(Skipped(path, site.ordinal, KEPT, _KEPT))
             continue
-        problem = problem_of(site, config) or _too_short(site)
+        own = config.at(path, index)
+        problem = problem_of(site, own) or _too_short(site)
         if problem is not None:
             skip = Skipped(path, site.ordinal, *problem)
             skipped.append(skip)
-            blocked.append((skip, missing(site, config)))
+            blocked.append((skip, missing(site, own)))
             continue
         seen = planned.get((path, slot))
         if seen is None:
@@ -314,7 +310,8 @@ def replan(model: nn.Module, plan: Plan, config: LinearizeConfig) -> Plan:
     skipped, blocked, sites = list(plan.skipped), list[Blocked](), list[SitePlan]()
     mechanism = mechanisms.get(config.mechanism)
     for site in plan.sites:
-        known = site.spec, site.terms, config.approximate, config.options
+        options = config.at(site.path, site.layer_index).options
+        known = site.spec, site.terms, config.approximate, options
         refused = mechanism.refusal(*known)
         if stays_softmax(config, site.path, site.layer_index):
             skipped.append(Skipped(site.path, site.slot, KEPT, _KEPT))
@@ -356,7 +353,7 @@ def terms(site: Site) -> tuple[str, ...]:
 
 
 def problem_of(site: Site, config: LinearizeConfig) -> tuple[str, str] | None:
-    """Why `site` cannot be rewritten under `config`: reason code and sentence, or None."""
+    """Why `site` cannot be rewritten under the settings of its layer: reason code and sentence, or None."""
     try:
         spec = site_spec(site)
     except (ValueError, ConfigError) as error:

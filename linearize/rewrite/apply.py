@@ -88,7 +88,7 @@ def attach(owner: nn.Module, sites: Sequence[SitePlan], config: LinearizeConfig)
     """Give `owner` one attention module per site, or replace those it has."""
     reference = next((p for p in owner.parameters() if p.is_floating_point()), None)
     for site in sites:
-        child = build_attention(site.spec, config)
+        child = build_attention(site.spec, config.at(site.path, site.layer_index))
         if reference is not None:
             child = child.to(device=reference.device, dtype=parameter_dtype(reference.dtype))
         child.train(owner.training)

@@ -25,6 +25,7 @@ def test_round_trip_through_json():
         mechanism="performer",
         augmentation=True,
         options={"seed": 3, "features": 16},
+        layer_options={4: {"features": 8}, "model.layers.10": {"seed": 1}, 10: {"features": 4}},
         group_size=16,
         conv_taps=3,
         local_scale=0.5,
@@ -210,3 +211,42 @@ def test_windows_of_older_versions_keep_no_first_tokens(name):
     assert dict(older.options) == {"window": 8, "sinks": 0} and older.option("tail") == "linear"
     assert LinearizeConfig.from_dict({"mechanism": name}).option("sinks") == 4
     assert LinearizeConfig.from_dict(older.to_dict()) == older
+
+
+def test_options_of_a_layer_go_before_those_of_all_and_a_path_before_an_index():
+    config = LinearizeConfig(
+        options={"window": 64, "sinks": 2},
+        layer_options={"a.1": {"window": 8}, 1: {"window": 16, "salient": 4}, "a.1.b": {"salient": 5}},
+    )
+
+    def sizes(path, index):
+        own = config.at(path, index)
+        assert not own.layer_options
+        return tuple(own.option(name) for name in ("window", "sinks", "salient"))
+
+    assert sizes("a.0", 0) == (64, 2, 128)
+    assert sizes("x.1", 1) == (16, 2, 4)
+    assert sizes("a.1", 1) == (8, 2, 4)
+    assert sizes("a.1.b", 1) == (8, 2, 5)
+    assert sizes("a.10", 10) == (64, 2, 128)
+    assert hash(config) == hash(LinearizeConfig.from_dict(config.to_dict()))
+    assert config.exact().layer_options == {}
+
+
+@pytest.mark.parametrize(
+    "value",
+    (
+        3,
+        {-1: {"window": 8}},
+        {1.5: {"window": 8}},
+        {0: 3},
+        {0: {"windw": 8}},
+        {0: {"window": -1}},
+        [[0, {"window": 8}], [0, {"window": 9}]],
+        [[0]],
+        [[None, {}]],
+    ),
+)
+def test_options_of_layers_that_make_no_sense_are_named(value):
+    with pytest.raises(ConfigError, match="layer_options"):
+        LinearizeConfig.from_dict({"layer_options": value})

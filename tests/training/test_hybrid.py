@@ -16,13 +16,15 @@ import torch
 from live_models import activations, bart, bert, llama, plain, snapshot, tokens
 from rich.console import Console
 from torch import Tensor, nn
+from transformers import DynamicCache
 
 import linearize as lz
 from linearize.errors import ConfigError, InputError, InvalidModelError, NoAttentionError
 from linearize.planning.config import LinearizeConfig
 from linearize.planning.state import state_of
-from linearize.training import hybrid as sensitivity
-from linearize.training.hybrid import Sensitivity
+from linearize.training.hybrid import _most
+from linearize.training.layers import Meter
+from linearize.training.sensitivity import Sensitivity
 
 PATHS = [f"model.layers.{i}.self_attn" for i in range(4)]
 
@@ -139,14 +141,14 @@ def test_whatever_stops_it_leaves_the_model_as_it_was(at: int, monkeypatch: pyte
     model = decoder()
     before, bits = snapshot(model), state_bits(model)
     calls = itertools.count(1)
-    real = sensitivity._Meter._output
+    real = Meter._output
 
     def stop(*args: Any) -> Tensor:
         if next(calls) == at:
             raise KeyboardInterrupt
         return real(*args)
 
-    monkeypatch.setattr(sensitivity._Meter, "_output", stop)
+    monkeypatch.setattr(Meter, "_output", stop)
     with pytest.raises(KeyboardInterrupt):
         lz.plan(model, batches(1), budget=2, **PAPER, group_size=8)
     assert unchanged(model, before, bits)
@@ -174,7 +176,7 @@ def test_batches_that_do_not_run_are_refused_and_change_nothing() -> None:
 
 def test_a_budget_is_a_number_of_layers_or_a_share_rounded_down() -> None:
     for budget, kept in ((0, 0), (1, 1), (0.0, 0), (0.49, 1), (0.5, 2), (0.99, 3), (3, 3)):
-        assert sensitivity._most(budget, 4) == kept
+        assert _most(budget, None, 4) == kept
     found = lz.plan(decoder(), batches(1), budget=0.74, **PAPER, group_size=8)
     assert len(found.kept) == 2 == len(found.config.keep_softmax) == len(found.choices) - 1
 
@@ -201,7 +203,7 @@ def test_a_search_by_ranking_gives_back_in_the_order_of_what_layers_cost_alone()
 def test_limits_that_make_no_sense_are_refused() -> None:
     model = decoder()
     for limits, words in (
-        ({}, "one of the two"),
+        ({}, "one of the two, or state_bytes"),
         (dict(budget=1, max_divergence=0.1), "one of the two"),
         (dict(budget=4), "leaves none of 4 layers"),
         (dict(budget=1.0), "budget must be"),
@@ -308,7 +310,95 @@ def test_a_mechanism_without_anything_to_fit_is_measured_as_it_is() -> None:
     assert found.divergence == pytest.approx(kl(model, linear, ids), rel=1e-3)
 
 
-def test_the_result_can_be_printed_and_stored() -> None:
+SMALL: dict[str, Any] = {"options": {"window": 8, "sinks": 1, "salient": 8}, "augmentation": False}
+
+
+class Spent:
+    """Bytes spent on the layers of a decoder, of which the second needs least."""
+
+    def __init__(self) -> None:
+        self.model = decoder()
+        self.ids = [tokens(2, 200), tokens(2, 230)]
+        linear = lz.linearize(copy.deepcopy(self.model), **SMALL)
+        self.limit = sum(sizes_in_bytes(linear))
+        self.found = lz.plan(self.model, self.ids, state_bytes=self.limit, lengths=(120, 200), **SMALL)
+
+
+def sizes_in_bytes(model: Any) -> list[int]:
+    """Bytes of the state of each layer, as a cache holds them."""
+    cache = DynamicCache(config=model.config)
+    with torch.no_grad():
+        model(tokens(1, 4), use_cache=True, past_key_values=cache)
+    layers: Any = cache.layers
+    return [layer.states.nbytes for layer in layers]
+
+
+@pytest.fixture(scope="module")
+def spent() -> Spent:
+    return Spent()
+
+
+def test_bytes_are_spent_where_they_take_off_most_divergence(spent: Spent) -> None:
+    found = spent.found
+    simple, best = found.choices
+    assert best.divergence < simple.divergence and found.lengths == (120, 200)
+    assert best.state_bytes is not None and best.state_bytes <= spent.limit
+    windows = [best.options[path]["window"] for path in PATHS]
+    needs = [layer.sizes[0].alone for layer in found.layers]
+    assert windows[needs.index(max(needs))] == max(windows) > 8 and windows[1] == min(windows) < 8
+    assert len({size.state_bytes for size in found.layers[0].sizes}) == 5
+    for layer in found.layers:
+        costs = [size.alone for size in layer.sizes]
+        assert costs[-1] < costs[0], "a larger state costs less"
+
+
+def test_the_settings_give_a_model_of_that_divergence_and_that_many_bytes(
+    spent: Spent, tmp_path: Path
+) -> None:
+    found = spent.found
+    linear = lz.linearize(copy.deepcopy(spent.model), config=found.config)
+    lz.calibrate(linear, spent.ids, sequential=False)
+    each = [kl(spent.model, linear, [ids[:, :n] for ids in spent.ids]) for n in (120, 200)]
+    assert found.divergence == pytest.approx(sum(each) / 2, rel=1e-3)
+    assert sum(sizes_in_bytes(linear)) == found.choices[-1].state_bytes
+    own = {layer.keep: layer.path for layer in found.layers}
+    for layer, options in found.config.layer_options.items():
+        assert options == found.choices[-1].options[own[layer]]
+    loaded = lz.load(lz.save(linear, tmp_path / "saved"))
+    assert torch.equal(loaded(spent.ids[0]).logits, linear(spent.ids[0]).logits)
+    assert state_of(loaded).config == found.config
+    card = (tmp_path / "saved" / "README.md").read_text()
+    assert all(f"in layer `{layer}`" in card for layer in found.config.layer_options)
+
+
+def test_softmax_is_bought_where_it_is_allowed_and_affordable(spent: Spent) -> None:
+    half = [ids[:, :100] for ids in spent.ids]
+    found = lz.plan(spent.model, half, state_bytes=10**7, budget=1, **SMALL)
+    assert len(found.kept) == 1 and set(found.choices[-1].options) == set(PATHS) - set(found.kept)
+    assert found.config.keep_softmax == (PATHS.index(found.kept[0]),)
+    none = lz.plan(spent.model, half, state_bytes=10**7, **SMALL)
+    assert not none.kept
+
+
+def test_bytes_that_cannot_be_spent_are_refused(spent: Spent) -> None:
+    few, model = [ids[:1, :40] for ids in spent.ids], spent.model
+    for limits, words in (
+        (dict(state_bytes=10), "too little: the smallest sizes tried need [0-9,]+ bytes"),
+        (dict(state_bytes=0), "int above 0"),
+        (dict(state_bytes=True), "int above 0"),
+        (dict(state_bytes=10**6, max_divergence=1.0), "one of the two"),
+        (dict(state_bytes=10**6, mechanism="hedgehog", options={}), "its state has one size"),
+        (dict(state_bytes=10**6, options={"window": 0, "salient": 0}), "all of them are 0"),
+        (dict(state_bytes=10**6, layer_options={0: {"window": 9}}), "no layer_options"),
+        (dict(budget=1, lengths=(50,)), "no batch has 50 tokens"),
+        (dict(budget=1, lengths=()), "lengths must be"),
+        (dict(budget=1, lengths=(8, 8)), "lengths must be"),
+    ):
+        with pytest.raises(ConfigError, match=words):
+            lz.plan(model, few, **SMALL | limits)
+
+
+def test_the_result_can_be_printed_and_stored(spent: Spent) -> None:
     found = lz.plan(decoder(), batches(1), budget=1, **PAPER, group_size=8)
     console = Console(width=120, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
     console.print(found)
@@ -320,6 +410,15 @@ def test_the_result_can_be_printed_and_stored() -> None:
     assert LinearizeConfig.from_dict(stored["config"]) == found.config
     assert stored["kept"] == list(found.kept) and stored["divergence"] == found.divergence
     assert isinstance(found, Sensitivity)
+    console = Console(width=160, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+    console.print(spent.found)
+    text = console.export_text()
+    for layer in spent.found.layers:
+        own = " / ".join(map(str, spent.found.choices[-1].options[layer.path].values()))
+        costs = r"\W+".join(re.escape(f"{size.alone:.4g}") for size in layer.sizes)
+        assert re.search(rf"{re.escape(layer.path)}\W+{costs}\W+{own}", text)
+    stored = json.loads(json.dumps(spent.found.to_dict()))
+    assert LinearizeConfig.from_dict(stored["config"]) == spent.found.config
 
 
 def test_the_command_prints_a_line_that_converts_so(run, folder: Path, tmp_path: Path) -> None:

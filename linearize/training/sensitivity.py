@@ -1,0 +1,147 @@
+"""What `plan` found: the cost of each layer, and the best choices."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from rich.console import Console, ConsoleOptions, RenderResult
+from rich.table import Table
+
+from ..planning.config import LinearizeConfig
+
+
+@dataclass(frozen=True)
+class LayerSize:
+    """One size of the state of a layer.
+
+    Attributes:
+        options: Of the mechanism.
+        state_bytes: Bytes of the layer's state of one sequence, in the dtype of the model.
+        alone: The divergence of the model when only this layer is linear, in this size.
+    """
+
+    options: Mapping[str, Any]
+    state_bytes: int
+    alone: float
+
+
+@dataclass(frozen=True)
+class LayerSensitivity:
+    """One attention layer.
+
+    Attributes:
+        path: The path of its module.
+        keep: How `keep_softmax` and `layer_options` name it.
+        alone: The divergence of the model when only this layer is linear, by the settings given.
+        sizes: With a budget of bytes: what was measured of other sizes, the smallest first.
+    """
+
+    path: str
+    keep: int | str
+    alone: float
+    sizes: tuple[LayerSize, ...] = ()
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What may become of the layers.
+
+    Attributes:
+        kept: Paths of the layers that stay softmax.
+        divergence: The divergence of the model when all other layers are linear.
+        options: With a budget of bytes: options of the mechanism, by the paths of the layers.
+        state_bytes: With a budget of bytes: bytes of all states of one sequence; layers that stay softmax
+            count with the keys and values of the longest sequence that was measured.
+    """
+
+    kept: tuple[str, ...]
+    divergence: float
+    options: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    state_bytes: int | None = None
+
+
+@dataclass(frozen=True)
+class Sensitivity:
+    """What `plan` found.
+
+    Attributes:
+        measure: "kl" for models with logits: mean `KL(original || converted)` in nats per position.
+            "distance" for others: `|converted - original| / |original|` of the first output.
+        tokens: The number of positions that were measured, of all lengths.
+        lengths: Tokens of context that divergences are the mean over; None: as the batches are.
+        calibrated: Whether the linear layers were calibrated first.
+        layers: Every layer that can be rewritten, in the order of execution.
+        choices: The best choice found for each number of softmax layers, from none on. With a budget of
+            bytes: the best with one size for all layers, and the best found. The last is the answer.
+        config: The settings to give to `lz.linearize`.
+    """
+
+    measure: str
+    tokens: int
+    calibrated: bool
+    layers: tuple[LayerSensitivity, ...]
+    choices: tuple[Choice, ...]
+    config: LinearizeConfig
+    lengths: tuple[int, ...] | None = None
+
+    @property
+    def kept(self) -> tuple[str, ...]:
+        """Paths of the layers to leave softmax, in the order of execution."""
+        return self.choices[-1].kept
+
+    @property
+    def divergence(self) -> float:
+        """The divergence, on the batches, of the model that `config` describes."""
+        return self.choices[-1].divergence
+
+    def to_dict(self) -> dict[str, Any]:
+        """A dict that can be written as JSON."""
+        return {
+            "measure": self.measure,
+            "tokens": self.tokens,
+            "lengths": None if self.lengths is None else list(self.lengths),
+            "calibrated": self.calibrated,
+            "layers": [dataclasses.asdict(layer) for layer in self.layers],
+            "choices": [dataclasses.asdict(choice) for choice in self.choices],
+            "kept": list(self.kept),
+            "divergence": self.divergence,
+            "config": self.config.to_dict(),
+        }
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        heading = "KL" if self.measure == "kl" else "distance"
+        answer = self.choices[-1]
+        sizes = self.layers[0].sizes
+        alone = f"{heading} if only it is linear"
+        table = Table("layer", *([_size(size.options) for size in sizes] or [alone]), "becomes")
+        for layer in self.layers:
+            costs = [size.alone for size in layer.sizes] or [layer.alone]
+            own = answer.options.get(layer.path)
+            linear = self.config.mechanism if own is None else _size(own)
+            becomes = "softmax" if layer.path in self.kept else linear
+            table.add_row(layer.path, *(f"{cost:.4g}" for cost in costs), becomes)
+        yield table
+        if sizes:
+            yield f"{alone}, by {' / '.join(sizes[0].options)}."
+        steps = Table("state bytes" if sizes else "kept softmax", heading, "layers" if not sizes else "")
+        for choice in self.choices:
+            if sizes:
+                alike = not choice.kept and len({_size(own) for own in choice.options.values()}) == 1
+                which = "one size for all" if alike else "sizes by layer"
+                steps.add_row(f"{choice.state_bytes:,}", f"{choice.divergence:.4g}", which)
+            else:
+                kept = ", ".join(choice.kept) or "none"
+                steps.add_row(str(len(choice.kept)), f"{choice.divergence:.4g}", kept)
+        yield steps
+        fitted = "calibrated" if self.calibrated else "not calibrated: nothing in them can be"
+        at = (
+            "" if self.lengths is None else f" at {', '.join(map(str, self.lengths))} tokens, equally weighed"
+        )
+        yield f"{self.tokens} positions{at}; linear layers are {fitted}"
+
+
+def _size(options: Mapping[str, Any]) -> str:
+    return " / ".join(map(str, options.values()))
