@@ -159,10 +159,18 @@ def _chain(node: Node, source: Node) -> list[Node]:
 
 
 def _program(walk: Walk, heads: Heads, masks: MaskReader) -> tuple[Step, ...]:
-    steps = []
+    steps, wide = [], False
     for placed in walk.effects:
         effect = placed.effect
         term = None if effect.term is None else _term(heads, placed, effect.term)
+        if wide and term is not None and term.relayout.merged[3] != 1:
+            raise Refused(
+                Reason.SCORE_STEP,
+                term.node,
+                "what is added to the scores and their sink column has a column too many for the keys",
+                "sink",
+            )
+        wide = effect.kind == "sink" or wide and effect.kind != "drop_sink"
         per_key = term is not None and effect.kind in ("scale", "div") and term.relayout.merged[3] != 1
         if term is not None and per_key and not masks.is_gate(term):
             raise Refused(

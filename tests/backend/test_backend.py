@@ -512,6 +512,25 @@ def test_keep_softmax_leaves_a_layer_alone():
     assert [row.verdict for row in backend.report.rows] == ["rewrite", "keep"]
 
 
+def test_a_layer_has_its_own_options():
+    model, backend = (
+        Decoder(),
+        Backend(
+            options={"window": 0, "sinks": 1, "salient": 0}, layer_options={1: {"sinks": 64}}, inner="eager"
+        ),
+    )
+    x = ids(2, 40)
+    hidden = model.embedding(x) + model.layers[0](model.embedding(x))[0]
+    exact = (hidden + model.layers[1](hidden)[0], model(x)[0])
+    torch.testing.assert_close(exact[0], exact[1])
+    found = torch.compile(model, backend=backend)(x)[0]
+    assert (found - exact[1]).abs().max() > 1e-3, "the first layer forgets"
+    alike = torch.compile(
+        model, backend=Backend(options={"sinks": 64}, layer_options={0: {"window": 64}}, inner="eager")
+    )
+    torch.testing.assert_close(alike(x)[0], exact[1])
+
+
 def test_a_graph_without_attention_is_compiled_as_it_is():
     backend = Backend(**SMALL)
     x = torch.randn(2, 4)

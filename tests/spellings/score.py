@@ -373,6 +373,15 @@ def sink_last_causal(m: Attention, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return torch.softmax(scores, dim=-1).narrow(-1, 0, t) @ v
 
 
+@spelling("sinks", setup=_sinks, reasons=("score-step",))
+def bias_after_the_sink(m: Attention, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """The bias has a column for the sink too, which belongs to no key."""
+    b, h, t, _ = q.shape
+    scores = torch.cat([q @ k.mT * SCALE, m.sinks.view(1, h, 1, 1).expand(b, h, t, 1)], dim=-1)
+    scores = scores + torch.arange(scores.shape[-1]).to(scores).view(1, 1, 1, -1)
+    return torch.softmax(scores, dim=-1)[..., :-1] @ v
+
+
 def _zero_sink(m: Attention) -> None:
     m.register_buffer("sinks", torch.zeros(HEADS), persistent=False)
 

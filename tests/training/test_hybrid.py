@@ -310,6 +310,10 @@ def test_a_mechanism_without_anything_to_fit_is_measured_as_it_is() -> None:
     assert found.divergence == pytest.approx(kl(model, linear, ids), rel=1e-3)
 
 
+SPEND = (
+    *("--state-bytes", 20_000, "--lengths", "100,150", "--tokens", 600, "--no-augmentation"),
+    *("--option", "window=8", "--option", "salient=8"),
+)
 SMALL: dict[str, Any] = {"options": {"window": 8, "sinks": 1, "salient": 8}, "augmentation": False}
 
 
@@ -446,6 +450,14 @@ def test_the_command_prints_a_line_that_converts_so(run, folder: Path, tmp_path:
     assert run(*words).code == 0
     state = state_of(lz.load(tmp_path / "out"))
     assert state.config.to_dict() == stored["config"] and state.config.group_size == 8
+    spent = run("plan", folder, "--data", text, *SPEND, "--json", tmp_path / "spent.json")
+    assert spent.code == 0, spent.err
+    line = re.search("to convert it so: linearize (.*)", spent.out)
+    assert line is not None and "--layer-option" in line[1]
+    words = [str(tmp_path / "other") if word == "OUT" else word for word in shlex.split(line[1])]
+    assert run(*words).code == 0
+    stored = json.loads((tmp_path / "spent.json").read_text())
+    assert state_of(lz.load(tmp_path / "other")).config.to_dict() == stored["config"]
     for wrong in ("half", "9", "-1"):
         failed = run("plan", folder, "--data", text, "--budget", wrong)
         assert failed.code == 1 and "budget" in failed.err
