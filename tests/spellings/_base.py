@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from linearize.passes.exporting import without_cached_shapes
 from torch import Tensor, nn
 from torch.export import Dim
 
@@ -127,7 +128,7 @@ class Spelling:
     def export(self, model: nn.Module, dtype: torch.dtype = torch.float32) -> torch.fx.GraphModule:
         """The pre-dispatch ATen graph, traced at the first of `lengths`."""
         args = tuple(self.example(*self.lengths[0], dtype=dtype).values())
-        with torch.no_grad():
+        with torch.no_grad(), without_cached_shapes():
             program = torch.export.export(model, args, dynamic_shapes=self.dynamic_shapes(), strict=False)
         return program.module(check_guards=False)
 
