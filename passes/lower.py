@@ -61,7 +61,7 @@ def key_mask(emitter: Emitter, site: Site) -> Node:
 
 
 def _assert_zero_or_one(emitter: Emitter, site: Site) -> None:
-    """Assert what the reading of a mask assumed of integer inputs: what they add to scores hides keys, or is 0.
+    """Assert what the reading of a mask took integer inputs for: what they add hides keys, or is 0.
 
     Under a bias that the user dropped, all that can be asked is that nothing huge is added.
     """
@@ -84,7 +84,7 @@ def _assert_zero_or_one(emitter: Emitter, site: Site) -> None:
 
 
 def _rows(emitter: Emitter, site: Site) -> Iterator[tuple[Step, Node]]:
-    """Each step that may hide keys, with its term of the first head: of the last query if it sees all keys."""
+    """Each step that may hide keys, with its term of the first head, of one query where one sees all keys."""
     for step in site.program:
         if step.term is None or step.kind not in ("add", "fill", "keep", "sdpa"):
             continue

@@ -148,10 +148,6 @@ def test_an_argument_given_later_is_followed_or_refused(pairs: Pairs, causal: bo
             assert len(str(error.value)) <= 600
 
 
-def window_in_the_buffer(owner: Any) -> None:
-    owner.keep.copy_(tril(64) & ~tril(64).tril(-3))
-
-
 CHANGES: dict[str, tuple[Callable[[Any], None], str]] = {
     "flag": (lambda m: setattr(m, "causal", not m.causal), "mask was"),
     "window": (lambda m: setattr(m, "window", 3), "window of 3"),
@@ -175,14 +171,81 @@ def test_an_attribute_changed_later_is_noticed(pairs: Pairs, name: str) -> None:
             model(X)
 
 
-def test_a_buffer_that_a_mask_is_read_from_is_noticed_when_it_is_written_to() -> None:
+def narrow(keep: Tensor) -> Tensor:
+    return keep & ~keep.tril(-3)
+
+
+def loaded(owner: Any, **how: Any) -> None:
+    owner.load_state_dict({**owner.state_dict(), "keep": narrow(owner.keep)}, **how)
+
+
+WRITES: dict[str, Callable[[Any], Any]] = {
+    "in place": lambda m: m.keep.copy_(narrow(m.keep)),
+    "registered again": lambda m: m.register_buffer("keep", narrow(m.keep)),
+    "state dict": loaded,
+    "state dict assigned": lambda m: loaded(m, assign=True),
+    "data": lambda m: m.keep.data.copy_(narrow(m.keep)),
+    "data replaced": lambda m: setattr(m.keep, "data", narrow(m.keep)),
+    "numpy": lambda m: m.keep.numpy().__setitem__(..., narrow(m.keep).numpy()),
+}
+
+
+@pytest.fixture(scope="module")
+def buffered() -> tuple[Own, Own]:
+    """The original, whose mask is in a buffer, and exact in a window that holds all."""
+    torch.manual_seed(0)
     original = Own(False).eval()
     original.use_keep = True
-    model = linearize(original, X, **EXACT)
-    model(X)
-    window_in_the_buffer(model)
-    with pytest.raises(InputError, match="window of 3"):
+    return original, linearize(copy.deepcopy(original), X, **EXACT)
+
+
+@pytest.mark.parametrize("name", WRITES)
+def test_a_buffer_that_a_mask_is_read_from_is_noticed_when_it_is_written_to(
+    buffered: tuple[Own, Own], name: str
+) -> None:
+    original, model = copy.deepcopy(buffered)
+    with torch.no_grad():
+        torch.testing.assert_close(model(X), original(X), atol=1e-5, rtol=1e-4)
+        WRITES[name](model)
+        with pytest.raises(InputError, match="window of 3"):
+            model(X)
+        model.keep = tril(64)
+        torch.testing.assert_close(model(X), original(X), atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["in place", "registered again", "state dict", "data"])
+def test_the_same_is_asserted_in_a_compiled_model(buffered: tuple[Own, Own], name: str) -> None:
+    original, model = copy.deepcopy(buffered)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="eager")
+    with torch.no_grad():
         model(X)
+        torch.testing.assert_close(compiled(X), original(X), atol=1e-5, rtol=1e-4)
+        WRITES[name](model)
+        with pytest.raises(RuntimeError, match="values of `keep`, which a mask is read from"):
+            compiled(X)
+
+
+def test_a_mask_of_zeros_and_ones_is_asserted_wherever_it_was_read_as_one() -> None:
+    class Counted(Own):
+        def forward(self, x: Tensor, real: Tensor) -> Tensor:  # type: ignore[override]
+            return super().forward(x, (1 - real[:, None, None, :]) * torch.finfo(x.dtype).min)
+
+    torch.manual_seed(0)
+    original = Counted(True).eval()
+    model = linearize(copy.deepcopy(original), (X, PAD.long()), **EXACT)
+    torch._dynamo.reset()
+    inside = torch.compile(original, backend="linearize", options={**EXACT, "inner": "eager"})
+    exported = torch.export.export(model, (X, PAD.long())).module()
+    twice = PAD.long()
+    twice[0, 3] = 2
+    with torch.no_grad():
+        for run in (model, torch.compile(model, backend="eager"), exported, inside):
+            torch.testing.assert_close(
+                run(X, PAD.long())[PAD], original(X, PAD.long())[PAD], atol=1e-5, rtol=1e-4
+            )
+            with pytest.raises((InputError, RuntimeError), match="discourage keys|0 or 1"):
+                run(X, twice)
 
 
 @pytest.mark.parametrize(

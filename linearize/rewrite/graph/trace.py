@@ -78,7 +78,8 @@ class Trace:
 
         cache: as `trace` takes it.
         """
-        return self._fits_sizes(tensors, cache) and self.held.still_by(owner)
+        step = len(cache) > 0 and cache[0].shape[0] > 0 and tensors[0].shape[1:2] == (1,)
+        return self._fits_sizes(tensors, cache) and self.held.still_by(owner, step)
 
     def _fits_sizes(self, tensors: Sequence[Tensor], cache: Sequence[Tensor]) -> bool:
         known: dict[sympy.Expr, int] = {}
@@ -191,12 +192,13 @@ def trace(
     tensors: Sequence[Tensor],
     cache: Sequence[Tensor],
     record: OwnerRecord,
+    before: Sequence[Held] = (),
 ) -> Trace:
     """Capture, match and rewrite the owner for one form of call.
 
     rebuild: `(tensors, cache) -> (args, kwargs)`. cache: examples of the past marker `[P]` and, for a cache
     of keys and values, of those that `update` returns (meta tensors do); empty for a call without a cache.
-    record: of the owner; the graph must hold its sites.
+    record: of the owner; the graph must hold its sites. before: what its other graphs hold.
     Raises TraceError when the graph does not hold exactly those sites. If they mean something else than the
     plan says, whatever is taken to agree, the trace says so.
     """
@@ -209,7 +211,7 @@ def trace(
     problem: TraceError | CaptureError | None = None
     for agreed in attempts if equal else attempts[:1]:
         try:
-            made = _trace(owner, forward, rebuild, inputs, agreed, len(cache), record)
+            made = _trace(owner, forward, rebuild, inputs, agreed, len(cache), record, before)
         except (TraceError, CaptureError) as error:
             problem = error
             continue
@@ -230,6 +232,7 @@ def _trace(
     equal: tuple[tuple[Place, ...], ...],
     of_cache: int,
     record: OwnerRecord,
+    before: Sequence[Held],
 ) -> Trace:
     cached, stored = of_cache > 0, max(of_cache - 1, 0)
     # Export undoes what a forward assigns to its module, hence a list beside it.
@@ -273,7 +276,7 @@ def _trace(
         masks,
         asks_length,
         guards,
-        held(owner, called, read),
+        held(owner, called, read, before),
         differs_in,
     )
 
