@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import re
 import weakref
+from argparse import Namespace
 from collections.abc import Collection, Iterable
-from dataclasses import dataclass
-from types import FunctionType
+from dataclasses import dataclass, is_dataclass
+from types import FunctionType, SimpleNamespace
 from typing import Any
 
 import torch
@@ -51,7 +52,12 @@ class Read:
 
     def is_by_count(self, now: Any) -> bool:
         """Whether `now` is that tensor, and nothing was written to it that torch knows of."""
-        return now is self.tensor() and _version(now) == self.version and now.data_ptr() == self.address
+        return (
+            isinstance(now, Tensor)
+            and now is self.tensor()
+            and _version(now) == self.version
+            and now.data_ptr() == self.address
+        )
 
     def is_still(self, now: Any) -> bool:
         """Both. On a GPU by count alone: looking at values would make it stop."""
@@ -135,7 +141,37 @@ def plain_values(module: nn.Module) -> Values:
     config = vars(module).get("config")
     found = [(name, value) for name, value in vars(module).items() if name not in _OF_EVERY_MODULE]
     found += vars(config).items() if hasattr(config, "__dict__") else ()
-    return tuple((name, _taken(value)) for name, value in found if _is_plain(value))
+    return tuple((name, _taken(value)) for name, value in found if _is_plain(value)) + _inside(module)
+
+
+def _inside(module: nn.Module) -> Values:
+    """What is plain in the dicts and the records (dataclasses, namespaces) on a module."""
+    found = []
+    for name, value in vars(module).items():
+        if name in _OF_EVERY_MODULE or name == "config" or name.startswith("_linearize"):
+            continue
+        record = is_dataclass(value) or isinstance(value, (SimpleNamespace, Namespace))
+        items = (
+            value
+            if isinstance(value, dict)
+            else vars(value)
+            if record and not isinstance(value, type)
+            else {}
+        )
+        found += [(f"{name}.{key}", _taken(item)) for key, item in items.items() if _is_plain(item)]
+    return tuple(found)
+
+
+def path_of(owner: nn.Module, tensor: Tensor) -> str | None:
+    """Where in a dict or list on the owner, or on a module in it, the tensor is; None where it is in none."""
+    for path, module in owner.named_modules():
+        for name, held in vars(module).items():
+            if name in _OF_EVERY_MODULE or not isinstance(held, (dict, list, tuple)):
+                continue
+            for key, item in held.items() if isinstance(held, dict) else enumerate(held):
+                if isinstance(item, Tensor) and item.data_ptr() == tensor.data_ptr():
+                    return ".".join(filter(None, (path, name, str(key))))
+    return None
 
 
 def values_of_owner(owner: nn.Module) -> Values:
@@ -177,7 +213,12 @@ def _at(owner: nn.Module, path: str) -> Any:
     """What is at a path below a module; None where nothing is."""
     found: Any = owner
     for name in path.split(".") if path else ():
-        found = getattr(found, name, None)
+        if isinstance(found, dict):
+            found = next((item for key, item in found.items() if str(key) == name), None)
+        elif isinstance(found, (list, tuple)):
+            found = found[int(name)] if int(name) < len(found) else None
+        else:
+            found = getattr(found, name, None)
     return found
 
 

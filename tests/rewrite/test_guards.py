@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -49,6 +50,8 @@ class Own(nn.Module):
         self.register_buffer("keep", tril(64))
         self.inner = nn.Module()
         self.inner.gain = 1.0  # type: ignore[assignment]
+        self.settings, self.args = {"gain": 1.0}, SimpleNamespace(gain=1.0)
+        self.tables: dict[str, Tensor] = {}
         self.rules: Callable[[int], dict[str, Any]] | None = None
 
     def forward(
@@ -66,6 +69,7 @@ class Own(nn.Module):
             window, scale = rules.get("window"), rules.get("scale")
         query, key, value = self.qkv(x).view(batch, length, 3, 4, 8).permute(2, 0, 3, 1, 4)
         scores = query @ key.mT * (scale or self.scale) * self.inner.gain
+        scores = scores * self.settings["gain"] * self.args.gain
         if self.cap is not None:
             scores = self.cap * torch.tanh(scores / self.cap)
         if self.causal or causal:
@@ -74,7 +78,8 @@ class Own(nn.Module):
         if width is not None:
             scores = scores.masked_fill(tril(length).tril(-width), float("-inf"))
         if self.use_keep:
-            scores = scores.masked_fill(~self.keep[:length, :length], float("-inf"))
+            keep = self.tables.get("keep", self.keep)
+            scores = scores.masked_fill(~keep[:length, :length], float("-inf"))
         if mask is not None:
             scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
         if pad is not None:
@@ -154,6 +159,8 @@ CHANGES: dict[str, tuple[Callable[[Any], None], str]] = {
     "scale": (lambda m: setattr(m, "scale", 1.5), "scale was"),
     "softcap": (lambda m: setattr(m, "cap", 2.0), "softcap was"),
     "child": (lambda m: setattr(m.inner, "gain", 3.0), "scale was"),
+    "in a dict": (lambda m: m.settings.update(gain=3.0), "scale was"),
+    "in a namespace": (lambda m: setattr(m.args, "gain", 3.0), "scale was"),
     "a mask switched on": (lambda m: setattr(m, "use_keep", True), "mask was"),
 }
 
@@ -211,6 +218,20 @@ def test_a_buffer_that_a_mask_is_read_from_is_noticed_when_it_is_written_to(
             model(X)
         model.keep = tril(64)
         torch.testing.assert_close(model(X), original(X), atol=1e-5, rtol=1e-4)
+
+
+def test_a_tensor_in_a_dict_that_a_mask_is_read_from_is_noticed_as_well() -> None:
+    original = Own(False).eval()
+    original.use_keep, original.tables = True, {"keep": tril(64)}
+    for change in (
+        lambda m: m.tables["keep"].copy_(narrow(tril(64))),
+        lambda m: m.tables.update(keep=narrow(tril(64))),
+    ):
+        model = linearize(copy.deepcopy(original), X, **EXACT)
+        model(X)
+        change(model)
+        with pytest.raises(InputError, match="window of 3"):
+            model(X)
 
 
 @pytest.mark.parametrize("name", ["in place", "registered again", "state dict", "data"])
