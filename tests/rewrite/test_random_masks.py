@@ -2,8 +2,9 @@
 
 Each attention is converted on one short example that shows nothing: no padding, one document, a length below
 most windows. It is then called at other lengths, on inputs that show everything. The mechanism is exact in a
-window wider than the text, so that what differs is the mask. Carried are full, causal and windowed masks,
-with padding; of what else the language says, documents, bands and chunks, a module of one's own is refused.
+window wider than the text, so that what differs is the mask. Carried are full, causal, window and band, with
+padding, beside a window on the sides only. Of what else the language says, documents and chunks, a module of
+one's own is refused.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from linearize.convert.linearize import linearize
 from linearize.errors import LinearizeError
 
 EXACT: dict[str, Any] = dict(mechanism="softmax_window", options={"window": 1024})
-CARRIED = frozenset({"full", "causal", "window", "padding"})
+CARRIED = frozenset({"full", "causal", "window", "band", "padding"})
 Made = Callable[..., Tensor] | None
 """What a call runs; None where the conversion is refused."""
 
@@ -83,7 +84,8 @@ def same(module: OneAttention, made: Callable[..., Tensor], everywhere: bool) ->
 
 
 def needless(one: Drawn) -> bool:
-    return one.kinds <= CARRIED
+    """The refusal of what is carried; the padding of these inputs is anywhere."""
+    return one.kinds <= CARRIED and not ("padding" in one.kinds and one.kinds & {"window", "band"})
 
 
 ROUTES = {"converted": converted, "exported": exported, "backend": backend}
