@@ -8,7 +8,6 @@ graph gives it.
 from __future__ import annotations
 
 import dataclasses
-import weakref
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -25,6 +24,7 @@ from ..passes.lower import key_mask
 from ..passes.raise_ import canonical_operands, canonical_terms, emitter_for
 from ..passes.site import KVKind, Site, Step
 from ..planning.plan import terms
+from ..rewrite.attributes import Read, read
 
 
 class Proof:
@@ -36,7 +36,7 @@ class Proof:
     """
 
     def __init__(self, graph: GraphModule, specs: Mapping[tuple[str, int], SiteSpec]) -> None:
-        self._proved_with: list[tuple[weakref.ref[Tensor], int]] | None = None
+        self._proved_with: list[Read] | None = None
         match = find_attention(graph)
         self._graph = match.graph_module
         checks = [
@@ -52,21 +52,19 @@ class Proof:
             for node in self._graph.graph.nodes
         )
 
-        read = {leaf for site in match.sites for leaf in site.mask.leaves}
+        leaves = {leaf for site in match.sites for leaf in site.mask.leaves}
         inputs = self._graph.graph.find_nodes(op="placeholder")
-        self._constants = [
-            index
+        self._constants = {
+            str(node.target): index
             for index, node in enumerate(inputs)
-            if str(node.target) in read and (leaf := node.meta.get("leaf")) and leaf.kind != "input"
-        ]
+            if str(node.target) in leaves and (leaf := node.meta.get("leaf")) and leaf.kind != "input"
+        }
 
     def check(self, inputs: Sequence[Any]) -> None:
         """Compare on the inputs of a call, where no earlier call did. Raises VerificationError."""
-        constants = [(inputs[index], _version(inputs[index])) for index in self._constants]
+        constants = {name: inputs[index] for name, index in self._constants.items()}
         known = self._proved_with
-        if known is not None and all(
-            a() is b and m == n for (a, m), (b, n) in zip(known, constants, strict=True)
-        ):
+        if known is not None and all(one.is_still(constants[one.path]) for one in known):
             return
         if self._writes:  # into caches, say, which the call itself is to find as they are
             inputs = [
@@ -75,11 +73,7 @@ class Proof:
         devices = {x.device for x in inputs if isinstance(x, Tensor) and x.device.type == "cuda"}
         with torch.no_grad(), torch.random.fork_rng(devices=sorted(devices, key=str)):
             self._graph(*inputs)
-        self._proved_with = [(weakref.ref(tensor), count) for tensor, count in constants]
-
-
-def _version(tensor: Tensor) -> int:
-    return 0 if tensor.is_inference() else tensor._version
+        self._proved_with = [read(name, tensor) for name, tensor in constants.items()]
 
 
 def _compare(graph: GraphModule, site: Site, spec: SiteSpec, name: str) -> Any:

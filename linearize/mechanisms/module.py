@@ -31,6 +31,9 @@ class AttentionModule(nn.Module):
     keeps_bias = False
     """`forward` takes the site's relative position bias too, as `bias` [1, H, T, S]."""
 
+    keeps_window = False
+    """The site has a window of its own, and every token that is in it is seen, and no other."""
+
     linear_parameters: tuple[str, ...] = ()
     """Parameters in which each head's output is affine: what `lz.calibrate` fits. Either any number of them,
     [H] or [H, n], or a single one, [H, Dv, F]. `ComposedAttention` says how each enters.
@@ -71,6 +74,9 @@ class AttentionModule(nn.Module):
             [B, H, T, Dv] in the dtype of `value`.
         """
         raise NotImplementedError
+
+    def check_key_mask(self, key_mask: Tensor) -> None:
+        """Raise InputError (in a graph, assert) where key_mask [B, S] hides what this cannot leave out."""
 
     @property
     def has_state(self) -> bool:

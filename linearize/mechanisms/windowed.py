@@ -32,6 +32,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
+from ..common.checks import require_true
 from ..kernels import window_recurrent
 from ..kernels.padding import Ranks
 from ..kernels.tensors import full_precision, per_kv_head, take_rows, widen, with_one
@@ -56,6 +57,12 @@ OPTIONS = {
 }
 """Options of all mechanisms of this kind, beside `window`."""
 
+_HOLES = (
+    "the attention mask hides tokens between others, in a sequence longer than the attention's own window; "
+    "this window can be followed with padding on the sides only: move the hidden tokens there, or use "
+    "mechanism='softmax'"
+)
+
 
 def reach(spec: SiteSpec, window: int) -> int:
     """The widest window of a site, as `SiteSpec.window` counts it, that the option `window` covers."""
@@ -70,7 +77,7 @@ class WindowedAttention(ComposedAttention):
 
     def __init__(self, spec: SiteSpec, config: Settings, window: int | None = None) -> None:
         super().__init__(spec, config)
-        alone = window is not None
+        self.keeps_window = alone = window is not None
         self.window: int = config.option("window") if window is None else window
         self.sinks: int = 0 if alone else config.option("sinks")
         self.query_map: nn.Parameter | None = None
@@ -81,6 +88,17 @@ class WindowedAttention(ComposedAttention):
             self.key_map = square(spec.num_key_value_heads, spec.head_dim)
             self.far_weight = nn.Parameter(torch.empty(spec.num_heads))
         self.reset_parameters()
+
+    def check_key_mask(self, key_mask: Tensor) -> None:
+        """A window counts real tokens. That of a site counts columns, which is another thing where a token
+        between real ones is hidden, and they reach further than the window."""
+        if not self.keeps_window or statically_known_true(key_mask.shape[1] <= self.window):
+            return
+        columns = torch.arange(1, key_mask.shape[1] + 1, device=key_mask.device)
+        last = (columns * key_mask).amax(1)
+        first = (columns.flip(0) * key_mask).amax(1)  # counted from the end
+        span = last + first - key_mask.shape[1]
+        require_true(((span <= self.window) | (span == key_mask.sum(1)) | (last == 0)).all(), _HOLES)
 
     @property
     def has_tail(self) -> bool:
@@ -145,6 +163,8 @@ class WindowedAttention(ComposedAttention):
         before: window_recurrent.State | None = None,
     ) -> Tensor:
         """before: the state of which the key columns before the queries are the window."""
+        if key_mask is not None and before is None:
+            self.check_key_mask(key_mask)
         query, key, value = widen(query), widen(key), widen(value)
         rows = self.split_heads(query * self.scale)
         joined = self.near(rows, key, value, key_mask, query_start)

@@ -17,7 +17,8 @@ from ..planning.plan import Plan, SitePlan
 from ..planning.state import LinearizeState
 from .attributes import values_of_config, values_of_owner
 from .graph.calls import Graphs
-from .graph.owner import apply_graph, use_no_nested_tensors
+from .graph.nested import use_no_nested_tensors
+from .graph.owner import apply_graph
 from .interface import NAME, apply_interface
 from .owner import OwnerRecord, Rewritten, layer_argument, layers_beside, takes_keywords
 from .snapshot import Snapshot

@@ -12,11 +12,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..common.checks import is_traced
+from ..common.checks import is_traced, require_true
 from ..errors import InputError
 from .call import Call
-from .documents import attend_documents
-from .masks import DOCUMENTS_AND_CACHE, documents_in, documents_of_row, key_mask_of, new_tokens, position_mask
+from .documents import attend_documents, side_by_side
+from .masks import (
+    DOCUMENTS_AND_CACHE,
+    DOCUMENTS_APART,
+    documents_in,
+    documents_of_row,
+    key_mask_of,
+    new_tokens,
+    position_mask,
+)
 from .padded_queries import with_padded_queries
 
 
@@ -99,6 +107,8 @@ def _in_documents(
         raise InputError(f"{where}: {DOCUMENTS_AND_CACHE}")
     if bias is not None:
         raise InputError(f"{where}: a position bias cannot be followed in a row with several documents")
+    if child.spec.window is not None and (child.is_exact or child.keeps_window):
+        require_true(side_by_side(documents), f"{where}: {DOCUMENTS_APART}")
     if call.state is not None:
         call.state.skip()
     real = key_mask_of(mask, key.shape[0], key.shape[2])
@@ -133,6 +143,8 @@ def _after_state(
             documents = documents_in(mask, keys, child.spec, start, call.record.path, call.record.biased)
             if documents is not None:
                 return _in_documents(call, child, query, key, value, None, documents, None, None, None)
+        if keys is not None:
+            child.check_key_mask(keys)
         if start is not None and call.is_first:
             state.hear(keys, count, child.spec.window)
         real = new_tokens(keys, count, start)

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 Attention = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
@@ -86,6 +87,15 @@ def grouped(documents: Tensor) -> Iterator[Documents]:
         filled[row[document[here]], rank[here]] = True
         real = filled & (documents.flatten()[tokens] > 0)
         yield Documents(tokens, filled, None if bool(real.all()) else real)
+
+
+def side_by_side(documents: Tensor) -> Tensor:
+    """Bool: the tokens of every document `[B, T]` stand side by side, padding inside of one included."""
+    number = documents.abs()
+    runs, distinct = (
+        ((x != F.pad(x[:, :-1], (1, 0))) & (x > 0)).sum(1) for x in (number, number.sort(1).values)
+    )
+    return (runs == distinct).all()
 
 
 def of_lengths(ends: Tensor, length: int) -> Tensor:

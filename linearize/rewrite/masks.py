@@ -31,6 +31,10 @@ DOCUMENTS_AND_CACHE = (
     "a row with several documents cannot continue a cache, nor be continued: start from an empty cache, or "
     "give each document a row of its own with padding and an attention_mask"
 )
+DOCUMENTS_APART = (
+    "this attention has a window of its own, which can be followed in a row of several documents only where "
+    "the tokens of each stand side by side"
+)
 
 
 def visible(mask: Tensor) -> Tensor:

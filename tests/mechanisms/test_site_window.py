@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from linearize import mechanisms
+from linearize.errors import InputError
 from linearize.mechanisms.module import SoftmaxAttention
 from linearize.mechanisms.spec import SiteSpec
 from linearize.planning.build import build_attention
@@ -63,12 +64,27 @@ def test_every_form_is_the_sites_own_attention(window: int, kv_layout: str, name
 
 @EITHER
 @torch.no_grad()
+def test_a_token_hidden_between_others_is_refused_where_the_site_would_count_it(name: str) -> None:
+    module, args = build(name, SPEC), given()
+    real = torch.ones(2, LENGTH, dtype=torch.bool)
+    real[0, :20] = False
+    real[1, 10:13] = False
+    with pytest.raises(InputError, match="hides tokens between others"):
+        module(*args, key_mask=real)
+    real[1, 5:] = False
+    real[1, 3] = False  # within the window from end to end
+    kept = real[:, None, None, :]
+    wanted = SoftmaxAttention(SPEC)(*args, key_mask=real)
+    same(module(*args, key_mask=real)[kept.mT.expand_as(wanted)], wanted[kept.mT.expand_as(wanted)])
+
+
+@EITHER
+@torch.no_grad()
 def test_padding_on_either_side_counts_for_nothing(name: str) -> None:
     module, (query, key, value) = build(name, SPEC), given()
     real = torch.ones(2, LENGTH, dtype=torch.bool)
     real[0, :20] = False
     real[1, 50:] = False
-    real[1, 10:13] = False
     out = module(query, key, value, key_mask=real)
     state = module.new_state(2, dtype=torch.float64, device=torch.device("cpu"))
     pieces = [
@@ -89,7 +105,8 @@ def test_padding_on_either_side_counts_for_nothing(name: str) -> None:
 def test_bidirectional_sites_see_their_window_on_either_side(name: str) -> None:
     spec = dataclasses.replace(SPEC, causal=False, window=4)
     module, args = build(name, spec), given()
-    real = torch.rand(2, LENGTH, generator=torch.Generator().manual_seed(1)) > 0.1
+    real = torch.ones(2, LENGTH, dtype=torch.bool)
+    real[0, :11], real[1, 70:] = False, False
     same(module(*args), SoftmaxAttention(spec)(*args))
     for row in range(2):
         alone = [x[row : row + 1, :, real[row]] for x in args]

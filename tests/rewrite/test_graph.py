@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from live_models import EagerAttention, activations, converted, plain
+import transformers
+from live_models import VOCAB, EagerAttention, activations, converted, plain, tokens
 from torch import Tensor, nn
 
 from linearize.convert.linearize import linearize
@@ -209,3 +210,19 @@ def test_one_sequence_is_told_from_heads_in_a_copy_too(copied, mechanism):
         x = activations(batch, length)
         with torch.no_grad():
             torch.testing.assert_close(model(x), original(x), rtol=0, atol=2e-6)
+
+
+def test_a_mask_cut_out_of_a_buffer_by_the_length_of_the_cache_generates_exactly() -> None:
+    config = transformers.GPTNeoConfig(
+        vocab_size=VOCAB, hidden_size=32, num_layers=1, num_heads=4, intermediate_size=48, window_size=4,
+        attention_types=[[["local"], 1]], max_position_embeddings=32, bos_token_id=1,
+        eos_token_id=2, pad_token_id=0, initializer_range=0.2,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    original = transformers.GPTNeoForCausalLM(config).eval()
+    model = linearize(copy.deepcopy(original), mechanism="softmax")
+    how: dict[str, Any] = dict(max_new_tokens=3, do_sample=False, eos_token_id=None)
+    for prompt in (tokens(2, 9), tokens(1, 1)):
+        wanted = original.generate(prompt, **how)
+        for cached in (True, False):
+            assert torch.equal(model.generate(prompt, use_cache=cached, **how), wanted)

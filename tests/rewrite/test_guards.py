@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -49,6 +50,8 @@ class Own(nn.Module):
         self.register_buffer("keep", tril(64))
         self.inner = nn.Module()
         self.inner.gain = 1.0  # type: ignore[assignment]
+        self.settings, self.args = {"gain": 1.0}, SimpleNamespace(gain=1.0)
+        self.tables: dict[str, Tensor] = {}
         self.rules: Callable[[int], dict[str, Any]] | None = None
 
     def forward(
@@ -66,6 +69,7 @@ class Own(nn.Module):
             window, scale = rules.get("window"), rules.get("scale")
         query, key, value = self.qkv(x).view(batch, length, 3, 4, 8).permute(2, 0, 3, 1, 4)
         scores = query @ key.mT * (scale or self.scale) * self.inner.gain
+        scores = scores * self.settings["gain"] * self.args.gain
         if self.cap is not None:
             scores = self.cap * torch.tanh(scores / self.cap)
         if self.causal or causal:
@@ -74,7 +78,8 @@ class Own(nn.Module):
         if width is not None:
             scores = scores.masked_fill(tril(length).tril(-width), float("-inf"))
         if self.use_keep:
-            scores = scores.masked_fill(~self.keep[:length, :length], float("-inf"))
+            keep = self.tables.get("keep", self.keep)
+            scores = scores.masked_fill(~keep[:length, :length], float("-inf"))
         if mask is not None:
             scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
         if pad is not None:
@@ -148,16 +153,14 @@ def test_an_argument_given_later_is_followed_or_refused(pairs: Pairs, causal: bo
             assert len(str(error.value)) <= 600
 
 
-def window_in_the_buffer(owner: Any) -> None:
-    owner.keep.copy_(tril(64) & ~tril(64).tril(-3))
-
-
 CHANGES: dict[str, tuple[Callable[[Any], None], str]] = {
     "flag": (lambda m: setattr(m, "causal", not m.causal), "mask was"),
     "window": (lambda m: setattr(m, "window", 3), "window of 3"),
     "scale": (lambda m: setattr(m, "scale", 1.5), "scale was"),
     "softcap": (lambda m: setattr(m, "cap", 2.0), "softcap was"),
     "child": (lambda m: setattr(m.inner, "gain", 3.0), "scale was"),
+    "in a dict": (lambda m: m.settings.update(gain=3.0), "scale was"),
+    "in a namespace": (lambda m: setattr(m.args, "gain", 3.0), "scale was"),
     "a mask switched on": (lambda m: setattr(m, "use_keep", True), "mask was"),
 }
 
@@ -175,14 +178,95 @@ def test_an_attribute_changed_later_is_noticed(pairs: Pairs, name: str) -> None:
             model(X)
 
 
-def test_a_buffer_that_a_mask_is_read_from_is_noticed_when_it_is_written_to() -> None:
+def narrow(keep: Tensor) -> Tensor:
+    return keep & ~keep.tril(-3)
+
+
+def loaded(owner: Any, **how: Any) -> None:
+    owner.load_state_dict({**owner.state_dict(), "keep": narrow(owner.keep)}, **how)
+
+
+WRITES: dict[str, Callable[[Any], Any]] = {
+    "in place": lambda m: m.keep.copy_(narrow(m.keep)),
+    "registered again": lambda m: m.register_buffer("keep", narrow(m.keep)),
+    "state dict": loaded,
+    "state dict assigned": lambda m: loaded(m, assign=True),
+    "data": lambda m: m.keep.data.copy_(narrow(m.keep)),
+    "data replaced": lambda m: setattr(m.keep, "data", narrow(m.keep)),
+    "numpy": lambda m: m.keep.numpy().__setitem__(..., narrow(m.keep).numpy()),
+}
+
+
+@pytest.fixture(scope="module")
+def buffered() -> tuple[Own, Own]:
+    """The original, whose mask is in a buffer, and exact in a window that holds all."""
+    torch.manual_seed(0)
     original = Own(False).eval()
     original.use_keep = True
-    model = linearize(original, X, **EXACT)
-    model(X)
-    window_in_the_buffer(model)
-    with pytest.raises(InputError, match="window of 3"):
+    return original, linearize(copy.deepcopy(original), X, **EXACT)
+
+
+@pytest.mark.parametrize("name", WRITES)
+def test_a_buffer_that_a_mask_is_read_from_is_noticed_when_it_is_written_to(
+    buffered: tuple[Own, Own], name: str
+) -> None:
+    original, model = copy.deepcopy(buffered)
+    with torch.no_grad():
+        torch.testing.assert_close(model(X), original(X), atol=1e-5, rtol=1e-4)
+        WRITES[name](model)
+        with pytest.raises(InputError, match="window of 3"):
+            model(X)
+        model.keep = tril(64)
+        torch.testing.assert_close(model(X), original(X), atol=1e-5, rtol=1e-4)
+
+
+def test_a_tensor_in_a_dict_that_a_mask_is_read_from_is_noticed_as_well() -> None:
+    original = Own(False).eval()
+    original.use_keep, original.tables = True, {"keep": tril(64)}
+    for change in (
+        lambda m: m.tables["keep"].copy_(narrow(tril(64))),
+        lambda m: m.tables.update(keep=narrow(tril(64))),
+    ):
+        model = linearize(copy.deepcopy(original), X, **EXACT)
         model(X)
+        change(model)
+        with pytest.raises(InputError, match="window of 3"):
+            model(X)
+
+
+@pytest.mark.parametrize("name", ["in place", "registered again", "state dict", "data"])
+def test_the_same_is_asserted_in_a_compiled_model(buffered: tuple[Own, Own], name: str) -> None:
+    original, model = copy.deepcopy(buffered)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="eager")
+    with torch.no_grad():
+        model(X)
+        torch.testing.assert_close(compiled(X), original(X), atol=1e-5, rtol=1e-4)
+        WRITES[name](model)
+        with pytest.raises(RuntimeError, match="values of `keep`, which a mask is read from"):
+            compiled(X)
+
+
+def test_a_mask_of_zeros_and_ones_is_asserted_wherever_it_was_read_as_one() -> None:
+    class Counted(Own):
+        def forward(self, x: Tensor, real: Tensor) -> Tensor:  # type: ignore[override]
+            return super().forward(x, (1 - real[:, None, None, :]) * torch.finfo(x.dtype).min)
+
+    torch.manual_seed(0)
+    original = Counted(True).eval()
+    model = linearize(copy.deepcopy(original), (X, PAD.long()), **EXACT)
+    torch._dynamo.reset()
+    inside = torch.compile(original, backend="linearize", options={**EXACT, "inner": "eager"})
+    exported = torch.export.export(model, (X, PAD.long())).module()
+    twice = PAD.long()
+    twice[0, 3] = 2
+    with torch.no_grad():
+        for run in (model, torch.compile(model, backend="eager"), exported, inside):
+            torch.testing.assert_close(
+                run(X, PAD.long())[PAD], original(X, PAD.long())[PAD], atol=1e-5, rtol=1e-4
+            )
+            with pytest.raises((InputError, RuntimeError), match="discourage keys|0 or 1"):
+                run(X, twice)
 
 
 @pytest.mark.parametrize(

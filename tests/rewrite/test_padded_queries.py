@@ -42,3 +42,24 @@ def test_padded_queries_too(causal: bool) -> None:
         for out, of in ((wanted, original), (found, model))
     ]
     torch.testing.assert_close(grads[1], grads[0], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("how", ["compiled", "exported", "backend"])
+def test_in_a_graph_they_get_zeros_and_all_others_what_the_original_gives(how: str) -> None:
+    torch.manual_seed(0)
+    original = Attention(True).eval()
+    x, ids = torch.randn(3, 20, 16), torch.randint(3, 9, (3, 20))
+    model = lz.linearize(copy.deepcopy(original), (x, ids), **WIDE)
+    model(x, ids)
+    torch._dynamo.reset()
+    run = {
+        "compiled": lambda: torch.compile(model, backend="eager"),
+        "exported": lambda: torch.export.export(model, (x, ids)).module(),
+        "backend": lambda: torch.compile(original, backend="linearize", options={**WIDE, "inner": "eager"}),
+    }[how]()
+    ids[0, 14:], ids[1, 3:6], ids[2] = 2, 2, 2  # no token of the last row is real
+    with torch.no_grad():
+        wanted, found = original(x, ids), run(x, ids)
+    real = ids != 2
+    torch.testing.assert_close(found[real], wanted[real], rtol=0, atol=1e-5)
+    assert bool((found[~real] == 0).all())

@@ -114,12 +114,12 @@ class Arguments:
                 problem = problem or TraceError(self._differs(graph))
                 continue
             if set(places) <= set(graph.masks):
-                self._known((*key, bool(past > 0))).append(graph)
+                self._keep((*key, bool(past > 0)), graph)
                 # Steps of one token follow, and a graph of more tokens than one is the safer one for those.
                 if past == 0 and count > 1:
                     later = (hidden.new_empty(count, device="meta"),)
                     again = self._made(cut(places), later) if graph.asks_length else graph
-                    self._known((*key, True)).append(again)
+                    self._keep((*key, True), again)
                 self._check_past(state, graph, total)
                 return graph, [*cut(places), *marker]
         problem = problem or TraceError(f"{self._record.path}: what is as wide as its masks is no mask")
@@ -145,14 +145,21 @@ class Arguments:
     def _known(self, key: Any) -> list[Trace]:
         return self._record.graphs.setdefault(key, [])
 
+    @torch.compiler.disable(recursive=True)
+    def _keep(self, key: Any, graph: Trace) -> None:
+        """Add a graph to those of its form, without those that hold tensors that the owner no longer has."""
+        known = self._known(key)
+        known[:] = [one for one in known if not one.held.is_stale(self._owner)] + [graph]
+
     def _graph(self, past: int | None, example: Sequence[Tensor], tensors: Sequence[Tensor]) -> Trace:
         # Keys and values of one token have a graph of their own; otherwise that of several tokens does.
         form = _form(self._parts, sizes=past is not None)
-        known = self._known((past, self._owner.training, form, self._shared))
+        key = (past, self._owner.training, form, self._shared)
+        known = self._known(key)
         graph = next((graph for graph in known if graph.fits(self._owner, tensors, example)), None)
         if graph is None:
             graph = self._made(tensors, example)
-            known.append(graph)
+            self._keep(key, graph)
         if graph.differs is not None and any(not child.is_exact for child in attention_children(self._owner)):
             raise InputError(self._differs(graph))
         return graph
@@ -178,7 +185,9 @@ class Arguments:
 
         try:
             with TRACING:
-                return trace(_twin(owner), self._forward, rebuild, tensors, example, self._record)
+                twin, record = _twin(owner), self._record
+                before = [one.held for graphs in record.graphs.values() for one in graphs]
+                return trace(twin, self._forward, rebuild, tensors, example, record, before)
         except Exception as error:
             # Capture raises nearly anything; what matters to the caller is that no graph can be had.
             raise VerificationError(

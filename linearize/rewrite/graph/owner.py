@@ -63,14 +63,5 @@ def apply_graph(owner: Any, record: OwnerRecord) -> None:
         owner.register_forward_hook(_keep_slow_path)
 
 
-def use_no_nested_tensors(model: nn.Module) -> None:
-    """`nn.TransformerEncoder` packs padded input into nested tensors, which rewritten layers do not take."""
-    for module in model.modules():
-        if isinstance(module, nn.TransformerEncoder) and any(
-            isinstance(m, GraphOwner) for m in module.modules()
-        ):
-            module.use_nested_tensor = False
-
-
 def _keep_slow_path(module: nn.Module, args: Any, output: Any) -> None:
     return None

@@ -23,7 +23,6 @@ from torch.export import Dim
 from torch.fx import Graph, GraphModule, Node
 
 from ...cache.lookup import is_cache
-from ...errors import VerificationError
 from ...passes import canonical, find_attention
 from ...passes.axes import shape_of
 from ...passes.capture import CaptureError, capture
@@ -31,25 +30,18 @@ from ...passes.graphs import ancestors
 from ...passes.raise_ import canonical_operands, emitter_for, replace_output
 from ...passes.site import KVKind, Reason, Site
 from ...planning.plan import child_name
-from ..attributes import Held, held
+from ..attributes import Held, held, path_of
 from ..call import Call
 from ..owner import OwnerRecord
 from .guards import Guard, guards_of
 from .meaning import difference, reads_mask
 from .one_sequence import with_heads
-from .runtime import attend_site, attribute, call_child, item, update_cache
+from .rebuild import Place, TraceError, fill_hole, flat_outputs, rebuilt
+from .runtime import attend_site, call_child
 from .submodules import call_children
-
-Place = tuple[int, int]
-"""An axis: index of the tensor among the inputs, and of the axis in it."""
-
 
 _CACHED_AXES = (0, 2)
 """Batch and length of keys and values `[B, Hkv, S, D]`."""
-
-
-class TraceError(VerificationError):
-    """No graph of the owner can be had; the message says at which step."""
 
 
 @dataclass(frozen=True)
@@ -78,7 +70,8 @@ class Trace:
 
         cache: as `trace` takes it.
         """
-        return self._fits_sizes(tensors, cache) and self.held.still_by(owner)
+        step = len(cache) > 0 and cache[0].shape[0] > 0 and tensors[0].shape[1:2] == (1,)
+        return self._fits_sizes(tensors, cache) and self.held.still_by(owner, step)
 
     def _fits_sizes(self, tensors: Sequence[Tensor], cache: Sequence[Tensor]) -> bool:
         known: dict[sympy.Expr, int] = {}
@@ -191,12 +184,13 @@ def trace(
     tensors: Sequence[Tensor],
     cache: Sequence[Tensor],
     record: OwnerRecord,
+    before: Sequence[Held] = (),
 ) -> Trace:
     """Capture, match and rewrite the owner for one form of call.
 
     rebuild: `(tensors, cache) -> (args, kwargs)`. cache: examples of the past marker `[P]` and, for a cache
     of keys and values, of those that `update` returns (meta tensors do); empty for a call without a cache.
-    record: of the owner; the graph must hold its sites.
+    record: of the owner; the graph must hold its sites. before: what its other graphs hold.
     Raises TraceError when the graph does not hold exactly those sites. If they mean something else than the
     plan says, whatever is taken to agree, the trace says so.
     """
@@ -204,12 +198,17 @@ def trace(
     stored = max(len(cache) - 1, 0)
     equal = equal_sizes(inputs, stored)
     # Telling apart sizes that happen to agree makes a graph for more calls; some proofs need them to agree.
-    attempts: list[tuple[tuple[Place, ...], ...]] = [equal, ()] if stored else [(), equal]
+    agreements: list[tuple[tuple[Place, ...], ...]] = [equal, ()] if stored else [(), equal]
+    attempts = [(agreed, True) for agreed in (agreements if equal else agreements[:1])]
+    if stored and _is_one_token(inputs):
+        # A mask cut out of a buffer by the length of the cache may have no size that export can name, unless
+        # it may look at the example.
+        attempts.append((equal, False))
     other: Trace | None = None
     problem: TraceError | CaptureError | None = None
-    for agreed in attempts if equal else attempts[:1]:
+    for agreed, of_any_size in attempts:
         try:
-            made = _trace(owner, forward, rebuild, inputs, agreed, len(cache), record)
+            made = _trace(owner, forward, rebuild, inputs, agreed, len(cache), record, before, of_any_size)
         except (TraceError, CaptureError) as error:
             problem = error
             continue
@@ -230,11 +229,14 @@ def _trace(
     equal: tuple[tuple[Place, ...], ...],
     of_cache: int,
     record: OwnerRecord,
+    before: Sequence[Held],
+    of_any_size: bool,
 ) -> Trace:
     cached, stored = of_cache > 0, max(of_cache - 1, 0)
     # Export undoes what a forward assigns to its module, hence a list beside it.
     asked: list[Any] = []
-    gm = _captured(_Shell(owner, forward, rebuild, of_cache, equal, asked), inputs, of_cache)
+    shell = _Shell(owner, forward, rebuild, of_cache, equal, asked)
+    gm = _captured(shell, inputs, of_cache, of_any_size)
     index = asked[-1].index if asked else None
     if cached and index is None:
         raise TraceError("the owner takes a cache but does not update it")
@@ -252,13 +254,11 @@ def _trace(
     placeholders = [node for node in gm.graph.find_nodes(op="placeholder") if "val" in node.meta]
     sizes = tuple(shape_of(node) or () for node in placeholders)
     masks = _mask_inputs(gm.graph)
-    read = {
-        leaf.removeprefix("owner.") for site in sites for leaf in site.mask.leaves if leaf[:6] == "owner."
-    }
+    read = {path for site in sites for leaf in site.mask.leaves if (path := _path_of(gm, owner, leaf))}
     call_children(gm, owner, call)
     called = {str(node.args[1]) for node in gm.graph.find_nodes(op="call_function", target=call_child)}
     if stored:
-        _fill_hole(gm.graph, call, index, equal)
+        fill_hole(gm.graph, call, index, equal)
     elif cached and index != record.layer_index:
         raise TraceError(f"it counts its tokens in layer {index} of the cache, not its own")
     asks_length = any(hole.asked for hole in asked)
@@ -266,33 +266,51 @@ def _trace(
     guards = guards_of(placeholders, {size for shape in sizes for size in shape if size.is_Symbol})
     differs_in = next((text for text in differs if text is not None), None)
     return Trace(
-        _rebuilt(gm, call),
+        rebuilt(gm, call),
         _result_spec(spec),
         sizes[:own],
         sizes[own:],
         masks,
         asks_length,
         guards,
-        held(owner, called, read),
+        held(owner, called, read, before),
         differs_in,
     )
 
 
-def _captured(shell: _Shell, inputs: Sequence[Tensor], of_cache: int) -> GraphModule:
+def _path_of(gm: GraphModule, owner: nn.Module, leaf: str) -> str | None:
+    """Where on the owner a tensor is that a graph of it reads; None for inputs and for constants in code."""
+    if leaf.startswith("owner."):
+        return leaf.removeprefix("owner.")
+    constant = getattr(gm, leaf, None)
+    return path_of(owner, constant) if isinstance(constant, Tensor) else None
+
+
+def _captured(shell: _Shell, inputs: Sequence[Tensor], of_cache: int, of_any_size: bool) -> GraphModule:
     """The graph of an owner. The shell calls forward directly: hooks of the owner run around the graph, not
-    inside it as well."""
+    inside it as well. of_any_size: axes of one that vary are symbols, and no size of the example is asked.
+    """
     stored = max(of_cache - 1, 0)
     axes = [_axes(tensor) for tensor in inputs]
     for kept in axes[len(axes) - stored :]:
         for axis in set(kept) - set(_CACHED_AXES):
             del kept[axis]
-    single = next((i for i, t in enumerate(inputs) if t.is_floating_point() and t.ndim == 3), None)
-    one = of_cache > 0 and single is not None and inputs[single].shape[1] == 1
-    if one and single is not None:
+    one = of_cache > 0 and of_any_size and _is_one_token(inputs)
+    if one:
         # One token at a time: its axis must be seen as an axis, or no attention can be recognised.
-        axes[single][1] = Dim.AUTO
-    with sizes_of_one_as_symbols(one or stored > 0):
+        axes[_activations(inputs)][1] = Dim.AUTO
+    with sizes_of_one_as_symbols(of_any_size and (one or stored > 0)):
         return capture(shell, inputs, dynamic=(tuple(axes),))
+
+
+def _activations(inputs: Sequence[Tensor]) -> int:
+    """Which of the inputs is the first activations `[B, T, C]`; -1 where none is."""
+    return next((i for i, x in enumerate(inputs) if x.is_floating_point() and x.ndim == 3), -1)
+
+
+def _is_one_token(inputs: Sequence[Tensor]) -> bool:
+    place = _activations(inputs)
+    return place >= 0 and inputs[place].shape[1] == 1
 
 
 def _found(
@@ -310,16 +328,12 @@ def _found(
         reasons = "; ".join(refusal.message for refusal in report.refusals) or "no refusal"
         raise TraceError(f"its own graph shows {len(sites)} provable sites instead of {expected} ({reasons})")
     specs = [getattr(owner, child_name(slot)).spec for slot in range(expected)]
-    if _batch(inputs) == 1:
+    place = _activations(inputs)
+    if place >= 0 and len(inputs[place]) == 1:
         sites = [with_heads(site, spec) for site, spec in zip(sites, specs, strict=True)]
     if any(site.shapes["H"] != spec.num_heads for site, spec in zip(sites, specs, strict=True)):
         raise TraceError("heads and a batch of one cannot be told apart; call it with two sequences once")
     return report.graph_module, sites
-
-
-def _batch(inputs: Sequence[Tensor]) -> int | None:
-    """The batch of the first activations [B, T, C] among the inputs; None where there are none."""
-    return next((len(x) for x in inputs if x.is_floating_point() and x.ndim == 3), None)
 
 
 def _real(tensor: Tensor, beside: Sequence[Tensor]) -> Tensor:
@@ -343,15 +357,10 @@ def _result_spec(spec: Any) -> Any:
     return spec.child(0) if hasattr(spec, "child") else spec.children_specs[0]
 
 
-def _flat_outputs(graph: Graph) -> list[Any]:
-    (values,) = graph.output_node().args
-    return list(values) if isinstance(values, (tuple, list)) else [values]
-
-
 def _drop_weights(gm: GraphModule, anchors: Sequence[Node]) -> None:
     """Return None in place of every result but the first that is computed from attention weights."""
     output = gm.graph.output_node()
-    values = _flat_outputs(gm.graph)
+    values = flat_outputs(gm.graph)
     for position, value in enumerate(values[1:], start=1):
         if isinstance(value, Node) and ancestors([value]) & set(anchors):
             values[position] = None
@@ -392,74 +401,3 @@ def _mask_inputs(graph: Graph) -> tuple[int, ...]:
     )
     rest = ancestors([graph.output_node()], lambda node: reads.get(node, node.all_input_nodes))
     return tuple(i for i, node in enumerate(inputs) if node in terms and node not in rest)
-
-
-def _fill_hole(graph: Graph, call: Node, index: int | None, equal: Sequence[Sequence[Place]]) -> None:
-    """The placeholders of keys and values become the results of updating the live cache with the new ones."""
-    output = graph.output_node()
-    *values, new_keys, new_values = _flat_outputs(graph)
-    inputs = [node for node in graph.find_nodes(op="placeholder") if "val" in node.meta]
-    keys, old_values = inputs[-2:]
-    _read_sizes_elsewhere(graph, inputs, equal)
-    with graph.inserting_before(output):
-        updated = graph.call_function(update_cache, (call, new_keys, new_values, index))
-        parts = [graph.call_function(item, (updated, position)) for position in (0, 1)]
-    for placeholder, part in zip((keys, old_values), parts, strict=True):
-        part.meta["val"] = placeholder.meta["val"]
-        placeholder.replace_all_uses_with(part)
-        graph.erase_node(placeholder)
-    output.args = (tuple(values),)
-
-
-def _read_sizes_elsewhere(graph: Graph, inputs: Sequence[Node], equal: Sequence[Sequence[Place]]) -> None:
-    """Sizes that export reads from keys or values are needed before these exist: read them elsewhere."""
-    holes = (len(inputs) - 2, len(inputs) - 1)
-    instead = {
-        place: next((other for other in group if other[0] not in holes), None)
-        for group in equal
-        for place in group
-    }
-    for node in graph.find_nodes(op="call_function", target=torch.ops.aten.sym_size.int):
-        source, axis = node.args
-        if source in inputs:
-            other = instead.get((inputs.index(source), axis))
-            if other is not None:
-                node.args = (inputs[other[0]], other[1])
-
-
-def _rebuilt(gm: GraphModule, call: Node) -> GraphModule:
-    """A fresh graph in dependency order, with plain arguments, the owner's tensors looked up at call time."""
-    graph = Graph()
-    root = nn.Module()
-    made: dict[Node, Any] = {}
-    open_nodes: set[Node] = set()
-
-    def emit(node: Node) -> None:
-        if node in made:
-            return
-        if node in open_nodes:
-            raise TraceError("keys and values are used before the cache is updated")
-        open_nodes.add(node)
-        for argument in node.all_input_nodes:
-            emit(argument)
-        if node.op == "get_attr" and str(node.target).startswith("owner."):
-            made[node] = graph.call_function(attribute, (made[call], str(node.target).removeprefix("owner.")))
-            return
-        if node.op == "get_attr":
-            name = f"constant_{len(root._buffers)}"
-            root.register_buffer(name, torch.fx.graph_module._get_attr(gm, str(node.target)))
-            made[node] = graph.get_attr(name)
-            return
-        made[node] = graph.node_copy(node, lambda argument: made[argument])
-        made[node].meta = {}
-
-    # What the result depends on; the cache is written by what attention reads.
-    live_nodes = ancestors([gm.graph.output_node()])
-    for node in gm.graph.nodes:
-        if node.op == "placeholder":
-            emit(node)
-    for node in gm.graph.nodes:
-        if node in live_nodes:
-            emit(node)
-    graph.lint()
-    return GraphModule(root, graph)
