@@ -22,7 +22,7 @@ from torch import Tensor
 
 from .activations import ACTIVATIONS
 from .saved import save, saved
-from .tensors import at_lag
+from .tensors import are_finite, are_ordinary, at_lag, norm_or_one, product_of_seen, unit
 
 _ANCHOR = 16
 """Groups between two saved states in the backward."""
@@ -42,6 +42,7 @@ def forward(
     local_bias: Tensor | None = None,
     state: Tensor | None = None,
     before: int = 0,
+    plain: bool | None = None,
 ) -> Tensor:
     """The causal operator on aligned, unpadded tokens, of which the first one starts a group.
 
@@ -57,6 +58,7 @@ def forward(
         local_bias: [H, G], added to the weights inside a group by lag; None: no bias.
         state: [B, Hkv, D, Dv], the sum of k^T v over the groups before the first query; None: none.
         before: Rows at the beginning of `value` that stand just before the first query.
+        plain: What `is_plain` says of the call, where that is known.
 
     Returns:
         [B, H, T, Dv] in the dtype of `value`.
@@ -65,13 +67,20 @@ def forward(
     act = ACTIVATIONS[activation].overwrite
     out = value.new_empty(*query.shape[:3], value.shape[3])
     total = groups.new_state(state)
+    if plain is None:
+        plain = is_plain(query, key, value, normalize)
     for start, size in groups.each():
         q, _ = groups.rows(query, start, normalize)
         k, _ = groups.rows(key, start, normalize)
         v = groups.window(value, start)
         weights = None if groups.factor is None else act(torch.bmm(q, k.mT))
+        if not plain and weights is not None:
+            weights.masked_fill_(groups.cut(groups.visible, size)[..., :size] == 0, 0)
         weights = groups.weights(weights, size, v.shape[1] - size)
-        x = None if weights is None else torch.bmm(weights, v)
+        if weights is None or plain:
+            x = None if weights is None else torch.bmm(weights, v)
+        else:
+            x = product_of_seen(weights, v, groups.seen(size, v.shape[1] - size))
         if groups.alpha is not None:
             q = q * groups.cut(groups.alpha, size)
             x = torch.bmm(q, total) if x is None else x.baddbmm_(q, total)
@@ -79,6 +88,11 @@ def forward(
         place = out[:, :, start : start + size]
         place.zero_() if x is None else place.copy_(x.view(place.shape))
     return out
+
+
+def is_plain(query: Tensor, key: Tensor, value: Tensor, normalize: bool) -> bool:
+    """Whether masks may multiply: 0 * NaN is NaN, and so is 0 times the square of a large score."""
+    return are_finite(key, value) if normalize else are_ordinary(query, key, value, most=1e18)
 
 
 def backward(
@@ -182,6 +196,7 @@ class _Groups:
                 band = band + at_lag(local_bias, lag) * own
             self.band = self._table(band)
             self._work = self.band.clone()
+        self.has_bias = local_bias is not None
         self.has_weights = self.factor is not None or self.band is not None
 
     def _table(self, x: Tensor) -> Tensor:
@@ -207,8 +222,8 @@ class _Groups:
         part = x[:, :, start : start + self.group].to(self.dtype)
         norm = None
         if normalize:
-            norm = torch.linalg.vector_norm(part, dim=-1, keepdim=True)
-            part = part / norm.masked_fill_(norm == 0, 1)
+            norm = norm_or_one(part)
+            part = part / norm
             norm = norm.reshape(self.batch * self.kv_heads, -1, 1)
         return part.reshape(self.batch * self.kv_heads, -1, x.shape[3]), norm
 
@@ -243,6 +258,16 @@ class _Groups:
             factor = self.cut(self.factor, size)[..., :size]
             torch.addcmul(band, scores, factor, out=work[..., self.reach :])
         return work[..., self.reach - earlier :]
+
+    def seen(self, size: int, earlier: int) -> Tensor:
+        """Which values `weights` of the same arguments are of: bool [R * size, earlier + size]."""
+        place = torch.arange(-earlier, size, device=self.device)
+        lag = torch.arange(size, device=self.device)[:, None] - place
+        seen = lag <= self.reach
+        if self.factor is not None or self.has_bias:
+            seen = seen | (place >= 0)
+        seen = seen & (lag >= 0)
+        return seen.repeat(self.repeats, 1)
 
     def per_head(self, table: Tensor) -> Tensor:
         """[B * Hkv, R * G, n] -> [H, G, n], summed over the batch."""
@@ -340,8 +365,7 @@ def _anchors(
     for start in range(0, groups.length, step):
         k = key[:, :, start : start + step].to(groups.dtype)
         if normalize:
-            norm = torch.linalg.vector_norm(k, dim=-1, keepdim=True)
-            k = k / norm.masked_fill_(norm == 0, 1)
+            k = unit(k)
         v = value[:, :, groups.before + start : groups.before + start + step].to(groups.dtype)
         total = total + (k.mT @ v).flatten(0, 1)
         whole = -(-k.shape[2] // groups.group)

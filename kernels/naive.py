@@ -48,7 +48,7 @@ ACTIVATIONS = {
 
 def _unit(x: Tensor) -> Tensor:
     norm = x.norm(dim=-1, keepdim=True)
-    return torch.where(norm > 0, x / norm, torch.zeros_like(x))
+    return torch.where(norm == 0, torch.zeros_like(x), x / norm)
 
 
 def _per_head(x: Tensor | float) -> Tensor:
@@ -100,17 +100,23 @@ def augmented_attention(
     seen = (j // group_size < t // group_size) if causal else torch.ones_like(own_group)
 
     scores = _unit(query) @ _unit(key).mT if normalize else query @ key.mT
-    weights = torch.zeros_like(scores)
+    weights, read = torch.zeros_like(scores), torch.zeros_like(visible)
+
+    def add(part: Tensor, where: Tensor) -> None:
+        nonlocal weights, read
+        weights, read = weights + part.masked_fill(~where, 0), read | where
+
     if local_scale is not None:
-        weights = weights + _per_head(local_scale) * ACTIVATIONS[activation](scores) * visible
+        add(_per_head(local_scale) * ACTIVATIONS[activation](scores), visible)
     if local_bias is not None:
         column = lag if causal else lag + group_size - 1
-        weights = weights + local_bias.double()[:, column.clamp(0, local_bias.shape[-1] - 1)] * visible
+        add(local_bias.double()[:, column.clamp(0, local_bias.shape[-1] - 1)], visible)
     if alpha is not None:
-        weights = weights + _per_head(alpha) * scores * seen
+        add(_per_head(alpha) * scores, seen)
     if conv_weight is not None and not cross:
         taps = conv_weight.shape[-1]
         tap = lag if causal else lag + taps // 2
-        conv = conv_weight.double()[:, tap.clamp(0, taps - 1)]
-        weights = weights + conv * ((tap >= 0) & (tap < taps))
-    return weights @ value
+        add(conv_weight.double()[:, tap.clamp(0, taps - 1)], (tap >= 0) & (tap < taps))
+    out = weights @ value.nan_to_num(0, 0, 0)
+    # 0 * NaN is NaN, but only a query that reads a value may get anything from it.
+    return out.masked_fill(read.double() @ (~value.isfinite()).double() > 0, torch.nan)

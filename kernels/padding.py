@@ -7,8 +7,9 @@ tokens take part in nothing wherever they are, and groups and taps count real to
 from __future__ import annotations
 
 from torch import Tensor
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from .tensors import take_rows
+from .tensors import are_finite, may_ask, take_rows
 
 
 class Ranks:
@@ -29,6 +30,18 @@ class Ranks:
     def to_columns(self, x: Tensor) -> Tensor:
         """Inverse of `to_front`; rows of padded tokens are zero."""
         return take_rows(x, self._ranks).masked_fill_(~_rows(self._real, x), 0)
+
+
+def without_padding(
+    query: Tensor, key: Tensor, value: Tensor, key_mask: Tensor, cross: bool, always: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """query [B, H, T, D], key and value [B, Hkv, S, ...] with zeros in padding that could reach other tokens,
+    or their gradients: 0 * NaN is NaN. always: also where asking what padding holds would mean waiting."""
+    if are_finite(query, key, value) if may_ask(key) else not always:
+        return query, key, value
+    if not cross and statically_known_true(query.shape[2] == key.shape[2]):
+        query = query.masked_fill(~_rows(key_mask, query), 0)
+    return query, key.masked_fill(~_rows(key_mask, key), 0), value.masked_fill(~_rows(key_mask, value), 0)
 
 
 def _rows(mask: Tensor, x: Tensor) -> Tensor:

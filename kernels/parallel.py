@@ -29,7 +29,7 @@ from torch import Tensor
 
 from .activations import ACTIVATIONS
 from .chunk import Chunk
-from .tensors import at_lag, norm_or_one, take_rows, unit
+from .tensors import are_finite, at_lag, norm_or_one, product_of_seen, take_rows, unit
 
 Index = Any
 """A position along an axis: an int, a 0-d tensor, or a tensor `[B, 1]` when rows differ."""
@@ -164,7 +164,12 @@ class _Core:
             band = per_row(self.taps_at(place[:, None] - column))
             weights = band if weights is None else weights + band
             window = v.unfold(2, size + self.before + self.after, size).mT
-        out = torch.zeros_like(rows[..., :1]) if weights is None else weights @ window
+        if weights is None:
+            out = torch.zeros_like(rows[..., :1])
+        elif are_finite(window):
+            out = weights @ window
+        else:
+            out = product_of_seen(weights, window, self._seen(weights).repeat(repeats, 1))
         if alpha is not None:
             if self.causal:
                 own = k.mT @ blocks
@@ -176,6 +181,16 @@ class _Core:
             out = out + (rows * alpha) @ seen
         out = out.expand(*out.shape[:-1], v.shape[-1])
         return out.unflatten(3, (repeats, size)).transpose(2, 3).flatten(3, 4)
+
+    def _seen(self, weights: Tensor) -> Tensor:
+        """Which of its group's values, and of those before and after it, a query sees: [G, columns]."""
+        around = self.conv is not None
+        column = torch.arange(-self.before * around, self.group + self.after * around, device=weights.device)
+        lag = torch.arange(self.group, device=weights.device)[:, None] - column
+        seen = (column >= 0) & (column < self.group) & ((lag >= 0) | (not self.causal))
+        if self.local_scale is None and self.bias is None:
+            seen = torch.zeros_like(seen)
+        return seen | ((lag >= -self.after) & (lag <= self.before)) if around else seen
 
     def _chunked(self, q: Tensor, k: Tensor, v: Tensor, state: Tensor | None) -> Tensor:
         tables = (self.alpha, self.local_scale, self.conv)
@@ -231,19 +246,20 @@ def _gathered(
     window = torch.arange(-core.before, span + core.after, device=device) + first
     present = (window >= 0) & (window < count)
     source = window.clamp(0, keys - 1) if order is None else _at(order, window, keys)
-    v_window = take_rows(v, source) * _rows(present)
+    v_window = take_rows(v, source).masked_fill(~_rows(present), 0)  # whatever padding holds, NaN included
     inner = slice(core.before, core.before + span)
-    k_blocks = take_rows(k, source[..., inner]) * _rows(present[..., inner])
+    k_blocks = take_rows(k, source[..., inner]).masked_fill(~_rows(present[..., inner]), 0)
 
     state = None
     if core.alpha is not None:
         known = rank < first if core.causal else rank < count
         if key_mask is not None:
             known = known & key_mask
-        state = (k * _rows(known)).mT @ v
+        unknown = ~_rows(known)
+        state = k.masked_fill(unknown, 0).mT @ v.masked_fill(unknown, 0)
     out = core.groups(q_blocks, k_blocks, v_window, state)
     out = take_rows(out, (query_rank - first).clamp(0, span - 1))
-    return out if query_real is None else out * _rows(query_real).unsqueeze(2)
+    return out if query_real is None else out.masked_fill(~_rows(query_real).unsqueeze(2), 0)
 
 
 def _row(
@@ -276,14 +292,21 @@ def _row(
     bias = core.bias_at(lag)
     scale = None if core.local_scale is None else core.local_scale.unsqueeze(2)
     local = core.local(scores, scale, None if bias is None else _by_row(bias))
-    weights = torch.zeros_like(scores) if local is None else local * _columns(own)
+    weights, seen = torch.zeros_like(scores), torch.zeros_like(own)
+    if local is not None:
+        weights, seen = local.masked_fill(~_columns(own), 0), own
     if core.alpha is not None:
-        weights = weights + scores * core.alpha.unsqueeze(2) * (_columns(ahead > 0) if core.causal else 1)
+        earlier = ahead > 0 if core.causal else torch.ones_like(own)
+        linear = scores * core.alpha.unsqueeze(2)
+        weights, seen = weights + linear.masked_fill(~_columns(earlier), 0), seen | earlier
     if core.conv is not None:
         weights = weights + _by_row(core.taps_at(lag))
+        seen = seen | ((lag >= -core.after) & (lag <= core.before))
     if key_mask is not None:
-        weights = weights * _columns(key_mask)
-    out = (weights @ v).unsqueeze(3)
+        seen = seen & key_mask
+        weights = weights.masked_fill(~_columns(key_mask), 0)
+    out = weights @ v if are_finite(v) else product_of_seen(weights, v, _columns(seen).expand_as(weights))
+    out = out.unsqueeze(3)
     return out if query_real is None else out * query_real[:, :, None, None, None]
 
 

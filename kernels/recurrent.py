@@ -24,7 +24,7 @@ from torch import Tensor
 from . import chunk
 from .activations import ACTIVATIONS
 from .padding import Ranks
-from .tensors import take_rows, unit
+from .tensors import are_finite, product_of_seen, take_rows, unit
 
 Fold = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 """Rows that leave the window, key [B, Hkv, n, D] and value -> factors k and v of what `recurrent` sums."""
@@ -135,17 +135,27 @@ def tree(
     same = node[:, :, None] // group_size == at // group_size
 
     scores = q @ k.mT.unsqueeze(2)  # [B, Hkv, R, N, W + N]
-    weights = torch.zeros_like(scores)
+    weights, read = torch.zeros_like(scores), torch.zeros_like(seen)
     if local_scale is not None:
-        weights = act(scores) * _heads(local_scale, kv_heads, dtype) * _per_query(open_ & same)
+        own = open_ & same
+        weights = (act(scores) * _heads(local_scale, kv_heads, dtype)).masked_fill(_per_query(~own), 0)
+        read = read | own
     if alpha is not None:
-        weights = weights + scores * _heads(alpha, kv_heads, dtype) * _per_query(open_ & ~same)
+        earlier = open_ & ~same
+        linear = scores * _heads(alpha, kv_heads, dtype)
+        weights = weights + linear.masked_fill(_per_query(~earlier), 0)
+        read = read | earlier
     if conv_weight is not None:
         taps = conv_weight.shape[1]
+        tapped = seen & (lag < taps)
         table = conv_weight.to(dtype)[:, lag.clamp(0, taps - 1)]  # [H, B, N, W + N]
-        table = table * (seen & (lag < taps))
+        table = table * tapped
         weights = weights + table.transpose(0, 1).unflatten(1, (kv_heads, -1))
-    out = weights @ v.unsqueeze(2)
+        read = read | tapped
+    if are_finite(v):
+        out = weights @ v.unsqueeze(2)
+    else:
+        out = product_of_seen(weights, v.unsqueeze(2), _per_query(read))
     if alpha is not None:
         out = out + (q * _heads(alpha, kv_heads, dtype)) @ recurrent.to(dtype).unsqueeze(2)
     return out.flatten(1, 2).to(value.dtype)
@@ -233,6 +243,7 @@ def extend(
         False,
         state=state.recurrent,
         before=reach,
+        plain=chunk.is_plain(queries, keys, values, normalize),
     )
     first = (state.length - state.folded)[:, None] + torch.arange(query.shape[2], device=query.device)
     out = out.gather(2, first[:, None, :, None].expand(-1, out.shape[1], -1, out.shape[3])).to(value.dtype)

@@ -196,8 +196,9 @@ def compute_causal(
     """The causal operator in the chosen form, padding removed and put back; arguments as in `Arguments`."""
     ranks = _ranks(key_mask)
     q, k, v = _to_front(ranks, query, key, value)
-    if choice.form == "torch":
-        out = chunk.forward(q, k, v, *tables, *options, local_bias=local_bias)
+    plain = chunk.is_plain(q, k, v, options[2])
+    if choice.form == "torch" or not plain:  # the compiled forms multiply what is masked by zero
+        out = chunk.forward(q, k, v, *tables, *options, local_bias=local_bias, plain=plain)
     else:
         out = dispatch.module(choice).forward(q, k, v, *floats(tables), *options)
     return out if ranks is None else ranks.to_columns(out)

@@ -16,7 +16,8 @@ from . import salient
 from .padding import Ranks
 from .salient import BLOCK, Sizes
 from .salient_recurrent import extend
-from .tensors import take_rows, widen
+from .softmax import attend, weights_of_seen
+from .tensors import are_ordinary, take_rows, widen
 
 Extend = Callable[..., Tensor]
 _AT_ONCE = 16
@@ -141,7 +142,7 @@ def bidirectional(
     if sizes.kept and length > sizes.window + 1:
         with torch.no_grad():
             kept = _landmarks(query, key, count, sizes, scale)
-    if length <= 2 * (2 * window + sizes.kept):
+    if length <= 2 * (2 * window + sizes.kept) and are_ordinary(query, key, value):
         out = _dense(query, key, value, kept, count, window, scale)
         return out if ranks is None else ranks.to_columns(out)
     after = blocks * BLOCK - length + window
@@ -209,8 +210,9 @@ def _landmarks(query: Tensor, key: Tensor, count: Tensor, sizes: Sizes, scale: f
     voters = (torch.arange(VOTERS, device=key.device) * count[:, None]) // VOTERS  # [B, VOTERS]
     rows = take_rows(query, voters).flatten(2, 3)
     absent = torch.arange(length, device=key.device) >= count[:, None]
-    votes = (rows @ (key.mT * scale)).masked_fill(absent[:, None, None], torch.finfo(key.dtype).min)
-    mass = votes.softmax(-1).sum(2)  # [B, Hkv, T]
+    scores = rows @ (key.mT * scale)
+    votes = weights_of_seen(scores, absent[:, None, None], lambda: rows.double() @ (key.mT.double() * scale))
+    mass = votes.nan_to_num(nan=0.0).sum(2)  # [B, Hkv, T]
     mass[:, :, : sizes.sinks] = torch.inf
     mass = mass.masked_fill(absent[:, None], -torch.inf)
     best, index = mass.sort(dim=2, descending=True, stable=True)
@@ -227,9 +229,4 @@ def _rows(x: Tensor, index: Tensor) -> Tensor:
 def _softmax(query: Tensor, keys: Tensor, values: Tensor, hidden: Tensor, scale: float) -> Tensor:
     """query [B, Hkv, R, n, BLOCK, D], keys [B, Hkv, n, L, D], values likewise, hidden [B, Hkv, n, BLOCK, L]
     -> [B, Hkv, R, n, BLOCK, Dv]; a query that sees nothing gets zeros."""
-    rows = query.transpose(2, 3)  # [B, Hkv, n, R, BLOCK, D]
-    scores = (rows.flatten(3, 4) @ (keys.mT * scale)).unflatten(3, rows.shape[3:5])
-    # Not -inf: a query without any key must have finite gradients as well.
-    scores = scores.masked_fill(hidden[:, :, :, None], torch.finfo(scores.dtype).min)
-    weights = scores.softmax(-1).masked_fill(hidden[:, :, :, None], 0)
-    return (weights.flatten(3, 4) @ values).unflatten(3, rows.shape[3:5]).transpose(2, 3)
+    return attend(query.transpose(2, 3), keys, values, hidden, scale)[0].transpose(2, 3)

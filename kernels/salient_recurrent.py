@@ -7,6 +7,7 @@ from torch import Tensor
 
 from .padding import Ranks
 from .salient import BLOCK, Sizes, State, advance, positions, queries_per_vote, seen
+from .softmax import attend, product, weights_of_seen
 from .tensors import at_lag, widen
 
 
@@ -97,9 +98,14 @@ def tree(
         hidden = ~seen(state, sizes)[:, :, None, None].expand(-1, -1, 1, key.shape[2], -1)
         # A draft is near whatever its depth: no tree is deeper than the window.
         hidden = torch.cat([hidden, ~ancestors[:, None, None].expand(-1, key.shape[1], 1, -1, -1)], 4)
-        weights = torch.cat([past, own], 4).masked_fill(hidden, -torch.inf).softmax(-1)
-        values = torch.cat([widen(state.values), value], 2)
-        found = (weights.flatten(2, 3) @ values).unflatten(2, query.shape[2:4])
+        keys = state.keys
+
+        def in_double(keys: Tensor = keys) -> Tensor:
+            every = torch.cat([keys.double(), key.double()], 2)
+            return (query.double().flatten(2, 3) @ (every.mT * scale)).unflatten(2, query.shape[2:4])
+
+        weights = weights_of_seen(torch.cat([past, own], 4), hidden, in_double)
+        found = product(weights, torch.cat([widen(state.values), value], 2), ~hidden)
         out = found if out is None else torch.where((wanted == ahead)[:, None, None, :, None], found, out)
     assert out is not None
     return out + convolved
@@ -188,12 +194,8 @@ def _look(
     later = positions(state, sizes)[:, None] > position[:, :, None]  # [B, T, R]
     later = torch.cat([later.new_zeros(*later.shape[:2], sizes.kept), later], 2)
     hidden = ~seen(state, sizes)[:, :, None] | later[:, None] | ~here[:, None, :, None]
-    scores = (query.flatten(2, 3) @ (widen(state.keys).mT * scale)).unflatten(2, query.shape[2:4])
-    # Not -inf: a token that is not here sees nothing, and must not give NaN.
-    scores = scores.masked_fill(hidden[:, :, None], torch.finfo(scores.dtype).min)
-    weights = scores.softmax(-1).masked_fill(hidden[:, :, None], 0)
-    out = (weights.flatten(2, 3) @ widen(state.values)).unflatten(2, query.shape[2:4])
-    return out, weights.sum(2)
+    out, weights = attend(query, widen(state.keys), widen(state.values), hidden, scale)
+    return out, weights.nan_to_num(nan=0.0).sum(2)  # what is not a number gives no votes
 
 
 def _vote(state: State, weights: Tensor, sizes: Sizes, position: Tensor, here: Tensor) -> None:
@@ -228,5 +230,5 @@ def _convolution(
     lag = position[:, :, None] - past[:, None]
     there = (past >= 0)[:, None] if seen is None else (past >= 0)[:, None] & seen
     table = at_lag(conv_weight.to(value.dtype), lag) * there  # [Hkv, R, B, T, N]
-    table = table.permute(2, 0, 1, 3, 4)
-    return (table.flatten(2, 3) @ value).unflatten(2, table.shape[2:4])
+    tapped = there & (lag >= 0) & (lag < conv_weight.shape[2])
+    return product(table.permute(2, 0, 1, 3, 4), value, tapped[:, None, None])

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
+from math import isfinite
 from typing import Any
 
 import torch
 from torch import Tensor
+
+_WIDE = {torch.float16: torch.float32, torch.bfloat16: torch.float32}
+"""In which dtype tensors are summed up, where it is not their own."""
 
 
 def widen(x: Tensor) -> Tensor:
@@ -21,8 +25,52 @@ def unit(x: Tensor) -> Tensor:
 
 def norm_or_one(x: Tensor) -> Tensor:
     """|x| along the last axis, kept as an axis of one; 1 for a row of zeros."""
+    norm = row_norm(x)
+    return torch.where(norm == 0, torch.ones_like(norm), norm)
+
+
+def row_norm(x: Tensor) -> Tensor:
+    """|x| along the last axis, kept as an axis of one, of rows of any size."""
     norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-    return torch.where(norm > 0, norm, torch.ones_like(norm))
+    if x.dtype == torch.float64:
+        return norm
+    if not may_ask(x):  # asking costs more than doubles do
+        return torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float64).to(norm.dtype)
+    inexact = ~((norm > 1e-15) & (norm < 1e18)).squeeze(-1)  # the squares leave the range of float32
+    if not bool(inexact.any()):
+        return norm
+    exact = torch.linalg.vector_norm(x[inexact], dim=-1, keepdim=True, dtype=torch.float64)
+    return norm.index_put((inexact,), exact.to(norm.dtype))
+
+
+def may_ask(x: Tensor) -> bool:
+    """Whether what x holds may decide what is done: without waiting for a device, and not in a trace."""
+    is_plain = type(x) in (Tensor, torch.nn.Parameter) and x.is_cpu
+    if not is_plain or torch.compiler.is_compiling():
+        return False
+    return not torch._C._functorch.is_functorch_wrapped_tensor(x)
+
+
+def are_finite(*tensors: Tensor) -> bool:
+    """Whether every number is finite, and their sum too. True without looking where `may_ask` says no."""
+    return all(isfinite(x.detach().sum(dtype=_WIDE.get(x.dtype))) for x in tensors if may_ask(x))
+
+
+def are_ordinary(query: Tensor, key: Tensor, value: Tensor, most: float = 1e36) -> bool:
+    """Whether all is finite, and every product of a query and a key surely below `most`. As `are_finite`."""
+    if not may_ask(query):
+        return True
+    norms = (torch.linalg.vector_norm(x.detach(), dtype=_WIDE.get(x.dtype)) for x in (query, key))
+    return float(next(norms)) * float(next(norms)) < most and are_finite(value)
+
+
+def product_of_seen(weights: Tensor, values: Tensor, seen: Tensor) -> Tensor:
+    """weights [..., n, m] @ values [..., m, d], where only those rows that see a value that is not finite get
+    NaN: 0 * NaN is NaN. seen: bool, broadcastable to the weights."""
+    odd = ~values.isfinite()
+    found = weights @ values.masked_fill(odd, 0)
+    met = seen.to(values.dtype) @ odd.to(values.dtype)
+    return found.masked_fill(met > 0, torch.nan)
 
 
 def unit_of_any_size(x: Tensor) -> Tensor:

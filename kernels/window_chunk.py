@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .recomputed import recomputed
+from .softmax import product
 from .tensors import take_rows
 
 _ARGUMENTS = (
@@ -178,7 +179,7 @@ def forward(
     rows = F.pad(query, (0, 0, 0, blocks * block - length)).unflatten(3, (-1, block)).transpose(2, 3)
     scores = (rows.flatten(3, 4) @ near_keys).unflatten(3, (-1, block))  # [B, Hkv, N, R, block, span]
     weights, size = weigh(scores, ~seen)
-    out = (weights.flatten(3, 4) @ near_values.mT).unflatten(3, (-1, block))
+    out = product(weights, near_values.mT, seen.expand(scores.shape))
     joined = torch.cat([out, size], dim=-1).transpose(2, 3).flatten(3, 4)[:, :, :, :length]
     return joined if back is None else take_rows(joined, back) * real[:, None, None, :, None]
 

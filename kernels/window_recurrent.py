@@ -24,7 +24,8 @@ from torch import Tensor
 from .padding import Ranks
 from .recurrent import State as Ring
 from .recurrent import along, commit
-from .tensors import per_kv_head, take_rows, widen, with_one
+from .softmax import product
+from .tensors import are_finite, per_kv_head, take_rows, widen, with_one
 from .window_chunk import Weigh
 
 
@@ -176,8 +177,7 @@ def _tree(
         )
     )
     there = torch.cat([seen.first(first, state.length), seen.near(held, held >= 0), seen.nodes()], 2)
-    weights, size = rules.weigh(per_kv_head(rules.scoring(query), keys.mT), ~there[:, None, None])
-    near = per_kv_head(weights, values)
+    near, size = _near(query, keys, values, rules, ~there[:, None, None])
     if rules.query_features is None:
         return Parts(near, size, None)
 
@@ -193,6 +193,20 @@ def _tree(
     weights = weights * seen.far(position, position < state.length[:, None])[:, None, None]
     far = per_kv_head(weights, with_one(far_values)) + per_kv_head(features, state.recurrent)
     return Parts(near, size, far)
+
+
+def _near(
+    query: Tensor, keys: Tensor, values: Tensor, rules: Rules, hidden: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """`near` and `size` of `Parts` over keys [B, Hkv, n, D], values. hidden: bool [B, 1, 1, N, n] or None."""
+    scores = per_kv_head(rules.scoring(query), keys.mT)
+    if not are_finite(scores):  # float32 may be too narrow for the scores, and for the sizes too
+        scores = per_kv_head(rules.scoring(query.double()), keys.double().mT)
+        values = values.double()
+    weights, size = rules.weigh(scores, hidden)
+    if hidden is None:
+        return per_kv_head(weights, values), size
+    return product(weights, values, ~hidden), size
 
 
 class _Seen(NamedTuple):
@@ -261,8 +275,7 @@ def _even_step(
         state.value_window[:, :, : length + 1],
     )
     query = widen(query)
-    weights, size = rules.weigh(per_kv_head(rules.scoring(query), keys.mT), None)
-    near = per_kv_head(weights, values)
+    near, size = _near(query, keys, values, rules, None)
     if length < rules.window + state.sinks or rules.query_features is None:
         return Parts(near, size, None)
     return Parts(near, size, per_kv_head(rules.query_features(query), state.recurrent))
@@ -312,9 +325,8 @@ def _even_tree(
     if first:
         near = length + depth[:, :, None] - torch.arange(first, device=key.device) < window
         hidden = torch.cat([near, hidden], 2)
-    scores = per_kv_head(rules.scoring(query), torch.cat([keys, key], 2).mT)
-    weights, size = rules.weigh(scores, hidden[:, None, None])
-    near = per_kv_head(weights, torch.cat([values, value], 2))
+    keys, values = torch.cat([keys, key], 2), torch.cat([values, value], 2)
+    near, size = _near(query, keys, values, rules, hidden[:, None, None])
     oldest = length + deepest + 1 - window - folded  # rows that are far from the deepest node
     if rules.query_features is None or (oldest <= 0 and folded <= state.sinks):
         return Parts(near, size, None)

@@ -144,6 +144,8 @@ void step_unit(const Step& s, int64_t unit, float* scratch) {
   const int64_t scored = most(held, core.alpha ? folded : core.local ? group_start : now);
   const int64_t tapped = most(most(0, held), core.conv ? now - core.taps + 1 : now);
   const int64_t first = least(scored, tapped);
+  // Without a local part only the taps read the own group: what lies between may be NaN, and is left out.
+  const int64_t earlier = core.local ? now : least(now, most(first, group_start));
   for (int64_t h = 0; h < shared; h++) {
     const int64_t head = kv * shared + h;
     const float alpha = core.alpha ? core.alpha[head] : 0, local = core.local ? core.local[head] : 0;
@@ -158,16 +160,17 @@ void step_unit(const Step& s, int64_t unit, float* scratch) {
                                              : local * (core.activation == RELU2 ? kept * kept : product);
       }
     };
-    ring_rows(s.state, s.state.key_window, b, kv, scored, now, core.dim, m.rows, score);
-    score(m.key, 0, now, 1);
+    ring_rows(s.state, s.state.key_window, b, kv, scored, earlier, core.dim, m.rows, score);
+    if (core.local) score(m.key, 0, now, 1);
     if (core.conv)
       for (int64_t p = tapped; p <= now; p++) x[p] += core.conv[head * core.taps + now - p];
     memset(m.out, 0, wide_value * sizeof(float));
-    ring_rows(s.state, s.state.value_window, b, kv, first, now, core.value_dim, m.rows,
-              [&](const float* values, int64_t stride, int64_t from, int64_t count) {
-                add_rows(m.out, x + from, values, stride, count, core.value_dim);
-              });
-    add_rows(m.out, x + now, m.value, 0, 1, core.value_dim);
+    auto add = [&](const float* values, int64_t stride, int64_t from, int64_t count) {
+      add_rows(m.out, x + from, values, stride, count, core.value_dim);
+    };
+    ring_rows(s.state, s.state.value_window, b, kv, first, earlier, core.value_dim, m.rows, add);
+    ring_rows(s.state, s.state.value_window, b, kv, most(earlier, tapped), now, core.value_dim, m.rows, add);
+    if (core.local || core.conv) add(m.value, 0, now, 1);
     if (core.alpha && folded > 0) {
       for (int64_t d = 0; d < core.dim; d++) m.query[d] *= alpha;
       add_rows(m.out, m.query, recurrent_of(s.state, b, kv), s.state.recurrent.row, core.dim, core.value_dim);

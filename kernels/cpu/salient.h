@@ -47,18 +47,24 @@ INLINE Ints load_ints(const int32_t* p) {
   return *reinterpret_cast<const IntsAnywhere*>(p);
 }
 
-// Scores [padded] of one query at offset `own` -> weights, in place; what lies at a later one gets none.
-void soften(const float* seen_at, int64_t padded, float* row, int64_t own) {
+// Scores [padded] of one query at offset `own` -> weights, in place; what lies at a later one gets none. False,
+// and nothing said of the weights, where a score that counts is not finite.
+bool soften(const float* seen_at, int64_t padded, float* row, int64_t own) {
   const int32_t* at = reinterpret_cast<const int32_t*>(seen_at);
   const Ints here = Ints{} + static_cast<int32_t>(own);
   const Vec least_score = Vec{} + std::numeric_limits<float>::lowest();
   Vec largest = least_score;
+  Ints odd = {};
   for (int64_t l = 0; l < padded; l += WIDTH) {
     const Ints sees = load_ints(at + l) <= here;
     const Vec x = sees ? load(row + l) : least_score;
     store(row + l, x);
     largest = x > largest ? x : largest;
+    odd |= ~(x - x == Vec{});  // infinite, or NaN
   }
+  int32_t any = 0;
+  for (int i = 0; i < WIDTH; i++) any |= odd[i];
+  if (any) return false;
   float top = largest[0];
   for (int i = 1; i < WIDTH; i++) top = largest[i] > top ? largest[i] : top;
   Vec total = {};
@@ -69,6 +75,7 @@ void soften(const float* seen_at, int64_t padded, float* row, int64_t own) {
   }
   const float inverse = 1 / sum(total);
   for (int64_t l = 0; l < padded; l += WIDTH) store(row + l, load(row + l) * inverse);
+  return true;
 }
 
 // The working memory of one unit, and what it holds of the state as rows of floats.
@@ -242,12 +249,18 @@ struct SalientUnit {
     if (few) score_each(queries_in_all);
     else score_all(queries_in_all);
     const int64_t start = length - block * SALIENT_BLOCK;
-    for (int64_t q = 0; q < queries_in_all; q++) soften(seen_at, padded, scores + q * padded, start + q % count);
     float* vote = votes(block % s.vote_rows);
-    for (int64_t q = 0; q < queries_in_all; q++)
-      for (int64_t l = 0; l < rows; l++) vote[l] += scores[q * padded + l];
+    for (int64_t q = 0; q < queries_in_all; q++) {
+      float* weight = scores + q * padded;
+      const int64_t own = start + q % count;
+      if (!soften(seen_at, padded, weight, own) && !soften_in_double(q, own)) continue;  // NaN gives no votes
+      for (int64_t l = 0; l < rows; l++) vote[l] += weight[l];
+    }
     if (few) gather_each(queries_in_all);
     else product<ROWS, SET>(outputs, width, scores, padded, values, value_stride, queries_in_all, width, rows);
+    // 0 * NaN is NaN: a query that does not see a value must get nothing from it.
+    for (int64_t q = 0; q < queries_in_all; q++)
+      if (!is_finite(outputs + q * width)) gather_seen(q, start + q % count);
     for (int64_t r = 0; r < shared; r++) {
       float* rows_of_head = outputs + r * count * width;
       if (s.taps) convolve(rows_of_head, h * shared + r, count, length);
@@ -285,6 +298,55 @@ struct SalientUnit {
         store(out + i, total);
       }
     }
+  }
+
+  // The output of query q at offset `own`, of the rows that it sees alone.
+  void gather_seen(int64_t q, int64_t own) {
+    const int32_t* at = reinterpret_cast<const int32_t*>(seen_at);
+    for (int64_t i = 0; i < width; i += WIDTH) {
+      Vec total = {};
+      for (int64_t l = 0; l < rows; l++)
+        if (at[l] <= own) total += scores[q * padded + l] * load(values + l * value_stride + i);
+      store(outputs + q * width + i, total);
+    }
+  }
+
+  bool is_finite(const float* row) const {
+    Ints odd = {};
+    for (int64_t i = 0; i < width; i += WIDTH) odd |= ~(load(row + i) - load(row + i) == Vec{});
+    int32_t any = 0;
+    for (int i = 0; i < WIDTH; i++) any |= odd[i];
+    return !any;
+  }
+
+  // The weights of query q, whose scores are not all finite in float. False where they are NaN.
+  bool soften_in_double(int64_t q, int64_t own) {
+    const int32_t* at = reinterpret_cast<const int32_t*>(seen_at);
+    const float* query = queries + q * depth;
+    float* weight = scores + q * padded;
+    auto score = [&](int64_t l) {
+      double total = 0;
+      for (int64_t i = 0; i < s.dim; i++) total += static_cast<double>(query[i]) * keys[l * key_stride + i];
+      return total;
+    };
+    double top = -std::numeric_limits<double>::infinity(), total = 0;
+    bool defined = true;
+    for (int64_t l = 0; l < rows; l++) {
+      if (at[l] > own) continue;
+      const double x = score(l);
+      defined = defined && x < std::numeric_limits<double>::infinity();
+      top = x > top ? x : top;
+    }
+    defined = defined && top > -std::numeric_limits<double>::infinity();
+    for (int64_t l = 0; l < padded; l++) {
+      const bool sees = at[l] <= own;
+      const double x = !sees ? 0 : defined ? std::exp(score(l) - top) : std::numeric_limits<double>::quiet_NaN();
+      weight[l] = static_cast<float>(x);
+      total += x;
+    }
+    if (!defined) return false;
+    for (int64_t l = 0; l < rows; l++) weight[l] = static_cast<float>(weight[l] / total);
+    return true;
   }
 
   // Adds the convolution over values to rows [count] of a head.

@@ -32,7 +32,7 @@ typedef uint32_t Bits __attribute__((vector_size(WIDTH * 4)));
 INLINE Vec load(const float* p) { return *reinterpret_cast<const VecAnywhere*>(p); }
 INLINE void store(float* p, Vec x) { *reinterpret_cast<VecAnywhere*>(p) = x; }
 INLINE Vec keep(Ints mask, Vec x) { return (Vec)((Ints)x & mask); }
-INLINE Vec positive(Vec x) { return keep(x > Vec{}, x); }
+INLINE Vec positive(Vec x) { return keep(~(x <= Vec{}), x); }  // NaN stays NaN
 
 INLINE float sum(Vec x) {
 #ifdef __AVX512F__

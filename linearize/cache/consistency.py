@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ..errors import InputError
 from .lookup import decoder_part
@@ -25,7 +26,7 @@ def check_level(cache: Any, index: int | None, layers: Sequence[int], count: int
         count: new tokens of this call.
 
     Raises:
-        InputError: layers disagree.
+        InputError: layers disagree, or one was moved to another device in part.
     """
     if not layers or index != layers[0] or torch.compiler.is_compiling():
         return
@@ -33,6 +34,8 @@ def check_level(cache: Any, index: int | None, layers: Sequence[int], count: int
     present: Sequence[Any] = getattr(cache, "layers", ())
     if index >= len(present) or getattr(present[index], "tree", None) is not None:
         return
+    for place, layer in enumerate(present):
+        _check_place(place, layer)
     now = int(present[index].get_seq_length())
     # A cache that makes its layers one by one has none yet for what never ran.
     complete = getattr(cache, "layer_class_to_replicate", None) is None
@@ -49,6 +52,24 @@ def check_level(cache: Any, index: int | None, layers: Sequence[int], count: int
         found = _length(present[other], False)
         if found and found != now:
             _refuse(other, found - count, index, now - count)
+
+
+def _check_place(place: int, layer: Any) -> None:
+    """Raise InputError where tensors of a layer are on different devices, or hold nothing.
+
+    A state that is on another device as a whole is moved back by its layer.
+    """
+    states = getattr(layer, "states", None)
+    tensors = (
+        [getattr(layer, "keys", None), getattr(layer, "values", None)] if states is None else states.tensors()
+    )
+    devices = {x.device for x in tensors if isinstance(x, Tensor)}
+    lost = any(device.type == "meta" for device in devices) and layer.device.type != "meta"
+    if len(devices) > 1 or lost:
+        raise InputError(
+            f"layer {place} of the cache is on {' and '.join(sorted(map(str, devices)))}: it was copied to "
+            "another device in part, or without its numbers; start from an empty cache and run the text again"
+        )
 
 
 def _length(layer: Any, empty: bool) -> int | None:

@@ -108,6 +108,8 @@ class StateLayer(CacheLayerMixin):
             self.lazy_initialization(key_states, value_states)
         self._leave_inference_mode()
         assert self.states is not None
+        if self.states.length.device == key_states.device:
+            self.device = key_states.device  # the cache was moved there, with its model
         if (key_states.dtype, key_states.device) != (self.dtype, self.device):
             raise InputError(
                 f"the cache was filled in {self.dtype} on {self.device} and the model now computes in "
@@ -236,7 +238,7 @@ class StateLayer(CacheLayerMixin):
     def _stand_in(self, features: int) -> Tensor | None:
         if self.states is None:
             return None
-        nan = torch.full((), torch.nan, dtype=self.dtype, device=self.device)
+        nan = torch.full((), torch.nan, dtype=self.dtype, device=self.states.length.device)
         return nan.expand(self.states.batch_size, self._sizes[0], int(self.get_seq_length()), features)
 
     @property

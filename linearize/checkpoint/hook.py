@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from transformers.quantizers.base import HfQuantizer
 
 from ..common.checks import excerpt
+from ..common.files import shown
+from ..common.replacing import TRANSFORMERS, identity, read_entry
 from ..errors import CheckpointError
 from ..planning.record import METHOD, LinearizeHookConfig, measured_in, parse
 from ..planning.state import carry
@@ -41,8 +47,30 @@ def relocate(plan: Plan, model: PreTrainedModel, where: str) -> Plan:
     )
 
 
+@dataclass(frozen=True)
+class _Reading:
+    """What one call of `from_pretrained` reads: the record, and of the files of weights what they were before
+    they were read."""
+
+    folder: Path
+    record: Any
+    files: Mapping[Path, tuple[int, int, int] | None]
+
+    def check(self) -> None:
+        """Raise CheckpointError where another writer replaced the checkpoint since its config was read."""
+        now = read_entry(self.folder / TRANSFORMERS.record, "linearize")
+        if now != self.record or any(identity(file) != before for file, before in self.files.items()):
+            raise CheckpointError(
+                f"the checkpoint {shown(self.folder)} was replaced while it was read; read it again, or by "
+                "lz.load, which does that by itself"
+            )
+
+
 class LinearizeHook(HfQuantizer):
-    """Replays the plan on the empty model before its weights are loaded."""
+    """Replays the plan on the empty model before its weights are loaded, and makes sure that they are of one
+    checkpoint with it. transformers makes one of these for each call of `from_pretrained`."""
+
+    _reading: _Reading | None = None
 
     def is_serializable(self) -> bool:
         return True
@@ -52,13 +80,20 @@ class LinearizeHook(HfQuantizer):
         return True
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
-        where = f"the checkpoint {getattr(model.config, 'name_or_path', '')!r}"
+        name = getattr(model.config, "name_or_path", "")
+        where = f"the checkpoint {name!r}"
         record: Any = getattr(model.config, "linearize", None)
         plan, config = parse(record, where)
+        if (Path(name) / TRANSFORMERS.record).is_file():
+            files = [Path(file) for file in kwargs.get("checkpoint_files") or ()]
+            self._reading = _Reading(Path(name), copy.deepcopy(record), {x: identity(x) for x in files})
+            self._reading.check()
         replay(model, relocate(plan, model, where), config, where)
         carry(model, measured_in(record))
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
+        if self._reading is not None:
+            self._reading.check()
         self.remove_quantization_config(model)
         del model.is_quantized  # an ordinary model has no such attribute
         for module in model.modules():

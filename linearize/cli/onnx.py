@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from .before import check_extra, check_file, check_folder
-from .results import stopping
+from .results import save_or_rescue, stopping
 from .sources import Source, companions, find_source, load_source
 
 
@@ -36,7 +36,8 @@ def export(
     else:
         check_folder(target)
     with stopping(lambda: f"{target} is as it was; the same command begins anew"):
-        run(load_source(folder), target, companions(folder), options, bits=bits, write=typer.echo)
+        model, beside = load_source(folder), companions(folder)
+        save_or_rescue(lambda place: run(model, place, beside, options, bits=bits, write=typer.echo), target)
 
 
 def build_library(

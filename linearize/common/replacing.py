@@ -76,6 +76,8 @@ class Layout:
     def settle(self, scratch: Path, home: Path) -> None:
         """Finish what a killed writer began. Raises OSError when that is not possible now, or not ours."""
         (scratch / self.record).stat()
+        if self._weights(scratch) is None:
+            raise FileNotFoundError(f"{scratch} is of another writer")
         named = read_entry(home / self.record, self.key)
         if isinstance(named, str) and Path(named).parts[:1] == (scratch.name,):
             self._finish(scratch, home)

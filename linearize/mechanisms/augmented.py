@@ -38,7 +38,7 @@ from ..kernels import salient_tail as tail
 from ..kernels.tensors import full_precision, widen
 from ..ops.arguments import check, check_held
 from ..ops.attention import Lineage, checked_path, lineage
-from ..ops.state import Part, SalientState, States
+from ..ops.state import Part, SalientState, States, check_sizes
 from . import salient_onnx
 from .augmented_paper import PaperAttention
 from .base import EVERYWHERE, Mechanism, switch, whole
@@ -203,6 +203,7 @@ class AugmentedAttention(ComposedAttention):
         if convolution is None:
             return None
         spec = self.spec
+        check_sizes(batch, spec.num_key_value_heads, spec.head_dim, spec.value_dim)
         tensors = salient.new(
             batch,
             spec.num_key_value_heads,
@@ -361,7 +362,7 @@ def naive(
     given: list[dict[int, float]] = []  # for each block the weights that its queries gave
     if not causal:
         voters = [place * length // salient_chunk.VOTERS for place in range(salient_chunk.VOTERS)]
-        mass = (query[:, voters] @ key.T * scale).softmax(-1).sum((0, 1))
+        mass = (query[:, voters] @ key.T * scale).softmax(-1).nan_to_num(0).sum((0, 1))
         others = sorted(range(sinks, length), key=lambda j: -float(mass[j].detach()))
         kept = [*range(min(sinks, length)), *others[:number]]
     for t in range(length):
@@ -379,7 +380,7 @@ def naive(
         visible = [*near, *(j for j in kept if j not in near)]
         weights = (query[:, t] @ key[visible].T * scale).softmax(-1)
         out[:, t] = weights @ value[visible]
-        for j, weight in zip(visible, weights.sum(0).tolist(), strict=True) if causal else ():
+        for j, weight in zip(visible, weights.nan_to_num(0).sum(0).tolist(), strict=True) if causal else ():
             given[-1][j] = given[-1].get(j, 0.0) + weight
     return out
 

@@ -26,10 +26,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..kernels.padding import Ranks
+from ..kernels.padding import Ranks, without_padding
 from ..kernels.tensors import full_precision, unit, with_one
 from ..kernels.tensors import widen as widen
 from ..ops import attention as ops
+from ..ops.arguments import check_not_empty
 from ..ops.state import AttentionState, Part, States
 from .module import AttentionModule
 from .onnx_form import Nodes
@@ -53,6 +54,9 @@ class ComposedAttention(AttentionModule):
     """The terms carry the convolution themselves: nothing but a sum follows them."""
 
     linear_parameters: tuple[str, ...] = ("conv_weight",)
+
+    multiplies_padding: ClassVar[bool] = False
+    """`mix` multiplies padding by zero instead of leaving it out."""
 
     def __init__(self, spec: SiteSpec, config: Settings) -> None:
         super().__init__(spec)
@@ -93,7 +97,11 @@ class ComposedAttention(AttentionModule):
         mask: Tensor | None = None,
         sinks: Tensor | None = None,
     ) -> Tensor:
+        check_not_empty(query, key, value)
         start = query_start if self.spec.causal or self.spec.cross else None
+        if key_mask is not None:
+            tokens = query, key, value, key_mask, self.spec.cross
+            query, key, value = without_padding(*tokens, self.multiplies_padding)
         with full_precision(value.device):
             return self.total(query, key, value, key_mask, start).to(value.dtype)
 
@@ -254,6 +262,7 @@ class ComposedAttention(AttentionModule):
         Raises:
             InputError: The tokens do not fit together or to the state, which is then unchanged.
         """
+        check_not_empty(query, key, value)
         with full_precision(value.device):
             return self.total_after(query, key, value, state, key_mask, None).to(value.dtype)
 
@@ -463,7 +472,7 @@ class NormalizedAttention(ComposedAttention):
         if self.least:
             total = total.clamp(min=self.least)
         else:
-            total = torch.where(total > 0, total, torch.ones_like(total))
+            total = torch.where(total <= 0, torch.ones_like(total), total)  # NaN stays NaN
         return joined[..., :-1] / total
 
 

@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 
 
 class LinformerAttention(ComposedAttention):
+    multiplies_padding = True
+
     def __init__(self, spec: SiteSpec, config: Settings) -> None:
         super().__init__(spec, config)
         self.seed: int = config.option("seed")

@@ -30,6 +30,10 @@ class ReluAttention(NormalizedAttention):
         self.reset_parameters()
 
     def features(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
+        # The output does not change with the size of a query, but the sums could leave float32.
+        largest = query.detach().amax(-1, keepdim=True)
+        extreme = (largest > 1e10) | ((largest > 0) & (largest < 1e-10))
+        query = query / torch.where(extreme, largest, torch.ones_like(largest))
         return query.relu(), key.relu()
 
 

@@ -265,13 +265,16 @@ def naive(
     """float64 [B, H, T, D] with heads repeated; maps [H, D, D], far_weight [H], None without a tail."""
     position = torch.arange(key.shape[2])
     lag = torch.arange(query.shape[2])[:, None] - position
-    weights = torch.exp(query @ key.mT * scale)
-    far = torch.zeros_like(weights)
+    near = (lag.abs() < window) | (position < sinks)
+    seen = lag >= 0 if causal else torch.ones_like(near)
+    scores = query @ key.mT * scale
+    largest = scores.masked_fill(~(near & seen), -torch.inf).amax(-1, keepdim=True).detach()
+    far = torch.zeros_like(scores)
     if query_map is not None and key_map is not None and far_weight is not None:
-        far = naive_weights(query, key, query_map, key_map) * far_weight.exp()[:, None, None]
-    weights = torch.where((lag.abs() < window) | (position < sinks), weights, far)
-    if causal:
-        weights = weights.tril()
+        # All weights are relative to the largest near one, which changes nothing but that exp may overflow.
+        factor = (far_weight[:, None, None] - largest).exp()
+        far = naive_weights(query, key, query_map, key_map) * factor
+    weights = torch.where(near, (scores - largest).exp(), far).masked_fill(~seen, 0)
     return weights @ value / weights.sum(-1, keepdim=True)
 
 

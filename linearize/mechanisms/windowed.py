@@ -35,7 +35,7 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 from ..common.checks import require_true
 from ..kernels import window_recurrent
 from ..kernels.padding import Ranks
-from ..kernels.tensors import full_precision, per_kv_head, take_rows, widen, with_one
+from ..kernels.tensors import are_ordinary, full_precision, per_kv_head, take_rows, widen, with_one
 from ..ops.arguments import check_no_gradients, check_state
 from ..ops.attention import Lineage, checked_path, lineage
 from ..ops.state import Part, States, WindowState
@@ -74,6 +74,8 @@ class WindowedAttention(ComposedAttention):
 
     window: exactly this, and nothing else, is seen (as `near` counts); None for what the options say.
     """
+
+    multiplies_padding = True
 
     def __init__(self, spec: SiteSpec, config: Settings, window: int | None = None) -> None:
         super().__init__(spec, config)
@@ -166,6 +168,8 @@ class WindowedAttention(ComposedAttention):
         if key_mask is not None and before is None:
             self.check_key_mask(key_mask)
         query, key, value = widen(query), widen(key), widen(value)
+        if not are_ordinary(query, key, value):  # scores leave float32
+            query, key, value = query.double(), key.double(), value.double()
         rows = self.split_heads(query * self.scale)
         joined = self.near(rows, key, value, key_mask, query_start)
         near, size = joined[..., :-1], joined[..., -1:]
@@ -180,7 +184,8 @@ class WindowedAttention(ComposedAttention):
         value = with_one(value) * self._may_be_far(key, key_mask, before)
         far = self._far(query, key, value, key_mask, query_start)
         if before is not None:
-            far = far + self.merge_heads(per_kv_head(self.split_heads(query), before.recurrent))
+            recurrent = before.recurrent.to(query.dtype)
+            far = far + self.merge_heads(per_kv_head(self.split_heads(query), recurrent))
         return self._join(near, size, far)
 
     def _may_be_far(
@@ -223,7 +228,7 @@ class WindowedAttention(ComposedAttention):
             first_keys, first_values = take_rows(key, front), take_rows(value, front)
         if before is not None:
             position, there = position + before.folded[:, None], torch.ones_like(there)
-            first_keys, first_values = widen(before.first_keys), widen(before.first_values)
+            first_keys, first_values = before.first_keys.to(key.dtype), before.first_values.to(key.dtype)
         lag = position[:, :, None] - first
         outside = (lag if self.spec.causal else lag.abs()) >= self.window
         outside = (outside & there[:, None])[:, None, None]  # [B, 1, 1, T, sinks]
@@ -234,7 +239,8 @@ class WindowedAttention(ComposedAttention):
         some = outside.any(-1, keepdim=True)
         joint, share = self.joint_size(size, other)
         share = torch.where(some, share, torch.zeros_like(share))
-        found = near + share * (per_kv_head(weights, first_values) - near)
+        # Not near + 0 * NaN where no first token is seen.
+        found = torch.where(some, near + share * (per_kv_head(weights, first_values) - near), near)
         if key_mask is not None:
             found = found * key_mask.index_select(1, column)[:, None, None, :, None]
         return found, torch.where(some, joint, size)

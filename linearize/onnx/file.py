@@ -23,7 +23,7 @@ from ..common.replacing import is_inside, is_plain
 from ..common.version import __version__
 from ..errors import ExportError, LinearizeError
 from ..passes.tracing import TRACING
-from . import body
+from . import body, folder
 from .programs import LENGTH, PAST, TOTAL, Program
 from .schema import DOMAIN, OPERATORS, VERSION
 
@@ -164,13 +164,15 @@ def staged(target: Path, names_target: bool) -> Iterator[Path]:
         parent = home if names_target else home.parent
         if not parent.is_dir():
             raise ExportError(f"cannot write {target}: there is no folder {parent}")
+        folder.finish_killed(home)
         # A file of weights first: a graph without its weights would be half a model.
         old: set[str] = set()
-        with files.staged(home, last=lambda file: file.suffix == ".onnx") as temporary:
+        commit = None if names_target else lambda scratch, place: folder.commit(scratch, place, old)
+        with files.staged(home, last=lambda file: file.suffix == ".onnx", commit=commit) as temporary:
             yield temporary
             new = {file.name for file in temporary.iterdir()}
-            old = {name for graph in new for name in _data_of(home / graph)} - new
-        for name in old:
+            old |= {name for graph in new for name in _data_of(home / graph)} - new
+        for name in old if names_target else ():
             (home / name).unlink(missing_ok=True)
     except (OSError, ValueError, UnicodeError, MemoryError) as error:
         if isinstance(error, LinearizeError):

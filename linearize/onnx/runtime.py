@@ -16,8 +16,9 @@ from torch import Tensor
 from transformers import AutoConfig, GenerationConfig, GenerationMixin, PreTrainedConfig
 from transformers.modeling_outputs import BaseModelOutput, CausalLMOutputWithPast
 
+from ..common.files import reason
 from ..errors import ExportError, InputError
-from . import library
+from . import folder, library
 
 FILE = "model.onnx"
 _CUDA, _CPU = "CUDAExecutionProvider", "CPUExecutionProvider"
@@ -103,25 +104,34 @@ class OrtModel(GenerationMixin):
         self.piece = piece
         file = Path(path)
         file = file / FILE if file.is_dir() else file
-        if not file.is_file():
-            raise ExportError(f"{file} is not there; `lz.export_onnx` writes such files")
         available = onnxruntime.get_available_providers()
         self.providers = [name for name in providers or (_CUDA, _CPU) if name in available]
         if providers and set(providers) - set(self.providers):
             raise ExportError(f"onnxruntime has {', '.join(available)} here, not all of {list(providers)}")
-        options = options or onnxruntime.SessionOptions()
-        self.obstacle = _give_library(options, file, self.providers) if library else "it was not asked for"
-        try:
-            self.session = onnxruntime.InferenceSession(file, options, providers=self.providers)
-        except Exception as error:  # onnxruntime's errors share no base of their own
-            raise ExportError(f"onnxruntime cannot run {file}: {error}") from error
+        chosen = options or onnxruntime.SessionOptions()
+        self.obstacle: str | None = "it was not asked for"
+        folder.undisturbed(file, lambda found: self._open(found, chosen, library))
         self._place = "cuda" if self.providers[0] == _CUDA else "cpu"
         self.inputs = {node.name: node for node in self.session.get_inputs()}
         outputs = self.session.get_outputs()
         self.outputs = [node.name for node in outputs]
         self._last_alone = outputs[0].shape[1:2] == [1]  # a decoder's file with the last token's logits
-        self.config = _config(file.parent)
-        self.generation_config = _generation_config(file.parent, self.config)
+
+    def _open(self, file: Path, options: onnxruntime.SessionOptions, library: bool) -> None:
+        """A session of the file, and the configurations beside it."""
+        if not file.is_file():
+            raise ExportError(f"{file} is not there; `lz.export_onnx` writes such files")
+        if library and self.obstacle is not None:  # or it was given to a session of files that are gone
+            self.obstacle = _give_library(options, file, self.providers)
+        try:
+            self.session = onnxruntime.InferenceSession(file, options, providers=self.providers)
+        except Exception as error:  # onnxruntime's errors share no base of their own
+            raise ExportError(f"onnxruntime cannot run {file}: {error}") from error
+        try:
+            self.config = _config(file.parent)
+            self.generation_config = _generation_config(file.parent, self.config)
+        except (OSError, ValueError) as error:
+            raise ExportError(f"the configuration beside {file} cannot be read: {reason(error)}") from error
 
     @property
     def state_names(self) -> list[str]:

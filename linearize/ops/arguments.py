@@ -148,6 +148,7 @@ def _check_tokens(query: Tensor, key: Tensor, value: Tensor) -> None:
             f"query, key and value need one batch size: "
             f"got {query.shape[0]}, {key.shape[0]} and {value.shape[0]}"
         )
+    check_not_empty(query, key, value)
     heads, kv_heads = query.shape[1], key.shape[1]
     if value.shape[1] != kv_heads or heads % kv_heads:
         raise InputError(
@@ -160,6 +161,16 @@ def _check_tokens(query: Tensor, key: Tensor, value: Tensor) -> None:
         )
     if key.shape[2] != value.shape[2]:
         raise InputError(f"key has {key.shape[2]} tokens and value has {value.shape[2]}; they must agree")
+
+
+def check_not_empty(query: Tensor, key: Tensor, value: Tensor) -> None:
+    """Raise InputError where a batch, a number of heads or tokens, or a head dimension is 0."""
+    for name, tensor in (("query", query), ("key", key), ("value", value)):
+        if any(type(size) is int and size == 0 for size in tensor.shape):
+            raise InputError(
+                f"{name} is empty: [batch, heads, length, features] is {list(tensor.shape)}; leave out calls "
+                "without sequences or tokens"
+            )
 
 
 def _check_layout(kv_layout: str) -> None:

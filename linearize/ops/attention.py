@@ -246,8 +246,8 @@ def augmented_tree(
     Raises:
         InputError: A node comes before its parent, or the arguments do not fit.
     """
-    check_state(query, key, value, conv_weight, state, None)
     depth, ancestors = lineage(parents, query.shape[0], query.shape[2], query.device)
+    check_state(query, key, value, conv_weight, state, None)
     query, tables = interleaved_tables(query, key, alpha, local_scale, conv_weight, kv_layout)
     options = (activation, state.group_size, normalize)
     check_names(activation, form)

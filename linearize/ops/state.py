@@ -15,6 +15,14 @@ from ..kernels import salient, window_recurrent
 from ..kernels.recurrent import State
 
 
+def check_sizes(
+    batch: int, kv_heads: int, head_dim: int, value_dim: int, group_size: int = 1, *at_least_none: int
+) -> None:
+    """Raise InputError for sizes of a state that are not positive, or for others that are negative."""
+    if min(batch, kv_heads, head_dim, value_dim, group_size) < 1 or min(at_least_none, default=0) < 0:
+        raise InputError("a state needs positive sizes, and taps and max_rewind of at least 0")
+
+
 class Part(ABC):
     """The state of one term of an attention module: dataclasses that say what its tensors are.
 
@@ -118,8 +126,7 @@ class AttentionState(Part):
         Raises InputError for sizes that are not positive.
         """
         value_dim = head_dim if value_dim is None else value_dim
-        if min(batch, num_key_value_heads, head_dim, value_dim, group_size) < 1 or min(taps, max_rewind) < 0:
-            raise InputError("a state needs positive sizes, and taps and max_rewind of at least 0")
+        check_sizes(batch, num_key_value_heads, head_dim, value_dim, group_size, taps, max_rewind)
         # A rewind must find the open group and the convolution's reach still in the window.
         rows = max_rewind + group_size + taps - 2 if max_rewind else max(group_size, taps)
         rows = -(-rows // group_size) * group_size

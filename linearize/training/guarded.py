@@ -13,8 +13,8 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import Trainer
 
+from ..common.checkpoints import newest_checkpoint
 from ..errors import TrainingError
-from .checkpoints import newest_checkpoint
 
 
 class GuardedTrainer(Trainer):

@@ -17,10 +17,10 @@ from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Table
 from torch import Tensor, nn
 
+from ..common.checkpoints import newest_checkpoint
 from ..common.checks import require
 from ..errors import ConfigError, MissingExtraError, TrainingError
 from ..rewrite.snapshot import Snapshot
-from .checkpoints import newest_checkpoint
 from .data import Collate, TrainingData
 
 _EVALUATIONS = 32

@@ -13,6 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, StaticCache
 
 import linearize as lz
 from linearize.cache.state_layer import StateLayer
+from linearize.errors import InputError
 
 
 def llama(**settings: Any) -> Any:
@@ -122,3 +123,43 @@ def test_a_layer_taken_back_alone_is_noticed(model: Any) -> None:
         cache.layers[1].crop(-2)
         with pytest.raises(lz.LinearizeError, match="layer"):
             model(IDS[:, 24:], past_key_values=cache)
+
+
+def moved(cache: Any, layer: int, places: Callable[[int], bool]) -> None:
+    """Some tensors of a layer's state, or its keys and values, to a device that holds no numbers."""
+    found, count = cache.layers[layer], iter(range(100))
+    if getattr(found, "states", None) is not None:
+        found.states = found.states.map(lambda x: x.to("meta") if places(next(count)) else x)
+    else:
+        found.keys, found.values = (
+            x.to("meta") if places(i) else x for i, x in enumerate((found.keys, found.values))
+        )
+
+
+@pytest.mark.parametrize("layer", (0, 1))
+@pytest.mark.parametrize(
+    "places", (lambda i: True, lambda i: i == 0, lambda i: i == 1), ids=("all", "0", "1")
+)
+@torch.no_grad()
+def test_a_cache_that_was_moved_in_part_is_refused_and_stays_as_it_was(
+    places: Callable[[int], bool], layer: int, model: Any
+) -> None:
+    cache = model(IDS[:, :20]).past_key_values
+    kept = copy.deepcopy(cache)
+    moved(cache, layer, places)
+    with pytest.raises(InputError, match=f"layer {layer} of the cache is on .*meta"):
+        model(IDS[:, 20:], past_key_values=cache)
+    assert [int(x.get_seq_length()) for x in cache.layers] == [20, 20]
+    # With the layer's own numbers again nothing is amiss.
+    cache.layers[layer] = kept.layers[layer]
+    close(model(IDS[:, 20:], past_key_values=cache).logits, whole(model)[:, 20:])
+
+
+@torch.no_grad()
+def test_a_cache_that_was_moved_with_its_model_goes_on(model: Any) -> None:
+    """As one that was stored on a GPU and read on the CPU: its layers still say where they were."""
+    cache = model(IDS[:, :20]).past_key_values
+    for layer in cache.layers:
+        if getattr(layer, "states", None) is not None:
+            layer.device = torch.device("cuda", 0)
+    close(model(IDS[:, 20:], past_key_values=cache).logits, whole(model)[:, 20:])

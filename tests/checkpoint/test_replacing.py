@@ -8,6 +8,8 @@ import os
 import random
 import resource
 import threading
+import time
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -335,3 +337,52 @@ def test_a_hundred_loads_beside_two_writing_processes(
     found = ", ".join(f"{seen.count(name)} {name}" for name in ("old", "new", "mixed"))
     print(f"{LOADS} loads: {found}")
     assert set(seen) == {"old", "new"} and not leftovers(target)
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("shards", [False, True])
+def test_from_pretrained_notices_a_checkpoint_that_is_replaced_while_it_reads(
+    shards: bool, when: str, models: dict[str, LlamaForCausalLM], tmp_path: Path, monkeypatch: Any
+) -> None:
+    """Its own readers of configs and weights know nothing of us: only the hook stands between them."""
+    from linearize.checkpoint import hook
+
+    size = {"max_shard_size": "2KB"} if shards else {}
+    models["old"].save_pretrained(tmp_path / "m", **size)
+    others, plain = models["new"], hook.replay
+
+    def replay(*arguments: Any) -> None:
+        if when == "before":
+            others.save_pretrained(tmp_path / "m", **size)
+        plain(*arguments)
+        if when == "after":
+            others.save_pretrained(tmp_path / "m", **size)
+
+    monkeypatch.setattr(hook, "replay", replay)
+    with pytest.raises(CheckpointError, match="was replaced while it was read"):
+        LlamaForCausalLM.from_pretrained(tmp_path / "m", local_files_only=True)
+    monkeypatch.undo()
+    assert which(LlamaForCausalLM.from_pretrained(tmp_path / "m", local_files_only=True)) == "new"
+
+
+@pytest.mark.slow
+def test_a_hundred_loads_by_transformers_beside_a_writing_process(
+    models: dict[str, LlamaForCausalLM], tmp_path: Path
+) -> None:
+    target = tmp_path / "m"
+    lz.save(models["old"], target)
+
+    def both() -> None:
+        for name in ("new", "old"):
+            lz.save(models[name], target)
+            time.sleep(0.2)  # or no load would be fast enough
+
+    seen = []
+    with working(both):
+        for _ in range(LOADS):
+            try:
+                seen.append(which(LlamaForCausalLM.from_pretrained(target, local_files_only=True)))
+            except (CheckpointError, OSError, ValueError, RuntimeError) as error:
+                seen.append(type(error).__name__)
+    print(f"{LOADS} loads by transformers: {dict(Counter(seen))}")
+    assert "mixed" not in seen and {"old", "new"} & set(seen)

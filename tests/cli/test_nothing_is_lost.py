@@ -144,6 +144,31 @@ def test_a_save_that_fails_at_the_end_goes_to_a_second_place(
     assert (second / "tokenizer.json").exists()
 
 
+@pytest.mark.parametrize("name", ["out", "out.onnx"])
+def test_an_export_that_cannot_be_written_at_the_end_goes_to_a_second_place(
+    name: str, run: Run, folder: Path, tmp_path: Path, monkeypatch: Any
+) -> None:
+    from linearize.onnx import OrtModel
+
+    target = tmp_path / name
+    staged = files.staged
+
+    def full(home: Path, *args: Any, **kwargs: Any) -> Any:
+        if home == (target if name == "out" else tmp_path) and (tmp_path / "now").exists():
+            raise OSError(28, "No space left on device")
+        return staged(home, *args, **kwargs)
+
+    monkeypatch.setattr("linearize.onnx.file.files.staged", full)
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    (tmp_path / "now").touch()
+    result = run("export", folder, target)
+    assert result.code == 1 and "No space left" in result.err and not target.exists()
+    (second,) = (tmp_path / "elsewhere").glob("out-*")
+    assert str(second) in result.err and second.suffix == target.suffix
+    assert torch.isfinite(OrtModel(second)(torch.arange(4)[None]).logits).all()
+
+
 def test_figures_of_one_kind_that_cannot_be_written_do_not_lose_the_others(
     run: Run, done: Path, text: Path, tmp_path: Path, monkeypatch: Any
 ) -> None:

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from training_worker import converted, ids, original, settings
 
 import linearize as lz
+from linearize.common.checkpoints import newest_checkpoint
 from linearize.errors import InputError, TrainingError
-from linearize.training.checkpoints import newest_checkpoint
 
 
 def weights(model: nn.Module) -> dict[str, Tensor]:

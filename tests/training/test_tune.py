@@ -14,8 +14,8 @@ from live_models import bert, converted, llama, snapshot, t5, tokens
 from torch import Tensor, nn
 
 import linearize as lz
+from linearize.common.checkpoints import newest_checkpoint
 from linearize.errors import ConfigError, InputError, InvalidModelError, MissingExtraError, TrainingError
-from linearize.training.checkpoints import newest_checkpoint
 from linearize.training.guarded import GuardedTrainer
 from linearize.training.objective import Objective
 

@@ -9,10 +9,13 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from ...common.checkpoints import newest_checkpoint
+from ...common.files import reason, shown
 from ...common.text import IGNORED, sequences
-from ...errors import ConfigError, InputError, MissingExtraError
+from ...errors import ConfigError, InputError, LinearizeError, MissingExtraError, TrainingError
 from .heads import MedusaHeads
 from .rates import hidden_states, pieces_of
 
@@ -71,7 +74,7 @@ def train_heads(
         decay: The loss of head k has the weight `decay ** k`.
         held_out: The share of the data, its end, that is not trained on and gives `heads.rates`.
         output_dir: Folder for the Trainer's checkpoints, one per epoch; None writes none.
-        resume: Continue from the newest of these checkpoints.
+        resume: Continue from the newest complete one of these checkpoints, or start if there is none.
         progress: Show a progress bar.
         seed: Seed of the order of the pieces.
 
@@ -82,6 +85,7 @@ def train_heads(
         InputError: There is too little data.
         ConfigError: A setting is out of range.
         MissingExtraError: accelerate is not installed.
+        TrainingError: A checkpoint cannot be written, or not be read: it is of other heads or other data.
     """
     if targets not in ("generated", "model", "text"):
         raise ConfigError(f"targets must be 'generated', 'model' or 'text', got {targets!r}")
@@ -115,10 +119,25 @@ def train_heads(
             from transformers import PrinterCallback
 
             trainer.remove_callback(PrinterCallback)
-        trainer.train(resume_from_checkpoint=resume or None)
+        checkpoint = newest_checkpoint(Path(arguments.output_dir)) if resume else None
+        _train(trainer, checkpoint)
     heads = heads.to(next(iter(model.parameters())).dtype).eval()
     heads.acceptance(model, pieces[first:])
     return heads
+
+
+def _train(trainer: Any, checkpoint: Path | None) -> None:
+    try:
+        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    # What a file of another run, and a full disk, make torch and safetensors raise.
+    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
+        if isinstance(error, LinearizeError):
+            raise
+        where = trainer.args.output_dir if checkpoint is None else checkpoint
+        raise TrainingError(
+            f"heads cannot be trained with the checkpoints in {shown(Path(where))}: {reason(error)}; use the "
+            "model, data and settings that they are of, or another folder"
+        ) from error
 
 
 def _continued(model: Any, pieces: Sequence[Tensor], context: int) -> list[Tensor]:

@@ -1,0 +1,176 @@
+"""An exported folder is of one export: whoever is killed, whoever reads meanwhile."""
+
+from __future__ import annotations
+
+import json
+import random
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import onnx
+import pytest
+import torch
+from killed import kill_after, killed_at, working
+from live_models import llama
+
+import linearize as lz
+from linearize.errors import ExportError
+from linearize.onnx import OrtModel
+from linearize.onnx import folder as folders
+from linearize.onnx.file import staged
+
+GRAPHS = ("encoder_model.onnx", "decoder_model.onnx")
+
+
+def graph_of(number: int, data: str | None) -> bytes:
+    """A graph of one constant, whose weights may be in a file beside it."""
+    tensor = onnx.helper.make_tensor("w", onnx.TensorProto.INT64, [1], [number])
+    if data is not None:
+        tensor.ClearField("int64_data")
+        tensor.data_location = onnx.TensorProto.EXTERNAL
+        tensor.external_data.add(key="location", value=data)
+        tensor.external_data.add(key="length", value="8")
+    out = onnx.helper.make_tensor_value_info("w", onnx.TensorProto.INT64, [1])
+    graph = onnx.helper.make_graph([], "g", [], [out], [tensor])
+    sets = [onnx.helper.make_opsetid("", 20)]
+    return onnx.helper.make_model(graph, opset_imports=sets, ir_version=10).SerializeToString()
+
+
+def put(number: int, home: Path) -> None:
+    """What an export does with two graphs, weights and a configuration that are all of this number."""
+    with staged(home, False) as scratch:
+        for name in GRAPHS:
+            (scratch / f"{name}.{number}.onnx.data").write_bytes(number.to_bytes(8, "little"))
+            (scratch / name).write_bytes(graph_of(number, f"{name}.{number}.onnx.data"))
+        (scratch / "config.json").write_text(json.dumps({"number": number}))
+
+
+def numbers(place: Path) -> set[int]:
+    """Of every file of a folder. Raises ExportError where one is missing."""
+    try:
+        graphs = [onnx.load(place / name).graph.initializer[0] for name in GRAPHS]
+        found = {int(onnx.numpy_helper.to_array(x)[0]) for x in graphs}
+        return found | {json.loads((place / "config.json").read_text())["number"]}
+    except (OSError, onnx.checker.ValidationError) as error:
+        raise ExportError("a file is missing") from error
+
+
+def seen(home: Path) -> int:
+    (found,) = folders.undisturbed(home / GRAPHS[0], lambda file: numbers(file.parent))
+    return found
+
+
+def by_others(home: Path) -> set[int]:
+    """What a reader sees who does not know of the note; nothing where it meets an error."""
+    try:
+        return numbers(home)
+    except ExportError:
+        return set()
+
+
+def test_a_writer_killed_anywhere_leaves_the_old_folder_or_the_new_one(tmp_path: Path) -> None:
+    found = []
+    for step in range(80):
+        home = tmp_path / f"{step}"
+        put(1, home)
+        (home / "mine.txt").write_text("mine")
+        if not killed_at(step, lambda: put(2, home)):  # noqa: B023
+            break
+        assert len(by_others(home)) < 2, "graphs and configuration of two exports"
+        found.append(seen(home))
+        assert len(by_others(home)) == 1, "the reader finished what the writer began"
+        put(3, home)
+        assert seen(home) == 3 and not list(home.glob(".linearize*"))
+        names = {path.name for path in home.iterdir()}
+        assert names == {*GRAPHS, *(f"{name}.3.onnx.data" for name in GRAPHS), "config.json", "mine.txt"}
+    assert len(found) > 10 and found == sorted(found) and set(found) == {1, 2}
+
+
+def test_where_only_the_weights_differ_others_never_miss_a_graph(tmp_path: Path) -> None:
+    def one(number: int) -> None:
+        with staged(tmp_path / "m", False) as scratch:
+            (scratch / "model.onnx").write_bytes(graph_of(number, None))
+            (scratch / "config.json").write_text("{}")
+
+    one(1)
+    for step in range(40):
+        if not killed_at(step, lambda: one(2)):
+            break
+        assert (tmp_path / "m/model.onnx").is_file()
+
+
+def test_readers_beside_a_writer_see_one_export(tmp_path: Path) -> None:
+    put(0, tmp_path / "m")
+    turn = iter(range(1, 10**9))
+    with working(lambda: put(next(turn), tmp_path / "m")):
+        found = []
+        end = time.monotonic() + 20
+        while len(found) < 60 and time.monotonic() < end:
+            found.append(seen(tmp_path / "m"))
+    print(f"{len(found)} reads beside a writer, of {len(set(found))} exports, 0 mixed")
+    assert len(found) == 60 and found == sorted(found) and len(set(found)) > 5
+
+
+def test_a_note_that_leads_astray_is_no_note(tmp_path: Path) -> None:
+    put(1, tmp_path / "m")
+    put(2, tmp_path / "other")
+    for named in ("../other", str(tmp_path / "other"), "..", "", ".linearize-none", 7, None, "a\0b"):
+        (tmp_path / "m" / folders.NOTE).write_text(json.dumps({"folder": named, "stale": [GRAPHS[0]]}))
+        assert seen(tmp_path / "m") == 1
+    (tmp_path / "m" / folders.NOTE).write_bytes(b"\xff\x00 no json")
+    assert seen(tmp_path / "m") == 1
+
+
+def test_a_folder_that_cannot_be_opened_is_one_error(tmp_path: Path) -> None:
+    (tmp_path / "model.onnx").write_bytes(graph_of(1, None))
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(ExportError, match="configuration beside"):
+        OrtModel(tmp_path)
+    with pytest.raises(ExportError, match="not there"):
+        OrtModel(tmp_path / "none")
+
+
+@pytest.mark.slow
+def test_twenty_writers_killed_at_random_moments(tmp_path: Path) -> None:
+    home, draw = tmp_path / "m", random.Random(0)
+    put(0, home)
+    counts: Counter[str] = Counter()
+    for _ in range(20):
+        before = seen(home)
+        turn = iter(range(before + 1, 10**9))
+        kill_after(draw.uniform(0.02, 0.2), lambda turn=turn: put(next(turn), home))
+        foreign = by_others(home)
+        counts["for others: " + ("one export", "mixed", "an error")[min(len(foreign), 2) - 1]] += 1
+        counts["old" if seen(home) == before else "new"] += 1
+    print(f"20 kills: {dict(counts)}")
+    assert counts["for others: mixed"] == 0 and not list(home.glob(".linearize*/model.onnx"))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_twenty_exports_of_a_decoder_killed_at_random_moments(tmp_path: Path) -> None:
+    """The vocabulary's size is in the graph and in the configuration."""
+    home, draw = tmp_path / "m", random.Random(0)
+    models = []
+    for size in (40, 48):
+        model = llama().eval()
+        model.resize_token_embeddings(size)
+        models.append(model)
+
+    def both() -> None:
+        for model in reversed(models):
+            lz.export_onnx(model, home)
+
+    started = time.monotonic()
+    lz.export_onnx(models[0], home)
+    longest = 2 * (time.monotonic() - started) + 0.5
+    counts: Counter[Any] = Counter()
+    for _ in range(20):
+        kill_after(draw.uniform(0.1, longest), both)
+        runs = OrtModel(home)
+        logits = runs(torch.tensor([[1, 2]])).logits
+        assert logits.shape[-1] == runs.config.vocab_size
+        counts[logits.shape[-1]] += 1
+    print(f"20 kills, {counts[40]} old, {counts[48]} new, 0 mixed")
