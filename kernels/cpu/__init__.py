@@ -12,6 +12,7 @@ computed in float32.
     forward.h, backward.h   the whole sequence
     decode.h                after a state: one token, a tree of tokens, tokens whose outputs are known
     salient.h, salient_backward.h    the attention of `kernels/salient.py`, called from `salient.py` here
+    bidirectional.h         its form that looks both ways, called from `bidirectional.py`
     library.py              finding the library and calling it
 """
 

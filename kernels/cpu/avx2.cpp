@@ -1,5 +1,6 @@
 // Built with -mavx2 -mfma -mf16c.
 #include "backward.h"
+#include "bidirectional.h"
 #include "decode.h"
 #include "salient_backward.h"
 
@@ -10,5 +11,6 @@ const Kernels avx2_kernels = {
     backward_piece, step_scratch,    step_unit,   append_scratch, append_unit,
     tree_scratch,   tree_unit,       salient_scratch, salient_unit,
     salient_backward_scratch, salient_backward_unit,
+    choosing_scratch, choosing_unit, panel_scratch, panel_unit,
 };
 }  // namespace linearize

@@ -246,4 +246,19 @@ __attribute__((visibility("default"))) int linearize_salient_backward(const Sali
                    [&](int64_t unit, float* scratch) { kernels.salient_backward_unit(*s, unit, scratch); });
 }
 
+__attribute__((visibility("default"))) int linearize_bidirectional(const Bidirectional* s, int64_t isa,
+                                                                   int64_t threads) {
+  const Kernels& kernels = kernels_of(isa);
+  const int64_t units = s->batch * s->kv_heads, each = 1 + s->kept();
+  std::vector<int32_t> chosen(units * each);
+  if (!for_each(units, threads, kernels.choosing_scratch(*s), false, [&](int64_t unit, float* scratch) {
+        kernels.choosing_unit(*s, unit, chosen.data() + unit * each, scratch);
+      }))
+    return 1;
+  return !for_each(units * s->panels(), threads, kernels.panel_scratch(*s), false,
+                   [&](int64_t index, float* scratch) {
+                     kernels.panel_unit(*s, index, chosen.data() + index / s->panels() * each, scratch);
+                   });
+}
+
 }  // extern "C"

@@ -16,6 +16,7 @@ CORE = 14
 _FIELDS = {
     "linearize_salient": struct.Struct("13qd31q"),
     "linearize_salient_backward": struct.Struct("10qd30q"),
+    "linearize_bidirectional": struct.Struct("11qd19q"),
     "linearize_forward": struct.Struct(f"{CORE + 4 * 4}q"),
     "linearize_backward": struct.Struct(f"{CORE + 7 * 4 + 3}q"),
     "linearize_step": struct.Struct(f"{CORE + 7 * 4 + 5}q"),

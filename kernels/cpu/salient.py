@@ -12,23 +12,32 @@ from .library import parameter, place, run, table, threads_for
 
 def refusal(query: Tensor, key: Tensor, value: Tensor, state: State, sizes: Sizes) -> str | None:
     """What of a call the kernel does not take; None when it takes it. Arguments as for `extend`."""
-    dtype = query.dtype
-    if dtype != key.dtype or dtype != value.dtype or dtype not in DTYPES:
-        return f"query, key and value in {query.dtype}, {key.dtype} and {value.dtype}"
+    refused = tokens_refusal(query, key, value)
+    if refused is not None:
+        return refused
     if state.keys.dtype != state.values.dtype or state.keys.dtype not in DTYPES:
         return f"a state in {state.keys.dtype}"
     if state.keys.shape[2] != sizes.kept + sizes.window + BLOCK or state.votes.shape[2] != 1 + DELAY // BLOCK:
         return "a state that can take tokens back"
-    every = (query, key, value, *state)
-    if not all(x.is_cpu for x in every) or any(type(x) is not Tensor for x in state):
-        return "tensors that are not plain ones on the CPU"
-    if not (query.numel() and value.numel()):
-        return "tensors without elements"
+    if any(type(x) is not Tensor or not x.is_cpu for x in state):
+        return "a state that is not of plain tensors on the CPU"
     rows = state.scores.is_contiguous() and state.votes.is_contiguous()
     if not rows or any(x.shape[3] > 1 and x.stride(3) != 1 for x in (state.keys, state.values)):
         return "a state whose columns are apart"
     if not (state.length.is_contiguous() and state.block.is_contiguous()):
         return "lengths that are apart"
+    return None
+
+
+def tokens_refusal(query: Tensor, key: Tensor, value: Tensor) -> str | None:
+    """`refusal` of what every call has."""
+    dtype = query.dtype
+    if dtype != key.dtype or dtype != value.dtype or dtype not in DTYPES:
+        return f"query, key and value in {query.dtype}, {key.dtype} and {value.dtype}"
+    if not (query.is_cpu and key.is_cpu and value.is_cpu):
+        return "tensors that are not on the CPU"
+    if not (query.numel() and value.numel()):
+        return "tensors without elements"
     return None
 
 
@@ -62,7 +71,7 @@ def extend(
     batch, kv_heads, shared, length, dim = query.shape
     rows, taps = sizes.kept + sizes.window + BLOCK, 0 if conv_weight is None else conv_weight.shape[2]
     held = (batch, kv_heads, rows)
-    _check(query, key, value)
+    check_tokens(query, key, value)
     if (
         state.keys.shape != (*held, dim)
         or state.values.shape != (*held, value.shape[3])
@@ -121,7 +130,7 @@ def backward(
     Raises:
         ValueError: Shapes do not fit together.
     """
-    _check(query, key, value)
+    check_tokens(query, key, value)
     batch, kv_heads, shared, length, dim = query.shape
     if grad.shape != (*query.shape[:4], value.shape[3]):
         raise ValueError(f"grad must be like the output, not {list(grad.shape)}")
@@ -143,7 +152,7 @@ def backward(
     return grads[0], grads[1], grads[2]
 
 
-def _check(query: Tensor, key: Tensor, value: Tensor) -> None:
+def check_tokens(query: Tensor, key: Tensor, value: Tensor) -> None:
     """Raise ValueError unless the shapes fit: the kernel reads what they say."""
     batch, kv_heads, _, length, dim = query.shape
     if key.shape != (batch, kv_heads, length, dim) or value.shape[:3] != key.shape[:3]:

@@ -100,11 +100,11 @@ class AugmentedAttention(ComposedAttention):
         key_mask: Tensor | None,
         query_start: int | Tensor | None,
     ) -> Tensor:
-        if self._is_fastest_as_after_nothing(query, key, value):
-            state = self.new_state(query.shape[0], dtype=key.dtype, device=key.device)
-            assert state is not None
+        if self._may_be_one_call(query, key, value):
             self._check(query, key, value, key_mask, query_start)
-            return self.total_after(query, key, value, state, key_mask, None)
+            found = self._in_one_call(query, key, value, key_mask)
+            if found is not None:
+                return found
         out = super().total(query, key, value, key_mask, query_start)
         if not self.spec.causal or statically_known_true(query.shape[2] == key.shape[2]):
             return self.with_tail(query, out, key_mask)
@@ -113,20 +113,41 @@ class AugmentedAttention(ComposedAttention):
         real = None if key_mask is None else key_mask[:, before:]
         return self.with_tail(query, out, real, _ranks(key, key_mask)[:, before:])
 
-    def _is_fastest_as_after_nothing(self, query: Tensor, key: Tensor, value: Tensor) -> bool:
-        """Whether a whole sequence is best run after an empty state: one compiled call does all of it."""
+    def _may_be_one_call(self, query: Tensor, key: Tensor, value: Tensor) -> bool:
+        """Whether one compiled call could do all of a whole sequence."""
         tensors = query, key, value
-        if (
-            not self.spec.causal
-            or torch.compiler.is_compiling()
-            or any(type(x) is not Tensor or x.is_meta for x in tensors)
-            or query.shape[2] != key.shape[2]
-            or not self._tail_joins
-        ):
+        if torch.compiler.is_compiling() or any(type(x) is not Tensor or x.is_meta for x in tensors):
             return False
-        if torch.is_grad_enabled() and any(x.requires_grad for x in (*tensors, *self.parameters())):
+        if query.shape[2] != key.shape[2] or (self.spec.causal and not self._tail_joins):
             return False
-        return registered_salient.is_compiled(self.split_heads(query), key, value)
+        return not torch.is_grad_enabled() or not registered_salient.follows(*tensors, *self.parameters())
+
+    def _in_one_call(
+        self, query: Tensor, key: Tensor, value: Tensor, key_mask: Tensor | None
+    ) -> Tensor | None:
+        """`total` of a whole sequence in compiled code, a causal one after an empty state; None where there
+        is none that takes it."""
+        if self.spec.causal:
+            state = self.new_state(query.shape[0], dtype=key.dtype, device=key.device)
+            assert state is not None
+            (part, *_) = state.parts
+            assert isinstance(part, SalientState)
+            rows = self.split_heads(query)
+            if registered_salient.after_state(rows, key, value, part.tensors, self.sizes) is None:
+                return None
+            return self.total_after(query, key, value, state, key_mask, None)
+        compiled = registered_salient.both_ways(query, key, value)
+        if compiled is None:
+            return None
+        tables = self.conv_weight, self.tail_weight
+        tiled = self.spec.kv_layout == "tiled"
+        if tiled:  # the kernel wants the heads that share a key/value head side by side
+            query = self.split_heads(query).flatten(1, 2)
+            tables = tuple(None if x is None else self._split_weight(x).flatten(0, 1) for x in tables)
+        out = registered_salient.bidirectional(
+            compiled, query, key, value, key_mask, self.sizes, self.scale, *tables
+        )
+        return self.merge_heads(out.unflatten(1, (key.shape[1], -1))) if tiled else out
 
     def with_tail(
         self, query: Tensor, out: Tensor, key_mask: Tensor | None, position: Tensor | None = None
@@ -307,13 +328,19 @@ class AugmentedAttention(ComposedAttention):
         """Weights of the tail [Hkv, R, Dv, D + Dv + 1] where the operator after a state adds it."""
         if self.tail_weight is None or not self._tail_joins:
             return None
-        return self.split_heads(self.tail_weight[None])[0]
+        return self._split_weight(self.tail_weight)
 
     def _joined_weight(self) -> Tensor | None:
         """Weights of the convolution [Hkv, R, K] where the state's ring serves it."""
         if self.conv_weight is None or not self._ring_serves:
             return None
-        return self.split_heads(self.conv_weight[None, :, None])[0, :, :, 0]
+        return self._split_weight(self.conv_weight)
+
+    def _split_weight(self, weight: Tensor) -> Tensor:
+        """weight [H, ...] -> [Hkv, R, ...], as `split_heads` does."""
+        if self.spec.kv_layout == "tiled":
+            return weight.unflatten(0, (-1, self.spec.num_key_value_heads)).transpose(0, 1)
+        return weight.unflatten(0, (self.spec.num_key_value_heads, -1))
 
     def _check(
         self,
