@@ -76,7 +76,14 @@ def _refusal(
     if missing is not None:
         return Choice("torch", missing, slow=True)
     unsupported = found.supports(query, key, value, conv_weight, activation, group_size)
-    return None if unsupported is None else Choice("torch", f"the {form} form does not take {unsupported}")
+    if unsupported is None:
+        return None
+    return Choice("torch", f"the {form} form does not take {unsupported}", slow=mixes(query, key, value))
+
+
+def mixes(query: Tensor, key: Tensor, value: Tensor) -> bool:
+    """Whether the dtypes differ, so that a cast would give the call a faster form."""
+    return not query.dtype == key.dtype == value.dtype
 
 
 @cache

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import salient_chunk, salient_recurrent, salient_tail
-from .dispatch import Choice, load, say
+from .dispatch import Choice, load, mixes, say
 from .padding import Ranks
 from .recomputed import recomputed
 from .recurrent import along
@@ -127,7 +127,7 @@ def _gradients(
 
 
 def after_state(query: Tensor, key: Tensor, value: Tensor, state: State, sizes: Sizes) -> ModuleType | None:
-    """The compiled form of tokens [B, Hkv, R, T, D] after a state, None where there is none; see `_chosen`."""
+    """The compiled form of tokens [B, Hkv, R, T, D] after a state; None where there is none."""
     return _chosen("salient", query, key, value, state, sizes)
 
 
@@ -136,18 +136,19 @@ def both_ways(query: Tensor, key: Tensor, value: Tensor) -> ModuleType | None:
     return _chosen("bidirectional", query, key, value)
 
 
-def _chosen(name: str, query: Tensor, *rest: Any) -> ModuleType | None:
+def _chosen(name: str, query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> ModuleType | None:
     """The C++ form of that name, where there is one and it takes the call; what runs is logged."""
     if not query.is_cpu:
         say(Choice("torch", f"on {query.device.type}, where `augmented` has no compiled form"))
         return None
     compiled = _library(name)
-    reason = compiled if isinstance(compiled, str) else compiled.refusal(query, *rest)
+    reason = compiled if isinstance(compiled, str) else compiled.refusal(query, key, value, *rest)
     if reason is None:
         say(_COMPILED)
         assert isinstance(compiled, ModuleType)
         return compiled
-    say(Choice("torch", f"`augmented`: {reason}"))
+    slow = isinstance(compiled, str) or mixes(query, key, value)
+    say(Choice("torch", f"`augmented`: {reason}", slow))
     return None
 
 

@@ -60,6 +60,16 @@ def at_lag(weight: Tensor, lag: Tensor) -> Tensor:
     return weight[..., lag.clamp(0, weight.shape[-1] - 1)] * inside
 
 
+def as_autocast(*tokens: Tensor) -> tuple[Tensor, ...]:
+    """Query, key and value as autocast gives them to scaled_dot_product_attention: in its dtype, unless they
+    are float64; as they are where it is off."""
+    device = tokens[0].device.type
+    if not torch.is_autocast_enabled(device):
+        return tokens
+    dtype = torch.get_autocast_dtype(device)
+    return tuple(x if x.dtype == torch.float64 else x.to(dtype) for x in tokens)
+
+
 def full_precision(device: torch.device) -> AbstractContextManager[Any]:
     """Keep autocast from rounding what runs inside; entered only when needed, so that graphs stay plain."""
     if torch.is_autocast_enabled(device.type):

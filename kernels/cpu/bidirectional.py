@@ -1,4 +1,4 @@
-"""`salient_chunk.bidirectional` in C++, without gradients: with the convolution and the tail in the same call."""
+"""`salient_chunk.bidirectional` in C++, without gradients, with convolution and tail in the same call."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from ..salient import Sizes
 from . import DTYPES
 from .library import parameter, place, run, table, threads_for
 from .salient import tokens_refusal as refusal
-
 
 __all__ = ["attend", "refusal"]
 
@@ -56,11 +55,11 @@ def attend(
         raise ValueError(f"shapes of query, key and value, or {taps} taps, do not fit: {shapes}")
     conv, conv_at = parameter(conv_weight, (heads, taps), "conv_weight")
     tail, tail_at = parameter(tail_weight, (heads, value_dim, dim + value_dim + 1), "tail_weight")
-    make, count_at = torch.empty, 0
+    out, count_at = torch.empty(batch, length, heads, value_dim).transpose(1, 2), 0
     if count is not None:
-        make, count = torch.zeros, table(count, (batch,), torch.int64, "count")
+        count = table(count, (batch,), torch.int64, "count")
         count_at = count.data_ptr()
-    out = make(batch, length, heads, value_dim).transpose(1, 2)
+        out.zero_()
     query, query_fields = place(query)
     key, key_fields = place(key)
     value, value_fields = place(value)
@@ -69,6 +68,7 @@ def attend(
         *(*query_fields, *key_fields, *value_fields, *place(out)[1], count_at, conv_at, tail_at),
     )
     seen = min(length, 2 * sizes.window + 1 + sizes.kept)
-    run("linearize_bidirectional", fields, isa, threads_for(batch * heads * length * seen * (dim + value_dim)))
+    work = batch * heads * length * seen * (dim + value_dim)
+    run("linearize_bidirectional", fields, isa, threads_for(work))
     del conv, tail  # the kernel read what they hold
     return out

@@ -35,7 +35,7 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 from ..errors import InputError
 from ..kernels import registered_salient, salient, salient_chunk
 from ..kernels import salient_tail as tail
-from ..kernels.tensors import full_precision, widen
+from ..kernels.tensors import as_autocast, full_precision, widen
 from ..ops.arguments import check, check_held
 from ..ops.attention import Lineage, checked_path, lineage
 from ..ops.state import Part, SalientState, States
@@ -139,7 +139,7 @@ class AugmentedAttention(ComposedAttention):
         compiled = registered_salient.both_ways(query, key, value)
         if compiled is None:
             return None
-        tables = self.conv_weight, self.tail_weight
+        tables: tuple[Tensor | None, ...] = self.conv_weight, self.tail_weight
         tiled = self.spec.kv_layout == "tiled"
         if tiled:  # the kernel wants the heads that share a key/value head side by side
             query = self.split_heads(query).flatten(1, 2)
@@ -294,6 +294,7 @@ class AugmentedAttention(ComposedAttention):
         self._check(query, key, value, key_mask=None)
         check_held(query, key, value, part.tensors.keys, part.tensors.values)
         path = None if path is None else checked_path(path, key)
+        query, key, value = as_autocast(query, key, value)
         with full_precision(value.device):
             torch.ops.linearize.salient_append(
                 self.split_heads(query), key, value, *part.tensors, *self.sizes, self.scale, path

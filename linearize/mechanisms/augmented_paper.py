@@ -30,7 +30,7 @@ from torch import Tensor, nn
 
 from ..errors import InputError
 from ..kernels import naive as core
-from ..kernels.tensors import ones, widen
+from ..kernels.tensors import as_autocast, ones, widen
 from .base import EVERYWHERE, Mechanism, choice
 from .composed import ComposedAttention, Term, of_queries
 from .spec import SiteSpec
@@ -132,7 +132,7 @@ class PaperAttention(ComposedAttention):
     ) -> Tensor:
         """As every attention module; bias [1, H, T, S] is read, and needed, if `keeps_bias`."""
         start = query_start if self.spec.causal or self.spec.cross else None
-        terms = self.terms(query, key, value)
+        terms = self.terms(*as_autocast(query, key, value))
         if self.keeps_bias:
             table = _bias_by_lag(bias, self.group_size, self.spec.causal, start)
             terms[0] = replace(terms[0], local_bias=table)

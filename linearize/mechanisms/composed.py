@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..kernels.padding import Ranks
-from ..kernels.tensors import full_precision, unit, with_one
+from ..kernels.tensors import as_autocast, full_precision, unit, with_one
 from ..kernels.tensors import widen as widen
 from ..ops import attention as ops
 from ..ops.state import AttentionState, Part, States
@@ -94,6 +94,7 @@ class ComposedAttention(AttentionModule):
         sinks: Tensor | None = None,
     ) -> Tensor:
         start = query_start if self.spec.causal or self.spec.cross else None
+        query, key, value = as_autocast(query, key, value)
         with full_precision(value.device):
             return self.total(query, key, value, key_mask, start).to(value.dtype)
 
@@ -254,6 +255,7 @@ class ComposedAttention(AttentionModule):
         Raises:
             InputError: The tokens do not fit together or to the state, which is then unchanged.
         """
+        query, key, value = as_autocast(query, key, value)
         with full_precision(value.device):
             return self.total_after(query, key, value, state, key_mask, None).to(value.dtype)
 
@@ -275,6 +277,7 @@ class ComposedAttention(AttentionModule):
         Raises:
             InputError: The arguments do not fit.
         """
+        query, key, value = as_autocast(query, key, value)
         with full_precision(value.device):
             return self.total_after(query, key, value, state, None, parents).to(value.dtype)
 
@@ -293,6 +296,7 @@ class ComposedAttention(AttentionModule):
         Raises:
             InputError: The arguments do not fit.
         """
+        query, key, value = as_autocast(query, key, value)
         with full_precision(value.device):
             terms = [*self.terms(query, key, value), *self._apart(query, key, value)]
             for term, part in zip(terms, state.parts, strict=True):
@@ -317,6 +321,7 @@ class ComposedAttention(AttentionModule):
         return self.spec.cross
 
     def summarize(self, key: Tensor, value: Tensor, key_mask: Tensor | None) -> Summary:
+        key, value = as_autocast(key, value)
         with full_precision(value.device):
             query = key.new_zeros(key.shape[0], self.spec.num_heads, 1, key.shape[3])
             terms = self.terms(query, key, value)
@@ -330,6 +335,7 @@ class ComposedAttention(AttentionModule):
         self, query: Tensor, key: Tensor, value: Tensor, summary: Summary, query_start: int | Tensor | None
     ) -> Tensor:
         start = 0 if query_start is None else query_start
+        query, key, value = as_autocast(query, key, value)
         block = block_of(key, value, summary, query.shape[2], start, self.group_size)
         with full_precision(value.device):
             terms = self.terms(widen(query), widen(block.key), widen(block.value))
