@@ -215,6 +215,10 @@ salient_attention = recomputed(
 """`salient_chunk.forward`, or `bidirectional`, as an operator with gradients."""
 
 torch.library.define(
+    "linearize::salient_both_ways",
+    f"({_TOKENS}, Tensor? key_mask, {_SIZES}, Tensor? conv_weight, Tensor? tail_weight) -> Tensor",
+)
+torch.library.define(
     "linearize::salient_extend",
     f"({_TOKENS}, {_STATE}, {_SIZES}, Tensor? conv_weight, Tensor? tail_weight, Tensor? real) -> Tensor",
 )
@@ -230,6 +234,34 @@ torch.library.register_fake("linearize::salient_tree", _fake)
 def _split(rest: tuple[Any, ...]) -> tuple[State, Sizes, float, tuple[Any, ...]]:
     """State, sizes, scale and what follows, of an operator's arguments after the tokens."""
     return State(*rest[:6]), Sizes(*rest[6:9]), rest[9], rest[10:]
+
+
+@torch.library.register_fake("linearize::salient_both_ways")
+def _both_ways_fake(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> Tensor:
+    batch, heads, length, _ = query.shape
+    out = query.new_empty((batch, length, heads, value.shape[3]), dtype=torch.float32)
+    return out.transpose(1, 2)
+
+
+@torch.library.impl("linearize::salient_both_ways", "CompositeExplicitAutograd")
+def _both_ways(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_mask: Tensor | None,
+    window: int,
+    sinks: int,
+    salient: int,
+    scale: float,
+    conv_weight: Tensor | None,
+    tail_weight: Tensor | None,
+) -> Tensor:
+    """`bidirectional` with convolution and tail, for calls that have a compiled form."""
+    compiled = both_ways(query, key, value)
+    if compiled is None:
+        raise RuntimeError("this graph was made where the C++ form of `augmented` ran, and here it cannot")
+    tables = Sizes(window, sinks, salient), scale, conv_weight, tail_weight
+    return bidirectional(compiled, query, key, value, key_mask, *tables)
 
 
 @torch.library.impl("linearize::salient_extend", "CompositeExplicitAutograd")

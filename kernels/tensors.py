@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 
 def widen(x: Tensor) -> Tensor:
@@ -68,6 +69,16 @@ def as_autocast(*tokens: Tensor) -> tuple[Tensor, ...]:
         return tokens
     dtype = torch.get_autocast_dtype(device)
     return tuple(x if x.dtype == torch.float64 else x.to(dtype) for x in tokens)
+
+
+def runs_at_once(query: Tensor, key: Tensor, value: Tensor) -> bool:
+    """Whether what is done with the tensors now is done with their values, and nobody makes a graph of it."""
+    return (
+        type(query) is type(key) is type(value) is Tensor
+        and not torch.compiler.is_compiling()
+        and not torch.jit.is_tracing()
+        and not is_in_torch_dispatch_mode()
+    )
 
 
 def full_precision(device: torch.device) -> AbstractContextManager[Any]:

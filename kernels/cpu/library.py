@@ -42,6 +42,22 @@ def run(name: str, fields: tuple[float, ...], isa: str | None, threads: int) -> 
         raise MemoryError("the CPU kernel could not allocate its scratch memory")
 
 
+class Laid:
+    """A call whose fields lie ready; `places` are those that are integers, to be changed before it runs."""
+
+    def __init__(self, name: str, fields: tuple[float, ...]) -> None:
+        library, _, _, self._isa = load()
+        self._function = getattr(library, name)
+        self._block = ctypes.create_string_buffer(_FIELDS[name].pack(*fields))
+        self._address = ctypes.addressof(self._block)
+        self.places = memoryview(self._block).cast("B")[: _FIELDS[name].size].cast("q")
+
+    def run(self, threads: int) -> None:
+        """Raises MemoryError like `run`."""
+        if self._function(self._address, self._isa, threads):
+            raise MemoryError("the CPU kernel could not allocate its scratch memory")
+
+
 def threads_for(work: int) -> int:
     return 1 if work < 2 * SMALL else min(torch.get_num_threads(), int(work / SMALL))
 
@@ -93,6 +109,6 @@ def load() -> tuple[ctypes.CDLL | None, str | None, str, int]:
         function = getattr(library, name, None)
         if function is None:
             return None, "the C++ kernels are of another version; reinstall linearize", "", 0
-        function.argtypes = [ctypes.c_char_p, ctypes.c_int64, ctypes.c_int64]
+        function.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64]
         function.restype = ctypes.c_int
     return library, None, names[found], found

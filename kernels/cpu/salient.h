@@ -129,7 +129,7 @@ struct SalientUnit {
     scores = arena.take(most_rows * padded);
     outputs = arena.take(most_rows * width);
     seen_at = arena.take(padded);
-    spare = arena.take(most(depth, width));
+    spare = arena.take(most(most(depth, width), 2 * WIDTH * WIDTH));
     const bool long_tail = s.tail && least(s.length, SALIENT_BLOCK) > SHORT_TAIL;
     tail = arena.take(long_tail ? shared * tail_columns() * width : 0);
     joined = arena.take(s.tail ? (SALIENT_BLOCK + TILE_ROWS) * tail_columns() : 0);
@@ -266,16 +266,14 @@ struct SalientUnit {
       read_rows(queries + r * count * depth, depth, s.query, s.dtype, b, h * shared + r, from, count, s.dim);
     for (int64_t i = 0; i < queries_in_all * depth; i += WIDTH) store(queries + i, load(queries + i) * static_cast<float>(s.scale));
     look(block, length + count);
-    const bool few = queries_in_all <= SHORT_SPAN;
-    if (few) score_each(queries_in_all);
+    if (queries_in_all <= SHORT_SPAN) score_each(queries_in_all);
     else score_all(queries_in_all);
     const int64_t start = length - block * SALIENT_BLOCK;
     for (int64_t q = 0; q < queries_in_all; q++) soften(seen_at, padded, scores + q * padded, start + q % count);
     float* vote = votes(block % s.vote_rows);
     for (int64_t q = 0; q < queries_in_all; q++)
       for (int64_t l = 0; l < rows; l++) vote[l] += scores[q * padded + l];
-    if (few) gather_each(queries_in_all);
-    else product<ROWS, SET>(outputs, width, scores, padded, values, value_stride, queries_in_all, width, rows);
+    product<ROWS, SET>(outputs, width, scores, padded, values, value_stride, queries_in_all, width, rows);
     for (int64_t r = 0; r < shared; r++) {
       float* rows_of_head = outputs + r * count * width;
       if (s.taps) convolve(rows_of_head, h * shared + r, count, length);
@@ -284,16 +282,25 @@ struct SalientUnit {
     }
   }
 
+  // Products of WIDTH keys at a time: their sums over lanes are sums of vectors once turned.
   void score_each(int64_t count) {
-    for (int64_t q = 0; q < count; q++)
-      for (int64_t l = 0; l < rows; l++) {
-        Vec total = {};
-        for (int64_t i = 0; i < depth; i += WIDTH)
-          total += load(queries + q * depth + i) * load(keys + l * key_stride + i);
-        scores[q * padded + l] = sum(total);
+    for (int64_t l = 0; l < padded; l += WIDTH) {
+      const int64_t here = least(WIDTH, rows - l);
+      for (int64_t q = 0; q < count; q++) {
+        float* partial = spare;
+        float* sums = spare + WIDTH * WIDTH;
+        for (int64_t r = 0; r < WIDTH; r++) {
+          Vec total = {};
+          for (int64_t i = 0; r < here && i < depth; i += WIDTH)
+            total += load(queries + q * depth + i) * load(keys + (l + r) * key_stride + i);
+          store(partial + r * WIDTH, total);
+        }
+        transpose_block(sums, WIDTH, partial, WIDTH);
+        Vec score = {};
+        for (int64_t r = 0; r < WIDTH; r++) score += load(sums + r * WIDTH);
+        store(scores + q * padded + l, score);
       }
-    for (int64_t q = 0; q < count; q++)
-      for (int64_t l = rows; l < padded; l++) scores[q * padded + l] = 0;
+    }
   }
 
   void score_all(int64_t count) {
@@ -302,17 +309,6 @@ struct SalientUnit {
     for (int64_t l = whole; l < padded; l++)
       for (int64_t i = 0; i < depth; i++) turned[i * padded + l] = l < rows ? keys[l * key_stride + i] : 0;
     product<ROWS, SET>(scores, padded, queries, depth, turned, padded, count, padded, depth);
-  }
-
-  void gather_each(int64_t count) {
-    for (int64_t q = 0; q < count; q++) {
-      float* out = outputs + q * width;
-      for (int64_t i = 0; i < width; i += WIDTH) {
-        Vec total = {};
-        for (int64_t l = 0; l < rows; l++) total += scores[q * padded + l] * load(values + l * value_stride + i);
-        store(out + i, total);
-      }
-    }
   }
 
   // Adds the convolution over values to rows [count] of a head.

@@ -26,7 +26,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -35,7 +35,7 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 from ..errors import InputError
 from ..kernels import registered_salient, salient, salient_chunk
 from ..kernels import salient_tail as tail
-from ..kernels.tensors import as_autocast, full_precision, widen
+from ..kernels.tensors import as_autocast, full_precision, runs_at_once, widen
 from ..ops.arguments import check, check_held
 from ..ops.attention import Lineage, checked_path, lineage
 from ..ops.state import Part, SalientState, States
@@ -136,17 +136,15 @@ class AugmentedAttention(ComposedAttention):
             if registered_salient.after_state(rows, key, value, part.tensors, self.sizes) is None:
                 return None
             return self.total_after(query, key, value, state, key_mask, None)
-        compiled = registered_salient.both_ways(query, key, value)
-        if compiled is None:
+        if registered_salient.both_ways(query, key, value) is None:
             return None
         tables: tuple[Tensor | None, ...] = self.conv_weight, self.tail_weight
         tiled = self.spec.kv_layout == "tiled"
         if tiled:  # the kernel wants the heads that share a key/value head side by side
             query = self.split_heads(query).flatten(1, 2)
             tables = tuple(None if x is None else self._split_weight(x).flatten(0, 1) for x in tables)
-        out = registered_salient.bidirectional(
-            compiled, query, key, value, key_mask, self.sizes, self.scale, *tables
-        )
+        rest = key_mask, *self.sizes, self.scale, *tables
+        out = torch.ops.linearize.salient_both_ways(query, key, value, *rest)
         return self.merge_heads(out.unflatten(1, (key.shape[1], -1))) if tiled else out
 
     def with_tail(
@@ -235,6 +233,49 @@ class AugmentedAttention(ComposedAttention):
             device=device,
         )
         return States((SalientState(tensors, self.sizes, max_rewind), *convolution.parts))
+
+    def extend(
+        self, query: Tensor, key: Tensor, value: Tensor, state: States, *, key_mask: Tensor | None = None
+    ) -> Tensor:
+        tokens = as_autocast(query, key, value)
+        ready = self._ready(*tokens, state, key_mask)
+        if ready is None:
+            return super().extend(query, key, value, state, key_mask=key_mask)
+        return ready(*tokens, key_mask).to(tokens[2].dtype)
+
+    def _ready(
+        self, query: Tensor, key: Tensor, value: Tensor, state: States, key_mask: Tensor | None
+    ) -> Any:
+        """The call that takes one token of each sequence into the state, laid out before or now; None where
+        all has to be looked at, graphs and calls that cannot run among it."""
+        part = state.parts[0]
+        assert isinstance(part, SalientState)
+        if torch.is_grad_enabled() or not runs_at_once(query, key, value) or query.shape[2] != 1:
+            return None
+        if key_mask is not None and not _is_column(key_mask, query):
+            return None
+        call, weights = part.ready.call, (self.conv_weight, self.tail_weight)
+        if call is None or not call.fits(query, key, value, part.tensors, weights):
+            part.ready.call = call = self._laid_out(query, key, value, state)
+        return call
+
+    def _laid_out(self, query: Tensor, key: Tensor, value: Tensor, state: States) -> Any:
+        """The call of `_ready` for tokens like these, None where there is none."""
+        part, *apart = state.parts
+        assert isinstance(part, SalientState)
+        weights = self.conv_weight, self.tail_weight
+        if apart or not self._tail_joins or self.spec.kv_layout == "tiled":
+            return None
+        if any(x is not None and x.is_inference() for x in weights):
+            return None  # no one counts their versions
+        self._check(query, key, value, None)
+        check_held(query, key, value, part.tensors.keys, part.tensors.values)
+        rows = self.split_heads(query)
+        compiled = registered_salient.after_state(rows, key, value, part.tensors, self.sizes)
+        if compiled is None:
+            return None
+        made = compiled.OneToken(query, key, value, part.tensors, self.sizes, self.scale, *weights)
+        return made if made.fits(query, key, value, part.tensors, weights) else None
 
     def mix_after(
         self,
@@ -365,6 +406,11 @@ def _ranks(query: Tensor, key_mask: Tensor | None) -> Tensor:
     if key_mask is None:
         return torch.arange(query.shape[2], device=query.device).expand(query.shape[0], -1)
     return (key_mask.cumsum(1) - 1).clamp_min(0)
+
+
+def _is_column(key_mask: Tensor, query: Tensor) -> bool:
+    """Whether the mask is one of the sequences of one token each."""
+    return type(key_mask) is Tensor and key_mask.dtype == torch.bool and key_mask.shape == query.shape[:3:2]
 
 
 def naive(
