@@ -94,7 +94,7 @@ def _fields(
     out: Tensor,
     count: Tensor | None,
 ) -> tuple[tuple[float, ...], list[Tensor | None]]:
-    """The fields of `Salient` in abi.h, and the tensors they point into. Raises ValueError as `extend` does."""
+    """The fields of `Salient` in abi.h, and the tensors they point into; raises as `extend` does."""
     batch, kv_heads, shared, length, dim = query.shape
     rows, taps = sizes.kept + sizes.window + BLOCK, 0 if conv_weight is None else conv_weight.shape[2]
     held = (batch, kv_heads, rows)

@@ -146,7 +146,11 @@ def test_shapes_and_masks_that_do_not_fit_are_still_refused(pair: Pair) -> None:
 
     query, key, value = token(2)
     with torch.no_grad():
-        for wrong in ((query[:1], key[:1], value[:1]), (query, key, value[..., :8]), (query, key[:, :1], value)):
+        for wrong in (
+            (query[:1], key[:1], value[:1]),
+            (query, key, value[..., :8]),
+            (query, key[:, :1], value),
+        ):
             with pytest.raises(InputError):
                 pair.ours.extend(*wrong, pair.state)
         with pytest.raises(InputError):
