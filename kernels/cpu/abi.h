@@ -15,7 +15,7 @@ struct Tensor {
   int64_t batch, head, row;
 };
 
-// The operator of kernels/naive.py in its causal form. A null pointer leaves that part out.
+// The operator of kernels/naive.py in its causal form, or of the forward both ways. A null pointer leaves that part out.
 struct Core {
   int64_t dtype, batch, heads, kv_heads, length, dim, value_dim;
   int64_t group, taps, activation, normalize;
@@ -131,6 +131,10 @@ struct Kernels {
   void (*forward_sum)(const Forward&, Piece, float* sum, float* scratch);
   // `before`: the sum over everything before the piece.
   void (*forward_piece)(const Forward&, Piece, const float* before, float* scratch);
+
+  size_t (*forward_both_scratch)(const Forward&);
+  // Of a sequence that looks both ways; `sums`: k^T v over all of it.
+  void (*forward_both_piece)(const Forward&, Piece, const float* sums, float* scratch);
 
   size_t (*backward_scratch)(const Backward&, int64_t groups);
   // The piece's own sums of k^T v and of alpha q^T do.

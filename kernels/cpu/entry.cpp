@@ -141,6 +141,25 @@ __attribute__((visibility("default"))) int linearize_forward(const Forward* f, i
   });
 }
 
+__attribute__((visibility("default"))) int linearize_forward_both(const Forward* f, int64_t isa,
+                                                                  int64_t threads) {
+  const Kernels& kernels = kernels_of(isa);
+  const Cut cut(f->core, threads);
+  const size_t state = f->core.alpha ? kernels.state_floats(f->core) : 0;
+  Scratch sums(cut.count() * state, false);
+  if (!sums.get()) return 1;
+  if (state && !for_each(cut.count(), threads, kernels.forward_scratch(*f), true, [&](int64_t i, float* own) {
+        kernels.forward_sum(*f, cut.at(i), sums.get() + i * state, own);
+      }))
+    return 1;
+  for (int64_t i = 0; i < cut.count(); i++)  // all pieces of a unit into its first
+    for (size_t j = 0; i % cut.pieces && j < state; j++)
+      sums.get()[i / cut.pieces * cut.pieces * state + j] += sums.get()[i * state + j];
+  return !for_each(cut.count(), threads, kernels.forward_both_scratch(*f), true, [&](int64_t i, float* own) {
+    kernels.forward_both_piece(*f, cut.at(i), sums.get() + i / cut.pieces * cut.pieces * state, own);
+  });
+}
+
 __attribute__((visibility("default"))) int linearize_backward(const Backward* f, int64_t isa,
                                                               int64_t threads) {
   const Kernels& kernels = kernels_of(isa);

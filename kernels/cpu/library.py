@@ -18,6 +18,7 @@ _FIELDS = {
     "linearize_salient_backward": struct.Struct("10qd30q"),
     "linearize_bidirectional": struct.Struct("11qd19q"),
     "linearize_forward": struct.Struct(f"{CORE + 4 * 4}q"),
+    "linearize_forward_both": struct.Struct(f"{CORE + 4 * 4}q"),
     "linearize_backward": struct.Struct(f"{CORE + 7 * 4 + 3}q"),
     "linearize_step": struct.Struct(f"{CORE + 7 * 4 + 5}q"),
     "linearize_append": struct.Struct(f"{CORE + 5 * 4 + 6}q"),

@@ -86,6 +86,8 @@ def one(cpu: Any, isa: str) -> None:
     call = shapes.tokens(draw.choice((1, 2, 7, 16, 33, 100)))
     out = cpu.forward(*call, *shapes.parameters, isa=isa)
     cpu.backward(torch.randn_like(out), *call, *shapes.parameters, isa=isa)
+    if shapes.taps is None or shapes.taps % 2:
+        cpu.forward_both(*call, *shapes.parameters, isa=isa)
     state = shapes.state()
     for _ in range(draw.randint(1, 4)):
         count = draw.randint(1, 30)
