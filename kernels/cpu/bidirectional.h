@@ -114,7 +114,8 @@ struct Panel {
   int64_t b, h, count, first, last, from, to, kept;  // from, to: tokens that are at hand
   float *read, *turned, *values, *kept_turned, *kept_values, *queries, *scores, *outputs, *bands;
   float *tail, *joined, *added;
-  int32_t* is_kept;  // all bits set where a token is
+  int32_t* is_kept;              // all bits set where a token is
+  int32_t *convolves, *estimates;  // whether each head's convolution and tail add anything
   const int32_t* position;
 
   Panel(const Bidirectional& s, Arena& arena) : s(s) {
@@ -140,6 +141,8 @@ struct Panel {
     joined = arena.take(s.tail ? (ASKED + TILE_ROWS) * columns : 0);
     added = arena.take(s.tail ? (ASKED + TILE_ROWS) * width : 0);
     is_kept = reinterpret_cast<int32_t*>(arena.take(held + WIDTH));
+    convolves = reinterpret_cast<int32_t*>(arena.take(shared));
+    estimates = reinterpret_cast<int32_t*>(arena.take(shared));
   }
 
   void run(int64_t index, const int32_t* chosen) {
@@ -176,17 +179,15 @@ struct Panel {
       transpose(kept_turned + i, kept_stride, read, depth, WIDTH, depth);
     }
     for (int64_t r = 0; r < shared; r++) {
-      if (convolves(r)) lay_band(r);
-      if (estimates(r)) turn_estimate(tail + r * estimate_columns(s) * width, width, s.tail, h * shared + r, s);
+      convolves[r] = s.conv && speak(s.conv + (h * shared + r) * s.taps, s.taps);
+      const int64_t size = s.value_dim * estimate_columns(s);
+      estimates[r] = s.tail && dropped() > 0 && speak(s.tail + (h * shared + r) * size, size);
+      if (convolves[r]) lay_band(r);
+      if (estimates[r]) turn_estimate(tail + r * estimate_columns(s) * width, width, s.tail, h * shared + r, s);
     }
   }
 
   int64_t dropped() const { return count - 2 * s.window - 1 - s.kept(); }
-  bool convolves(int64_t r) const { return s.conv && speak(s.conv + (h * shared + r) * s.taps, s.taps); }
-  bool estimates(int64_t r) const {
-    const int64_t size = s.value_dim * estimate_columns(s);
-    return s.tail && dropped() > 0 && speak(s.tail + (h * shared + r) * size, size);
-  }
 
   // The taps of a head from the last to the first, zeros on either side: band[k - i] weighs, for query i of a
   // block at t, the value at t - taps / 2 + k.
@@ -257,14 +258,14 @@ struct Panel {
   // Convolution and tail of a head, and its rows of the output.
   void finish(int64_t r, int64_t t, int64_t asked) {
     float* out = outputs + r * asked * width;
-    if (convolves(r)) {
+    if (convolves[r]) {
       const int64_t newest = t - s.taps / 2, skip = most(0, -newest);
       const int64_t number = least(asked - 1 + s.taps, count - newest) - skip;
       if (number > 0)
         product<BAND, ADD>(out, width, band_of(r) + skip, 0, values + (newest + skip - from) * width, width,
                            asked, width, number);
     }
-    if (estimates(r)) {
+    if (estimates[r]) {
       const float share = std::log1p(static_cast<float>(dropped()) / most(s.window + s.kept(), 1));
       add_estimate(out, width, queries + r * asked * depth, depth, asked, share,
                    tail + r * estimate_columns(s) * width, joined, added, s);
