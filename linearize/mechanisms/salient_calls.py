@@ -88,15 +88,21 @@ class SalientCalls(ComposedAttention):
             if registered_salient.after_state(rows, key, value, part.tensors, self.sizes) is None:
                 return None
             return self.total_after(query, key, value, state, key_mask, None)
-        if registered_salient.both_ways(query, key, value) is None:
+        compiled = registered_salient.both_ways(query, key, value)
+        if compiled is None:
             return None
         tables: tuple[Tensor | None, ...] = self.conv_weight, self.tail_weight
         tiled = self.spec.kv_layout == "tiled"
         if tiled:  # the kernel wants the heads that share a key/value head side by side
             query = self.split_heads(query).flatten(1, 2)
             tables = tuple(None if x is None else self._split_weight(x).flatten(0, 1) for x in tables)
-        rest = key_mask, *self.sizes, self.scale, *tables
-        out = torch.ops.linearize.salient_both_ways(query, key, value, *rest)
+        tokens = query, key, value
+        if runs_at_once(*tokens):  # an encoder of a hundred tokens notices what an operator costs
+            rest = key_mask, self.sizes, self.scale, *tables
+            out = registered_salient.bidirectional(compiled, *tokens, *rest)
+        else:
+            wide = *self.sizes, self.scale, *tables
+            out = torch.ops.linearize.salient_both_ways(*tokens, key_mask, *wide)
         return self.merge_heads(out.unflatten(1, (key.shape[1], -1))) if tiled else out
 
     @property

@@ -156,3 +156,14 @@ def test_shapes_and_masks_that_do_not_fit_are_still_refused(pair: Pair) -> None:
         with pytest.raises(InputError):
             pair.ours.extend(query, key, value, pair.state, key_mask=torch.ones(BATCH, 2, dtype=torch.bool))
     pair.feed(token(3))
+
+
+def test_a_graph_of_a_bidirectional_site_has_the_operator_and_not_its_result() -> None:
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    spec = SiteSpec(HEADS, KV_HEADS, DIM, DIM, causal=False)
+    module = build_attention(spec, LinearizeConfig()).eval().requires_grad_(False)
+    with torch.no_grad():
+        graph = make_fx(lambda query, key, value: module(query, key, value))(*token(2, 20))
+        torch.testing.assert_close(graph(*token(3, 20)), module(*token(3, 20)))
+    assert "salient_both_ways" in graph.code
