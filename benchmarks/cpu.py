@@ -339,6 +339,53 @@ def augmented(sizes: Sizes) -> Iterator[Row]:
         case = f"one token after {context} D=64"
         yield from lines("augmented", case, timed, "softmax", {}, {}, context=context)
 
+    yield from one_token(sizes)
+
+
+def one_token(sizes: Sizes) -> Iterator[Row]:
+    """A step of `augmented` in SmolLM2's shape: laid out once, and with all looked at anew."""
+    from linearize.mechanisms.salient_calls import SalientCalls
+    from linearize.mechanisms.spec import SiteSpec
+    from linearize.planning.build import build_attention
+    from linearize.planning.config import LinearizeConfig
+
+    heads = 9, 3, 3
+    module: Any = build_attention(SiteSpec(9, 3, 64, 64, causal=True), LinearizeConfig()).eval()
+    before, token = ([rows(n, length, 64, torch.float32) for n in heads] for length in (600, 1))
+    states = [module.new_state(1, dtype=torch.float32, device=torch.device("cpu")) for _ in range(2)]
+    with torch.no_grad():
+        for state in states:
+            module.extend(*before, state)
+        sides: dict[str, Call] = {
+            "all looked at anew": lambda: super(SalientCalls, module).extend(*token, states[0]),
+            "augmented": lambda: module.extend(*token, states[1]),
+        }
+        timed = compare(sides, sizes.seconds, least=256)
+    case = "one token, 9 heads and 3 of keys D=64"
+    yield from lines("augmented", case, timed, "all looked at anew", {}, {})
+
+
+def encoder(sizes: Sizes) -> Iterator[Row]:
+    """Attention both ways in MiniLM's shape, 12 heads of 32, as modules beside PyTorch's."""
+    from linearize.mechanisms.spec import SiteSpec
+    from linearize.planning.build import build_attention
+    from linearize.planning.config import LinearizeConfig
+
+    heads, dim = 12, 32
+    for length in (128, *sizes.training):
+        if length > 2048:
+            continue
+        # As models have them: the heads of a token side by side.
+        qkv = [rows(length, heads, dim, torch.float32).transpose(1, 2) for _ in range(3)]
+        sides: dict[str, Call] = {"softmax": lambda x=qkv: F.scaled_dot_product_attention(*x)}
+        for name in ("augmented", "augmented_paper"):
+            spec = SiteSpec(heads, heads, dim, dim, causal=False)
+            module = build_attention(spec, LinearizeConfig(mechanism=name)).eval()
+            sides[name] = lambda module=module, x=qkv: module(*x)
+        with torch.no_grad():
+            timed = compare(sides, sizes.seconds)
+        yield from lines("encoder", f"T={length} D=32 float32", timed, "softmax", {}, {}, length=length)
+
 
 def naive(sizes: Sizes) -> Iterator[Row]:
     """flash-linear-attention's forms that run on a CPU: plain linear attention, less than ours computes."""
@@ -438,6 +485,7 @@ SECTIONS: dict[str, Callable[[Sizes], Iterator[Row]]] = {
     "memory": memory,
     "mechanisms": mechanism,
     "augmented": augmented,
+    "encoder": encoder,
     "fla": naive,
 }
 

@@ -7,10 +7,14 @@ from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
 from types import ModuleType
+from typing import Literal
 
 from torch import Tensor
 
 FORMS = ("torch", "cpu", "triton")
+Order = Literal["causal", "both", "other"]
+"""What a query sees: tokens up to its own, also after a state; all of its own sequence; anything else."""
+_ORDERS: dict[str, tuple[Order, ...]] = {"cpu": ("causal", "both"), "triton": ("causal",)}
 _DEVICE_OF = {"cpu": "cpu", "triton": "cuda"}
 _LOG = logging.getLogger("linearize")
 
@@ -32,20 +36,20 @@ def choose(
     local_bias: Tensor | None,
     activation: str,
     group_size: int,
-    causal: bool,
+    order: Order,
     form: str | None = None,
 ) -> Choice:
     """The form for one call (shapes as in `chunk.forward`). Reads no data.
 
-    causal: queries are the keys' own tokens, or follow a state. form: the one that must be taken; raises
-    ValueError, with the reason, when it cannot take the call.
+    form: the one that must be taken; raises ValueError, with the reason, when it cannot take the call.
     """
     if form == "torch":
         return Choice("torch", "asked for")
     wanted = form or ("triton" if query.device.type == "cuda" else "cpu")
-    reason = _refusal(wanted, query, key, value, conv_weight, local_bias, activation, group_size, causal)
+    reason = _refusal(wanted, query, key, value, conv_weight, local_bias, activation, group_size, order)
     if reason is None:
-        return Choice(wanted, f"causal, on {query.device.type}")
+        way = "causal" if order == "causal" else "bidirectional"
+        return Choice(wanted, f"{way}, on {query.device.type}")
     if form is not None:
         raise ValueError(f"form {form!r} cannot take this call: {reason.reason}")
     return reason
@@ -60,13 +64,14 @@ def _refusal(
     local_bias: Tensor | None,
     activation: str,
     group_size: int,
-    causal: bool,
+    order: Order,
 ) -> Choice | None:
     """The torch form instead, with the reason why `form` cannot take the call."""
     if query.device.type != _DEVICE_OF[form]:
         return Choice("torch", f"the {form} form needs {_DEVICE_OF[form]} tensors, not {query.device.type}")
-    if not causal:
-        return Choice("torch", "only causal attention of a sequence to itself has a compiled form")
+    if order not in _ORDERS[form]:
+        some = "causal attention" if form == "triton" else "attention"
+        return Choice("torch", f"only {some} of a sequence to itself has a compiled form")
     if local_bias is not None:
         return Choice("torch", "a relative position bias has no compiled form")
     found = load(form)
@@ -76,7 +81,14 @@ def _refusal(
     if missing is not None:
         return Choice("torch", missing, slow=True)
     unsupported = found.supports(query, key, value, conv_weight, activation, group_size)
-    return None if unsupported is None else Choice("torch", f"the {form} form does not take {unsupported}")
+    if unsupported is None:
+        return None
+    return Choice("torch", f"the {form} form does not take {unsupported}", slow=mixes(query, key, value))
+
+
+def mixes(query: Tensor, key: Tensor, value: Tensor) -> bool:
+    """Whether the dtypes differ, so that a cast would give the call a faster form."""
+    return not query.dtype == key.dtype == value.dtype
 
 
 @cache

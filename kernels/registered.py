@@ -61,6 +61,13 @@ class Arguments(NamedTuple):
         """Causal, and the queries are the keys' own tokens."""
         return self.causal and self.query.shape[2] == self.key.shape[2]
 
+    @property
+    def order(self) -> dispatch.Order:
+        """As `dispatch.choose` takes it."""
+        if self.aligned:
+            return "causal"
+        return "other" if self.causal or self.cross else "both"
+
     def choose(self) -> dispatch.Choice:
         """The form that runs this call. Raises ValueError when `form` asks for one that cannot."""
         return dispatch.choose(
@@ -71,7 +78,7 @@ class Arguments(NamedTuple):
             self.local_bias,
             self.activation,
             self.group_size,
-            self.aligned,
+            self.order,
             self.form,
         )
 
@@ -83,10 +90,15 @@ def augmented_attention(*arguments: Any) -> Tensor:
     choice = call.choose()
     dispatch.say(choice)
     with full_precision(call.query.device):
-        if not call.aligned:
-            return _composed(call).contiguous()
         tensors = (call.query, call.key, call.value)
-        return compute_causal(choice, *tensors, call.tables, call.options, call.key_mask, call.local_bias)
+        if call.aligned:
+            return compute_causal(choice, *tensors, call.tables, call.options, call.key_mask, call.local_bias)
+        if choice.form == "torch" or not (call.query.numel() and call.value.numel()):
+            return _composed(call).contiguous()
+        ranks = _ranks(call.key_mask)
+        tokens = _to_front(ranks, *tensors)  # what stands behind the real tokens is zero and adds nothing
+        out = dispatch.module(choice).forward_both(*tokens, *floats(call.tables), *call.options)
+        return out if ranks is None else ranks.to_columns(out)
 
 
 @augmented_attention.register_fake

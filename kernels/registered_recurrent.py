@@ -66,7 +66,7 @@ def _extend(
     state = State(recurrent, key_window, value_window, length, folded)
     tables, options = (alpha, local_scale, conv_weight), (activation, group_size, normalize)
     choice = dispatch.choose(
-        query, key, value, conv_weight, None, activation, group_size, causal=True, form=form
+        query, key, value, conv_weight, None, activation, group_size, order="causal", form=form
     )
     dispatch.say(choice)
     with full_precision(query.device):
@@ -115,7 +115,7 @@ def _tree(
     state = State(recurrent, key_window, value_window, length, folded)
     tables, options = (alpha, local_scale, conv_weight), (activation, group_size, normalize)
     choice = dispatch.choose(
-        query, key, value, conv_weight, None, activation, group_size, causal=True, form=form
+        query, key, value, conv_weight, None, activation, group_size, order="causal", form=form
     )
     dispatch.say(choice)
     with full_precision(query.device):
@@ -149,7 +149,7 @@ def _commit(
     key: Tensor, value: Tensor, state: State, group_size: int, normalize: bool, path: Tensor | None
 ) -> None:
     """Tokens key [B, Hkv, T, D], value [B, Hkv, T, Dv] into the state: those of path [B, P], -1 for none."""
-    choice = dispatch.choose(key, key, value, None, None, "linear", group_size, causal=True)
+    choice = dispatch.choose(key, key, value, None, None, "linear", group_size, order="causal")
     if choice.form == "cpu" and state.recurrent.dtype == torch.float32 and key.shape[2]:
         dispatch.module(choice).append(key, value, *state, group_size, normalize, path)
     else:

@@ -6,6 +6,7 @@ when it runs. Those with a state change its tensors in place and have no gradien
 
 from __future__ import annotations
 
+from functools import cache
 from importlib import import_module
 from types import ModuleType
 from typing import Any
@@ -15,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import salient_chunk, salient_recurrent, salient_tail
-from .dispatch import Choice, load, say
+from .dispatch import Choice, load, mixes, say
 from .padding import Ranks
 from .recomputed import recomputed
 from .recurrent import along
@@ -46,7 +47,11 @@ def _attention(
     sequence whose other queries are gone: ValueError where those would choose the tokens that are seen."""
     sizes = Sizes(window, sinks, salient)
     if not causal:
-        return salient_chunk.bidirectional(query, key, value, sizes, scale, key_mask)
+        compiled = None if follows(query, key, value) else both_ways(query, key, value)
+        if compiled is None:
+            return salient_chunk.bidirectional(query, key, value, sizes, scale, key_mask)
+        out = bidirectional(compiled, query.flatten(1, 2), key, value, key_mask, sizes, scale)
+        return out.unflatten(1, query.shape[1:3])
     gone = key.shape[2] - query.shape[3]
     if gone:
         count = key.shape[2] if key_mask is None else int(key_mask.sum(1).max())
@@ -54,12 +59,39 @@ def _attention(
         if problem:
             raise ValueError(problem)
         query = F.pad(query, (0, 0, gone, 0))
-    if not (torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value))):
+    if not follows(query, key, value):
         batch, kv_heads, _, dim = key.shape
         state = new(batch, kv_heads, dim, value.shape[3], sizes, dtype=key.dtype, device=key.device)
-        if _compiled(query, key, value, state, sizes) is not None:
+        if after_state(query, key, value, state, sizes) is not None:
             return _after(query, key, value, state, sizes, scale, real=key_mask)[:, :, :, gone:]
     return salient_chunk.forward(query, key, value, sizes, scale, key_mask, extend=_after)[:, :, :, gone:]
+
+
+def bidirectional(
+    compiled: ModuleType,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_mask: Tensor | None,
+    sizes: Sizes,
+    scale: float,
+    conv_weight: Tensor | None = None,
+    tail_weight: Tensor | None = None,
+) -> Tensor:
+    """`salient_chunk.bidirectional` in the form that `both_ways` gave; arguments and output as for that."""
+    tables = sizes, scale, conv_weight, tail_weight
+    if key_mask is None:
+        return compiled.attend(query, key, value, *tables, None)
+    if bool((key_mask[:, 1:] <= key_mask[:, :-1]).all()):  # all padding comes last
+        return compiled.attend(query, key, value, *tables, key_mask.sum(1))
+    ranks = Ranks(key_mask)
+    query, key, value = (ranks.to_front(x) for x in (query, key, value))
+    return ranks.to_columns(compiled.attend(query, key, value, *tables, ranks.count))
+
+
+def follows(*tensors: Tensor) -> bool:
+    """Whether autograd would follow what is computed of the tensors."""
+    return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
 
 
 def _gradients(
@@ -80,7 +112,7 @@ def _gradients(
         return None
     batch, kv_heads, _, dim = key.shape
     state = new(batch, kv_heads, dim, 1, sizes, dtype=key.dtype, device=key.device)
-    compiled = _compiled(query, key, value, state, sizes)
+    compiled = after_state(query, key, value, state, sizes)
     if compiled is None:
         return None
     ranks = None if key_mask is None else Ranks(key_mask)
@@ -94,28 +126,41 @@ def _gradients(
     return tuple(x.to(y.dtype) for x, y in zip(found, (query, key, value), strict=True))
 
 
-def _compiled(query: Tensor, key: Tensor, value: Tensor, state: State, sizes: Sizes) -> ModuleType | None:
-    """The C++ form, where there is one and it takes the call; what runs is logged."""
-    choice = Choice("torch", f"on {query.device.type}, where `augmented` has no compiled form")
-    compiled = None
-    if query.is_cpu:
-        library = load("cpu")
-        reason = library if isinstance(library, str) else library.unavailable_reason()
-        if reason is None:
-            compiled = import_module(".cpu.salient", __package__)
-            reason = compiled.refusal(query, key, value, state, sizes)
-        if reason is not None:
-            compiled = None
-        choice = Choice("cpu", "`augmented`") if reason is None else Choice("torch", f"`augmented`: {reason}")
-    say(choice)
-    return compiled
+def after_state(query: Tensor, key: Tensor, value: Tensor, state: State, sizes: Sizes) -> ModuleType | None:
+    """The compiled form of tokens [B, Hkv, R, T, D] after a state; None where there is none."""
+    return _chosen("salient", query, key, value, state, sizes)
 
 
-def is_compiled(query: Tensor, key: Tensor, value: Tensor) -> bool:
-    """Whether a compiled form takes tokens [B, Hkv, R, T, D] like these after an empty state."""
-    sizes = Sizes(0, 0, 0)
-    state = new(1, 1, 1, 1, sizes, dtype=key.dtype, device=key.device)
-    return _compiled(query, key, value, state, sizes) is not None
+def both_ways(query: Tensor, key: Tensor, value: Tensor) -> ModuleType | None:
+    """The compiled form of a whole sequence whose queries look both ways, None where there is none."""
+    return _chosen("bidirectional", query, key, value)
+
+
+def _chosen(name: str, query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> ModuleType | None:
+    """The C++ form of that name, where there is one and it takes the call; what runs is logged."""
+    if not query.is_cpu:
+        say(Choice("torch", f"on {query.device.type}, where `augmented` has no compiled form"))
+        return None
+    compiled = _library(name)
+    reason = compiled if isinstance(compiled, str) else compiled.refusal(query, key, value, *rest)
+    if reason is None:
+        say(_COMPILED)
+        assert isinstance(compiled, ModuleType)
+        return compiled
+    slow = isinstance(compiled, str) or mixes(query, key, value)
+    say(Choice("torch", f"`augmented`: {reason}", slow))
+    return None
+
+
+_COMPILED = Choice("cpu", "`augmented`")
+
+
+@cache
+def _library(name: str) -> ModuleType | str:
+    """A module of the C++ form, or one sentence saying why there is none."""
+    library = load("cpu")
+    reason = library if isinstance(library, str) else library.unavailable_reason()
+    return import_module(f".cpu.{name}", __package__) if reason is None else reason
 
 
 def _after(
@@ -130,7 +175,7 @@ def _after(
     tail_weight: Tensor | None = None,
 ) -> Tensor:
     """`salient_recurrent.extend`, and `salient_tail.after_state`, in C++ where that takes the call."""
-    compiled = _compiled(query, key, value, state, sizes)
+    compiled = after_state(query, key, value, state, sizes)
     if compiled is None:
         before = state.length.clone()
         out = salient_recurrent.extend(query, key, value, state, sizes, scale, conv_weight, real)
@@ -170,6 +215,10 @@ salient_attention = recomputed(
 """`salient_chunk.forward`, or `bidirectional`, as an operator with gradients."""
 
 torch.library.define(
+    "linearize::salient_both_ways",
+    f"({_TOKENS}, Tensor? key_mask, {_SIZES}, Tensor? conv_weight, Tensor? tail_weight) -> Tensor",
+)
+torch.library.define(
     "linearize::salient_extend",
     f"({_TOKENS}, {_STATE}, {_SIZES}, Tensor? conv_weight, Tensor? tail_weight, Tensor? real) -> Tensor",
 )
@@ -185,6 +234,34 @@ torch.library.register_fake("linearize::salient_tree", _fake)
 def _split(rest: tuple[Any, ...]) -> tuple[State, Sizes, float, tuple[Any, ...]]:
     """State, sizes, scale and what follows, of an operator's arguments after the tokens."""
     return State(*rest[:6]), Sizes(*rest[6:9]), rest[9], rest[10:]
+
+
+@torch.library.register_fake("linearize::salient_both_ways")
+def _both_ways_fake(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> Tensor:
+    batch, heads, length, _ = query.shape
+    out = query.new_empty((batch, length, heads, value.shape[3]), dtype=torch.float32)
+    return out.transpose(1, 2)
+
+
+@torch.library.impl("linearize::salient_both_ways", "CompositeExplicitAutograd")
+def _both_ways(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_mask: Tensor | None,
+    window: int,
+    sinks: int,
+    salient: int,
+    scale: float,
+    conv_weight: Tensor | None,
+    tail_weight: Tensor | None,
+) -> Tensor:
+    """`bidirectional` with convolution and tail, for calls that have a compiled form."""
+    compiled = both_ways(query, key, value)
+    if compiled is None:
+        raise RuntimeError("this graph was made where the C++ form of `augmented` ran, and here it cannot")
+    tables = Sizes(window, sinks, salient), scale, conv_weight, tail_weight
+    return bidirectional(compiled, query, key, value, key_mask, *tables)
 
 
 @torch.library.impl("linearize::salient_extend", "CompositeExplicitAutograd")

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 _WIDE = {torch.float16: torch.float32, torch.bfloat16: torch.float32}
 """In which dtype tensors are summed up, where it is not their own."""
@@ -106,6 +107,26 @@ def at_lag(weight: Tensor, lag: Tensor) -> Tensor:
     """weight [..., n] at lags of any shape: [..., *lags], zero outside 0..n-1."""
     inside = (lag >= 0) & (lag < weight.shape[-1])
     return weight[..., lag.clamp(0, weight.shape[-1] - 1)] * inside
+
+
+def as_autocast(*tokens: Tensor) -> tuple[Tensor, ...]:
+    """Query, key and value as autocast gives them to scaled_dot_product_attention: in its dtype, unless they
+    are float64; as they are where it is off."""
+    device = tokens[0].device.type
+    if not torch.is_autocast_enabled(device):
+        return tokens
+    dtype = torch.get_autocast_dtype(device)
+    return tuple(x if x.dtype == torch.float64 else x.to(dtype) for x in tokens)
+
+
+def runs_at_once(query: Tensor, key: Tensor, value: Tensor) -> bool:
+    """Whether what is done with the tensors now is done with their values, and nobody makes a graph of it."""
+    return (
+        type(query) is type(key) is type(value) is Tensor
+        and not torch.compiler.is_compiling()
+        and not torch.jit.is_tracing()
+        and not is_in_torch_dispatch_mode()
+    )
 
 
 def full_precision(device: torch.device) -> AbstractContextManager[Any]:

@@ -1,6 +1,7 @@
 """Augmented linear attention in C++ for x86-64 with AVX2 or AVX512: forward, backward, cached step and tree.
 
-The formula is `naive.py`'s in its causal form, for aligned queries and keys without padding. One shared
+The formula is `naive.py`'s in its causal form, and forward in its bidirectional one, for aligned queries and
+keys without padding. One shared
 library lies beside this file, built by `setup.py` where a compiler is found; it has a plain C interface and
 is called through ctypes, which lets go of the GIL. Numbers come in as float32, bfloat16 or float16 and are
 computed in float32.
@@ -10,8 +11,10 @@ computed in float32.
     avx2.cpp, avx512.cpp    the kernels, once per instruction set
     vector.h                vectors, rows of tensors, register tiles
     forward.h, backward.h   the whole sequence
+    forward_both.h          the whole sequence, bidirectional
     decode.h                after a state: one token, a tree of tokens, tokens whose outputs are known
     salient.h, salient_backward.h    the attention of `kernels/salient.py`, called from `salient.py` here
+    bidirectional.h         its form that looks both ways, called from `bidirectional.py`
     library.py              finding the library and calling it
 """
 
@@ -85,6 +88,39 @@ def forward(
     out = value.new_empty(batch, heads, length, value.shape[3])
     threads = threads_for(batch * heads * length * dim * value.shape[3] * 3)
     run("linearize_forward", fields + place(out)[1], isa, threads)
+    return out
+
+
+def forward_both(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    alpha: Tensor | None,
+    local_scale: Tensor | None,
+    conv_weight: Tensor | None,
+    activation: str,
+    group_size: int,
+    normalize: bool,
+    *,
+    isa: str | None = None,
+) -> Tensor:
+    """The bidirectional operator on unpadded tokens, or tokens behind which zeros stand; otherwise as
+    `forward`. conv_weight: [H, K], K odd, the present token's in the middle.
+
+    Raises:
+        ValueError: Shapes, dtypes or devices do not fit.
+    """
+    if conv_weight is not None and not conv_weight.shape[1] % 2:
+        raise ValueError(
+            f"conv_weight is centred and needs an odd number of taps, not {conv_weight.shape[1]}"
+        )
+    fields, kept = _core(
+        query, key, value, alpha, local_scale, conv_weight, activation, group_size, normalize
+    )
+    batch, heads, length, dim = query.shape
+    out = value.new_empty(batch, heads, length, value.shape[3])
+    threads = threads_for(batch * heads * length * dim * value.shape[3] * 3)
+    run("linearize_forward_both", fields + place(out)[1], isa, threads)
     return out
 
 

@@ -15,7 +15,7 @@ struct Tensor {
   int64_t batch, head, row;
 };
 
-// The operator of kernels/naive.py in its causal form. A null pointer leaves that part out.
+// The operator of kernels/naive.py in its causal form, or of the forward both ways. A null pointer leaves that part out.
 struct Core {
   int64_t dtype, batch, heads, kv_heads, length, dim, value_dim;
   int64_t group, taps, activation, normalize;
@@ -96,6 +96,25 @@ struct SalientBackward {
   const int64_t *positions, *count;
 };
 
+// Whole sequences whose queries look both ways: `window` tokens on either side, and kept ones, which the call
+// chooses. Several panels of queries read the same keys.
+struct Bidirectional {
+  int64_t dtype, batch, heads, kv_heads, length, dim, value_dim;
+  int64_t window, sinks, salient, taps;
+  double scale;
+  Tensor query, key, value, out;  // out is float32
+  const int64_t* count;           // [batch] tokens that are real, the first ones; null: all
+  const float* conv;              // [heads, taps], an odd number, the present token's in the middle, or null
+  const float* tail;              // [heads, value_dim, dim + value_dim + 1] or null
+
+  int64_t kept() const { return sinks + salient; }
+  int64_t panel() const {
+    const int64_t wide = window > 128 ? 4 * window : 512;
+    return wide < length ? wide : length;
+  }
+  int64_t panels() const { return (length + panel() - 1) / panel(); }
+};
+
 // One (batch, kv head), and of its groups those from `first` to before `last`. A sequence that is shared
 // between threads is cut into several.
 struct Piece {
@@ -112,6 +131,10 @@ struct Kernels {
   void (*forward_sum)(const Forward&, Piece, float* sum, float* scratch);
   // `before`: the sum over everything before the piece.
   void (*forward_piece)(const Forward&, Piece, const float* before, float* scratch);
+
+  size_t (*forward_both_scratch)(const Forward&);
+  // Of a sequence that looks both ways; `sums`: k^T v over all of it.
+  void (*forward_both_piece)(const Forward&, Piece, const float* sums, float* scratch);
 
   size_t (*backward_scratch)(const Backward&, int64_t groups);
   // The piece's own sums of k^T v and of alpha q^T do.
@@ -131,6 +154,11 @@ struct Kernels {
   void (*salient_unit)(const Salient&, int64_t unit, float* scratch);
   size_t (*salient_backward_scratch)(const SalientBackward&);
   void (*salient_backward_unit)(const SalientBackward&, int64_t unit, float* scratch);
+  size_t (*choosing_scratch)(const Bidirectional&);
+  // What a (batch, kv head) keeps: to[0] positions, in order, from to[1] on.
+  void (*choosing_unit)(const Bidirectional&, int64_t unit, int32_t* to, float* scratch);
+  size_t (*panel_scratch)(const Bidirectional&);
+  void (*panel_unit)(const Bidirectional&, int64_t index, const int32_t* chosen, float* scratch);
 };
 
 }  // namespace linearize

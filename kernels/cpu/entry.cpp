@@ -141,6 +141,25 @@ __attribute__((visibility("default"))) int linearize_forward(const Forward* f, i
   });
 }
 
+__attribute__((visibility("default"))) int linearize_forward_both(const Forward* f, int64_t isa,
+                                                                  int64_t threads) {
+  const Kernels& kernels = kernels_of(isa);
+  const Cut cut(f->core, threads);
+  const size_t state = f->core.alpha ? kernels.state_floats(f->core) : 0;
+  Scratch sums(cut.count() * state, false);
+  if (!sums.get()) return 1;
+  if (state && !for_each(cut.count(), threads, kernels.forward_scratch(*f), true, [&](int64_t i, float* own) {
+        kernels.forward_sum(*f, cut.at(i), sums.get() + i * state, own);
+      }))
+    return 1;
+  for (int64_t i = 0; i < cut.count(); i++)  // all pieces of a unit into its first
+    for (size_t j = 0; i % cut.pieces && j < state; j++)
+      sums.get()[i / cut.pieces * cut.pieces * state + j] += sums.get()[i * state + j];
+  return !for_each(cut.count(), threads, kernels.forward_both_scratch(*f), true, [&](int64_t i, float* own) {
+    kernels.forward_both_piece(*f, cut.at(i), sums.get() + i / cut.pieces * cut.pieces * state, own);
+  });
+}
+
 __attribute__((visibility("default"))) int linearize_backward(const Backward* f, int64_t isa,
                                                               int64_t threads) {
   const Kernels& kernels = kernels_of(isa);
@@ -244,6 +263,21 @@ __attribute__((visibility("default"))) int linearize_salient_backward(const Sali
   const Kernels& kernels = kernels_of(isa);
   return !for_each(s->batch * s->kv_heads, threads, kernels.salient_backward_scratch(*s), false,
                    [&](int64_t unit, float* scratch) { kernels.salient_backward_unit(*s, unit, scratch); });
+}
+
+__attribute__((visibility("default"))) int linearize_bidirectional(const Bidirectional* s, int64_t isa,
+                                                                   int64_t threads) {
+  const Kernels& kernels = kernels_of(isa);
+  const int64_t units = s->batch * s->kv_heads, each = 1 + s->kept();
+  std::vector<int32_t> chosen(units * each);
+  if (!for_each(units, threads, kernels.choosing_scratch(*s), false, [&](int64_t unit, float* scratch) {
+        kernels.choosing_unit(*s, unit, chosen.data() + unit * each, scratch);
+      }))
+    return 1;
+  return !for_each(units * s->panels(), threads, kernels.panel_scratch(*s), false,
+                   [&](int64_t index, float* scratch) {
+                     kernels.panel_unit(*s, index, chosen.data() + index / s->panels() * each, scratch);
+                   });
 }
 
 }  // extern "C"

@@ -16,7 +16,9 @@ CORE = 14
 _FIELDS = {
     "linearize_salient": struct.Struct("13qd31q"),
     "linearize_salient_backward": struct.Struct("10qd30q"),
+    "linearize_bidirectional": struct.Struct("11qd19q"),
     "linearize_forward": struct.Struct(f"{CORE + 4 * 4}q"),
+    "linearize_forward_both": struct.Struct(f"{CORE + 4 * 4}q"),
     "linearize_backward": struct.Struct(f"{CORE + 7 * 4 + 3}q"),
     "linearize_step": struct.Struct(f"{CORE + 7 * 4 + 5}q"),
     "linearize_append": struct.Struct(f"{CORE + 5 * 4 + 6}q"),
@@ -39,6 +41,22 @@ def run(name: str, fields: tuple[float, ...], isa: str | None, threads: int) -> 
         raise IndexError("the path names a token that is not among the new ones")
     if failed:
         raise MemoryError("the CPU kernel could not allocate its scratch memory")
+
+
+class Laid:
+    """A call whose fields lie ready; `places` are those that are integers, to be changed before it runs."""
+
+    def __init__(self, name: str, fields: tuple[float, ...]) -> None:
+        library, _, _, self._isa = load()
+        self._function = getattr(library, name)
+        self._block = ctypes.create_string_buffer(_FIELDS[name].pack(*fields))
+        self._address = ctypes.addressof(self._block)
+        self.places = memoryview(self._block).cast("B")[: _FIELDS[name].size].cast("q")
+
+    def run(self, threads: int) -> None:
+        """Raises MemoryError like `run`."""
+        if self._function(self._address, self._isa, threads):
+            raise MemoryError("the CPU kernel could not allocate its scratch memory")
 
 
 def threads_for(work: int) -> int:
@@ -92,6 +110,6 @@ def load() -> tuple[ctypes.CDLL | None, str | None, str, int]:
         function = getattr(library, name, None)
         if function is None:
             return None, "the C++ kernels are of another version; reinstall linearize", "", 0
-        function.argtypes = [ctypes.c_char_p, ctypes.c_int64, ctypes.c_int64]
+        function.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64]
         function.restype = ctypes.c_int
     return library, None, names[found], found

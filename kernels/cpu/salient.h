@@ -21,25 +21,23 @@ constexpr int32_t UNSEEN = std::numeric_limits<int32_t>::max();
 constexpr int64_t SHORT_SPAN = 12;  // rows of queries that are faster one by one
 constexpr int64_t SHORT_TAIL = 4;   // tokens
 
-// e^x for x <= 0, to 2 units in the last place; 0 below -87.
+constexpr float LOG2_E = 1.44269504f, LOG2_E_REST = 1.925963033e-8f;  // the sum is closer
+
+// e^x for x <= 0, to 2 units in the last place; 0 below -87. What is not a number stays so.
 INLINE Vec exp_negative(Vec x) {
-  const Vec low = Vec{} - 87.0f;
-  const Ints some = x > low;
-  x = keep(some, x);
   const Vec magic = Vec{} + 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
-  const Vec shifted = x * 1.44269504088896341f + magic;
-  const Vec n = shifted - magic;
-  Vec r = x - n * 0.693359375f;
-  r = r + n * 2.12194440e-4f;
-  Vec p = Vec{} + 1.9875691500e-4f;
-  p = p * r + 1.3981999507e-3f;
-  p = p * r + 8.3334519073e-3f;
-  p = p * r + 4.1665795894e-2f;
-  p = p * r + 1.6666665459e-1f;
-  p = p * r + 5.0000001201e-1f;
-  p = p * r * r + r + 1.0f;
-  const Ints exponent = ((Ints)shifted - (Ints)magic) << 23;
-  return keep(some, (Vec)((Ints)p + exponent));
+  const Vec rounded = x * LOG2_E + magic;
+  Vec r = x * LOG2_E - (rounded - magic);
+  r = r + x * LOG2_E_REST;
+  Vec p = Vec{} + 1.535336188319500e-4f;  // 2^r: Cephes' exp2f
+  p = p * r + 1.339887440266574e-3f;
+  p = p * r + 9.618437357674640e-3f;
+  p = p * r + 5.550332471162809e-2f;
+  p = p * r + 2.402264791363012e-1f;
+  p = p * r + 6.931472028550421e-1f;
+  p = p * r + 1.0f;
+  const Vec power = (Vec)(((Ints)rounded - ((Ints)magic - 127)) << 23);
+  return x < -87.0f ? Vec{} : p * power;
 }
 
 INLINE Ints load_ints(const int32_t* p) {
@@ -53,20 +51,19 @@ bool soften(const float* seen_at, int64_t padded, float* row, int64_t own) {
   const int32_t* at = reinterpret_cast<const int32_t*>(seen_at);
   const Ints here = Ints{} + static_cast<int32_t>(own);
   const Vec least_score = Vec{} + std::numeric_limits<float>::lowest();
-  Vec largest = least_score;
+  Vec most_of_all = least_score;
   Ints odd = {};
   for (int64_t l = 0; l < padded; l += WIDTH) {
     const Ints sees = load_ints(at + l) <= here;
     const Vec x = sees ? load(row + l) : least_score;
     store(row + l, x);
-    largest = x > largest ? x : largest;
+    most_of_all = x > most_of_all ? x : most_of_all;
     odd |= ~(x - x == Vec{});  // infinite, or NaN
   }
   int32_t any = 0;
   for (int i = 0; i < WIDTH; i++) any |= odd[i];
   if (any) return false;
-  float top = largest[0];
-  for (int i = 1; i < WIDTH; i++) top = largest[i] > top ? largest[i] : top;
+  const float top = largest(most_of_all);
   Vec total = {};
   for (int64_t l = 0; l < padded; l += WIDTH) {
     const Vec x = keep(load_ints(at + l) <= here, exp_negative(load(row + l) - top));
@@ -76,6 +73,40 @@ bool soften(const float* seen_at, int64_t padded, float* row, int64_t own) {
   const float inverse = 1 / sum(total);
   for (int64_t l = 0; l < padded; l += WIDTH) store(row + l, load(row + l) * inverse);
   return true;
+}
+
+// Whether weights [n] say anything: they are zero until they are fitted or trained.
+INLINE bool speak(const float* weights, int64_t n) {
+  return weights && std::any_of(weights, weights + n, [](float w) { return w != 0; });
+}
+
+// What kernels/salient_tail.py adds: the columns of a head's weights [value_dim, columns], these turned, and
+// share (A q + B o + c) added to rows o [count] of the head. joined and added have TILE_ROWS rows more than count.
+template <class Sizes>
+int64_t estimate_columns(const Sizes& s) {
+  return s.dim + s.value_dim + 1;
+}
+
+template <class Sizes>
+void turn_estimate(float* to, int64_t width, const float* weights, int64_t head, const Sizes& s) {
+  const int64_t columns = estimate_columns(s);
+  const float* from = weights + head * s.value_dim * columns;
+  for (int64_t c = 0; c < columns; c++)
+    for (int64_t d = 0; d < width; d++) to[c * width + d] = d < s.value_dim ? from[d * columns + c] : 0;
+}
+
+template <class Sizes>
+void add_estimate(float* out, int64_t width, const float* asked, int64_t depth, int64_t count, float share,
+                  const float* turned, float* joined, float* added, const Sizes& s) {
+  const int64_t columns = estimate_columns(s);
+  for (int64_t i = 0; i < count; i++) {
+    float* row = joined + i * columns;
+    std::copy(asked + i * depth, asked + i * depth + s.dim, row);
+    std::copy(out + i * width, out + i * width + s.value_dim, row + s.dim);
+    row[columns - 1] = 1;
+  }
+  product<ROWS, SET>(added, width, joined, columns, turned, width, count, width, columns);
+  for (int64_t i = 0; i < count * width; i += WIDTH) store(out + i, load(out + i) + share * load(added + i));
 }
 
 // The working memory of one unit, and what it holds of the state as rows of floats.
@@ -105,7 +136,7 @@ struct SalientUnit {
     scores = arena.take(most_rows * padded);
     outputs = arena.take(most_rows * width);
     seen_at = arena.take(padded);
-    spare = arena.take(most(depth, width));
+    spare = arena.take(most(most(depth, width), 2 * WIDTH * WIDTH));
     const bool long_tail = s.tail && least(s.length, SALIENT_BLOCK) > SHORT_TAIL;
     tail = arena.take(long_tail ? shared * tail_columns() * width : 0);
     joined = arena.take(s.tail ? (SALIENT_BLOCK + TILE_ROWS) * tail_columns() : 0);
@@ -127,14 +158,11 @@ struct SalientUnit {
     }
     refresh(0, rows);
     if (!s.tail || least(s.length, SALIENT_BLOCK) <= SHORT_TAIL) return;
-    for (int64_t r = 0; r < shared; r++)  // turned, for products of many rows
-      for (int64_t c = 0; c < tail_columns(); c++)
-        for (int64_t d = 0; d < width; d++)
-          tail[(r * tail_columns() + c) * width + d] =
-              d < s.value_dim ? tail_of(h * shared + r)[d * tail_columns() + c] : 0;
+    for (int64_t r = 0; r < shared; r++)
+      turn_estimate(tail + r * tail_columns() * width, width, s.tail, h * shared + r, s);
   }
 
-  int64_t tail_columns() const { return s.dim + s.value_dim + 1; }
+  int64_t tail_columns() const { return estimate_columns(s); }
   const float* tail_of(int64_t head) const { return s.tail + head * s.value_dim * tail_columns(); }
 
   // Copies of state rows, where the state itself cannot be read.
@@ -245,8 +273,7 @@ struct SalientUnit {
       read_rows(queries + r * count * depth, depth, s.query, s.dtype, b, h * shared + r, from, count, s.dim);
     for (int64_t i = 0; i < queries_in_all * depth; i += WIDTH) store(queries + i, load(queries + i) * static_cast<float>(s.scale));
     look(block, length + count);
-    const bool few = queries_in_all <= SHORT_SPAN;
-    if (few) score_each(queries_in_all);
+    if (queries_in_all <= SHORT_SPAN) score_each(queries_in_all);
     else score_all(queries_in_all);
     const int64_t start = length - block * SALIENT_BLOCK;
     float* vote = votes(block % s.vote_rows);
@@ -256,8 +283,7 @@ struct SalientUnit {
       if (!soften(seen_at, padded, weight, own) && !soften_in_double(q, own)) continue;  // NaN gives no votes
       for (int64_t l = 0; l < rows; l++) vote[l] += weight[l];
     }
-    if (few) gather_each(queries_in_all);
-    else product<ROWS, SET>(outputs, width, scores, padded, values, value_stride, queries_in_all, width, rows);
+    product<ROWS, SET>(outputs, width, scores, padded, values, value_stride, queries_in_all, width, rows);
     // 0 * NaN is NaN: a query that does not see a value must get nothing from it.
     for (int64_t q = 0; q < queries_in_all; q++)
       if (!is_finite(outputs + q * width)) gather_seen(q, start + q % count);
@@ -269,16 +295,25 @@ struct SalientUnit {
     }
   }
 
+  // Products of WIDTH keys at a time: their sums over lanes are sums of vectors once turned.
   void score_each(int64_t count) {
-    for (int64_t q = 0; q < count; q++)
-      for (int64_t l = 0; l < rows; l++) {
-        Vec total = {};
-        for (int64_t i = 0; i < depth; i += WIDTH)
-          total += load(queries + q * depth + i) * load(keys + l * key_stride + i);
-        scores[q * padded + l] = sum(total);
+    for (int64_t l = 0; l < padded; l += WIDTH) {
+      const int64_t here = least(WIDTH, rows - l);
+      for (int64_t q = 0; q < count; q++) {
+        float* partial = spare;
+        float* sums = spare + WIDTH * WIDTH;
+        for (int64_t r = 0; r < WIDTH; r++) {
+          Vec total = {};
+          for (int64_t i = 0; r < here && i < depth; i += WIDTH)
+            total += load(queries + q * depth + i) * load(keys + (l + r) * key_stride + i);
+          store(partial + r * WIDTH, total);
+        }
+        transpose_block(sums, WIDTH, partial, WIDTH);
+        Vec score = {};
+        for (int64_t r = 0; r < WIDTH; r++) score += load(sums + r * WIDTH);
+        store(scores + q * padded + l, score);
       }
-    for (int64_t q = 0; q < count; q++)
-      for (int64_t l = rows; l < padded; l++) scores[q * padded + l] = 0;
+    }
   }
 
   void score_all(int64_t count) {
@@ -287,17 +322,6 @@ struct SalientUnit {
     for (int64_t l = whole; l < padded; l++)
       for (int64_t i = 0; i < depth; i++) turned[i * padded + l] = l < rows ? keys[l * key_stride + i] : 0;
     product<ROWS, SET>(scores, padded, queries, depth, turned, padded, count, padded, depth);
-  }
-
-  void gather_each(int64_t count) {
-    for (int64_t q = 0; q < count; q++) {
-      float* out = outputs + q * width;
-      for (int64_t i = 0; i < width; i += WIDTH) {
-        Vec total = {};
-        for (int64_t l = 0; l < rows; l++) total += scores[q * padded + l] * load(values + l * value_stride + i);
-        store(out + i, total);
-      }
-    }
   }
 
   // The output of query q at offset `own`, of the rows that it sees alone.
@@ -352,7 +376,7 @@ struct SalientUnit {
   // Adds the convolution over values to rows [count] of a head.
   void convolve(float* out, int64_t head, int64_t count, int64_t length) {
     const float* weight = s.conv + head * s.taps;
-    if (std::all_of(weight, weight + s.taps, [](float w) { return w == 0; })) return;
+    if (!speak(weight, s.taps)) return;
     for (int64_t i = 0; i < count; i++) {
       const int64_t newest = row_at(length + i), taps = least(s.taps, length + i + 1);
       for (int64_t j = 0; j < width; j += WIDTH) {
@@ -382,14 +406,7 @@ struct SalientUnit {
       }
       return;
     }
-    for (int64_t i = 0; i < count; i++) {
-      float* row = joined + i * columns;
-      std::copy(asked + i * depth, asked + i * depth + s.dim, row);
-      std::copy(out + i * width, out + i * width + s.value_dim, row + s.dim);
-      row[columns - 1] = 1;
-    }
-    product<ROWS, SET>(added, width, joined, columns, tail + r * columns * width, width, count, width, columns);
-    for (int64_t i = 0; i < count * width; i += WIDTH) store(out + i, load(out + i) + share * load(added + i));
+    add_estimate(out, width, asked, depth, count, share, tail + r * columns * width, joined, added, s);
   }
 };
 

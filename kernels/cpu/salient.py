@@ -2,33 +2,44 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from ..salient import BLOCK, DELAY, Sizes, State
 from . import DTYPES
-from .library import parameter, place, run, table, threads_for
+from .library import Laid, parameter, place, run, table, threads_for
 
 
 def refusal(query: Tensor, key: Tensor, value: Tensor, state: State, sizes: Sizes) -> str | None:
     """What of a call the kernel does not take; None when it takes it. Arguments as for `extend`."""
-    dtype = query.dtype
-    if dtype != key.dtype or dtype != value.dtype or dtype not in DTYPES:
-        return f"query, key and value in {query.dtype}, {key.dtype} and {value.dtype}"
+    refused = tokens_refusal(query, key, value)
+    if refused is not None:
+        return refused
     if state.keys.dtype != state.values.dtype or state.keys.dtype not in DTYPES:
         return f"a state in {state.keys.dtype}"
     if state.keys.shape[2] != sizes.kept + sizes.window + BLOCK or state.votes.shape[2] != 1 + DELAY // BLOCK:
         return "a state that can take tokens back"
-    every = (query, key, value, *state)
-    if not all(x.is_cpu for x in every) or any(type(x) is not Tensor for x in state):
-        return "tensors that are not plain ones on the CPU"
-    if not (query.numel() and value.numel()):
-        return "tensors without elements"
+    if any(type(x) is not Tensor or not x.is_cpu for x in state):
+        return "a state that is not of plain tensors on the CPU"
     rows = state.scores.is_contiguous() and state.votes.is_contiguous()
     if not rows or any(x.shape[3] > 1 and x.stride(3) != 1 for x in (state.keys, state.values)):
         return "a state whose columns are apart"
     if not (state.length.is_contiguous() and state.block.is_contiguous()):
         return "lengths that are apart"
+    return None
+
+
+def tokens_refusal(query: Tensor, key: Tensor, value: Tensor) -> str | None:
+    """`refusal` of what every call has."""
+    dtype = query.dtype
+    if dtype != key.dtype or dtype != value.dtype or dtype not in DTYPES:
+        return f"query, key and value in {query.dtype}, {key.dtype} and {value.dtype}"
+    if not (query.is_cpu and key.is_cpu and value.is_cpu):
+        return "tensors that are not on the CPU"
+    if not (query.numel() and value.numel()):
+        return "tensors without elements"
     return None
 
 
@@ -59,10 +70,35 @@ def extend(
     Raises:
         ValueError: Shapes do not fit together.
     """
+    batch, kv_heads, shared, length, _ = query.shape
+    out = torch.empty(batch, kv_heads * shared, length, value.shape[3])
+    if count is not None:
+        count = table(count, (batch,), torch.int64, "count")
+        out.zero_()
+    tokens = query, key, value, state, sizes, scale
+    fields, kept = _fields(*tokens, conv_weight, tail_weight, out, count)
+    run("linearize_salient", fields, isa, threads_for(_work(query, value, sizes)))
+    del kept  # the kernel read what they hold
+    return out.unflatten(1, (kv_heads, shared))
+
+
+def _fields(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    state: State,
+    sizes: Sizes,
+    scale: float,
+    conv_weight: Tensor | None,
+    tail_weight: Tensor | None,
+    out: Tensor,
+    count: Tensor | None,
+) -> tuple[tuple[float, ...], list[Tensor | None]]:
+    """The fields of `Salient` in abi.h, and the tensors they point into; raises as `extend` does."""
     batch, kv_heads, shared, length, dim = query.shape
     rows, taps = sizes.kept + sizes.window + BLOCK, 0 if conv_weight is None else conv_weight.shape[2]
     held = (batch, kv_heads, rows)
-    _check(query, key, value)
+    check_tokens(query, key, value)
     if (
         state.keys.shape != (*held, dim)
         or state.values.shape != (*held, value.shape[3])
@@ -77,10 +113,6 @@ def extend(
     conv, conv_at = _of_heads(conv_weight, (heads, taps), "conv_weight")
     columns = dim + value_dim + 1
     tail, tail_at = _of_heads(tail_weight, (heads, value_dim, columns), "tail_weight")
-    make = torch.empty if count is None else torch.zeros
-    out = make(batch, heads, length, value_dim)
-    if count is not None:
-        count = table(count, (batch,), torch.int64, "count")
     kept = [place(x) for x in (query.flatten(1, 2), key, value, out, state.keys, state.values)]
     fields = (
         *(DTYPES[query.dtype], DTYPES[state.keys.dtype], batch, heads, kv_heads, length, dim, value_dim),
@@ -89,10 +121,93 @@ def extend(
         *(x.data_ptr() for x in (state.scores, state.votes, state.length, state.block)),
         *(0 if count is None else count.data_ptr(), conv_at, tail_at),
     )
-    work = batch * heads * length * (sizes.kept + sizes.window + BLOCK) * (dim + value_dim)
-    run("linearize_salient", fields, isa, threads_for(work))
-    del conv, tail  # the kernel read what they hold
-    return out.unflatten(1, (kv_heads, shared))
+    return fields, [*(x for x, _ in kept), conv, tail, count]
+
+
+def _work(query: Tensor, value: Tensor, sizes: Sizes) -> int:
+    """Multiplications of a call."""
+    seen = sizes.kept + sizes.window + BLOCK
+    return query.numel() // query.shape[4] * seen * (query.shape[4] + value.shape[3])
+
+
+class OneToken:
+    """`extend` of one token for each sequence, its arguments laid out once.
+
+    It is for tokens like those that it is made with, and for state and weights while these are where they are
+    and as they are: a call is for `fits` to allow.
+    """
+
+    def __init__(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        state: State,
+        sizes: Sizes,
+        scale: float,
+        conv_weight: Tensor | None,
+        tail_weight: Tensor | None,
+    ) -> None:
+        """query: [B, H, 1, D], the heads that share a key/value head side by side. conv_weight: [H, K].
+        tail_weight: [H, Dv, D + Dv + 1]. All else as for `extend`; raises ValueError likewise."""
+        self._weights = conv_weight, tail_weight
+        self._like = _layout(query, key, value)
+        self._held = _places(state, self._weights)
+        batch, heads, _, dim = query.shape
+        kv_heads, value_dim = key.shape[1], value.shape[3]
+        self._shape = batch, heads, 1, value_dim
+        rows = query.unflatten(1, (kv_heads, -1))
+        conv, tail = (
+            x.unflatten(0, (kv_heads, -1)) if x is not None and bool(x.any()) else None
+            for x in (conv_weight, tail_weight)
+        )
+        tokens = rows, key, value, state, sizes, scale
+        fields, self._kept = _fields(*tokens, conv, tail, torch.empty(self._shape), None)
+        self._kept += state
+        self._call = Laid("linearize_salient", fields)
+        self._work = _work(rows, value, sizes)
+
+    def fits(
+        self, query: Tensor, key: Tensor, value: Tensor, state: State, weights: tuple[Tensor | None, ...]
+    ) -> bool:
+        """Whether the call may be made; weights: of convolution and tail, as they are now."""
+        return (
+            weights[0] is self._weights[0]
+            and weights[1] is self._weights[1]
+            and None not in self._like
+            and self._like == _layout(query, key, value)
+            and self._held == _places(state, weights)
+        )
+
+    def __call__(self, query: Tensor, key: Tensor, value: Tensor, real: Tensor | None) -> Tensor:
+        """float32 [B, H, 1, Dv]. real: bool [B, 1], sequences whose token counts; zeros for the others."""
+        out, count = torch.empty(self._shape), None
+        if real is not None:
+            out.zero_()
+            count = real[:, 0].long()
+        places = self._call.places
+        places[_QUERY] = query.data_ptr()
+        places[_KEY] = key.data_ptr()
+        places[_VALUE] = value.data_ptr()
+        places[_OUT] = out.data_ptr()
+        places[_COUNT] = 0 if count is None else count.data_ptr()
+        self._call.run(threads_for(self._work))
+        return out
+
+
+_QUERY, _KEY, _VALUE, _OUT, _COUNT = 14, 18, 22, 26, 42
+"""Where the fields of `Salient` in abi.h say where these are."""
+
+
+def _layout(*tokens: Tensor) -> list[Any]:
+    """What the fields say of tokens besides where they are; None where the kernel could not read them."""
+    return [(x.shape, x.stride(), x.dtype) if x.is_cpu and x.stride(3) == 1 else None for x in tokens]
+
+
+def _places(state: State, weights: tuple[Tensor | None, ...]) -> list[Any]:
+    """Where state and weights are, and which values the weights have."""
+    found: list[Any] = [x.data_ptr() for x in state]
+    return found + [None if x is None else (x.data_ptr(), x._version) for x in weights]
 
 
 def backward(
@@ -121,7 +236,7 @@ def backward(
     Raises:
         ValueError: Shapes do not fit together.
     """
-    _check(query, key, value)
+    check_tokens(query, key, value)
     batch, kv_heads, shared, length, dim = query.shape
     if grad.shape != (*query.shape[:4], value.shape[3]):
         raise ValueError(f"grad must be like the output, not {list(grad.shape)}")
@@ -143,7 +258,7 @@ def backward(
     return grads[0], grads[1], grads[2]
 
 
-def _check(query: Tensor, key: Tensor, value: Tensor) -> None:
+def check_tokens(query: Tensor, key: Tensor, value: Tensor) -> None:
     """Raise ValueError unless the shapes fit: the kernel reads what they say."""
     batch, kv_heads, _, length, dim = query.shape
     if key.shape != (batch, kv_heads, length, dim) or value.shape[:3] != key.shape[:3]:

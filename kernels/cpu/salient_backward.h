@@ -64,7 +64,11 @@ struct SalientGradient {
     for (int64_t i = 0; i < asked * depth; i += WIDTH) store(queries + i, load(queries + i) * scale);
     transpose(turned, padded, keys, depth, padded, depth);
     product<ROWS, SET>(scores, padded, queries, depth, turned, padded, asked, padded, depth);
-    for (int64_t q = 0; q < asked; q++) soften(seen_at, padded, scores + q * padded, q % span);
+    for (int64_t q = 0; q < asked; q++) {
+      float* row = scores + q * padded;
+      // Beyond what a float holds there is no gradient, and none that looks like one.
+      if (!soften(seen_at, padded, row, q % span)) std::fill(row, row + padded, std::numeric_limits<float>::quiet_NaN());
+    }
     transpose(turned, padded, values, width, padded, width);
     product<ROWS, SET>(slopes, padded, grads, width, turned, padded, asked, padded, width);
     for (int64_t q = 0; q < asked; q++) differentiate(slopes + q * padded, scores + q * padded);

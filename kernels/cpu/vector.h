@@ -44,6 +44,16 @@ INLINE float sum(Vec x) {
 #endif
 }
 
+INLINE float largest(Vec x) {
+#ifdef __AVX512F__
+  return _mm512_reduce_max_ps((__m512)x);
+#else
+  __m128 y = _mm_max_ps(_mm256_castps256_ps128((__m256)x), _mm256_extractf128_ps((__m256)x, 1));
+  y = _mm_max_ps(y, _mm_movehl_ps(y, y));
+  return _mm_cvtss_f32(_mm_max_ss(y, _mm_movehdup_ps(y)));
+#endif
+}
+
 INLINE Ints count_up() {
   Ints x;
   for (int i = 0; i < WIDTH; i++) x[i] = i;
@@ -97,8 +107,8 @@ INLINE char* row_of(const Tensor& x, int64_t dtype, int64_t b, int64_t h, int64_
   return static_cast<char*>(x.data) + (b * x.batch + h * x.head + t * x.row) * element_size(dtype);
 }
 
-// One row of n elements -> padded floats (zeros behind the row); returns the sum of squares.
-template <int DTYPE>
+// One row of n elements -> padded floats (zeros behind the row); returns the sum of squares where asked for it.
+template <int DTYPE, bool SQUARES>
 INLINE float read_row(float* to, const char* from, int64_t n) {
   constexpr int size = DTYPE == FLOAT32 ? 4 : 2;
   Vec squares = {};
@@ -106,16 +116,16 @@ INLINE float read_row(float* to, const char* from, int64_t n) {
   for (; i + WIDTH <= n; i += WIDTH) {
     Vec x = widen<DTYPE>(from + i * size);
     store(to + i, x);
-    squares += x * x;
+    if constexpr (SQUARES) squares += x * x;
   }
   if (i < n) {
     alignas(64) char tail[WIDTH * 4] = {};
     memcpy(tail, from + i * size, (n - i) * size);
     Vec x = widen<DTYPE>(tail);
     store(to + i, x);
-    squares += x * x;
+    if constexpr (SQUARES) squares += x * x;
   }
-  return sum(squares);
+  return SQUARES ? sum(squares) : 0;
 }
 
 template <int DTYPE>
@@ -152,8 +162,10 @@ INLINE void read_rows_as(float* to, int64_t stride, const char* from, int64_t st
     if (next)
       for (int64_t j = 0; j < n * (DTYPE == FLOAT32 ? 4 : 2); j += 64)
         __builtin_prefetch(from + (i + next) * step + j, 0, 2);
-    float squares = read_row<DTYPE>(to + i * stride, from + i * step, n);
-    float scale = normalize ? normalize_row(to + i * stride, squares, n) : 1;
+    float* row = to + i * stride;
+    float scale = 1;
+    if (normalize) scale = normalize_row(row, read_row<DTYPE, true>(row, from + i * step, n), n);
+    else read_row<DTYPE, false>(row, from + i * step, n);
     if (inverse) inverse[i] = scale;
   }
 }

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..errors import InputError
 from .lookup import decoder_part
+from .state_layer import StateLayer
 
 
 def check_level(cache: Any, index: int | None, layers: Sequence[int], count: int) -> None:
@@ -77,6 +78,8 @@ def _length(layer: Any, empty: bool) -> int | None:
 
     empty: whether a layer for keys and values that has none counts as one of 0 tokens.
     """
+    if isinstance(layer, StateLayer):  # its `keys` are made when they are asked for
+        return int(layer.get_seq_length()) if empty or layer.states is not None else None
     if not hasattr(layer, "keys") or not hasattr(layer, "get_seq_length"):
         return None
     if layer.keys is None and not empty:

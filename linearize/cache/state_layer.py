@@ -399,7 +399,7 @@ class StateLayer(CacheLayerMixin):
         """Tensors of `torch.inference_mode` cannot be changed outside it; copies that are made here can."""
         if self.states is None or torch.compiler.is_compiling() or torch.is_inference_mode_enabled():
             return
-        if any(tensor.is_inference() for tensor in self.states.tensors()):
+        if self.states.length.is_inference():  # they are made together
             self._map(Tensor.clone)
         if isinstance(self.cumulative_length, Tensor) and self.cumulative_length.is_inference():
             self.cumulative_length = self.cumulative_length.clone()

@@ -35,16 +35,17 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 from ..errors import InputError
 from ..kernels import registered_salient, salient, salient_chunk
 from ..kernels import salient_tail as tail
-from ..kernels.tensors import full_precision, widen
-from ..ops.arguments import check, check_held
+from ..kernels.tensors import as_autocast, full_precision, widen
+from ..ops.arguments import check_held
 from ..ops.attention import Lineage, checked_path, lineage
 from ..ops.state import Part, SalientState, States, check_sizes
 from . import salient_onnx
 from .augmented_paper import PaperAttention
 from .base import EVERYWHERE, Mechanism, switch, whole
-from .composed import ComposedAttention, Term, of_queries
+from .composed import Term, of_queries
 from .module import AttentionModule
 from .onnx_form import Nodes
+from .salient_calls import SalientCalls
 from .softmax_window import exact_window
 from .spec import SiteSpec
 from .term import Given
@@ -53,7 +54,7 @@ if TYPE_CHECKING:
     from .base import Settings
 
 
-class AugmentedAttention(ComposedAttention):
+class AugmentedAttention(SalientCalls):
     """Attention of `kernels/salient.py`, plus the convolution, plus the tail."""
 
     def __init__(self, spec: SiteSpec, config: Settings) -> None:
@@ -100,11 +101,11 @@ class AugmentedAttention(ComposedAttention):
         key_mask: Tensor | None,
         query_start: int | Tensor | None,
     ) -> Tensor:
-        if self._is_fastest_as_after_nothing(query, key, value):
-            state = self.new_state(query.shape[0], dtype=key.dtype, device=key.device)
-            assert state is not None
+        if self.may_be_one_call(query, key, value):
             self._check(query, key, value, key_mask, query_start)
-            return self.total_after(query, key, value, state, key_mask, None)
+            found = self.in_one_call(query, key, value, key_mask)
+            if found is not None:
+                return found
         out = super().total(query, key, value, key_mask, query_start)
         if not self.spec.causal or statically_known_true(query.shape[2] == key.shape[2]):
             return self.with_tail(query, out, key_mask)
@@ -112,21 +113,6 @@ class AugmentedAttention(ComposedAttention):
         before = key.shape[2] - query.shape[2]
         real = None if key_mask is None else key_mask[:, before:]
         return self.with_tail(query, out, real, _ranks(key, key_mask)[:, before:])
-
-    def _is_fastest_as_after_nothing(self, query: Tensor, key: Tensor, value: Tensor) -> bool:
-        """Whether a whole sequence is best run after an empty state: one compiled call does all of it."""
-        tensors = query, key, value
-        if (
-            not self.spec.causal
-            or torch.compiler.is_compiling()
-            or any(type(x) is not Tensor or x.is_meta for x in tensors)
-            or query.shape[2] != key.shape[2]
-            or not self._tail_joins
-        ):
-            return False
-        if torch.is_grad_enabled() and any(x.requires_grad for x in (*tensors, *self.parameters())):
-            return False
-        return registered_salient.is_compiled(self.split_heads(query), key, value)
 
     def with_tail(
         self, query: Tensor, out: Tensor, key_mask: Tensor | None, position: Tensor | None = None
@@ -274,6 +260,7 @@ class AugmentedAttention(ComposedAttention):
         self._check(query, key, value, key_mask=None)
         check_held(query, key, value, part.tensors.keys, part.tensors.values)
         path = None if path is None else checked_path(path, key)
+        query, key, value = as_autocast(query, key, value)
         with full_precision(value.device):
             torch.ops.linearize.salient_append(
                 self.split_heads(query), key, value, *part.tensors, *self.sizes, self.scale, path
@@ -293,40 +280,6 @@ class AugmentedAttention(ComposedAttention):
 
     def _apart(self, query: Tensor, key: Tensor, value: Tensor) -> list[Term]:
         return [] if self._ring_serves else super()._apart(query, key, value)
-
-    @property
-    def _ring_serves(self) -> bool:
-        """Whether the state's own ring holds the values that the convolution reads."""
-        return self.conv_weight is not None and self.conv_weight.shape[1] <= self.sizes.window + 1
-
-    @property
-    def _tail_joins(self) -> bool:
-        """Whether nothing comes between the operator after a state and the tail."""
-        return self.tail_weight is None or self.conv_weight is None or self._ring_serves
-
-    def _joined_tail(self) -> Tensor | None:
-        """Weights of the tail [Hkv, R, Dv, D + Dv + 1] where the operator after a state adds it."""
-        if self.tail_weight is None or not self._tail_joins:
-            return None
-        return self.split_heads(self.tail_weight[None])[0]
-
-    def _joined_weight(self) -> Tensor | None:
-        """Weights of the convolution [Hkv, R, K] where the state's ring serves it."""
-        if self.conv_weight is None or not self._ring_serves:
-            return None
-        return self.split_heads(self.conv_weight[None, :, None])[0, :, :, 0]
-
-    def _check(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        key_mask: Tensor | None,
-        query_start: int | Tensor | None = None,
-    ) -> None:
-        """Raise InputError for arguments that do not fit together."""
-        of_site = self.conv_weight, self.group_size, self.spec.causal, False, self.spec.kv_layout
-        check(query, key, value, *of_site, key_mask, query_start)
 
     def extra_repr(self) -> str:
         window, sinks, number = self.sizes

@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from ..errors import InputError
 from ..kernels import naive as core
 from ..kernels.padding import without_padding
-from ..kernels.tensors import ones, widen
+from ..kernels.tensors import as_autocast, ones, widen
 from .base import EVERYWHERE, Mechanism, choice
 from .composed import ComposedAttention, Term, of_queries
 from .spec import SiteSpec
@@ -133,6 +133,7 @@ class PaperAttention(ComposedAttention):
     ) -> Tensor:
         """As every attention module; bias [1, H, T, S] is read, and needed, if `keeps_bias`."""
         start = query_start if self.spec.causal or self.spec.cross else None
+        query, key, value = as_autocast(query, key, value)
         if key_mask is not None:
             query, key, value = without_padding(query, key, value, key_mask, self.spec.cross, always=False)
         terms = self.terms(query, key, value)

@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..kernels.padding import Ranks, without_padding
-from ..kernels.tensors import full_precision, unit, with_one
+from ..kernels.tensors import as_autocast, full_precision, unit, with_one
 from ..kernels.tensors import widen as widen
 from ..ops import attention as ops
 from ..ops.arguments import check_not_empty
@@ -99,6 +99,7 @@ class ComposedAttention(AttentionModule):
     ) -> Tensor:
         check_not_empty(query, key, value)
         start = query_start if self.spec.causal or self.spec.cross else None
+        query, key, value = as_autocast(query, key, value)
         if key_mask is not None:
             tokens = query, key, value, key_mask, self.spec.cross
             query, key, value = without_padding(*tokens, self.multiplies_padding)
@@ -263,6 +264,7 @@ class ComposedAttention(AttentionModule):
             InputError: The tokens do not fit together or to the state, which is then unchanged.
         """
         check_not_empty(query, key, value)
+        query, key, value = as_autocast(query, key, value)
         with full_precision(value.device):
             return self.total_after(query, key, value, state, key_mask, None).to(value.dtype)
 
@@ -284,6 +286,7 @@ class ComposedAttention(AttentionModule):
         Raises:
             InputError: The arguments do not fit.
         """
+        query, key, value = as_autocast(query, key, value)
         with full_precision(value.device):
             return self.total_after(query, key, value, state, None, parents).to(value.dtype)
 
@@ -302,6 +305,7 @@ class ComposedAttention(AttentionModule):
         Raises:
             InputError: The arguments do not fit.
         """
+        query, key, value = as_autocast(query, key, value)
         with full_precision(value.device):
             terms = [*self.terms(query, key, value), *self._apart(query, key, value)]
             for term, part in zip(terms, state.parts, strict=True):
@@ -326,6 +330,7 @@ class ComposedAttention(AttentionModule):
         return self.spec.cross
 
     def summarize(self, key: Tensor, value: Tensor, key_mask: Tensor | None) -> Summary:
+        key, value = as_autocast(key, value)
         with full_precision(value.device):
             query = key.new_zeros(key.shape[0], self.spec.num_heads, 1, key.shape[3])
             terms = self.terms(query, key, value)
@@ -339,6 +344,7 @@ class ComposedAttention(AttentionModule):
         self, query: Tensor, key: Tensor, value: Tensor, summary: Summary, query_start: int | Tensor | None
     ) -> Tensor:
         start = 0 if query_start is None else query_start
+        query, key, value = as_autocast(query, key, value)
         block = block_of(key, value, summary, query.shape[2], start, self.group_size)
         with full_precision(value.device):
             terms = self.terms(widen(query), widen(block.key), widen(block.value))

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import InputError
-from ..kernels.tensors import full_precision, widen
+from ..kernels.tensors import as_autocast, full_precision, widen
 from .base import EVERYWHERE, Mechanism, whole
 from .composed import ComposedAttention
 from .spec import SiteSpec
@@ -63,6 +63,7 @@ class LinformerAttention(ComposedAttention):
         return out * key_mask[:, None, :, None]
 
     def summarize(self, key: Tensor, value: Tensor, key_mask: Tensor | None) -> Summary:
+        key, value = as_autocast(key, value)
         with full_precision(value.device):
             return Summary(self._project(key, value, key_mask), False, key_mask, None)
 
@@ -71,6 +72,7 @@ class LinformerAttention(ComposedAttention):
     ) -> Tensor:
         keys, values = summary.sums
         assert keys is not None and values is not None
+        query, value = as_autocast(query, value)
         with full_precision(value.device):
             return self._read(query, keys, values).to(value.dtype)
 

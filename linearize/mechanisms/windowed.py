@@ -35,7 +35,15 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 from ..common.checks import require_true
 from ..kernels import window_recurrent
 from ..kernels.padding import Ranks
-from ..kernels.tensors import are_ordinary, full_precision, per_kv_head, take_rows, widen, with_one
+from ..kernels.tensors import (
+    are_ordinary,
+    as_autocast,
+    full_precision,
+    per_kv_head,
+    take_rows,
+    widen,
+    with_one,
+)
 from ..ops.arguments import check_no_gradients, check_state
 from ..ops.attention import Lineage, checked_path, lineage
 from ..ops.state import Part, States, WindowState
@@ -387,6 +395,7 @@ class WindowedAttention(ComposedAttention):
         check_state(key, key, value, None, part, None)
         check_no_gradients(*(() if self.key_map is None else (self.key_map,)))
         path = None if path is None else checked_path(path, key)
+        query, key, value = as_autocast(query, key, value)
         with full_precision(value.device):
             window_recurrent.append_along(path, key, value, part.tensors, self._rules)
         super().commit(query, key, value, States(tuple(convolution)), path)

@@ -11,6 +11,7 @@ from ..errors import InputError
 from ..kernels import registered
 from ..kernels.activations import ACTIVATIONS
 from ..kernels.dispatch import FORMS, Choice
+from ..kernels.tensors import as_autocast
 from .state import AttentionState
 
 
@@ -49,6 +50,7 @@ def attention_arguments(
         raise InputError(f"local_bias must be [{heads}, {width}], got {tuple(local_bias.shape)}")
     check_names(activation, form)
     conv_weight = None if cross else conv_weight
+    query, key, value = as_autocast(query, key, value)
     query, tables = interleaved_tables(query, key, alpha, local_scale, conv_weight, kv_layout)
     if local_bias is not None and kv_layout == "tiled":
         local_bias = to_interleaved(local_bias.unsqueeze(0), kv_heads)[0]

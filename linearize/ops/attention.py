@@ -10,6 +10,7 @@ from torch import Tensor
 from ..errors import InputError
 from ..kernels import registered, registered_recurrent  # noqa: F401 (registers the operators)
 from ..kernels.dispatch import Choice
+from ..kernels.tensors import as_autocast
 from .arguments import (
     attention_arguments,
     check_names,
@@ -58,7 +59,8 @@ def augmented_attention(
     Attention dropout has no place here: it zeroes entries of a weight matrix that is never formed.
 
     Args:
-        query: `[B, H, T, D]`, floating point, any strides.
+        query: `[B, H, T, D]`, floating point, any strides. Under `torch.autocast` query, key and value are
+            taken in its dtype, as scaled_dot_product_attention takes them.
         key: `[B, Hkv, S, D]`; H is a multiple of Hkv, and the heads are not repeated.
         value: `[B, Hkv, S, Dv]`. Sums are kept in float32 (float64 for float64 input).
         alpha: Weight of the linear part over other groups, one number or one per head, `[1]` or `[H]`; None
@@ -201,6 +203,7 @@ def augmented_extend(
         InputError: The arguments do not fit together or to the state, which is then unchanged.
     """
     check_state(query, key, value, conv_weight, state, key_mask)
+    query, key, value = as_autocast(query, key, value)
     query, tables = interleaved_tables(query, key, alpha, local_scale, conv_weight, kv_layout)
     options = (activation, state.group_size, normalize)
     check_names(activation, form)
@@ -247,6 +250,7 @@ def augmented_tree(
         InputError: A node comes before its parent, or the arguments do not fit.
     """
     depth, ancestors = lineage(parents, query.shape[0], query.shape[2], query.device)
+    query, key, value = as_autocast(query, key, value)
     check_state(query, key, value, conv_weight, state, None)
     query, tables = interleaved_tables(query, key, alpha, local_scale, conv_weight, kv_layout)
     options = (activation, state.group_size, normalize)
@@ -276,6 +280,7 @@ def augmented_commit(
     check_state(key, key, value, None, state, None)
     if path is not None:
         path = checked_path(path, key)
+    key, value = as_autocast(key, value)
     torch.ops.linearize.augmented_append(key, value, *state.tensors, state.group_size, normalize, path)
 
 

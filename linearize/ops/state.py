@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Self
 
 import torch
@@ -193,16 +193,27 @@ class WindowState(AttentionState):
         return cls(tensors, 1, window, max_rewind)
 
 
+class Ready:
+    """A call laid out for the tensors of one state. Copies of the state, which has others, start without."""
+
+    def __init__(self) -> None:
+        self.call: Any = None
+
+    def __reduce__(self) -> tuple[type[Ready], tuple[()]]:
+        return Ready, ()
+
+
 @dataclass(frozen=True)
 class SalientState(Part):
     """A constant number of exact tokens; `kernels/salient.py` describes the tensors.
 
-    sizes: how many tokens are seen exactly.
+    sizes: how many tokens are seen exactly. ready: what takes the next token without looking at all again.
     """
 
     tensors: salient.State
     sizes: salient.Sizes
     max_rewind: int
+    ready: Ready = field(default_factory=Ready, init=False, repr=False, compare=False)
 
     @property
     def settings(self) -> tuple[int, ...]:

@@ -17,8 +17,9 @@ from ..cache import lookup as caches
 from ..cache.adopt import cross_layer, keep_everything, state_layer
 from ..common.checks import is_traced
 from ..errors import InputError, InvalidModelError
+from ..planning.plan import child_name
 from .attend import attend
-from .call import Call, attention_children
+from .call import Call
 from .documents import of_lengths
 from .masks import compact_mask
 from .owner import OwnerRecord, Rewritten, become
@@ -52,7 +53,7 @@ class InterfaceOwner(Rewritten):
         record: OwnerRecord = owner._linearize_owner
         record.check_unchanged(owner)
         cache, index = caches.find_cache(args, kwargs), record.layer_of(args, kwargs)
-        children = attention_children(owner)
+        children = [getattr(owner, child_name(slot)) for slot in range(len(record.sites))]
         child = children[0] if len(children) == 1 else None
         state = state_layer(cache, index, child)
         caches.check_not_foreign(caches.own_layer(cache, index, child), record.path)

@@ -1,11 +1,11 @@
 """Random calls of every entry of the C++ library in a folder, for `test_cpu_sanitized`.
 
-`python sanitized_calls.py FOLDER COUNT`: FOLDER has the package's `__init__.py` and a library of its own.
+`python sanitized_calls.py FOLDER COUNT`: FOLDER is a package with `kernels/cpu`, whose library is its own.
 """
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import random
 import sys
 from pathlib import Path
@@ -16,14 +16,6 @@ from torch import Tensor
 
 draw = random.Random(0)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-
-
-def package(folder: Path) -> Any:
-    spec = importlib.util.spec_from_file_location("sanitized", folder / "__init__.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def laid_out(x: Tensor) -> Tensor:
@@ -94,6 +86,8 @@ def one(cpu: Any, isa: str) -> None:
     call = shapes.tokens(draw.choice((1, 2, 7, 16, 33, 100)))
     out = cpu.forward(*call, *shapes.parameters, isa=isa)
     cpu.backward(torch.randn_like(out), *call, *shapes.parameters, isa=isa)
+    if shapes.taps is None or shapes.taps % 2:
+        cpu.forward_both(*call, *shapes.parameters, isa=isa)
     state = shapes.state()
     for _ in range(draw.randint(1, 4)):
         count = draw.randint(1, 30)
@@ -106,15 +100,47 @@ def one(cpu: Any, isa: str) -> None:
         cpu.tree(*shapes.tokens(nodes), *state, *lineage(shapes.batch, nodes), *shapes.parameters, isa=isa)
 
 
+def exact(package: str, isa: str) -> None:
+    """The entries for exact attention to near and kept tokens: after a state, its gradient, and both ways."""
+    salient, after, both = (importlib.import_module(f"{package}.{x}") for x in _EXACT)
+    shapes, sizes = Shapes(), salient.Sizes(*(draw.choice((0, 1, 5, 40)) for _ in range(3)))
+    batch, kv_heads, repeats = shapes.batch, shapes.kv_heads, shapes.heads // shapes.kv_heads
+    tail = draw.choice((None, torch.randn(shapes.heads, shapes.value_dim, shapes.dim + shapes.value_dim + 1)))
+    dims = batch, kv_heads, shapes.dim, shapes.value_dim
+    state = salient.new(*dims, sizes, dtype=shapes.window_dtype)
+    for _ in range(draw.randint(1, 4)):
+        length = draw.choice((1, 2, 7, 33, 100, 600))
+        query, key, value = shapes.tokens(length)
+        count = draw.choice((None, torch.randint(0, length + 1, (batch,))))
+        taps = draw.choice((1, 3, 33))
+        conv = draw.choice((None, torch.randn(shapes.heads, taps)))
+        both.attend(query, key, value, sizes, 0.3, conv, tail, count, isa=isa)
+        rows = query.unflatten(1, (kv_heads, repeats))
+        taps = min(taps, sizes.window + 1)
+        tables = None if conv is None else conv[:, :taps], tail
+        tables = tuple(None if x is None else x.unflatten(0, (kv_heads, repeats)) for x in tables)
+        out = after.extend(rows, key, value, state, sizes, 0.3, *tables, count, isa=isa)
+        blocks = -(-length // salient.BLOCK)
+        places = torch.randint(-1, length, (batch, kv_heads, blocks, sizes.kept))
+        places = places.minimum(torch.arange(blocks)[:, None] * salient.BLOCK)  # none that comes later
+        after.backward(torch.randn_like(out), rows, key, value, places, sizes, 0.3, count, isa=isa)
+
+
+_EXACT = ("salient", "cpu.salient", "cpu.bidirectional")
+
+
 def main() -> None:
     folder, count = Path(sys.argv[1]), int(sys.argv[2])
-    cpu = package(folder)
+    sys.path.insert(0, str(folder.parent))
+    cpu = importlib.import_module(f"{folder.name}.cpu")
     assert cpu.available(), cpu.unavailable_reason()
     torch.manual_seed(0)
     for index in range(count):
         torch.set_num_threads(1 + index % 3)
-        one(cpu, draw.choice(("avx2", cpu.isa())))
-    print(f"{count} rounds of forward, backward, append, step and tree")
+        isa = draw.choice(("avx2", cpu.isa()))
+        one(cpu, isa)
+        exact(folder.name, isa)
+    print(f"{count} rounds of every entry")
 
 
 if __name__ == "__main__":

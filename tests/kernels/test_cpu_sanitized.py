@@ -26,9 +26,12 @@ AVX512 = [*AVX2, "-mavx512f", "-mavx512dq", "-mavx512bw", "-mavx512vl"]
 
 
 def library(folder: Path, edit: tuple[str, str] | None = None) -> None:
-    """The package in a folder, with a library that watches itself. edit: a text of the sources, and its
-    replacement."""
-    folder.mkdir()
+    """A package that holds the kernels, with a library that watches itself. edit: a text of the sources, and
+    its replacement."""
+    package, folder = folder, folder / "cpu"
+    folder.mkdir(parents=True)
+    (package / "__init__.py").write_text("")
+    shutil.copy(SOURCES.parent / "salient.py", package)
     for file in SOURCES.iterdir():
         if file.suffix in (".cpp", ".h", ".py"):
             text = file.read_text()

@@ -226,9 +226,12 @@ def test_low_precision_input_costs_no_more_than_its_rounding(dtype, tolerance):
 def test_autocast_does_not_round_the_state():
     query, key, value = (torch.rand(1, 2, 1200, 8) for _ in range(3))
     options = dict(alpha=torch.tensor([0.3]), conv_weight=torch.randn(2, 4))
-    plain = ops.augmented_attention(query, key, value, **options)
+    plain = ops.augmented_attention(*(x.bfloat16() for x in (query, key, value)), **options)
     with torch.autocast("cpu", torch.bfloat16):
-        assert torch.equal(ops.augmented_attention(query, key, value, **options), plain)
+        # Whatever dtype each comes in; as scaled_dot_product_attention does.
+        out = ops.augmented_attention(query, key, value.bfloat16(), **options)
+        double = ops.augmented_attention(query.double(), key.double(), value.double(), **options)
+    assert torch.equal(out, plain) and double.dtype == torch.float64
 
 
 @pytest.mark.parametrize("length", (1, 40))
