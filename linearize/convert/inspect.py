@@ -10,7 +10,14 @@ from torch import nn
 from ..common.running import quiet_run
 from ..passes.site import Reason
 from ..planning.config import LinearizeConfig
-from ..planning.plan import check_layers_of, layer_index, problem_of, stays_softmax
+from ..planning.plan import (
+    check_layers_of,
+    kept_window,
+    layer_index,
+    missing,
+    problem_of,
+    stays_softmax,
+)
 from ..planning.state import LinearizeState
 from .inputs import example_inputs
 from .linearize import check_model, resolve_config, search
@@ -48,21 +55,25 @@ def inspect(
     with quiet_run(model):
         match = search(model, examples)
     check_layers_of(model, match, settings)
-    refused, becomes = {}, {}
+    refused, becomes, windowed = {}, {}, {}
     for site in match.sites:
         index = layer_index(model, site.path)
         if stays_softmax(settings, site.path, index):
             continue
-        found = problem_of(site, settings.at(site.path, index))
-        if found is None:
-            becomes[site.path, site.ordinal] = describe(settings)
-        else:
+        own = settings.at(site.path, index)
+        found = problem_of(site, own)
+        window = kept_window(site.mask.width, missing(site, own)) if found else None
+        if window is not None:
+            windowed[site.path, site.ordinal] = window[1]
+        elif found is not None:
             refused[site.path, site.ordinal] = found
+        else:
+            becomes[site.path, site.ordinal] = describe(settings)
     # A module is rewritten as a whole or not at all.
-    stuck = {path for path, _ in refused}
+    stuck = {path for path, _ in (*refused, *windowed)}
     stuck |= {found.path for found in match.refusals if found.reason is not Reason.NOT_ATTENTION}
     for path, ordinal in [key for key in becomes if key[0] in stuck]:
         del becomes[path, ordinal]
         message = "another attention of this module cannot be rewritten"
         refused[path, ordinal] = (Reason.OWNER.value, message)
-    return Report(name, settings.mechanism, candidates(match, refused, becomes))
+    return Report(name, settings.mechanism, candidates(match, refused, becomes, windowed))

@@ -8,9 +8,11 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from io import StringIO
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from ..passes.site import MatchReport, Refusal, Site, Size
+from ..planning.plan import KEPT, WINDOWED
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -245,8 +247,8 @@ def converted_candidates(state: LinearizeState) -> tuple[Candidate, ...]:
             shapes={},
             mask="",
             scale=None,
-            verdict=KEEP if skip.reason == "kept" else REFUSED,
-            reason="" if skip.reason == "kept" else skip.reason,
+            verdict=KEEP if skip.reason in (KEPT, WINDOWED) else REFUSED,
+            reason="" if skip.reason in (KEPT, WINDOWED) else skip.reason,
             message=skip.message,
             becomes="",
         )
@@ -256,12 +258,16 @@ def converted_candidates(state: LinearizeState) -> tuple[Candidate, ...]:
 
 
 def candidates(
-    match: MatchReport, refused: Mapping[Key, tuple[str, str]], becomes: Mapping[Key, str]
+    match: MatchReport,
+    refused: Mapping[Key, tuple[str, str]],
+    becomes: Mapping[Key, str],
+    windowed: Mapping[Key, str] = MappingProxyType({}),
 ) -> tuple[Candidate, ...]:
     """Rows of a match in graph order.
 
     refused: reason code and sentence for proved sites that cannot be rewritten as configured.
-    becomes: what each site that will be rewritten turns into. A site in neither is kept by the config.
+    becomes: what each site that will be rewritten turns into. windowed: a sentence about each site that stays
+    as it is for its own window. A site in none is kept by the config.
     """
     order = {node: i for i, node in enumerate(match.graph_module.graph.nodes)}
     matched: list[Site | Refusal] = [*match.sites, *match.refusals]
@@ -277,9 +283,8 @@ def candidates(
         elif key in becomes:
             result.append(_of_site(candidate, REWRITE, becomes=becomes[key]))
         else:
-            result.append(
-                _of_site(candidate, KEEP, becomes="softmax, as it is", message="the config keeps it")
-            )
+            why = windowed.get(key, "the config keeps it")
+            result.append(_of_site(candidate, KEEP, becomes="softmax, as it is", message=why))
     return tuple(result)
 
 

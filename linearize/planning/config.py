@@ -144,7 +144,7 @@ class LinearizeConfig:
             return self
         options = dict(self.options)
         for layer, own in self.layer_options.items():  # indices come first
-            if names(layer, path, index):
+            if names_layer(layer, path, index):
                 options |= own
         return dataclasses.replace(self, options=options, layer_options=Options())
 
@@ -196,7 +196,7 @@ class LinearizeConfig:
         return cls(**fields)
 
 
-def names(item: int | str, path: str, index: int | None) -> bool:
+def names_layer(item: int | str, path: str, index: int | None) -> bool:
     """Whether an item of `keep_softmax`, `layers` or `layer_options` names the layer at a path."""
     return item == index if isinstance(item, int) else path == item or path.startswith(f"{item}.")
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,7 +22,7 @@ from ..mechanisms.base import DROPPABLE
 from ..mechanisms.spec import SiteSpec
 from ..passes.alibi import is_alibi
 from ..passes.site import KVKind, MatchReport, Pattern, Reason, Refusal, Site
-from .config import LinearizeConfig, names
+from .config import LinearizeConfig, names_layer
 
 VERSION = 2
 """Version 1 had other names for the routes, and no terms."""
@@ -33,6 +33,8 @@ CHILD = "linear_attention"
 KEPT = "kept"
 """The reason code of what the user asked to leave as softmax."""
 _KEPT = "left as softmax by `layers` or `keep_softmax`"
+WINDOWED = "own-window"
+"""The reason code of what sees a window of its own, and stays as it is: it needs no more memory by length."""
 
 # Candidates that turned out not to be attention at all (a router's softmax, a classifier head) do not stand
 # in the way of rewriting everything that is.
@@ -200,7 +202,7 @@ def check_named_layers(
     known = list(dict.fromkeys(candidates))
     for name in ("layers", "keep_softmax", "layer_options"):
         for item in getattr(config, name) or ():
-            if not any(names(item, path, index) for path, index in known):
+            if not any(names_layer(item, path, index) for path, index in known):
                 numbers = sorted({index for _, index in known if index is not None})
                 raise RefusedError(
                     f"{name} names {excerpt(item)}, and no attention is there; the layers with attention are "
@@ -222,7 +224,7 @@ def stays_softmax(config: LinearizeConfig, path: str, index: int | None) -> bool
     """The user asked to leave the layer at `path` as softmax."""
     if config.layers is not None and index not in config.layers:
         return True
-    return any(names(keep, path, index) for keep in config.keep_softmax)
+    return any(names_layer(keep, path, index) for keep in config.keep_softmax)
 
 
 def plan_sites(model: nn.Module, report: MatchReport, config: LinearizeConfig) -> Plan:
@@ -242,7 +244,7 @@ def plan_sites(model: nn.Module, report: MatchReport, config: LinearizeConfig) -
     slots: Counter[tuple[str, int]] = Counter()
     planned: dict[tuple[str, int], SitePlan] = {}
     skipped: list[Skipped] = []
-    blocked: list[Blocked] = []
+    blocked, windowed = list[Blocked](), list[Blocked]()
     for refusal in report.refusals:
         skip = Skipped(refusal.path, refusal.ordinal, refusal.reason.value, refusal.message)
         skipped.append(skip)
@@ -261,9 +263,10 @@ def plan_sites(model: nn.Module, report: MatchReport, config: LinearizeConfig) -
         own = config.at(path, index)
         problem = problem_of(site, own) or _too_short(site)
         if problem is not None:
-            skip = Skipped(path, site.ordinal, *problem)
+            need = missing(site, own)
+            skip = Skipped(path, site.ordinal, *(kept_window(site.mask.width, need) or problem))
             skipped.append(skip)
-            blocked.append((skip, missing(site, own)))
+            (windowed if skip.reason == WINDOWED else blocked).append((skip, need))
             continue
         seen = planned.get((path, slot))
         if seen is None:
@@ -275,11 +278,11 @@ def plan_sites(model: nn.Module, report: MatchReport, config: LinearizeConfig) -
             planned[path, slot] = dataclasses.replace(seen, calls=seen.calls + 1)
     windows = any(getattr(module, "_supports_attention_backend", False) for module in model.modules())
     _raise_blocked(blocked, config, report, windows)
-    owners_blocked = {skip.path for skip, _ in blocked}
-    sites = tuple(site for site in planned.values() if site.path not in owners_blocked)
+    as_it_is = {skip.path for skip, _ in (*blocked, *windowed)}
+    sites = tuple(site for site in planned.values() if site.path not in as_it_is)
     if not sites:
         if skipped and not blocked:
-            raise RefusedError("`layers` and `keep_softmax` leave no attention to rewrite", report)
+            raise RefusedError(_nothing_asked(windowed, config, windows), report)
         raise RefusedError(_nothing_left(blocked, config, windows), report)
     check_layers_of(model, report, config)
     return Plan(sites=sites, skipped=tuple(skipped))
@@ -295,7 +298,7 @@ def replan(model: nn.Module, plan: Plan, config: LinearizeConfig) -> Plan:
     wanted = [
         skip.path
         for skip in plan.skipped
-        if skip.reason != Reason.NOT_ATTENTION.value
+        if skip.reason not in (Reason.NOT_ATTENTION.value, WINDOWED)
         and (skip.reason == KEPT or config.on_refusal == "error")
         and not stays_softmax(config, skip.path, _index(model, skip))
     ]
@@ -307,7 +310,8 @@ def replan(model: nn.Module, plan: Plan, config: LinearizeConfig) -> Plan:
         )
     indexed = ((skip.path, _index(model, skip)) for skip in plan.skipped)
     check_named_layers(config, [*((site.path, site.layer_index) for site in plan.sites), *indexed])
-    skipped, blocked, sites = list(plan.skipped), list[Blocked](), list[SitePlan]()
+    skipped, sites = list(plan.skipped), list[SitePlan]()
+    blocked, windowed = list[Blocked](), list[Blocked]()
     mechanism = mechanisms.get(config.mechanism)
     for site in plan.sites:
         options = config.at(site.path, site.layer_index).options
@@ -316,16 +320,19 @@ def replan(model: nn.Module, plan: Plan, config: LinearizeConfig) -> Plan:
         if stays_softmax(config, site.path, site.layer_index):
             skipped.append(Skipped(site.path, site.slot, KEPT, _KEPT))
         elif refused is not None:
-            skip = Skipped(site.path, site.slot, refused[0].value, refused[1])
-            blocked.append((skip, mechanism.missing(*known)))
+            need = mechanism.missing(*known)
+            why = kept_window(site.spec.window, need) or (refused[0].value, refused[1])
+            skip = Skipped(site.path, site.slot, *why)
+            (windowed if skip.reason == WINDOWED else blocked).append((skip, need))
         else:
             sites.append(site)
+    skipped += [skip for skip, _ in windowed]
     windows = all(site.route == "interface" for site in plan.sites)
     _raise_blocked(blocked, config, None, windows)
-    owners_blocked = {skip.path for skip, _ in blocked}
-    left = tuple(site for site in sites if site.path not in owners_blocked)
+    as_it_is = {skip.path for skip, _ in (*blocked, *windowed)}
+    left = tuple(site for site in sites if site.path not in as_it_is)
     if not left and not blocked:
-        raise RefusedError("`layers` and `keep_softmax` leave no attention to rewrite")
+        raise RefusedError(_nothing_asked(windowed, config, windows))
     if not left:
         raise RefusedError(_nothing_left(blocked, config, windows))
     return dataclasses.replace(plan, sites=left, skipped=(*skipped, *(skip for skip, _ in blocked)))
@@ -389,6 +396,26 @@ def _too_short(site: Site) -> tuple[str, str] | None:
         problem = "one token alone does not show whether the attention is causal; give an example of several"
         return Reason.SHAPE_UNKNOWN.value, problem
     return None
+
+
+def kept_window(width: int | None, need: Collection[str]) -> tuple[str, str] | None:
+    """Why a site stays as it is, as `problem_of`, where it has a window that the mechanism does not cover.
+
+    need: What it needs that the mechanism lacks.
+    """
+    if "window" not in need:
+        return None
+    return WINDOWED, f"it sees its own window of {width} tokens, and stays as it is"
+
+
+def _nothing_asked(windowed: Sequence[Blocked], config: LinearizeConfig, windows: bool) -> str:
+    """That nothing is left to rewrite, though nothing was refused."""
+    if not windowed:
+        return "`layers` and `keep_softmax` leave no attention to rewrite"
+    helps = _advice(windowed, config, windows)
+    if mechanisms.get(config.mechanism).reach is not None:
+        helps += ' A window in options={"window": ...} as wide as the model\'s own carries it.'
+    return f"no attention is left to rewrite: {_sentences(windowed)} {helps}"
 
 
 def _raise_blocked(

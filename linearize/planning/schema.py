@@ -17,7 +17,7 @@ from ..errors import CheckpointError
 from ..mechanisms.base import BIGGEST, NEEDS
 from ..mechanisms.spec import SiteSpec
 from ..passes.site import Pattern, Reason
-from .plan import KEPT, ROUTES, VERSION
+from .plan import KEPT, ROUTES, VERSION, WINDOWED
 
 _MASK = re.compile(
     rf"({'|'.join(pattern.value for pattern in Pattern)})(\(\d{{1,9}}\))?(\+padding)?(\+bias)?"
@@ -81,7 +81,7 @@ SPEC: Mapping[str, Rule] = {
 SKIPPED: Mapping[str, Rule] = {
     "path": _PATH,
     "ordinal": whole(0, BIGGEST),
-    "reason": word(KEPT, *(reason.value for reason in Reason)),
+    "reason": word(KEPT, WINDOWED, *(reason.value for reason in Reason)),
     "message": TEXT,
 }
 

@@ -37,9 +37,9 @@ def phi3() -> nn.Module:
     return transformers.Phi3ForCausalLM(transformers.Phi3Config(**_llama_like())).eval()
 
 
-def gemma3() -> nn.Module:
+def gemma3(**changes: Any) -> nn.Module:
     layers = ["sliding_attention", "full_attention"]
-    config = transformers.Gemma3TextConfig(**_llama_like(head_dim=8, layer_types=layers))
+    config = transformers.Gemma3TextConfig(**_llama_like(head_dim=8, layer_types=layers, **changes))
     return transformers.Gemma3ForCausalLM(config).eval()
 
 
@@ -138,9 +138,29 @@ def test_layers_with_one_mask_are_rewritten_together() -> None:
         converted(mistral(), layers=(0,))
 
 
-def test_a_window_wider_than_ours_is_refused_with_what_would_cover_it() -> None:
+@torch.no_grad()
+def test_layers_with_a_window_wider_than_ours_stay_as_they_are_and_the_others_are_rewritten() -> None:
+    original: Any = gemma3(sliding_window=20)
+    told = lz.inspect(original, config={"options": {"window": 8, "salient": 4}})
+    assert [row.verdict for row in told.rows] == ["keep", "rewrite"]
+    assert "own window of 20 tokens" in told.rows[0].message
+    model = converted(original, options={"window": 8, "salient": 4})
+    assert [site.path for site in model._linearize.plan.sites] == ["model.layers.1.self_attn"]
+    assert [row.verdict for row in lz.inspect(model).rows] == ["converted", "keep"]
+    ids = tokens(2, 90)
+    text, settings = ids, dict(max_new_tokens=STEPS, do_sample=False, eos_token_id=None)
+    for _ in range(STEPS):
+        text = torch.cat([text, model(text, use_cache=False).logits[:, -1:].argmax(-1)], 1)
+    out = model.generate(ids, attention_mask=torch.ones_like(ids), return_dict_in_generate=True, **settings)
+    assert torch.equal(out.sequences, text)
+    assert out.past_key_values.layers[0].keys.shape[2] < 20, "such a layer keeps its window alone"
+    wider = lz.linearize(model, options={"window": 4, "salient": 4})
+    assert [site.path for site in wider._linearize.plan.sites] == ["model.layers.1.self_attn"]
+
+
+def test_a_model_of_nothing_but_wider_windows_is_refused_with_what_would_cover_them() -> None:
     original = mistral(sliding_window=60)
-    advice = r'window \(of 60 tokens: options=\{"window": \.\.\.\} can cover it\)'
+    advice = r'own window of 60 tokens.*options=\{"window": \.\.\.\} as wide'
     with pytest.raises(RefusedError, match=advice):
         converted(original)
     assert converted(original, approximate=("window",))._linearize.plan.sites[0].spec.window == 60

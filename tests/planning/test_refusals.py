@@ -155,9 +155,6 @@ CASES: dict[str, tuple[Callable[[], nn.Module], Any, dict[str, Any], set[str]]] 
     "top-left": (TopLeft, (X, Y), {}, {"mechanism"}),
     "cross": (Cross, (X, Y), dict(mechanism="softmax_window"), {"on_refusal"}),
     "dispatched-window": (mistral, dict(input_ids=tokens(2, 9)), PAPER, {"approximate"}),
-    "window-on-a-graph": (
-        gpt_neo, dict(input_ids=tokens(2, 9)), PAPER, {"on_refusal"},
-    ),
     "window-on-a-graph-dropped": (
         gpt_neo, dict(input_ids=tokens(2, 9)), dict(approximate=("window",), **PAPER), {"keep_softmax"},
     ),
