@@ -8,9 +8,10 @@ from typing import Any
 from torch import nn
 
 from ..common.running import quiet_run
-from ..passes.site import Reason
+from ..errors import NoAttentionError, RefusedError
+from ..passes.site import MatchReport, Reason
 from ..planning.config import LinearizeConfig
-from ..planning.plan import check_layers_of, layer_index, problem_of, stays_softmax
+from ..planning.plan import check_layers_of, layer_index, plan_sites, problem_of, stays_softmax
 from ..planning.state import LinearizeState
 from .inputs import example_inputs
 from .linearize import check_model, resolve_config, search
@@ -64,4 +65,16 @@ def inspect(
         del becomes[path, ordinal]
         message = "another attention of this module cannot be rewritten"
         refused[path, ordinal] = (Reason.OWNER.value, message)
-    return Report(name, settings.mechanism, candidates(match, refused, becomes))
+    rows = candidates(match, refused, becomes)
+    return Report(name, settings.mechanism, rows, _advice(model, match, settings))
+
+
+def _advice(model: nn.Module, match: MatchReport, settings: LinearizeConfig) -> str:
+    """What a conversion would say that helps, if it were refused."""
+    try:
+        plan_sites(model, match, settings)
+    except RefusedError as error:
+        return error.advice
+    except NoAttentionError:
+        pass
+    return ""

@@ -82,11 +82,13 @@ class Report:
         model: class of the model.
         mechanism: what rewritten sites become.
         rows: the candidates, in order of execution.
+        advice: what helps where the conversion would be refused, "" elsewhere.
     """
 
     model: str
     mechanism: str
     rows: tuple[Candidate, ...]
+    advice: str = ""
 
     @property
     def sites(self) -> tuple[Candidate, ...]:
@@ -112,6 +114,7 @@ class Report:
             "model": self.model,
             "mechanism": self.mechanism,
             "rows": [asdict(row) for row in self.rows],
+            "advice": self.advice,
         }
 
     def to_json(self) -> str:
@@ -133,7 +136,14 @@ class Report:
         from rich.table import Table
         from rich.text import Text
 
-        table = Table(title=Text(self.summary), title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
+        table = Table(
+            title=Text(self.summary),
+            caption=Text(self.advice) if self.advice else None,
+            title_justify="left",
+            caption_justify="left",
+            box=SIMPLE_HEAD,
+            pad_edge=False,
+        )
         # Two lines a row, so that 80 columns are enough for most models.
         for name in ("module, source", "spelling", "B,H,T,S,D", "mask", "scale", "outcome"):
             table.add_column(name, overflow="fold", no_wrap=name == "B,H,T,S,D")
@@ -153,7 +163,9 @@ class Report:
             + "</tr>"
             for row in self.rows
         )
-        return _PAGE.format(title=html.escape(self.summary), head=head, body=body)
+        return _PAGE.format(
+            title=html.escape(self.summary), head=head, body=body, advice=html.escape(self.advice)
+        )
 
     def _repr_html_(self) -> str:
         return self.to_html()
@@ -187,6 +199,7 @@ tr.converted td:nth-child(7), tr.keep td:nth-child(7) {{ color: #0550ae; }}
 <tbody>
 {body}
 </tbody></table>
+<p>{advice}</p>
 </body></html>
 """
 

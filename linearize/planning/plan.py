@@ -284,7 +284,7 @@ def plan_sites(model: nn.Module, report: MatchReport, config: LinearizeConfig) -
     if not sites:
         if skipped and not blocked:
             raise RefusedError("`layers` and `keep_softmax` leave no attention to rewrite", report)
-        raise RefusedError(_nothing_left(blocked, config, windows), report)
+        raise _nothing_left(blocked, config, windows, report)
     check_layers_of(model, report, config)
     return Plan(sites=sites, skipped=tuple(skipped))
 
@@ -330,7 +330,7 @@ def replan(model: nn.Module, plan: Plan, config: LinearizeConfig) -> Plan:
     if not left and not blocked:
         raise RefusedError("`layers` and `keep_softmax` leave no attention to rewrite")
     if not left:
-        raise RefusedError(_nothing_left(blocked, config, windows))
+        raise _nothing_left(blocked, config, windows)
     return dataclasses.replace(plan, sites=left, skipped=(*skipped, *(skip for skip, _ in blocked)))
 
 
@@ -401,14 +401,17 @@ def _raise_blocked(
         sites = () if report is None else report.sites
         keep = bool({site.path for site in sites} - {skip.path for skip, _ in blocked})
         raise RefusedError(
-            f"{len(blocked)} attention site(s) cannot be rewritten, so nothing was: "
-            f"{_sentences(blocked)} {_advice(blocked, config, windows, keep)}",
+            f"{len(blocked)} attention site(s) cannot be rewritten, so nothing was: {_sentences(blocked)}",
             report,
+            _advice(blocked, config, windows, keep),
         )
 
 
-def _nothing_left(blocked: Sequence[Blocked], config: LinearizeConfig, windows: bool) -> str:
-    return f"no attention site can be rewritten: {_sentences(blocked)} {_advice(blocked, config, windows)}"
+def _nothing_left(
+    blocked: Sequence[Blocked], config: LinearizeConfig, windows: bool, report: MatchReport | None = None
+) -> RefusedError:
+    text = f"no attention site can be rewritten: {_sentences(blocked)}"
+    return RefusedError(text, report, _advice(blocked, config, windows))
 
 
 def _advice(blocked: Sequence[Blocked], config: LinearizeConfig, windows: bool, keep: bool = False) -> str:
