@@ -175,14 +175,14 @@ def check_dropped_windows(plan: Plan, config: LinearizeConfig, report: MatchRepo
         if not carried(site.spec, config.options):
             raise RefusedError(
                 f"the window of {site.path} can only be dropped when every attention of the model is "
-                f"rewritten and dispatches through transformers' attention interface.",
+                "rewritten and dispatches through transformers' attention interface.",
                 report,
                 helps,
             )
         if kept:
             raise RefusedError(
                 f"{site.path} and {kept[0]} have windows, and only one of them would be rewritten, though "
-                f"their masks are one.",
+                "their masks are one.",
                 report,
                 helps,
             )

@@ -79,7 +79,7 @@ class SitePlan:
         """Scores are scaled products under a causal or key mask: what a linear form sees is all there is."""
         pattern, *rest = self.mask.split("+")
         known = pattern in ("full", "causal") and "bias" not in rest
-        return known and not self.terms and self.spec.window is None and self.spec.scale is not None
+        return known and not self.terms and self.spec.window is None
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
