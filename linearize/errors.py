@@ -23,11 +23,12 @@ class RefusedError(LinearizeError, ValueError):
     """At least one site cannot be rewritten and the policy is to rewrite all or nothing.
 
     `report` is the full `passes.MatchReport`-derived report, so a caller can print which sites and why.
+    `advice` is the part of the message that says what helps, "" where it says nothing.
     """
 
-    def __init__(self, message: str, report: object | None = None) -> None:
-        super().__init__(message)
-        self.report = report
+    def __init__(self, message: str, report: object | None = None, advice: str = "") -> None:
+        super().__init__(f"{message} {advice}" if advice else message)
+        self.report, self.advice = report, advice
 
 
 class VerificationError(LinearizeError, RuntimeError):

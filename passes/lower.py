@@ -10,7 +10,7 @@ from torch import nn
 from torch.fx import GraphModule, Node
 
 from .mask import MASKED
-from .raise_ import canonical_operands, emitter_for, replace_output
+from .raise_ import canonical_operands, emitter_for, replace_output, scaled_query
 from .relayout import Emitter
 from .site import Pattern, Site, Step
 
@@ -22,10 +22,12 @@ def lower_site(graph_module: GraphModule, site: Site, module: nn.Module, name: s
 
     query is `[B, H, T, D]`, key `[B, Hkv, S, D]`, value `[B, Hkv, S, Dv]`. key_mask, bool `[B, S]`, is True
     for a real token; it is given only where the mask of the site has padding. query_start is given as 0 where
-    queries stand at the first keys although there may be more (`Mask.top_left`).
+    queries stand at the first keys although there may be more (`Mask.top_left`). Where the scale of the site
+    is a tensor, the query is multiplied by it, and by `D ** 0.5`.
     """
     emitter = emitter_for(graph_module, site)
     query, key, value = canonical_operands(emitter, site)
+    query = scaled_query(emitter, site, query) if site.scale is None else query
     keywords: dict[str, Any] = {}
     if site.mask.zero_or_one:
         _assert_zero_or_one(emitter, site)

@@ -6,15 +6,37 @@ import torch
 from torch.fx import GraphModule, Node
 
 from . import canonical
-from .graphs import remove_dead
+from .graphs import ancestors, remove_dead
 from .relayout import Emitter
 from .site import KVKind, Site, term_operands
+
+aten = torch.ops.aten
 
 
 def canonical_operands(emitter: Emitter, site: Site) -> tuple[Node, Node, Node]:
     """query, key and value of the site as graph nodes in canonical layout."""
     query, key, value = (emitter.move(o.node, o.relayout) for o in (site.query, site.key, site.value))
     return query, key, value
+
+
+def scaled_query(emitter: Emitter, site: Site, query: Node) -> Node:
+    """The query `[B, H, T, D]` for a module in the place of a site whose scale is a tensor (`scale` is None).
+
+    Such a module scales by `D ** -0.5`, so the query brings the scale over that along.
+    """
+    number = float(site.query.relayout.merged[3]) ** 0.5
+    for step in site.program:
+        if "softmax" in step.kind:
+            break
+        if step.kind not in ("scale", "div"):
+            continue
+        if step.term is None:
+            number = number * step.value if step.kind == "scale" else number / step.value
+        else:
+            target = aten.mul.Tensor if step.kind == "scale" else aten.div.Tensor
+            query = emitter.call(target, query, emitter.move(step.term.node, step.term.relayout))
+    dtype = site.query.node.meta["val"].dtype
+    return emitter.call(aten.to.dtype, emitter.call(aten.mul.Tensor, query, number), dtype)
 
 
 def canonical_terms(emitter: Emitter, site: Site) -> list[Node]:
@@ -32,6 +54,12 @@ def _inputs(site: Site) -> list[Node]:
     """query, key, value and the score terms, as they stand in the graph."""
     operands = (site.query, site.key, site.value, *term_operands(site.program))
     return [operand.node for operand in operands]
+
+
+def fixed_tensors(site: Site) -> set[str]:
+    """Names of the tensors whose values are numbers in the record of a site, such as a scale in a buffer."""
+    live = ancestors(_inputs(site))
+    return {str(n.target) for n in ancestors([site.anchor]) - live if n.op in ("get_attr", "placeholder")}
 
 
 def replace_output(emitter: Emitter, site: Site, result: Node) -> None:

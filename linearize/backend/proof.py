@@ -21,7 +21,13 @@ from ..mechanisms.module import PlainSoftmaxAttention
 from ..mechanisms.spec import SiteSpec
 from ..passes import canonical, find_attention
 from ..passes.lower import key_mask
-from ..passes.raise_ import canonical_operands, canonical_terms, emitter_for
+from ..passes.raise_ import (
+    canonical_operands,
+    canonical_terms,
+    emitter_for,
+    fixed_tensors,
+    scaled_query,
+)
 from ..passes.site import KVKind, Site, Step
 from ..planning.plan import terms
 from ..rewrite.attributes import Read, read
@@ -38,12 +44,13 @@ class Proof:
     def __init__(self, graph: GraphModule, specs: Mapping[tuple[str, int], SiteSpec]) -> None:
         self._proved_with: list[Read] | None = None
         match = find_attention(graph)
+        leaves = {leaf for site in match.sites for leaf in fixed_tensors(site).union(site.mask.leaves)}
         self._graph = match.graph_module
         checks = [
             _compare(self._graph, site, specs[site.path, site.ordinal], f"proof_{number}")
             for number, site in enumerate(match.sites)
             # What the user has dropped knowingly cannot be the same.
-            if (site.path, site.ordinal) in specs and not terms(site) and site.scale is not None
+            if (site.path, site.ordinal) in specs and not terms(site)
         ]
         self._graph.graph.output_node().args = (tuple(checks),)
         self._graph.recompile()
@@ -52,7 +59,6 @@ class Proof:
             for node in self._graph.graph.nodes
         )
 
-        leaves = {leaf for site in match.sites for leaf in site.mask.leaves}
         inputs = self._graph.graph.find_nodes(op="placeholder")
         self._constants = {
             str(node.target): index
@@ -89,6 +95,7 @@ def _compare(graph: GraphModule, site: Site, spec: SiteSpec, name: str) -> Any:
         canonical.encode([_without_dropout(step) for step in site.program]),
         site.kv_map.kind is KVKind.TILED,
     )
+    query = scaled_query(emitter, site, query) if site.scale is None else query
     keywords: dict[str, Any] = {}
     if site.mask.padding:
         keywords["key_mask"] = key_mask(emitter, site)

@@ -8,13 +8,15 @@ from typing import Any
 from torch import nn
 
 from ..common.running import quiet_run
-from ..passes.site import Reason
+from ..errors import NoAttentionError, RefusedError
+from ..passes.site import MatchReport, Reason
 from ..planning.config import LinearizeConfig
+from ..planning.left_alone import kept_window
 from ..planning.plan import (
     check_layers_of,
-    kept_window,
     layer_index,
     missing,
+    plan_sites,
     problem_of,
     stays_softmax,
 )
@@ -76,4 +78,16 @@ def inspect(
         del becomes[path, ordinal]
         message = "another attention of this module cannot be rewritten"
         refused[path, ordinal] = (Reason.OWNER.value, message)
-    return Report(name, settings.mechanism, candidates(match, refused, becomes, windowed))
+    rows = candidates(match, refused, becomes, windowed)
+    return Report(name, settings.mechanism, rows, _advice(model, match, settings))
+
+
+def _advice(model: nn.Module, match: MatchReport, settings: LinearizeConfig) -> str:
+    """What a conversion would say that helps, if it were refused."""
+    try:
+        plan_sites(model, match, settings)
+    except RefusedError as error:
+        return error.advice
+    except NoAttentionError:
+        pass
+    return ""

@@ -175,14 +175,16 @@ def check_dropped_windows(plan: Plan, config: LinearizeConfig, report: MatchRepo
         if not carried(site.spec, config.at(site.path, site.layer_index).options):
             raise RefusedError(
                 f"the window of {site.path} can only be dropped when every attention of the model is "
-                f"rewritten and dispatches through transformers' attention interface. {helps}",
+                "rewritten and dispatches through transformers' attention interface.",
                 report,
+                helps,
             )
         if kept:
             raise RefusedError(
                 f"{site.path} and {kept[0]} have windows, and only one of them would be rewritten, though "
-                f"their masks are one. {helps}",
+                "their masks are one.",
                 report,
+                helps,
             )
 
 

@@ -12,7 +12,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from ..passes.site import MatchReport, Refusal, Site, Size
-from ..planning.plan import KEPT, WINDOWED
+from ..planning.left_alone import KEPT, WINDOWED
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -84,11 +84,13 @@ class Report:
         model: class of the model.
         mechanism: what rewritten sites become.
         rows: the candidates, in order of execution.
+        advice: what helps where the conversion would be refused, "" elsewhere.
     """
 
     model: str
     mechanism: str
     rows: tuple[Candidate, ...]
+    advice: str = ""
 
     @property
     def sites(self) -> tuple[Candidate, ...]:
@@ -114,6 +116,7 @@ class Report:
             "model": self.model,
             "mechanism": self.mechanism,
             "rows": [asdict(row) for row in self.rows],
+            "advice": self.advice,
         }
 
     def to_json(self) -> str:
@@ -135,7 +138,14 @@ class Report:
         from rich.table import Table
         from rich.text import Text
 
-        table = Table(title=Text(self.summary), title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
+        table = Table(
+            title=Text(self.summary),
+            caption=Text(self.advice) if self.advice else None,
+            title_justify="left",
+            caption_justify="left",
+            box=SIMPLE_HEAD,
+            pad_edge=False,
+        )
         # Two lines a row, so that 80 columns are enough for most models.
         for name in ("module, source", "spelling", "B,H,T,S,D", "mask", "scale", "outcome"):
             table.add_column(name, overflow="fold", no_wrap=name == "B,H,T,S,D")
@@ -155,7 +165,9 @@ class Report:
             + "</tr>"
             for row in self.rows
         )
-        return _PAGE.format(title=html.escape(self.summary), head=head, body=body)
+        return _PAGE.format(
+            title=html.escape(self.summary), head=head, body=body, advice=html.escape(self.advice)
+        )
 
     def _repr_html_(self) -> str:
         return self.to_html()
@@ -189,6 +201,7 @@ tr.converted td:nth-child(7), tr.keep td:nth-child(7) {{ color: #0550ae; }}
 <tbody>
 {body}
 </tbody></table>
+<p>{advice}</p>
 </body></html>
 """
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections import Counter, defaultdict
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,11 +18,21 @@ from torch import nn
 from .. import mechanisms
 from ..common.checks import excerpt
 from ..errors import ConfigError, InvalidModelError, NoAttentionError, RefusedError
-from ..mechanisms.base import DROPPABLE
 from ..mechanisms.spec import SiteSpec
 from ..passes.alibi import is_alibi
 from ..passes.site import KVKind, MatchReport, Pattern, Reason, Refusal, Site
 from .config import LinearizeConfig, names_layer
+from .left_alone import (
+    KEPT,
+    KEPT_MESSAGE,
+    WINDOWED,
+    Blocked,
+    Skipped,
+    kept_window,
+    nothing_asked,
+    nothing_left,
+    raise_blocked,
+)
 
 VERSION = 2
 """Version 1 had other names for the routes, and no terms."""
@@ -30,11 +40,6 @@ ROUTES = ("interface", "graph")
 """How an owner is rewritten: through transformers' attention interface, or on a graph of itself."""
 _ROUTE_OF_VERSION_1 = {"seam": "interface", "graft": "graph"}
 CHILD = "linear_attention"
-KEPT = "kept"
-"""The reason code of what the user asked to leave as softmax."""
-_KEPT = "left as softmax by `layers` or `keep_softmax`"
-WINDOWED = "own-window"
-"""The reason code of what sees a window of its own, and stays as it is: it needs no more memory by length."""
 
 # Candidates that turned out not to be attention at all (a router's softmax, a classifier head) do not stand
 # in the way of rewriting everything that is.
@@ -81,7 +86,7 @@ class SitePlan:
         """Scores are scaled products under a causal or key mask: what a linear form sees is all there is."""
         pattern, *rest = self.mask.split("+")
         known = pattern in ("full", "causal") and "bias" not in rest
-        return known and not self.terms and self.spec.window is None and self.spec.scale is not None
+        return known and not self.terms and self.spec.window is None
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -94,20 +99,6 @@ class SitePlan:
             fields["route"] = _ROUTE_OF_VERSION_1[fields.pop("rung")]
         fields["terms"] = tuple(fields.get("terms", ()))
         return cls(**{**fields, "spec": SiteSpec.from_dict(fields["spec"])})
-
-
-@dataclass(frozen=True)
-class Skipped:
-    """A candidate left as softmax: where, the reason code, and one sentence."""
-
-    path: str
-    ordinal: int
-    reason: str
-    message: str
-
-
-Blocked = tuple[Skipped, tuple[str, ...]]
-"""A candidate that was wanted, and what it needs that the mechanism lacks; nothing where that is not why."""
 
 
 @dataclass(frozen=True)
@@ -258,7 +249,7 @@ def plan_sites(model: nn.Module, report: MatchReport, config: LinearizeConfig) -
         slot = slots[site.path, site.call]
         slots[site.path, site.call] += 1
         if stays_softmax(config, path, index):
-            skipped.append(Skipped(path, site.ordinal, KEPT, _KEPT))
+            skipped.append(Skipped(path, site.ordinal, KEPT, KEPT_MESSAGE))
             continue
         own = config.at(path, index)
         problem = problem_of(site, own) or _too_short(site)
@@ -277,13 +268,13 @@ def plan_sites(model: nn.Module, report: MatchReport, config: LinearizeConfig) -
         else:
             planned[path, slot] = dataclasses.replace(seen, calls=seen.calls + 1)
     windows = any(getattr(module, "_supports_attention_backend", False) for module in model.modules())
-    _raise_blocked(blocked, config, report, windows)
+    raise_blocked(blocked, config, report, windows)
     as_it_is = {skip.path for skip, _ in (*blocked, *windowed)}
     sites = tuple(site for site in planned.values() if site.path not in as_it_is)
     if not sites:
         if skipped and not blocked:
-            raise RefusedError(_nothing_asked(windowed, config, windows), report)
-        raise RefusedError(_nothing_left(blocked, config, windows), report)
+            raise nothing_asked(windowed, config, windows, report)
+        raise nothing_left(blocked, config, windows, report)
     check_layers_of(model, report, config)
     return Plan(sites=sites, skipped=tuple(skipped))
 
@@ -318,7 +309,7 @@ def replan(model: nn.Module, plan: Plan, config: LinearizeConfig) -> Plan:
         known = site.spec, site.terms, config.approximate, options
         refused = mechanism.refusal(*known)
         if stays_softmax(config, site.path, site.layer_index):
-            skipped.append(Skipped(site.path, site.slot, KEPT, _KEPT))
+            skipped.append(Skipped(site.path, site.slot, KEPT, KEPT_MESSAGE))
         elif refused is not None:
             need = mechanism.missing(*known)
             why = kept_window(site.spec.window, need) or (refused[0].value, refused[1])
@@ -328,13 +319,13 @@ def replan(model: nn.Module, plan: Plan, config: LinearizeConfig) -> Plan:
             sites.append(site)
     skipped += [skip for skip, _ in windowed]
     windows = all(site.route == "interface" for site in plan.sites)
-    _raise_blocked(blocked, config, None, windows)
+    raise_blocked(blocked, config, None, windows)
     as_it_is = {skip.path for skip, _ in (*blocked, *windowed)}
     left = tuple(site for site in sites if site.path not in as_it_is)
     if not left and not blocked:
-        raise RefusedError(_nothing_asked(windowed, config, windows))
+        raise nothing_asked(windowed, config, windows)
     if not left:
-        raise RefusedError(_nothing_left(blocked, config, windows))
+        raise nothing_left(blocked, config, windows)
     return dataclasses.replace(plan, sites=left, skipped=(*skipped, *(skip for skip, _ in blocked)))
 
 
@@ -396,76 +387,3 @@ def _too_short(site: Site) -> tuple[str, str] | None:
         problem = "one token alone does not show whether the attention is causal; give an example of several"
         return Reason.SHAPE_UNKNOWN.value, problem
     return None
-
-
-def kept_window(width: int | None, need: Collection[str]) -> tuple[str, str] | None:
-    """Why a site stays as it is, as `problem_of`, where it has a window that the mechanism does not cover.
-
-    need: What it needs that the mechanism lacks.
-    """
-    if "window" not in need:
-        return None
-    return WINDOWED, f"it sees its own window of {width} tokens, and stays as it is"
-
-
-def _nothing_asked(windowed: Sequence[Blocked], config: LinearizeConfig, windows: bool) -> str:
-    """That nothing is left to rewrite, though nothing was refused."""
-    if not windowed:
-        return "`layers` and `keep_softmax` leave no attention to rewrite"
-    helps = _advice(windowed, config, windows)
-    if mechanisms.get(config.mechanism).reach is not None:
-        helps += ' A window in options={"window": ...} as wide as the model\'s own carries it.'
-    return f"no attention is left to rewrite: {_sentences(windowed)} {helps}"
-
-
-def _raise_blocked(
-    blocked: Sequence[Blocked], config: LinearizeConfig, report: MatchReport | None, windows: bool
-) -> None:
-    if blocked and config.on_refusal == "error":
-        sites = () if report is None else report.sites
-        keep = bool({site.path for site in sites} - {skip.path for skip, _ in blocked})
-        raise RefusedError(
-            f"{len(blocked)} attention site(s) cannot be rewritten, so nothing was: "
-            f"{_sentences(blocked)} {_advice(blocked, config, windows, keep)}",
-            report,
-        )
-
-
-def _nothing_left(blocked: Sequence[Blocked], config: LinearizeConfig, windows: bool) -> str:
-    return f"no attention site can be rewritten: {_sentences(blocked)} {_advice(blocked, config, windows)}"
-
-
-def _advice(blocked: Sequence[Blocked], config: LinearizeConfig, windows: bool, keep: bool = False) -> str:
-    """What to do about refused sites, nothing of which is refused in turn.
-
-    windows: whether a causal window can be dropped, as where masks are built for transformers' attention
-    interface. keep: whether the model has sites that are not refused.
-    """
-    droppable = set(DROPPABLE) - (set() if windows else {"window"})
-    needs = dict.fromkeys(need for _, missing in blocked for need in missing)
-    advice = []
-    if all(missing and set(missing) <= droppable for _, missing in blocked):
-        dropped = tuple(dict.fromkeys((*config.approximate, *needs)))
-        advice.append(f"approximate={dropped}, which leaves that out knowingly".replace("'", '"'))
-    if keep:
-        advice.append("on_refusal='keep', which leaves these layers softmax")
-    if not advice and all(missing for _, missing in blocked) and config.mechanism != "softmax":
-        advice.append("mechanism='softmax', which carries all of it")
-    return f"What helps: {'; or '.join(advice)}." if advice else "There is no other attention in the model."
-
-
-def _sentences(blocked: Iterable[Blocked], limit: int = 320) -> str:
-    """The refusals in at most about `limit` characters: modules that are refused alike in one sentence."""
-    groups: dict[tuple[str, str], list[str]] = {}
-    for skip, _ in blocked:
-        paths = groups.setdefault((skip.reason, skip.message), [])
-        paths += [] if (skip.path or "(root)") in paths else [skip.path or "(root)"]
-    texts: list[str] = []
-    for (reason, message), paths in groups.items():
-        more = f" and {len(paths) - 1} more" if len(paths) > 1 else ""
-        text = f"{paths[0]}{more} [{reason}]: {message[:limit]}"
-        if texts and sum(map(len, texts)) + len(text) > limit:
-            texts.append(f"and {len(groups) - len(texts)} other reasons")
-            break
-        texts.append(text)
-    return "; ".join(texts) + "."

@@ -17,7 +17,8 @@ from ..errors import CheckpointError
 from ..mechanisms.base import BIGGEST, NEEDS
 from ..mechanisms.spec import SiteSpec
 from ..passes.site import Pattern, Reason
-from .plan import KEPT, ROUTES, VERSION, WINDOWED
+from .left_alone import KEPT, WINDOWED
+from .plan import ROUTES, VERSION
 
 _MASK = re.compile(
     rf"({'|'.join(pattern.value for pattern in Pattern)})(\(\d{{1,9}}\))?(\+padding)?(\+bias)?"

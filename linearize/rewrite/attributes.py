@@ -72,8 +72,8 @@ class Read:
             return torch.equal(then, found)
         require_true(
             (then == found).all(),
-            f"the values of `{self.path}`, which a mask is read from, are not those of the model that was "
-            "compiled; run the model once without compiling, and compile it anew",
+            f"the values of `{self.path}`, which a mask or a scale is read from, are not those of the model "
+            "that was compiled; run the model once without compiling, and compile it anew",
         )
         return True
 

@@ -19,7 +19,8 @@ from linearize.checkpoint.hook import relocate
 from linearize.checkpoint.replay import check_owners
 from linearize.common.files import read_json
 from linearize.errors import CheckpointError
-from linearize.planning.plan import Plan, SitePlan, Skipped
+from linearize.planning.left_alone import Skipped
+from linearize.planning.plan import Plan, SitePlan
 from linearize.planning.record import parse
 from linearize.planning.schema import PLAN, SITE, SKIPPED, SPEC
 

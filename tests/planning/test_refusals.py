@@ -15,6 +15,7 @@ import transformers
 from live_models import VOCAB, activations, tokens
 from torch import Tensor, nn
 
+from linearize.convert.inspect import inspect
 from linearize.convert.linearize import linearize
 from linearize.errors import RefusedError
 
@@ -177,6 +178,10 @@ def test_the_advice_of_a_refusal_works(name):
     message = str(refused.value)
     assert len(message) <= 600
     assert {key for change in advice(message) for key in change} == helps
+    assert message.endswith(refused.value.advice) and len(refused.value.advice) > 10
+    if "keep_softmax" not in helps:  # which a conversion says after it was tried
+        shown = inspect(model, inputs, settings)
+        assert shown.advice == refused.value.advice and shown.advice in " ".join(shown.to_text(300).split())
     for change in advice(message):
         linearize(copy.deepcopy(model), inputs, **{**settings, **change})
 

@@ -243,8 +243,56 @@ def test_the_same_is_asserted_in_a_compiled_model(buffered: tuple[Own, Own], nam
         model(X)
         torch.testing.assert_close(compiled(X), original(X), atol=1e-5, rtol=1e-4)
         WRITES[name](model)
-        with pytest.raises(RuntimeError, match="values of `keep`, which a mask is read from"):
+        with pytest.raises(RuntimeError, match="values of `keep`, which a mask or a scale is read from"):
             compiled(X)
+
+
+class Scaled(nn.Module):
+    """Scores times a tensor."""
+
+    def __init__(self, scale: Tensor) -> None:
+        super().__init__()
+        self.qkv, self.scale = nn.Linear(32, 96), scale
+
+    def forward(self, x: Tensor) -> Tensor:
+        query, key, value = self.qkv(x).unflatten(2, (3, 4, 8)).permute(2, 0, 3, 1, 4)
+        scores = 2.0 * (query @ key.mT) * self.scale.clamp(max=3.0)
+        return (scores.softmax(-1) @ value).transpose(1, 2).flatten(2)
+
+
+def test_a_learned_scale_is_carried_and_learns() -> None:
+    torch.manual_seed(0)
+    original = Scaled(nn.Parameter(torch.rand(4, 1, 1) + 0.5))
+    model = linearize(copy.deepcopy(original), X, **EXACT)
+    torch._dynamo.reset()
+    options = {**EXACT, "inner": "eager"}
+    results = []
+    for run, of in (
+        (original, original),
+        (model, model),
+        (torch.compile(original, backend="linearize", options=options), original),
+    ):
+        out = run(X)
+        results.append((out, *torch.autograd.grad(out.square().sum(), (of.scale, of.qkv.weight))))
+    assert options["backend"].report.sites and not options["backend"].report.refusals  # type: ignore[attr-defined]
+    for found in results[1:]:
+        torch.testing.assert_close(found, results[0], atol=1e-4, rtol=1e-4)
+    with torch.no_grad():
+        original.scale.mul_(2), model.scale.mul_(2)
+        torch.testing.assert_close(model(X), original(X), atol=1e-5, rtol=1e-4)
+
+
+def test_a_scale_in_a_buffer_that_is_written_to_is_noticed() -> None:
+    model = linearize(Scaled(nn.Buffer(torch.tensor(0.3))).eval(), X, **EXACT)
+    model(X)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="eager")
+    compiled(X)
+    model.scale.fill_(1.5)
+    with pytest.raises(RuntimeError, match="values of `scale`"):
+        compiled(X)
+    with pytest.raises(InputError, match="scale was"):
+        model(X)
 
 
 def test_a_mask_of_zeros_and_ones_is_asserted_wherever_it_was_read_as_one() -> None:

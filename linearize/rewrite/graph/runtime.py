@@ -58,12 +58,14 @@ def attend_site(
     tiled: bool,
     reads_mask: bool,
     causal: bool,
+    scaled: Tensor,
 ) -> Tensor:
     """One site: the owner's child, or the exact program for a child that is softmax.
 
     query `[B, H, T, D]`, key `[B, Hkv, S, D]`, value `[B, Hkv, S, Dv]`, terms broadcastable to `[B, H, T, S]`
     with kind and value of their step; reads_mask: inputs decide what these hide; causal: a step without a
-    term hides what is later. Returns `[B, H, T, Dv]`.
+    term hides what is later; scaled: the query for a child that is no softmax (`raise_.scaled_query`).
+    Returns `[B, H, T, Dv]`.
     """
     call.notice(slot)
     child = call.child(slot)
@@ -74,11 +76,11 @@ def attend_site(
     if mask is not None and causal and mask.shape[2] > 1:
         mask = mask & position_mask(mask.shape[2], mask.shape[3], 0, mask.device)
     if call.state is None:
-        return attend(call, child, query, key, value, mask)
+        return attend(call, child, scaled, key, value, mask)
     # The owner was traced on the new tokens alone: its mask has their columns, its cache no part in it.
     call.state.expected = True
     call.state.update(key, value)
-    return attend(call, child, query, key, value, mask, masked_columns=False)
+    return attend(call, child, scaled, key, value, mask, masked_columns=False)
 
 
 def _visible(call: Call, terms: Sequence[Tensor], kinds: Sequence[tuple[str, Any]]) -> Tensor | None:

@@ -27,7 +27,7 @@ from ...passes import canonical, find_attention
 from ...passes.axes import shape_of
 from ...passes.capture import CaptureError, capture
 from ...passes.graphs import ancestors
-from ...passes.raise_ import canonical_operands, emitter_for, replace_output
+from ...passes.raise_ import canonical_operands, emitter_for, fixed_tensors, replace_output, scaled_query
 from ...passes.site import KVKind, Reason, Site
 from ...planning.plan import child_name
 from ..attributes import Held, held, path_of
@@ -247,6 +247,8 @@ def _trace(
     with gm.graph.inserting_before(first):
         call = gm.graph.placeholder("linearize_call")
     differs = [difference(site, planned) for site, planned in zip(sites, record.sites, strict=True)]
+    leaves = {leaf for site in sites for leaf in fixed_tensors(site).union(site.mask.leaves)}
+    read = {path for leaf in leaves if (path := _path_of(gm, owner, leaf)) is not None}
     for slot, site in enumerate(sites):
         _replace_site(gm, site, slot, call)
     codegen: Any = gm.graph._codegen
@@ -254,7 +256,6 @@ def _trace(
     placeholders = [node for node in gm.graph.find_nodes(op="placeholder") if "val" in node.meta]
     sizes = tuple(shape_of(node) or () for node in placeholders)
     masks = _mask_inputs(gm.graph)
-    read = {path for site in sites for leaf in site.mask.leaves if (path := _path_of(gm, owner, leaf))}
     call_children(gm, owner, call)
     called = {str(node.args[1]) for node in gm.graph.find_nodes(op="call_function", target=call_child)}
     if stored:
@@ -371,6 +372,7 @@ def _drop_weights(gm: GraphModule, anchors: Sequence[Node]) -> None:
 def _replace_site(gm: GraphModule, site: Site, slot: int, call: Node) -> None:
     emitter = emitter_for(gm, site)
     query, key, value = canonical_operands(emitter, site)
+    scaled = scaled_query(emitter, site, query) if site.scale is None else query
     terms = [
         emitter.move(step.term.node, step.term.relayout) for step in site.program if step.term is not None
     ]
@@ -385,7 +387,19 @@ def _replace_site(gm: GraphModule, site: Site, slot: int, call: Node) -> None:
     tiled = site.kv_map.kind is KVKind.TILED
     program = canonical.encode(site.program)
     result = emitter.call(
-        attend_site, call, slot, query, key, value, terms, hides, program, tiled, reads_mask(site), causal
+        attend_site,
+        call,
+        slot,
+        query,
+        key,
+        value,
+        terms,
+        hides,
+        program,
+        tiled,
+        reads_mask(site),
+        causal,
+        scaled,
     )
     replace_output(emitter, site, result)
 
@@ -395,7 +409,7 @@ def _mask_inputs(graph: Graph) -> tuple[int, ...]:
     inputs = [node for node in graph.find_nodes(op="placeholder") if "val" in node.meta]
     sites = graph.find_nodes(op="call_function", target=attend_site)
     sizes = dict.fromkeys(graph.find_nodes(op="call_function", target=torch.ops.aten.sym_size.int), ())
-    reads = sizes | {site: site.args[2:5] for site in sites}
+    reads = sizes | {site: (*site.args[2:5], site.args[11]) for site in sites}
     terms = ancestors(
         [term for site in sites for term in site.args[5]], lambda node: sizes.get(node, node.all_input_nodes)
     )
