@@ -1,14 +1,14 @@
 """Random calls of every entry of the C++ library in a folder, for `test_cpu_sanitized`.
 
-`python sanitized_calls.py FOLDER COUNT`: FOLDER has the package's `__init__.py` and a library of its own.
+`python sanitized_calls.py FOLDER COUNT`: FOLDER has a copy of `kernels` in it, `sanitized`, whose library is
+its own.
 """
 
 from __future__ import annotations
 
-import importlib.util
 import random
 import sys
-from pathlib import Path
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -16,14 +16,6 @@ from torch import Tensor
 
 draw = random.Random(0)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-
-
-def package(folder: Path) -> Any:
-    spec = importlib.util.spec_from_file_location("sanitized", folder / "__init__.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def laid_out(x: Tensor) -> Tensor:
@@ -106,15 +98,47 @@ def one(cpu: Any, isa: str) -> None:
         cpu.tree(*shapes.tokens(nodes), *state, *lineage(shapes.batch, nodes), *shapes.parameters, isa=isa)
 
 
+def salient(kernels: Any, compiled: Any, isa: str) -> None:
+    """The form of `augmented`, with numbers that are none among its tokens; and its gradients."""
+    batch, kv_heads, shared = draw.randint(1, 2), draw.randint(1, 3), draw.randint(1, 3)
+    dim, value_dim = draw.randint(1, 40), draw.randint(1, 40)
+    sizes = kernels.Sizes(draw.randint(0, 70), draw.randint(0, 5), draw.randint(0, 40))
+    dtype, state_dtype = draw.choice(DTYPES), draw.choice(DTYPES)
+    taps = draw.choice((None, draw.randint(1, sizes.window + 1)))
+    conv = None if taps is None else torch.randn(kv_heads, shared, taps)
+    tail = draw.choice((None, torch.randn(kv_heads, shared, value_dim, dim + value_dim + 1)))
+
+    def tokens(count: int) -> list[Tensor]:
+        query = torch.randn(batch, kv_heads, shared, count, dim)
+        key, value = (torch.randn(batch, kv_heads, count, size) for size in (dim, value_dim))
+        for x in draw.choice(((), (query, key, value))):
+            x.view(-1)[draw.randrange(x.numel())] = draw.choice((float("nan"), float("inf"), 1e30))
+        return [laid_out(x.to(dtype)) if x.dim() == 4 else x.to(dtype) for x in (query, key, value)]
+
+    state = kernels.new(batch, kv_heads, dim, value_dim, sizes, dtype=state_dtype)
+    for _ in range(draw.randint(1, 5)):
+        count = draw.choice((1, 2, 7, 31, 32, 33, 100))
+        real = draw.choice((None, torch.randint(0, count + 1, (batch,))))
+        compiled.extend(*tokens(count), state, sizes, 0.3, conv, tail, real, isa=isa)
+    query, key, value = tokens(count)
+    positions = torch.randint(-1, count, (batch, kv_heads, -(-count // kernels.BLOCK), sizes.kept))
+    grad = torch.randn(*query.shape[:4], value_dim)
+    compiled.backward(grad, query, key, value, positions, sizes, 0.3, real, isa=isa)
+
+
 def main() -> None:
-    folder, count = Path(sys.argv[1]), int(sys.argv[2])
-    cpu = package(folder)
+    folder, count = sys.argv[1], int(sys.argv[2])
+    sys.path.insert(0, folder)
+    cpu = import_module("sanitized.cpu")
+    own = import_module("sanitized.salient"), import_module("sanitized.cpu.salient")
     assert cpu.available(), cpu.unavailable_reason()
     torch.manual_seed(0)
     for index in range(count):
         torch.set_num_threads(1 + index % 3)
-        one(cpu, draw.choice(("avx2", cpu.isa())))
-    print(f"{count} rounds of forward, backward, append, step and tree")
+        isa = draw.choice(("avx2", cpu.isa()))
+        one(cpu, isa)
+        salient(*own, isa)
+    print(f"{count} rounds of forward, backward, append, step and tree, and of both of augmented")
 
 
 if __name__ == "__main__":

@@ -26,9 +26,14 @@ AVX512 = [*AVX2, "-mavx512f", "-mavx512dq", "-mavx512bw", "-mavx512vl"]
 
 
 def library(folder: Path, edit: tuple[str, str] | None = None) -> None:
-    """The package in a folder, with a library that watches itself. edit: a text of the sources, and its
-    replacement."""
-    folder.mkdir()
+    """The package `sanitized` in a folder, with a library that watches itself. edit: a text of the sources,
+    and its replacement."""
+    root = folder / "sanitized"
+    folder = root / "cpu"
+    folder.mkdir(parents=True)
+    (root / "__init__.py").touch()
+    for file in SOURCES.parent.glob("*.py"):
+        (root / file.name).write_text(file.read_text())
     for file in SOURCES.iterdir():
         if file.suffix in (".cpp", ".h", ".py"):
             text = file.read_text()

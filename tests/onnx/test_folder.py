@@ -17,7 +17,7 @@ from live_models import llama
 
 import linearize as lz
 from linearize.errors import ExportError
-from linearize.onnx import OrtModel
+from linearize.onnx import OrtModel, quantize
 from linearize.onnx import folder as folders
 from linearize.onnx.file import staged
 
@@ -123,13 +123,36 @@ def test_a_note_that_leads_astray_is_no_note(tmp_path: Path) -> None:
     assert seen(tmp_path / "m") == 1
 
 
-def test_a_folder_that_cannot_be_opened_is_one_error(tmp_path: Path) -> None:
+BROKEN = (b"", b"{", b"[]", b"null", b"1", b"NaN", b"\xff\xfe{}", b"[" * 100_000, b'{"eos_token_id": "x"}')
+
+
+@pytest.mark.parametrize("name", ("config.json", "generation_config.json"))
+def test_a_damaged_configuration_is_one_error(name: str, tmp_path: Path) -> None:
     (tmp_path / "model.onnx").write_bytes(graph_of(1, None))
-    (tmp_path / "config.json").write_text("{")
-    with pytest.raises(ExportError, match="configuration beside"):
-        OrtModel(tmp_path)
-    with pytest.raises(ExportError, match="not there"):
-        OrtModel(tmp_path / "none")
+    llama().config.save_pretrained(tmp_path)
+    llama().generation_config.save_pretrained(tmp_path)
+    whole = json.loads((tmp_path / name).read_text())
+    OrtModel(tmp_path)
+    for content in BROKEN:
+        if content[-3:] == b'x"}':
+            content = json.dumps(whole | json.loads(content)).encode()
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(ExportError, match="configuration beside") as caught:
+            OrtModel(tmp_path)
+        assert len(str(caught.value)) < 600
+
+
+@pytest.mark.parametrize("name", ("a\0b", "x" * 5000, "é" * 200, "\udcff", "none", "/proc/self/x"))
+def test_names_of_every_kind_are_one_error(name: str, tmp_path: Path) -> None:
+    put(1, tmp_path / "m")
+    for work in (
+        lambda: OrtModel(tmp_path / name),
+        lambda: quantize(tmp_path / name / "m.onnx", tmp_path / "q.onnx"),
+        lambda: quantize(tmp_path / "m" / GRAPHS[0], tmp_path / name / "m.onnx"),
+    ):
+        with pytest.raises(ExportError) as caught:
+            work()
+        assert len(str(caught.value)) < 600
 
 
 @pytest.mark.slow
