@@ -34,6 +34,7 @@ Model = TypeVar("Model", bound=nn.Module)
 Result = TypeVar("Result")
 RECORD = "linearize.json"
 WEIGHTS = "model.safetensors"
+GENERATION = "generation_config.json"
 TRIALS = 8
 """Reads of a checkpoint that others replace meanwhile."""
 MODULE = Layout(RECORD, "weights", WEIGHTS, instead=TRANSFORMERS.record)
@@ -174,6 +175,10 @@ def _identity(source: Path) -> list[tuple[int, int, int] | None]:
 def _load_transformers(source: Path, dtype: torch.dtype | None) -> nn.Module:
     cls = class_of(source)
     check_index(source)
+    generation = source / GENERATION
+    # transformers goes on in silence without what it cannot read, and so with other ends of a text.
+    if generation.exists() and not isinstance(read_json(generation), dict):
+        raise CheckpointError(f"{shown(generation)} cannot be read: it holds no object")
     try:
         model, info = cls.from_pretrained(
             source, dtype="auto" if dtype is None else dtype, local_files_only=True, output_loading_info=True

@@ -19,7 +19,7 @@ def newest_checkpoint(folder: Path) -> Path | None:
         try:
             state = json.loads((path / "trainer_state.json").read_text())
             whole = all(_is_complete(file) for file in path.iterdir())
-        except (OSError, ValueError):
+        except (OSError, ValueError, RecursionError):
             continue
         if whole and isinstance(state, dict) and "global_step" in state:
             return path

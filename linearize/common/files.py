@@ -120,6 +120,22 @@ def try_writing(folder: Path) -> None:
         (scratch / "try").write_bytes(bytes(4096))
 
 
+def is_file(path: Path) -> bool:
+    """As `Path.is_file`; False too for a name that no file can have, and for a link to itself."""
+    try:
+        return path.is_file()
+    except (OSError, ValueError):
+        return False
+
+
+def is_same(first: Path, second: Path) -> bool:
+    """Whether two names are those of one file that is there."""
+    try:
+        return os.path.samefile(first, second)
+    except (OSError, ValueError):
+        return False
+
+
 def reason(error: BaseException) -> str:
     """Why the system refused, in a line: without the paths, which are long and may be of temporary files."""
     text = getattr(error, "strerror", None) or str(error).strip() or type(error).__name__

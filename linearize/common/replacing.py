@@ -169,7 +169,7 @@ def whole_checkpoint(directory: str | os.PathLike[str], layout: Layout) -> Itera
 
 def finish_killed(home: Path, layout: Layout) -> None:
     """Finish what a killed writer of a checkpoint began, if there is such and it can be done."""
-    if home.is_dir():
+    if os.path.isdir(home):  # False for any name that no folder can have
         remove_abandoned(home, lambda scratch: layout.settle(scratch, home.resolve()))
 
 
@@ -199,6 +199,6 @@ def identity(file: Path) -> tuple[int, int, int] | None:
     """What another file in the place of this one differs in; None where there is none."""
     try:
         found = file.stat()
-    except OSError:
+    except (OSError, ValueError):
         return None
     return found.st_ino, found.st_mtime_ns, found.st_size

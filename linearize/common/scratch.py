@@ -102,7 +102,7 @@ def _take(path: Path, wait: float = _WAIT) -> int | None:
         return None
     try:
         descriptor = os.open(path, os.O_RDONLY)
-    except OSError:
+    except (OSError, ValueError):  # a NUL in a name is the latter
         return None
     end = time.monotonic() + wait
     while True:

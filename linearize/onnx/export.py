@@ -152,6 +152,7 @@ def check_target(target: Path, opset: int, dtype: str | None) -> bool:
         raise ExportError(f"opset must be {files.OPSETS[0]} to {files.OPSETS[-1]}, got {opset!r}")
     if dtype is not None and dtype not in DTYPES:
         raise ExportError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
+    files.check_name(target)
     single = target.suffix == ".onnx"
     try:
         wrong = target.exists() and target.is_dir() == single

@@ -180,6 +180,14 @@ def staged(target: Path, names_target: bool) -> Iterator[Path]:
         raise ExportError(f"cannot write {files.shown(target)}: {files.reason(error)}") from error
 
 
+def check_name(path: Path) -> None:
+    """Raise ExportError for a name in bytes that are no UTF-8: the onnx package takes none."""
+    try:
+        str(path).encode()
+    except UnicodeEncodeError as error:
+        raise ExportError(f"cannot write {files.shown(path)}: the name must be UTF-8") from error
+
+
 def read_graph(path: Path) -> onnx.ModelProto:
     """A file without the weights beside it. Raises ExportError where it is none, or names other folders."""
     try:

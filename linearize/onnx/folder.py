@@ -24,7 +24,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TypeVar
 
-from ..common.files import files_in, link, move_all, shown
+from ..common.files import files_in, is_file, link, move_all, shown
 from ..common.replacing import identity, is_plain, read_entry
 from ..common.scratch import KEPT, PREFIX, locked, remove_abandoned
 from ..errors import ExportError, LinearizeError
@@ -64,7 +64,7 @@ def commit(scratch: Path, home: Path, stale: Iterable[str]) -> None:
 
 def finish_killed(home: Path) -> None:
     """Finish what a killed writer began, if there is such and it can be done."""
-    if home.is_dir():
+    if os.path.isdir(home):
         remove_abandoned(home, lambda scratch: _settle(scratch, home))
 
 
@@ -73,19 +73,24 @@ def undisturbed(file: Path, read: Callable[[Path], Result]) -> Result:
     them meanwhile. After a few trials the others wait. Raises what `read` raises."""
     home = file.parent
     finish_killed(home)
+    waiting = False  # others wait for us
     for trial in range(_TRIALS):
-        with locked(home) if trial >= _TRIALS // 2 else contextlib.nullcontext():
+        waiting = waiting or trial >= _TRIALS // 2
+        with locked(home) if waiting else contextlib.nullcontext():
             before = _identity(home)
             error: LinearizeError | None = None
             try:
                 place = _place(home) / file.name
-                found = read(place if place.is_file() else file)
+                found = read(place if is_file(place) else file)
             except LinearizeError as problem:
                 error = problem
-            if before == _identity(home):
-                if error is not None:
-                    raise error
+            if before != _identity(home):
+                continue
+            if error is None:
                 return found
+            if waiting:
+                raise error
+            waiting = True  # two exports within a tick of the clock may look alike
     raise ExportError(f"{shown(home)} is being written all the time; open it when that has ended")
 
 
@@ -100,7 +105,7 @@ def _place(home: Path) -> Path:
 def _identity(home: Path) -> list[tuple[str, tuple[int, int, int] | None]]:
     try:
         names = sorted(file.name for file in home.iterdir() if file.suffix in (GRAPH, ".json"))
-    except OSError:
+    except (OSError, ValueError):
         return []
     return [(name, identity(home / name)) for name in names]
 
@@ -145,4 +150,4 @@ def _names(note: Path, key: str) -> list[str]:
 
 
 def _equal(first: Path, second: Path) -> bool:
-    return second.is_file() and filecmp.cmp(first, second, shallow=False)
+    return is_file(second) and filecmp.cmp(first, second, shallow=False)

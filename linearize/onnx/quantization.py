@@ -16,6 +16,7 @@ import onnx_ir as ir
 import onnxruntime
 from onnxscript.optimizer import fold_constants
 
+from ..common.files import is_file, is_same, shown
 from ..errors import ExportError
 from . import file as files
 
@@ -70,10 +71,11 @@ def quantize(
     old, new = Path(source), Path(target)
     if bits not in (4, 8):
         raise ExportError(f"bits must be 8 or 4, got {bits!r}")
-    if new.suffix != ".onnx" or new.resolve() == old.resolve():
-        raise ExportError(f"the quantised file needs a name of its own that ends in .onnx, not {new}")
-    if not old.is_file():
-        raise ExportError(f"{old} is not there; `lz.export_onnx` writes such files")
+    if not is_file(old):
+        raise ExportError(f"{shown(old)} is not there; `lz.export_onnx` writes such files")
+    if new.suffix != ".onnx" or is_same(new, old):
+        raise ExportError(f"the quantised file needs a name of its own that ends in .onnx, not {shown(new)}")
+    files.check_name(new)
     files.read_graph(old)
     with files.staged(new, True) as folder:
         try:

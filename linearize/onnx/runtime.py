@@ -16,7 +16,8 @@ from torch import Tensor
 from transformers import AutoConfig, GenerationConfig, GenerationMixin, PreTrainedConfig
 from transformers.modeling_outputs import BaseModelOutput, CausalLMOutputWithPast
 
-from ..common.files import reason
+from ..common.checks import excerpt
+from ..common.files import is_file, reason, shown
 from ..errors import ExportError, InputError
 from . import folder, library
 
@@ -103,7 +104,7 @@ class OrtModel(GenerationMixin):
             raise InputError(f"piece must be at least 1 token, got {piece}")
         self.piece = piece
         file = Path(path)
-        file = file / FILE if file.is_dir() else file
+        file = file if is_file(file) or file.suffix == ".onnx" else file / FILE
         available = onnxruntime.get_available_providers()
         self.providers = [name for name in providers or (_CUDA, _CPU) if name in available]
         if providers and set(providers) - set(self.providers):
@@ -119,19 +120,23 @@ class OrtModel(GenerationMixin):
 
     def _open(self, file: Path, options: onnxruntime.SessionOptions, library: bool) -> None:
         """A session of the file, and the configurations beside it."""
-        if not file.is_file():
-            raise ExportError(f"{file} is not there; `lz.export_onnx` writes such files")
+        if not is_file(file):
+            raise ExportError(f"{shown(file)} is not there; `lz.export_onnx` writes such files")
         if library and self.obstacle is not None:  # or it was given to a session of files that are gone
             self.obstacle = _give_library(options, file, self.providers)
         try:
             self.session = onnxruntime.InferenceSession(file, options, providers=self.providers)
         except Exception as error:  # onnxruntime's errors share no base of their own
-            raise ExportError(f"onnxruntime cannot run {file}: {error}") from error
+            raise ExportError(f"onnxruntime cannot run {shown(file)}: {reason(error)}") from error
         try:
             self.config = _config(file.parent)
             self.generation_config = _generation_config(file.parent, self.config)
-        except (OSError, ValueError) as error:
-            raise ExportError(f"the configuration beside {file} cannot be read: {reason(error)}") from error
+            check_ids(self.generation_config)
+        # A configuration from anywhere can make any line of transformers raise anything.
+        except Exception as error:
+            raise ExportError(
+                f"the configuration beside {shown(file)} cannot be read: {reason(error)}"
+            ) from error
 
     @property
     def state_names(self) -> list[str]:
@@ -288,6 +293,15 @@ def _config(folder: Path) -> PreTrainedConfig:
     if (folder / "config.json").is_file():
         return AutoConfig.from_pretrained(folder, local_files_only=True)
     return PreTrainedConfig()
+
+
+def check_ids(config: GenerationConfig) -> None:
+    """Raise ValueError for special tokens that are none: transformers would stumble over them later."""
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id"):
+        value = getattr(config, name, None)
+        values = value if isinstance(value, list) else [value]
+        if not all(x is None or (type(x) is int and x >= 0) for x in values):
+            raise ValueError(f"{name} is {excerpt(value)}, which is no token")
 
 
 def _generation_config(folder: Path, config: PreTrainedConfig) -> GenerationConfig:

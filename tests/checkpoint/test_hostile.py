@@ -344,3 +344,14 @@ def test_every_entry_of_a_record_of_heads_with_every_wrong_value_is_refused(
                 assert rates and all(
                     type(x) in (int, float) and 0 <= x <= 1 for row in found.rates for x in row
                 )
+
+
+@pytest.mark.parametrize("content", (b"", b"{", b"[]", b"null", b"\xff\xfe{}", b"[" * 100_000))
+def test_a_damaged_generation_config_is_said(content: bytes, folder: Path, tmp_path: Path) -> None:
+    """transformers goes on without it, and so with other ends of a text."""
+    import shutil
+
+    shutil.copytree(folder, tmp_path / "m")
+    (tmp_path / "m/generation_config.json").write_bytes(content)
+    with pytest.raises(CheckpointError, match="generation_config"):
+        lz.load(tmp_path / "m")

@@ -110,7 +110,9 @@ def exact(package: str, isa: str) -> None:
     state = salient.new(*dims, sizes, dtype=shapes.window_dtype)
     for _ in range(draw.randint(1, 4)):
         length = draw.choice((1, 2, 7, 33, 100, 600))
-        query, key, value = shapes.tokens(length)
+        query, key, value = tokens = shapes.tokens(length)
+        for x in draw.choice(((), tokens)):  # numbers that are none take ways of their own
+            x[(draw.randrange(x.shape[0]), 0, -1, 0)] = draw.choice((float("nan"), float("inf"), 1e30))
         count = draw.choice((None, torch.randint(0, length + 1, (batch,))))
         taps = draw.choice((1, 3, 33))
         conv = draw.choice((None, torch.randn(shapes.heads, taps)))

@@ -31,7 +31,8 @@ def library(folder: Path, edit: tuple[str, str] | None = None) -> None:
     package, folder = folder, folder / "cpu"
     folder.mkdir(parents=True)
     (package / "__init__.py").write_text("")
-    shutil.copy(SOURCES.parent / "salient.py", package)
+    for file in SOURCES.parent.glob("*.py"):
+        shutil.copy(file, package)
     for file in SOURCES.iterdir():
         if file.suffix in (".cpp", ".h", ".py"):
             text = file.read_text()

@@ -277,3 +277,11 @@ def test_without_the_interpreter_tensors_on_the_cpu_are_refused() -> None:
     reason = unavailable_reason(torch.device("cpu"))
     assert reason is not None and "cpu" in reason
     assert not available(torch.device("cpu"))
+
+
+@interpreted
+@pytest.mark.parametrize("norm", (1e20, 1e-38))
+def test_rows_of_any_size_keep_their_directions(norm: float) -> None:
+    query, key, *rest = case(70)
+    rows = [x * (norm / x.norm(dim=-1, keepdim=True)) for x in (query, key)]
+    check((*rows, *rest))

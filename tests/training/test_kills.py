@@ -107,6 +107,8 @@ def test_heads_without_a_whole_checkpoint_start_anew(tmp_path: Path) -> None:
     """As a run that was killed before its first one, or while it wrote that, leaves it."""
     (tmp_path / "checkpoint-3").mkdir()
     (tmp_path / "checkpoint-3/model.safetensors").write_bytes(b"cut")
+    (tmp_path / "checkpoint-2").mkdir()
+    (tmp_path / "checkpoint-2/trainer_state.json").write_text("[" * 100_000)
     found = heads(tmp_path)
     wanted = heads(tmp_path / "other")
     same(found, wanted)
@@ -119,3 +121,10 @@ def test_checkpoints_of_other_heads_are_one_error(tmp_path: Path) -> None:
         lz.train_heads(
             llama(), data, num_heads=3, targets="text", context=16, output_dir=tmp_path, resume=True
         )
+
+
+@pytest.mark.parametrize("name", ("a\0b", "x" * 5000, "file/below", "/proc/self/x"))
+def test_a_folder_for_checkpoints_is_tried_before_the_work(name: str, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(TrainingError, match="cannot write checkpoints"):
+        heads(tmp_path / name)

@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from ...common.checkpoints import newest_checkpoint
-from ...common.files import reason, shown
+from ...common.files import reason, shown, try_writing
 from ...common.text import IGNORED, sequences
 from ...errors import ConfigError, InputError, LinearizeError, MissingExtraError, TrainingError
 from .heads import MedusaHeads
@@ -94,6 +94,8 @@ def train_heads(
     if resume and output_dir is None:
         raise ConfigError("resume continues from a checkpoint in output_dir: give output_dir=")
     trainer_class, arguments_class = _trainer()
+    if output_dir is not None:
+        _try_folder(Path(output_dir))
     heads = MedusaHeads(model, num_heads, sees_token, own_layers)
     pieces = pieces_of(sequences(data, tokenizer), context, num_heads)
     if targets == "generated":
@@ -124,6 +126,14 @@ def train_heads(
     heads = heads.to(next(iter(model.parameters())).dtype).eval()
     heads.acceptance(model, pieces[first:])
     return heads
+
+
+def _try_folder(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        try_writing(folder)
+    except (OSError, ValueError) as error:
+        raise TrainingError(f"cannot write checkpoints to {shown(folder)}: {reason(error)}") from error
 
 
 def _train(trainer: Any, checkpoint: Path | None) -> None:
