@@ -365,6 +365,23 @@ def one_token(sizes: Sizes) -> Iterator[Row]:
     yield from lines("augmented", case, timed, "all looked at anew", {}, {})
 
 
+def pieces(sizes: Sizes) -> Iterator[Row]:
+    """4096 tokens through a state of the core operator, whole and in pieces."""
+    length, dim = 4096, 64
+    qkv = [rows(HEADS, length, dim, torch.float32) for _ in range(3)]
+    options = {key: x for key, x in parameters().items() if key != "group_size"}
+
+    def run(size: int) -> None:
+        state = ops.AttentionState.new(1, HEADS, dim, group_size=GROUP, taps=TAPS)
+        for start in range(0, length, size):
+            ops.augmented_extend(*(x[:, :, start : start + size] for x in qkv), state, **options)
+
+    sides: dict[str, Call] = {f"pieces of {n}": lambda n=n: run(n) for n in (1024, 256, 64, 16)}
+    with torch.no_grad():
+        timed = compare({"whole": lambda: run(length), **sides}, sizes.seconds)
+    yield from lines("pieces", f"{length} tokens D=64 float32", timed, "whole", {}, {})
+
+
 def encoder(sizes: Sizes) -> Iterator[Row]:
     """Attention both ways in MiniLM's shape, 12 heads of 32, as modules beside PyTorch's."""
     from linearize.mechanisms.spec import SiteSpec
@@ -486,6 +503,7 @@ SECTIONS: dict[str, Callable[[Sizes], Iterator[Row]]] = {
     "mechanisms": mechanism,
     "augmented": augmented,
     "encoder": encoder,
+    "pieces": pieces,
     "fla": naive,
 }
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from . import dispatch
 from . import recurrent as plain
 from .recurrent import State
-from .registered import compute_causal, floats
+from .registered import Options, Tables, compute_causal, floats
 from .tensors import full_precision
 
 _STATE = (
@@ -82,7 +82,37 @@ def _extend(
                 path = torch.arange(key.shape[2], device=key.device).where(key_mask, -1)
             _commit(key, value, state, group_size, normalize, path)
             return out
-        return plain.extend(query, key, value, state, *tables, *options, key_mask)
+        if choice.form != "cpu" or recurrent.dtype != torch.float32:
+            return plain.extend(query, key, value, state, *tables, *options, key_mask)
+        compiled = dispatch.module(choice)
+        outputs = []
+        for start in range(0, query.shape[2], _PIECE):
+            tokens = [x[:, :, start : start + _PIECE] for x in (query, key, value)]
+            real = None if key_mask is None else key_mask[:, start : start + _PIECE]
+            outputs.append(_chain(compiled, tokens, state, floats(tables), options, real))
+        return torch.cat(outputs, 2)
+
+
+_PIECE = 64
+"""Tokens after a state at a time in C++: each costs as many products as there are."""
+
+
+def _chain(
+    compiled: Any, tokens: list[Tensor], state: State, tables: Tables, options: Options, real: Tensor | None
+) -> Tensor:
+    """Tokens after the state as a tree without branches, which is then committed; real: Bool [B, T]."""
+    batch, count = tokens[1].shape[0], tokens[1].shape[2]
+    each = torch.arange(count)
+    depth, seen, path = each.expand(batch, -1), (each <= each[:, None]).expand(batch, -1, -1), None
+    if real is not None:
+        hidden = ~real[:, None, :, None]
+        tokens = [x.masked_fill(hidden, 0) for x in tokens]  # whatever padding holds, NaN included
+        depth, path = (real.cumsum(1) - 1).clamp_min(0), each.where(real, -1)
+        seen = seen & real[:, None]
+    query, key, value = tokens
+    out = compiled.tree(query, key, value, *state, depth, seen, *tables, *options)
+    compiled.append(key, value, *state, *options[1:], path)
+    return out if real is None else out.masked_fill(hidden, 0)
 
 
 @torch.library.register_fake("linearize::augmented_extend")

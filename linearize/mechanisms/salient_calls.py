@@ -98,8 +98,13 @@ class SalientCalls(ComposedAttention):
             tables = tuple(None if x is None else self._split_weight(x).flatten(0, 1) for x in tables)
         tokens = query, key, value
         if runs_at_once(*tokens):  # an encoder of a hundred tokens notices what an operator costs
-            rest = key_mask, self.sizes, self.scale, *tables
-            out = registered_salient.bidirectional(compiled, *tokens, *rest)
+            try:
+                out = registered_salient.bidirectional(
+                    compiled, *tokens, key_mask, self.sizes, self.scale, *tables
+                )
+            except ValueError:
+                self._check(query, key, value, key_mask)  # says which of them does not fit
+                raise
         else:
             wide = *self.sizes, self.scale, *tables
             out = torch.ops.linearize.salient_both_ways(*tokens, key_mask, *wide)

@@ -53,17 +53,13 @@ class InterfaceOwner(Rewritten):
         record: OwnerRecord = owner._linearize_owner
         record.check_unchanged(owner)
         cache, index = caches.find_cache(args, kwargs), record.layer_of(args, kwargs)
-        children = [getattr(owner, child_name(slot)) for slot in range(len(record.sites))]
-        child = children[0] if len(children) == 1 else None
-        state = state_layer(cache, index, child)
-        caches.check_not_foreign(caches.own_layer(cache, index, child), record.path)
-        # A site whose window was dropped reads every key.
-        whole = state is None and any(c.spec.window is not None and not c.is_exact for c in children)
-        if whole:
-            keep_everything(cache, index)
-        call = Call(owner, cache, state, cross_layer(cache, index, child), whole, index)
-        if state is not None:
-            state.expected = True
+        child = None
+        if cache is None:
+            call = Call(owner, layer_index=index)
+        else:
+            children = [getattr(owner, child_name(slot)) for slot in range(len(record.sites))]
+            child = children[0] if len(children) == 1 else None
+            call = _call_with(cache, index, owner, children, child)
         if record.takes_keywords:
             kwargs = {**kwargs, KEYWORD: call}
         elif cache is not None:
@@ -76,7 +72,22 @@ class InterfaceOwner(Rewritten):
             call.failed()
             raise
         finally:
-            call.ended(caches.own_layer(cache, index, child))
+            if cache is not None:
+                call.ended(caches.own_layer(cache, index, child))
+
+
+def _call_with(cache: Any, index: int | None, owner: Any, children: list[Any], child: Any) -> Call:
+    """A call with a cache, its layer ready for it; child: the owner's only one, or None."""
+    state = state_layer(cache, index, child)
+    caches.check_not_foreign(caches.own_layer(cache, index, child), owner._linearize_owner.path)
+    # A site whose window was dropped reads every key.
+    whole = state is None and any(c.spec.window is not None and not c.is_exact for c in children)
+    if whole:
+        keep_everything(cache, index)
+    call = Call(owner, cache, state, cross_layer(cache, index, child), whole, index)
+    if state is not None:
+        state.expected = True
+    return call
 
 
 def apply_interface(owner: Any, record: OwnerRecord) -> None:

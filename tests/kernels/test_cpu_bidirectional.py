@@ -12,6 +12,7 @@ from linearize.kernels.cpu import bidirectional as compiled
 from linearize.kernels.salient import Sizes
 from torch import Tensor
 
+from linearize.errors import InputError
 from linearize.mechanisms.augmented import AugmentedAttention, naive
 from linearize.mechanisms.spec import SiteSpec
 from linearize.planning.config import LinearizeConfig
@@ -173,3 +174,12 @@ def test_the_operator_runs_it_and_training_has_its_gradients(caplog: pytest.LogC
         found.append(torch.autograd.grad(out.sin().sum(), leaves))
     for ours, wanted in zip(*found, strict=True):
         torch.testing.assert_close(ours, wanted.float(), atol=2e-5, rtol=1e-4)
+
+
+def test_a_module_names_what_does_not_fit() -> None:
+    module = AugmentedAttention(SiteSpec(4, KV_HEADS, 8, 8, causal=False), LinearizeConfig())
+    query, key, value = tokens(10, (8, 8), 2)
+    with torch.no_grad():
+        for wrong in ((query, key[:, :1], value), (query, key, value[:, :, :9]), (query[0], key, value)):
+            with pytest.raises(InputError):
+                module(*wrong)
