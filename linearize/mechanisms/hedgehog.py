@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from .base import EVERYWHERE, Mechanism
-from .composed import NormalizedAttention
+from .normalized import NormalizedAttention
 from .spec import SiteSpec
 
 if TYPE_CHECKING:

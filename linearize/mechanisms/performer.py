@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from .base import EVERYWHERE, Mechanism, whole
-from .composed import NormalizedAttention, orthogonal_gaussian
+from .normalized import NormalizedAttention, orthogonal_gaussian
 from .spec import SiteSpec
 
 if TYPE_CHECKING:

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from ..kernels.tensors import unit_of_any_size
 from .base import EVERYWHERE, Mechanism, whole
-from .composed import NormalizedAttention, orthogonal_gaussian
+from .normalized import NormalizedAttention, orthogonal_gaussian
 from .spec import SiteSpec
 
 if TYPE_CHECKING:
