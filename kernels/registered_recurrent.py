@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import dispatch
+from . import chunk, dispatch
 from . import recurrent as plain
 from .recurrent import State
 from .registered import Options, Tables, compute_causal, floats
@@ -82,15 +82,24 @@ def _extend(
                 path = torch.arange(key.shape[2], device=key.device).where(key_mask, -1)
             _commit(key, value, state, group_size, normalize, path)
             return out
-        if choice.form != "cpu" or recurrent.dtype != torch.float32:
-            return plain.extend(query, key, value, state, *tables, *options, key_mask)
-        compiled = dispatch.module(choice)
-        outputs = []
-        for start in range(0, query.shape[2], _PIECE):
-            tokens = [x[:, :, start : start + _PIECE] for x in (query, key, value)]
-            real = None if key_mask is None else key_mask[:, start : start + _PIECE]
-            outputs.append(_chain(compiled, tokens, state, floats(tables), options, real))
-        return torch.cat(outputs, 2)
+        if choice.form == "cpu" and recurrent.dtype == torch.float32:
+            tokens = [query, key, value]
+            if key_mask is not None:  # whatever padding holds, NaN included
+                tokens = [x.masked_fill(~key_mask[:, None, :, None], 0) for x in tokens]
+            if _masks_may_multiply(*tokens, state, normalize):
+                compiled, found = dispatch.module(choice), []
+                for start in range(0, query.shape[2], _PIECE):
+                    piece = [x[:, :, start : start + _PIECE] for x in tokens]
+                    real = None if key_mask is None else key_mask[:, start : start + _PIECE]
+                    found.append(_chain(compiled, piece, state, floats(tables), options, real))
+                return torch.cat(found, 2)
+        return plain.extend(query, key, value, state, *tables, *options, key_mask)
+
+
+def _masks_may_multiply(query: Tensor, key: Tensor, value: Tensor, state: State, normalize: bool) -> bool:
+    """Whether a compiled tree gives each token what it sees and nothing else; see `chunk.is_plain`."""
+    window = state.key_window, state.value_window
+    return chunk.is_plain(query, key, value, normalize) and chunk.is_plain(query, *window, normalize)
 
 
 _PIECE = 64
@@ -105,14 +114,12 @@ def _chain(
     each = torch.arange(count)
     depth, seen, path = each.expand(batch, -1), (each <= each[:, None]).expand(batch, -1, -1), None
     if real is not None:
-        hidden = ~real[:, None, :, None]
-        tokens = [x.masked_fill(hidden, 0) for x in tokens]  # whatever padding holds, NaN included
         depth, path = (real.cumsum(1) - 1).clamp_min(0), each.where(real, -1)
         seen = seen & real[:, None]
     query, key, value = tokens
     out = compiled.tree(query, key, value, *state, depth, seen, *tables, *options)
     compiled.append(key, value, *state, *options[1:], path)
-    return out if real is None else out.masked_fill(hidden, 0)
+    return out if real is None else out.masked_fill(~real[:, None, :, None], 0)
 
 
 @torch.library.register_fake("linearize::augmented_extend")
@@ -149,7 +156,8 @@ def _tree(
     )
     dispatch.say(choice)
     with full_precision(query.device):
-        if choice.form == "torch":
+        multiply = _masks_may_multiply(query, key, value, state, normalize)
+        if choice.form == "torch" or (choice.form == "cpu" and not multiply):
             return plain.tree(query, key, value, *state, depth, ancestors, *tables, *options)
         return dispatch.module(choice).tree(
             query, key, value, *state, depth, ancestors, *floats(tables), *options

@@ -13,6 +13,7 @@ from survey_case import TOLERANCE, is_attention, label, relative_error
 from torch import Tensor, nn
 from transformers import AutoModel, AutoTokenizer
 
+import linearize as lz
 from linearize import linearize
 
 LAYERS = 6
@@ -44,6 +45,20 @@ def minilm(request: pytest.FixtureRequest, folder: Path) -> nn.Module:
 def longer(batch: dict[str, Tensor]) -> dict[str, Tensor]:
     """Another batch size and another length than the traced ones: rows repeated and joined end to end."""
     return {name: torch.cat([value, value.flip(0)], dim=1)[:2] for name, value in batch.items()}
+
+
+def test_a_sentence_transformer_is_converted_inside(folder: Path) -> None:
+    modules = pytest.importorskip("sentence_transformers.models")
+    from sentence_transformers import SentenceTransformer
+
+    parts = [modules.Transformer(str(folder)), modules.Pooling(384)]
+    model = SentenceTransformer(modules=parts, device="cpu")
+    wanted = model.encode(list(SENTENCES))
+    assert len(lz.inspect(model).sites) == LAYERS
+    assert linearize(model) is model and lz.inspect(model).rows[0].verdict == "converted"
+    torch.testing.assert_close(model.encode(list(SENTENCES)), wanted, rtol=0, atol=1e-5)
+    linearize(model, options={"window": 1, "sinks": 0, "salient": 0})
+    assert abs(model.encode(list(SENTENCES)) - wanted).max() > 1e-3
 
 
 @torch.no_grad()

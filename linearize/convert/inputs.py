@@ -34,7 +34,7 @@ def example_inputs(model: nn.Module, inputs: Any = None) -> list[dict[str, Any]]
         for example in examples:
             check_empty(example)
         return examples
-    if getattr(model, "config", None) is None or not hasattr(model, "main_input_name"):
+    if not _is_of_transformers(model):
         raise InputError(
             "example inputs can be made for transformers models only; call linearize(model, inputs) with "
             f"inputs that {type(model).__name__}.forward takes"
@@ -52,6 +52,23 @@ def example_inputs(model: nn.Module, inputs: Any = None) -> list[dict[str, Any]]
         )
     padded = _padded(model, made[-1])
     return made + ([padded] if padded is not None else [])
+
+
+def model_inside(model: Any, inputs: Any) -> Any:
+    """The transformers model in a module around it, as a SentenceTransformer is; else `model` itself.
+
+    Only where there is just one, and no inputs are given, which would be those of the module around it.
+    """
+    if inputs is not None or not isinstance(model, nn.Module) or _is_of_transformers(model):
+        return model
+    found = [module for module in model.modules() if _is_of_transformers(module)]
+    inside = {id(part) for module in found for part in module.modules() if part is not module}
+    outermost = [module for module in found if id(module) not in inside]
+    return outermost[0] if len(outermost) == 1 else model
+
+
+def _is_of_transformers(model: nn.Module) -> bool:
+    return getattr(model, "config", None) is not None and hasattr(model, "main_input_name")
 
 
 def _given(inputs: Any) -> list[dict[str, Any]]:

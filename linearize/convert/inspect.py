@@ -21,7 +21,7 @@ from ..planning.plan import (
     stays_softmax,
 )
 from ..planning.state import LinearizeState
-from .inputs import example_inputs
+from .inputs import example_inputs, model_inside
 from .linearize import check_model, resolve_config, search
 from .report import Report, candidates, converted_candidates, describe
 
@@ -47,6 +47,7 @@ def inspect(
         InputError: the model does not run on the inputs, or cannot be captured.
         ConfigError: the config has an unknown field or a wrong value.
     """
+    model = model_inside(model, inputs)
     name = type(model).__name__
     state = getattr(model, "_linearize", None)
     if isinstance(state, LinearizeState):

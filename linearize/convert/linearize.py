@@ -24,7 +24,7 @@ from ..planning.state import state_of
 from ..rewrite.apply import check_unconverted, finish
 from ..rewrite.snapshot import Snapshot
 from .change import change, converted_here
-from .inputs import example_inputs
+from .inputs import example_inputs, model_inside
 from .pipeline import apply_exact, apply_mechanism, prove_exact, prove_mechanism
 from .proof import record
 
@@ -52,7 +52,9 @@ def linearize(
     way; those that are softmax cannot be rewritten without the original.
 
     Args:
-        model: a live `nn.Module` with values, on any device and in any floating-point dtype.
+        model: a live `nn.Module` with values, on any device and in any floating-point dtype. Of a module
+            around one transformers model, such as a SentenceTransformer, that model is converted; it is what
+            other calls of this package take then.
         inputs: example inputs: a dict of keyword arguments, a tuple of positional ones, one tensor, or a list
             of such dicts, of which the last is captured and all are compared. Made from the config of
             transformers models when omitted.
@@ -75,6 +77,10 @@ def linearize(
         RefusedError: some attention cannot be rewritten and `on_refusal` is "error"; it names each and why.
         VerificationError: the rewritten model with exact softmax differs from the original.
     """
+    inside = model_inside(model, inputs)
+    if inside is not model:
+        linearize(inside, None, config, calibrate, **overrides)
+        return model
     if converted_here(model):
         check_live(model)
         change(model, inputs, changed_config(model, config, overrides))
@@ -171,7 +177,9 @@ def check_model(model: Any) -> None:
 def check_live(model: Any) -> None:
     """Raise InvalidModelError unless `model` is a live `nn.Module` with values."""
     if not isinstance(model, nn.Module):
-        raise InvalidModelError(f"linearize() works on an nn.Module, got {type(model).__name__}")
+        inside = isinstance(getattr(model, "model", None), nn.Module)  # pipelines, trainers, wrappers
+        hint = "; give it the `.model` of that, which is changed in place" if inside else ""
+        raise InvalidModelError(f"linearize() works on an nn.Module, got {type(model).__name__}{hint}")
     if isinstance(model, torch.jit.ScriptModule):
         raise InvalidModelError(
             "linearize() cannot work on a TorchScript module; give the original nn.Module"
