@@ -318,7 +318,7 @@ def test_state_dict_round_trip_before_the_first_call():
 # --- decoding with a cache
 
 
-@pytest.mark.parametrize("dynamic", [None, True])
+@pytest.mark.parametrize("dynamic", [None, pytest.param(True, marks=pytest.mark.slow)])
 def test_cached_decoding_equals_the_whole_sequence(dynamic):
     model, backend, tokens = Decoder(), Backend(**SMALL), ids(2, 12)
     compiled = torch.compile(model, backend=backend, dynamic=dynamic)

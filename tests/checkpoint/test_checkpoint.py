@@ -411,7 +411,9 @@ def tiny_falcon() -> FalconForCausalLM:
     return FalconForCausalLM(config)
 
 
-@pytest.mark.parametrize(("make", "route"), [(tiny_bert, "interface"), (tiny_falcon, "graph")])
+@pytest.mark.parametrize(
+    ("make", "route"), [(tiny_bert, "interface"), pytest.param(tiny_falcon, "graph", marks=pytest.mark.slow)]
+)
 def test_what_linearize_found_by_itself_comes_back_too(make, route: str, tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = shake(lz.linearize(make().eval(), {"input_ids": tokens()}, CONFIG))

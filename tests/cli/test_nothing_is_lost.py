@@ -144,7 +144,7 @@ def test_a_save_that_fails_at_the_end_goes_to_a_second_place(
     assert (second / "tokenizer.json").exists()
 
 
-@pytest.mark.parametrize("name", ["out", "out.onnx"])
+@pytest.mark.parametrize("name", ["out", pytest.param("out.onnx", marks=pytest.mark.slow)])
 def test_an_export_that_cannot_be_written_at_the_end_goes_to_a_second_place(
     name: str, run: Run, folder: Path, tmp_path: Path, monkeypatch: Any
 ) -> None:

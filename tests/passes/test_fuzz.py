@@ -540,7 +540,7 @@ def test_every_kind_of_edit_bites(kind: str) -> None:
         ways = base(name)[2][kind]
         for edit in ways[:: max(1, len(ways) // 3)]:
             seen[check(name, [edit])] += 1
-        if seen["refused"] + seen["accepted"] >= 4:
+        if seen["refused"] + seen["accepted"] >= 2:
             break
     assert seen["refused"] + seen["accepted"] >= 2, seen
 

@@ -87,7 +87,7 @@ CALLS: list[tuple[str, list[Callable[[Any, int], Tensor]]]] = [
     ("llama", [generated, scored]),
     ("bert", [scored]),
     ("bloom", [generated, scored]),
-    ("gptj", [generated, scored]),
+    pytest.param("gptj", [generated, scored], marks=pytest.mark.slow),  # another on the graph route
 ]
 
 
@@ -118,7 +118,7 @@ def test_threads_that_share_a_model_each_get_what_they_get_alone(name: str, call
     assert not wrong, wrong[:3]
 
 
-@pytest.mark.parametrize("name", ["llama", "gptj"])
+@pytest.mark.parametrize("name", ["llama", pytest.param("gptj", marks=pytest.mark.slow)])
 def test_a_model_that_is_called_again_from_a_hook_computes_both_calls(name: str) -> None:
     model = fresh(name)
     outer, inner = tokens(1, 11), tokens(2, 7)

@@ -124,7 +124,7 @@ def test_merging_keeps_what_was_trained_directly(tmp_path: Path) -> None:
     restores(merged, tmp_path)
 
 
-@pytest.mark.parametrize("whole", [True, False])
+@pytest.mark.parametrize("whole", [pytest.param(True, marks=pytest.mark.slow), False])
 def test_lora_from_before_the_conversion_merges_too(whole: bool, tmp_path: Path) -> None:
     base = llama()
     adapted = peft.get_peft_model(base, peft.LoraConfig(target_modules=["q_proj", "v_proj"]))

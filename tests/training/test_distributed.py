@@ -80,7 +80,7 @@ RUNS = {"ddp": (False, ("full",)), "ddp others": (False, ("lora", "transfer")), 
 
 @pytest.fixture(
     scope="module",
-    params=[name if name == "ddp" else pytest.param(name, marks=pytest.mark.slow) for name in RUNS],
+    params=[pytest.param(name, marks=pytest.mark.slow) for name in RUNS],
 )
 def together(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Together:
     """Half the batch in each of two processes, and a run that goes on from half of the first."""

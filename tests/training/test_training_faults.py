@@ -35,6 +35,7 @@ def checkpoints(folder: Path) -> set[str]:
     return {path.name for path in folder.iterdir()}
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_to_the_weights_of_one_that_was_not(tmp_path: Path) -> None:
     """All of `distill`: the first stage is done and the second in the middle when SIGKILL comes."""
     job = f"training_worker.work('distill', dies_at=8 * 4 + 22, save_steps=2, output_dir={str(tmp_path)!r})"
