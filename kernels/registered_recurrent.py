@@ -7,6 +7,7 @@ without `custom_op`, whose wrapper costs more than the C++ step itself (measured
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -86,7 +87,7 @@ def _extend(
             tokens = [query, key, value]
             if key_mask is not None:  # whatever padding holds, NaN included
                 tokens = [x.masked_fill(~key_mask[:, None, :, None], 0) for x in tokens]
-            if _masks_may_multiply(*tokens, state, normalize):
+            if _masks_may_multiply(tokens, state, normalize):
                 compiled, found = dispatch.module(choice), []
                 for start in range(0, query.shape[2], _PIECE):
                     piece = [x[:, :, start : start + _PIECE] for x in tokens]
@@ -96,8 +97,9 @@ def _extend(
         return plain.extend(query, key, value, state, *tables, *options, key_mask)
 
 
-def _masks_may_multiply(query: Tensor, key: Tensor, value: Tensor, state: State, normalize: bool) -> bool:
+def _masks_may_multiply(tokens: Sequence[Tensor], state: State, normalize: bool) -> bool:
     """Whether a compiled tree gives each token what it sees and nothing else; see `chunk.is_plain`."""
+    query, key, value = tokens
     window = state.key_window, state.value_window
     return chunk.is_plain(query, key, value, normalize) and chunk.is_plain(query, *window, normalize)
 
@@ -156,7 +158,7 @@ def _tree(
     )
     dispatch.say(choice)
     with full_precision(query.device):
-        multiply = _masks_may_multiply(query, key, value, state, normalize)
+        multiply = _masks_may_multiply((query, key, value), state, normalize)
         if choice.form == "torch" or (choice.form == "cpu" and not multiply):
             return plain.tree(query, key, value, *state, depth, ancestors, *tables, *options)
         return dispatch.module(choice).tree(
