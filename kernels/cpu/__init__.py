@@ -81,14 +81,8 @@ def forward(
     Raises:
         ValueError: Shapes, dtypes or devices do not fit.
     """
-    fields, kept = _core(
-        query, key, value, alpha, local_scale, conv_weight, activation, group_size, normalize
-    )
-    batch, heads, length, dim = query.shape
-    out = value.new_empty(batch, heads, length, value.shape[3])
-    threads = threads_for(batch * heads * length * dim * value.shape[3] * 3)
-    run("linearize_forward", fields + place(out)[1], isa, threads)
-    return out
+    tables = alpha, local_scale, conv_weight
+    return _outputs("linearize_forward", (query, key, value), tables, activation, group_size, normalize, isa)
 
 
 def forward_both(
@@ -114,13 +108,29 @@ def forward_both(
         raise ValueError(
             f"conv_weight is centred and needs an odd number of taps, not {conv_weight.shape[1]}"
         )
-    fields, kept = _core(
-        query, key, value, alpha, local_scale, conv_weight, activation, group_size, normalize
+    tables = alpha, local_scale, conv_weight
+    return _outputs(
+        "linearize_forward_both", (query, key, value), tables, activation, group_size, normalize, isa
     )
+
+
+def _outputs(
+    entry: str,
+    tokens: tuple[Tensor, Tensor, Tensor],
+    tables: tuple[Tensor | None, Tensor | None, Tensor | None],
+    activation: str,
+    group_size: int,
+    normalize: bool,
+    isa: str | None,
+) -> Tensor:
+    """What an entry of the library that reads no state gives, [B, H, T, Dv]; see `forward`."""
+    query, _, value = tokens
+    fields, kept = _core(*tokens, *tables, activation, group_size, normalize)
     batch, heads, length, dim = query.shape
     out = value.new_empty(batch, heads, length, value.shape[3])
     threads = threads_for(batch * heads * length * dim * value.shape[3] * 3)
-    run("linearize_forward_both", fields + place(out)[1], isa, threads)
+    run(entry, fields + place(out)[1], isa, threads)
+    del kept  # the kernel read what they hold
     return out
 
 
