@@ -531,6 +531,27 @@ def test_a_layer_has_its_own_options():
     torch.testing.assert_close(alike(x)[0], exact[1])
 
 
+class Padded(Attention):
+    """Every query sees every key that is real; the others have the smallest number added."""
+
+    def forward(self, x: Tensor, real: Tensor) -> Tensor:
+        b, t, _ = x.shape
+        query = self.q_proj(x).view(b, t, 2, 8).transpose(1, 2)
+        key, value = (p(x).view(b, t, 1, 8).transpose(1, 2) for p in (self.k_proj, self.v_proj))
+        added = (~real)[:, None, None].to(x.dtype) * torch.finfo(x.dtype).min
+        weights = (query @ key.expand(-1, 2, -1, -1).mT * 8**-0.5 + added).softmax(-1)
+        return self.o_proj((weights @ value.expand(-1, 2, -1, -1)).transpose(1, 2).reshape(b, t, 16))
+
+
+def test_an_added_mask_hides_the_keys_that_it_hid():
+    model, x, real = Padded(), torch.randn(2, 12, 16), torch.ones(2, 12, dtype=torch.bool)
+    real[1, 8:] = False
+    backend = Backend(options={"window": 64}, inner="eager")
+    found, wanted = torch.compile(model, backend=backend)(x, real), model(x, real)
+    assert [row.verdict for row in backend.report.rows] == ["rewrite"]
+    torch.testing.assert_close(found[real], wanted[real])
+
+
 def test_a_graph_without_attention_is_compiled_as_it_is():
     backend = Backend(**SMALL)
     x = torch.randn(2, 4)
