@@ -52,7 +52,7 @@ def bert() -> nn.Module:
     return transformers.BertModel(config).eval()
 
 
-def bart() -> nn.Module:
+def bart(positions: int = 64) -> nn.Module:
     torch.manual_seed(0)
     config = transformers.BartConfig(
         vocab_size=VOCAB,
@@ -63,7 +63,7 @@ def bart() -> nn.Module:
         decoder_attention_heads=4,
         encoder_ffn_dim=48,
         decoder_ffn_dim=48,
-        max_position_embeddings=64,
+        max_position_embeddings=positions,
         init_std=0.2,
         pad_token_id=0,
         bos_token_id=1,

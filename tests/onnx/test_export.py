@@ -441,14 +441,15 @@ def pooled(hidden: Tensor, mask: Tensor) -> Tensor:
     return (hidden * mask[:, :, None]).sum(1) / mask.sum(1, keepdim=True)
 
 
-def test_an_encoder_decoder_is_two_graphs(tmp_path: Path) -> None:
-    model = converted(bart())
+@pytest.mark.parametrize("mechanism, nodes", [("augmented_paper", 5), ("augmented", 6)])
+def test_an_encoder_decoder_is_two_graphs(tmp_path: Path, mechanism: str, nodes: int) -> None:
+    model = converted(bart(150), mechanism, options=SMALL.get(mechanism, {}))
     with pytest.raises(ExportError, match="give a folder"):
         lz.export_onnx(model, tmp_path / "bart.onnx")
     made = lz.export_onnx(model, tmp_path / "bart")
     assert {"encoder_model.onnx", "decoder_model.onnx", "config.json"} <= {p.name for p in made.files}
-    assert sum(made.nodes.values()) == 5
-    source, target = tokens(33, 2), tokens(41, 2)
+    assert sum(made.nodes.values()) == nodes
+    source, target = tokens(33, 2), tokens(150, 2)
     mask = np.ones_like(source)
     mask[1, 20:] = 0
     given = dict(input_ids=source, attention_mask=mask, decoder_input_ids=target)
@@ -459,7 +460,7 @@ def test_an_encoder_decoder_is_two_graphs(tmp_path: Path) -> None:
         hidden = encoder.run(None, dict(input_ids=source, attention_mask=mask))[0]
         running = session(tmp_path / "bart" / "decoder_model.onnx", level)
         more = dict(encoder_hidden_states=hidden, encoder_attention_mask=mask)
-        found = decode(running, target, np.ones_like(target), (15, 1, 1, 16, 8), **more)
+        found = decode(running, target, np.ones_like(target), (70, 1, 1, 16, 62), **more)
         np.testing.assert_allclose(found, expected, atol=1e-4)
 
 
