@@ -21,9 +21,10 @@ from .padding import Ranks
 from .recomputed import recomputed
 from .recurrent import along
 from .salient import Sizes, State, new
+from .softmax import Scores
 from .tensors import take_rows
 
-_SIZES = "SymInt window, SymInt sinks, SymInt salient, float scale"
+_SIZES = "SymInt window, SymInt sinks, SymInt salient, float scale, float? softcap"
 _STATE = (
     "Tensor(a!) keys, Tensor(b!) values, Tensor(c!) scores, Tensor(d!) votes, "
     "Tensor(e!) length, Tensor(f!) block"
@@ -42,15 +43,16 @@ def _attention(
     sinks: int,
     salient: int,
     scale: float,
+    softcap: float | None,
 ) -> Tensor:
     """See `salient_chunk.forward` and `bidirectional`. Fewer queries than keys are the last of a causal
     sequence whose other queries are gone: ValueError where those would choose the tokens that are seen."""
-    sizes = Sizes(window, sinks, salient)
+    sizes, rule = Sizes(window, sinks, salient), Scores(scale, softcap)
     if not causal:
         compiled = None if follows(query, key, value) else both_ways(query, key, value)
         if compiled is None:
-            return salient_chunk.bidirectional(query, key, value, sizes, scale, key_mask)
-        out = bidirectional(compiled, query.flatten(1, 2), key, value, key_mask, sizes, scale)
+            return salient_chunk.bidirectional(query, key, value, sizes, rule, key_mask)
+        out = bidirectional(compiled, query.flatten(1, 2), key, value, key_mask, sizes, rule)
         return out.unflatten(1, query.shape[1:3])
     gone = key.shape[2] - query.shape[3]
     if gone:
@@ -63,8 +65,8 @@ def _attention(
         batch, kv_heads, _, dim = key.shape
         state = new(batch, kv_heads, dim, value.shape[3], sizes, dtype=key.dtype, device=key.device)
         if after_state(query, key, value, state, sizes) is not None:
-            return _after(query, key, value, state, sizes, scale, real=key_mask)[:, :, :, gone:]
-    return salient_chunk.forward(query, key, value, sizes, scale, key_mask, extend=_after)[:, :, :, gone:]
+            return _after(query, key, value, state, sizes, rule, real=key_mask)[:, :, :, gone:]
+    return salient_chunk.forward(query, key, value, sizes, rule, key_mask, extend=_after)[:, :, :, gone:]
 
 
 def bidirectional(
@@ -74,12 +76,12 @@ def bidirectional(
     value: Tensor,
     key_mask: Tensor | None,
     sizes: Sizes,
-    scale: float,
+    rule: Scores,
     conv_weight: Tensor | None = None,
     tail_weight: Tensor | None = None,
 ) -> Tensor:
     """`salient_chunk.bidirectional` in the form that `both_ways` gave; arguments and output as for that."""
-    tables = sizes, scale, conv_weight, tail_weight
+    tables = sizes, rule, conv_weight, tail_weight
     if key_mask is None:
         return compiled.attend(query, key, value, *tables, None)
     if bool((key_mask[:, 1:] <= key_mask[:, :-1]).all()):  # all padding comes last
@@ -105,9 +107,10 @@ def _gradients(
     sinks: int,
     salient: int,
     scale: float,
+    softcap: float | None,
 ) -> tuple[Tensor, ...] | None:
     """Of `_attention` by query, key and value, in C++; None where that does not take the call."""
-    sizes = Sizes(window, sinks, salient)
+    sizes, rule = Sizes(window, sinks, salient), Scores(scale, softcap)
     if not causal or key.shape[2] != query.shape[3]:
         return None
     batch, kv_heads, _, dim = key.shape
@@ -117,10 +120,10 @@ def _gradients(
         return None
     ranks = None if key_mask is None else Ranks(key_mask)
     tokens = [x if ranks is None else ranks.to_front(x) for x in (query, key, value)]
-    positions = salient_chunk.select(tokens[0].float(), tokens[1].float(), sizes, scale, _after)
+    positions = salient_chunk.select(tokens[0].float(), tokens[1].float(), sizes, rule, _after)
     if ranks is not None:
         grad = ranks.to_front(grad)
-    found = compiled.backward(grad, *tokens, positions, sizes, scale, None if ranks is None else ranks.count)
+    found = compiled.backward(grad, *tokens, positions, sizes, rule, None if ranks is None else ranks.count)
     if ranks is not None:
         found = tuple(ranks.to_columns(x) for x in found)
     return tuple(x.to(y.dtype) for x, y in zip(found, (query, key, value), strict=True))
@@ -169,7 +172,7 @@ def _after(
     value: Tensor,
     state: State,
     sizes: Sizes,
-    scale: float,
+    rule: Scores,
     conv_weight: Tensor | None = None,
     real: Tensor | None = None,
     tail_weight: Tensor | None = None,
@@ -178,11 +181,11 @@ def _after(
     compiled = after_state(query, key, value, state, sizes)
     if compiled is None:
         before = state.length.clone()
-        out = salient_recurrent.extend(query, key, value, state, sizes, scale, conv_weight, real)
+        out = salient_recurrent.extend(query, key, value, state, sizes, rule, conv_weight, real)
         if tail_weight is None:
             return out
-        return salient_tail.after_state(query, out, tail_weight, before, real, sizes, scale)
-    tables = sizes, scale, conv_weight, tail_weight
+        return salient_tail.after_state(query, out, tail_weight, before, real, sizes, rule.scale)
+    tables = sizes, rule, conv_weight, tail_weight
     if real is None:
         return compiled.extend(query, key, value, state, *tables, None)
     ranks = Ranks(real)
@@ -231,9 +234,9 @@ torch.library.register_fake("linearize::salient_extend", _fake)
 torch.library.register_fake("linearize::salient_tree", _fake)
 
 
-def _split(rest: tuple[Any, ...]) -> tuple[State, Sizes, float, tuple[Any, ...]]:
-    """State, sizes, scale and what follows, of an operator's arguments after the tokens."""
-    return State(*rest[:6]), Sizes(*rest[6:9]), rest[9], rest[10:]
+def _split(rest: tuple[Any, ...]) -> tuple[State, Sizes, Scores, tuple[Any, ...]]:
+    """State, sizes, rule of the scores and what follows, of an operator's arguments after the tokens."""
+    return State(*rest[:6]), Sizes(*rest[6:9]), Scores(*rest[9:11]), rest[11:]
 
 
 @torch.library.register_fake("linearize::salient_both_ways")
@@ -253,6 +256,7 @@ def _both_ways(
     sinks: int,
     salient: int,
     scale: float,
+    softcap: float | None,
     conv_weight: Tensor | None,
     tail_weight: Tensor | None,
 ) -> Tensor:
@@ -260,29 +264,29 @@ def _both_ways(
     compiled = both_ways(query, key, value)
     if compiled is None:
         raise RuntimeError("this graph was made where the C++ form of `augmented` ran, and here it cannot")
-    tables = Sizes(window, sinks, salient), scale, conv_weight, tail_weight
+    tables = Sizes(window, sinks, salient), Scores(scale, softcap), conv_weight, tail_weight
     return bidirectional(compiled, query, key, value, key_mask, *tables)
 
 
 @torch.library.impl("linearize::salient_extend", "CompositeExplicitAutograd")
 def _extend(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> Tensor:
-    state, sizes, scale, (conv_weight, tail_weight, real) = _split(rest)
-    return _after(query, key, value, state, sizes, scale, conv_weight, real, tail_weight)
+    state, sizes, rule, (conv_weight, tail_weight, real) = _split(rest)
+    return _after(query, key, value, state, sizes, rule, conv_weight, real, tail_weight)
 
 
 @torch.library.impl("linearize::salient_tree", "CompositeExplicitAutograd")
 def _tree(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> Tensor:
-    state, sizes, scale, tree = _split(rest)
-    return salient_recurrent.tree(query, key, value, state, sizes, scale, *tree)
+    state, sizes, rule, tree = _split(rest)
+    return salient_recurrent.tree(query, key, value, state, sizes, rule, *tree)
 
 
 @torch.library.impl("linearize::salient_append", "CompositeExplicitAutograd")
 def _append(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> None:
-    state, sizes, scale, (path,) = _split(rest)
+    state, sizes, rule, (path,) = _split(rest)
     key, value, real = along(path, key, value)
     if path is not None:
         query = take_rows(query, path.clamp_min(0))
-    _after(query, key, value, state, sizes, scale, real=real)
+    _after(query, key, value, state, sizes, rule, real=real)
 
 
 @torch.library.register_fake("linearize::salient_append")

@@ -16,7 +16,7 @@ from . import salient
 from .padding import Ranks
 from .salient import BLOCK, Sizes
 from .salient_recurrent import extend
-from .softmax import attend, weights_of_seen
+from .softmax import Scores, attend, weights_of_seen
 from .tensors import are_ordinary, take_rows, widen
 
 Extend = Callable[..., Tensor]
@@ -31,7 +31,7 @@ def forward(
     key: Tensor,
     value: Tensor,
     sizes: Sizes,
-    scale: float,
+    rule: Scores,
     key_mask: Tensor | None = None,
     extend: Extend = extend,
 ) -> Tensor:
@@ -42,7 +42,7 @@ def forward(
         key: [B, Hkv, T, D].
         value: [B, Hkv, T, Dv].
         sizes: How many tokens are seen exactly.
-        scale: Factor of the scores.
+        rule: How the scores are made.
         key_mask: Bool [B, T], True for real tokens: only these are counted and seen. None: all are.
         extend: The form of `salient_recurrent.extend` that selects.
 
@@ -58,7 +58,7 @@ def forward(
     kept = None
     if (blocks - 1) * BLOCK > sizes.window:
         with torch.no_grad():
-            kept = select(query, key, sizes, scale, extend)
+            kept = select(query, key, sizes, rule, extend)
     # Rows past the last token, and before the first: no query that counts sees them.
     query = F.pad(query, (0, 0, 0, blocks * BLOCK - length)).unflatten(3, (blocks, BLOCK))
     near = [F.pad(x, (0, 0, sizes.window, blocks * BLOCK - length)) for x in (key, value)]
@@ -69,18 +69,18 @@ def forward(
         keys, values = (x[:, :, span].unfold(2, sizes.window + BLOCK, BLOCK).mT for x in near)
         chosen = None if kept is None else kept[:, :, first:last]
         rows = query[:, :, :, first:last]
-        outputs.append(_attend(rows, keys, values, key, value, chosen, first, sizes, scale))
+        outputs.append(_attend(rows, keys, values, key, value, chosen, first, sizes, rule))
     out = torch.cat(outputs, 3).flatten(3, 4)[:, :, :, :length]
     return out if ranks is None else ranks.to_columns(out)
 
 
-def select(query: Tensor, key: Tensor, sizes: Sizes, scale: float, extend: Extend = extend) -> Tensor:
+def select(query: Tensor, key: Tensor, sizes: Sizes, rule: Scores, extend: Extend = extend) -> Tensor:
     """Positions of the tokens that each block keeps, int64 [B, Hkv, blocks, K], -1 for none.
 
     Args:
         query: [B, Hkv, R, T, D].
         key: [B, Hkv, T, D].
-        sizes, scale, extend: As for `forward`.
+        sizes, rule, extend: As for `forward`.
     """
     batch, kv_heads, _, length, dim = query.shape
     state = salient.new(batch, kv_heads, dim, 1, sizes, dtype=key.dtype, device=key.device)
@@ -90,7 +90,7 @@ def select(query: Tensor, key: Tensor, sizes: Sizes, scale: float, extend: Exten
     found = []
     for start in range(0, length, BLOCK):
         block = slice(start, start + BLOCK)
-        extend(query[:, :, :, block], key[:, :, block], position[:, :, block], state, sizes, scale)
+        extend(query[:, :, :, block], key[:, :, block], position[:, :, block], state, sizes, rule)
         there = state.scores[:, :, : sizes.kept] > -torch.inf
         found.append(state.values[:, :, : sizes.kept, 0].long().where(there, -1))
     return torch.stack(found, 2)
@@ -105,7 +105,7 @@ def _attend(
     kept: Tensor | None,
     first: int,
     sizes: Sizes,
-    scale: float,
+    rule: Scores,
 ) -> Tensor:
     """Blocks from `first` on: query [B, Hkv, R, n, BLOCK, D], near keys [B, Hkv, n, window + BLOCK, D], kept
     [B, Hkv, n, K] of key and value [B, Hkv, T, ...] -> [B, Hkv, R, n, BLOCK, Dv]."""
@@ -120,11 +120,11 @@ def _attend(
         keys = torch.cat([_rows(key, kept), near_keys], 3)
         values = torch.cat([_rows(value, kept), near_values], 3)
         hidden = torch.cat([(kept < 0)[..., None, :].expand(-1, -1, -1, BLOCK, -1), hidden], 4)
-    return _softmax(query, keys, values, hidden, scale)
+    return _softmax(query, keys, values, hidden, rule)
 
 
 def bidirectional(
-    query: Tensor, key: Tensor, value: Tensor, sizes: Sizes, scale: float, key_mask: Tensor | None = None
+    query: Tensor, key: Tensor, value: Tensor, sizes: Sizes, rule: Scores, key_mask: Tensor | None = None
 ) -> Tensor:
     """Attention of every token to those at most `window` away on either side, and to the kept ones.
 
@@ -141,9 +141,10 @@ def bidirectional(
     kept = None
     if sizes.kept and length > sizes.window + 1:
         with torch.no_grad():
-            kept = _landmarks(query, key, count, sizes, scale)
-    if length <= 2 * (2 * window + sizes.kept) and are_ordinary(query, key, value):
-        out = _dense(query, key, value, kept, count, window, scale)
+            kept = _landmarks(query, key, count, sizes, rule)
+    few = length <= 2 * (2 * window + sizes.kept)
+    if few and rule.softcap is None and are_ordinary(query, key, value):
+        out = _dense(query, key, value, kept, count, window, rule.scale)
         return out if ranks is None else ranks.to_columns(out)
     after = blocks * BLOCK - length + window
     near = [F.pad(x, (0, 0, window, after)) for x in (key, value)]
@@ -167,7 +168,7 @@ def bidirectional(
                 torch.cat([_rows(x, kept)[:, :, None].expand(-1, -1, last - first, -1, -1), n], 3)
                 for x, n in ((key, keys), (value, values))
             )
-        outputs.append(_softmax(query[:, :, :, first:last], keys, values, hidden, scale))
+        outputs.append(_softmax(query[:, :, :, first:last], keys, values, hidden, rule))
     out = torch.cat(outputs, 3).flatten(3, 4)[:, :, :, :length]
     return out if ranks is None else ranks.to_columns(out)
 
@@ -204,15 +205,15 @@ def _dense(
     return torch.cat(outputs).unflatten(1, query.shape[1:3])
 
 
-def _landmarks(query: Tensor, key: Tensor, count: Tensor, sizes: Sizes, scale: float) -> Tensor:
+def _landmarks(query: Tensor, key: Tensor, count: Tensor, sizes: Sizes, rule: Scores) -> Tensor:
     """Positions that every query of a bidirectional site sees, int64 [B, Hkv, k], -1 for none."""
     length = key.shape[2]
     voters = (torch.arange(VOTERS, device=key.device) * count[:, None]) // VOTERS  # [B, VOTERS]
-    rows = take_rows(query, voters).flatten(2, 3)
+    rows = take_rows(query, voters)
     absent = torch.arange(length, device=key.device) >= count[:, None]
-    scores = rows @ (key.mT * scale)
-    votes = weights_of_seen(scores, absent[:, None, None], lambda: rows.double() @ (key.mT.double() * scale))
-    mass = votes.nan_to_num(nan=0.0).sum(2)  # [B, Hkv, T]
+    scores = rule.of(rows, key)
+    votes = weights_of_seen(scores, absent[:, None, None, None], lambda: rule.of(rows.double(), key.double()))
+    mass = votes.nan_to_num(nan=0.0).sum((2, 3))  # [B, Hkv, T]
     mass[:, :, : sizes.sinks] = torch.inf
     mass = mass.masked_fill(absent[:, None], -torch.inf)
     best, index = mass.sort(dim=2, descending=True, stable=True)
@@ -226,7 +227,7 @@ def _rows(x: Tensor, index: Tensor) -> Tensor:
     return x.gather(2, flat).unflatten(2, index.shape[2:])
 
 
-def _softmax(query: Tensor, keys: Tensor, values: Tensor, hidden: Tensor, scale: float) -> Tensor:
+def _softmax(query: Tensor, keys: Tensor, values: Tensor, hidden: Tensor, rule: Scores) -> Tensor:
     """query [B, Hkv, R, n, BLOCK, D], keys [B, Hkv, n, L, D], values likewise, hidden [B, Hkv, n, BLOCK, L]
     -> [B, Hkv, R, n, BLOCK, Dv]; a query that sees nothing gets zeros."""
-    return attend(query.transpose(2, 3), keys, values, hidden, scale)[0].transpose(2, 3)
+    return attend(query.transpose(2, 3), keys, values, hidden, rule)[0].transpose(2, 3)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .padding import Ranks
 from .salient import BLOCK, Sizes, State, advance, positions, queries_per_vote, seen
-from .softmax import attend, product, weights_of_seen
+from .softmax import Scores, attend, product, weights_of_seen
 from .tensors import at_lag, widen
 
 
@@ -17,7 +17,7 @@ def extend(
     value: Tensor,
     state: State,
     sizes: Sizes,
-    scale: float,
+    rule: Scores,
     conv_weight: Tensor | None = None,
     real: Tensor | None = None,
 ) -> Tensor:
@@ -29,7 +29,7 @@ def extend(
         value: [B, Hkv, T, Dv].
         state: Changed in place.
         sizes: As when the state was made.
-        scale: Factor of the scores.
+        rule: How the scores are made.
         conv_weight: [Hkv, R, K], weights of the last K values, the present one's first, which are added; K is
             at most window + 1. None: none are.
         real: Bool [B, T], True for tokens that count; the others change nothing and their output is zero.
@@ -48,7 +48,7 @@ def extend(
         size = int(space[0]) if ranks is None and bool((space == space[0]).all()) else BLOCK
         q, k, v = (x[..., start : start + size, :] for x in (query, key, value))
         count = None if ranks is None else ranks.count - start
-        outputs.append(_extend(q, k, v, count, state, sizes, scale, conv_weight))
+        outputs.append(_extend(q, k, v, count, state, sizes, rule, conv_weight))
         start += size
     out = torch.cat(outputs, 3)
     return out if ranks is None else ranks.to_columns(out)
@@ -60,7 +60,7 @@ def tree(
     value: Tensor,
     state: State,
     sizes: Sizes,
-    scale: float,
+    rule: Scores,
     conv_weight: Tensor | None,
     depth: Tensor,
     ancestors: Tensor,
@@ -73,7 +73,7 @@ def tree(
         value: [B, Hkv, N, Dv].
         state: Only read.
         sizes: As when the state was made.
-        scale, conv_weight: As for `extend`.
+        rule, conv_weight: As for `extend`.
         depth: int64 [B, N]; a node sits at position length + depth; at most `DELAY` and at most the window.
         ancestors: Bool [B, N, N]; [u, a] is True when a is u or an ancestor of u.
 
@@ -83,7 +83,7 @@ def tree(
     # How many selections each node is ahead of the state.
     wanted = (state.length[:, None] + depth) // BLOCK - state.block[:, None]
     query, key, value = widen(query), widen(key), widen(value)
-    own = (query.flatten(2, 3) @ (key.mT * scale)).unflatten(2, query.shape[2:4])
+    own = rule.of(query, key)
     position = state.length[:, None] + depth
     ring = widen(state.values[:, :, sizes.kept :])
     convolved = _convolution(conv_weight, position, positions(state, sizes), None, ring)
@@ -94,15 +94,14 @@ def tree(
             state, _ = advance(state, sizes)
         if not bool((wanted == ahead).any()):
             continue
-        past = (query.flatten(2, 3) @ (widen(state.keys).mT * scale)).unflatten(2, query.shape[2:4])
+        past = rule.of(query, widen(state.keys))
         hidden = ~seen(state, sizes)[:, :, None, None].expand(-1, -1, 1, key.shape[2], -1)
         # A draft is near whatever its depth: no tree is deeper than the window.
         hidden = torch.cat([hidden, ~ancestors[:, None, None].expand(-1, key.shape[1], 1, -1, -1)], 4)
         keys = state.keys
 
         def in_double(keys: Tensor = keys) -> Tensor:
-            every = torch.cat([keys.double(), key.double()], 2)
-            return (query.double().flatten(2, 3) @ (every.mT * scale)).unflatten(2, query.shape[2:4])
+            return rule.of(query.double(), torch.cat([keys.double(), key.double()], 2))
 
         weights = weights_of_seen(torch.cat([past, own], 4), hidden, in_double)
         found = product(weights, torch.cat([widen(state.values), value], 2), ~hidden)
@@ -118,7 +117,7 @@ def _extend(
     count: Tensor | None,
     state: State,
     sizes: Sizes,
-    scale: float,
+    rule: Scores,
     conv_weight: Tensor | None,
 ) -> Tensor:
     """At most `BLOCK` tokens, of which the first `count` [B] are real (None: all)."""
@@ -136,7 +135,7 @@ def _extend(
         position = state.length[:, None] + index
         _write(state, sizes, key, value, position, here)
         state.length.add_(taken)
-        found = _attend(query, state, sizes, scale, position, here)
+        found = _attend(query, state, sizes, rule, position, here)
         last = widen(state.values[:, :, sizes.kept :])
         found = found + _convolution(conv_weight, position, positions(state, sizes), here[:, :, None], last)
         out = found if out is None else torch.where(here[:, None, None, :, None], found, out)
@@ -166,7 +165,7 @@ def _write(state: State, sizes: Sizes, key: Tensor, value: Tensor, position: Ten
 
 
 def _attend(
-    query: Tensor, state: State, sizes: Sizes, scale: float, position: Tensor, here: Tensor
+    query: Tensor, state: State, sizes: Sizes, rule: Scores, position: Tensor, here: Tensor
 ) -> Tensor:
     """Attention of queries [B, Hkv, R, T, D] at `position` [B, T], and their votes, where `here` [B, T]."""
     wanted = (position // BLOCK - state.block[:, None]).where(here, 0)  # selections ahead of the state
@@ -175,7 +174,7 @@ def _attend(
         if ahead:  # only where tokens can be taken back
             now, rows = advance(now, sizes)
             source = rows if source is None else source.gather(2, rows)
-        found, weights = _look(query, now, sizes, scale, position, here & (wanted == ahead))
+        found, weights = _look(query, now, sizes, rule, position, here & (wanted == ahead))
         if source is not None:  # in the order of the rows of `state`
             index = source[:, :, None].expand(weights.shape)
             weights = torch.zeros_like(weights).scatter_add_(3, index, weights)
@@ -187,14 +186,14 @@ def _attend(
 
 
 def _look(
-    query: Tensor, state: State, sizes: Sizes, scale: float, position: Tensor, here: Tensor
+    query: Tensor, state: State, sizes: Sizes, rule: Scores, position: Tensor, here: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Outputs [B, Hkv, R, T, Dv] of the queries that are `here` [B, T], zeros elsewhere, and the weights that
     they give to each row, [B, Hkv, T, K + R]."""
     later = positions(state, sizes)[:, None] > position[:, :, None]  # [B, T, R]
     later = torch.cat([later.new_zeros(*later.shape[:2], sizes.kept), later], 2)
     hidden = ~seen(state, sizes)[:, :, None] | later[:, None] | ~here[:, None, :, None]
-    out, weights = attend(query, widen(state.keys), widen(state.values), hidden, scale)
+    out, weights = attend(query, widen(state.keys), widen(state.values), hidden, rule)
     return out, weights.nan_to_num(nan=0.0).sum(2)  # what is not a number gives no votes
 
 

@@ -8,11 +8,33 @@ waiting: there a masked value that is not finite reaches the queries of its bloc
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from .tensors import are_finite, product_of_seen
+
+
+class Scores(NamedTuple):
+    """How the scores are made of the products of queries and keys.
+
+    Attributes:
+        scale: Factor of the products.
+        softcap: c where scores become `c * tanh(score / c)` (Gemma 2, arXiv 2408.00118); None without.
+    """
+
+    scale: float
+    softcap: float | None = None
+
+    def of(self, query: Tensor, keys: Tensor) -> Tensor:
+        """query [*P, R, T, D] and keys [*P, M, D] -> [*P, R, T, M]."""
+        found = query.flatten(-3, -2) @ (keys.mT * self.scale)
+        return self.capped(found).unflatten(-2, query.shape[-3:-1])
+
+    def capped(self, scaled: Tensor) -> Tensor:
+        """Products that the scale is in already."""
+        return scaled if self.softcap is None else self.softcap * torch.tanh(scaled / self.softcap)
 
 
 def weights_of_seen(scores: Tensor, hidden: Tensor, in_double: Callable[[], Tensor]) -> Tensor:
@@ -38,18 +60,13 @@ def weights_of_seen(scores: Tensor, hidden: Tensor, in_double: Callable[[], Tens
 
 
 def attend(
-    query: Tensor, keys: Tensor, values: Tensor, hidden: Tensor, scale: float
+    query: Tensor, keys: Tensor, values: Tensor, hidden: Tensor, rule: Scores
 ) -> tuple[Tensor, Tensor]:
     """Attention of query [*P, R, T, D] to keys [*P, M, D] and values [*P, M, Dv] that are not hidden, bool
     [*P, T, M] -> outputs [*P, R, T, Dv] and weights [*P, R, T, M]; a query that sees nothing gets zeros."""
-    heads = query.shape[-3:-1]
-
-    def scores_of(query: Tensor, keys: Tensor) -> Tensor:
-        return (query.flatten(-3, -2) @ (keys.mT * scale)).unflatten(-2, heads)
-
     hidden = hidden.unsqueeze(-3)
-    scores = scores_of(query, keys)
-    weights = weights_of_seen(scores, hidden, lambda: scores_of(query.double(), keys.double()))
+    scores = rule.of(query, keys)
+    weights = weights_of_seen(scores, hidden, lambda: rule.of(query.double(), keys.double()))
     return product(weights, values, ~hidden), weights
 
 

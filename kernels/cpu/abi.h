@@ -74,7 +74,7 @@ struct Tree {
 struct Salient {
   int64_t dtype, state_dtype, batch, heads, kv_heads, length, dim, value_dim;
   int64_t window, sinks, salient, vote_rows, taps;
-  double scale;
+  double scale, softcap;  // scores are softcap tanh(scale q.k / softcap), or scale q.k where that is 0
   Tensor query, key, value, out;  // out is float32
   Tensor keys, values;
   float *scores, *votes;
@@ -91,7 +91,7 @@ struct Salient {
 // keeps, -1 for none. The gradients are float32, those of key and value zero before.
 struct SalientBackward {
   int64_t dtype, batch, heads, kv_heads, length, dim, value_dim, window, kept, blocks;
-  double scale;
+  double scale, softcap;
   Tensor query, key, value, grad, dquery, dkey, dvalue;
   const int64_t *positions, *count;
 };
@@ -101,7 +101,7 @@ struct SalientBackward {
 struct Bidirectional {
   int64_t dtype, batch, heads, kv_heads, length, dim, value_dim;
   int64_t window, sinks, salient, taps;
-  double scale;
+  double scale, softcap;
   Tensor query, key, value, out;  // out is float32
   const int64_t* count;           // [batch] tokens that are real, the first ones; null: all
   const float* conv;              // [heads, taps], an odd number, the present token's in the middle, or null

@@ -97,6 +97,7 @@ struct Choosing {
         transpose(turned, STEP, keys, depth, STEP, depth);
         product<ROWS, SET>(votes + l, columns, queries, depth, turned, STEP, VOTERS, STEP, depth);
       }
+      if (s.softcap) cap(votes, VOTERS * columns, static_cast<float>(s.softcap));
       for (int64_t i = 0; i < VOTERS; i++) {
         float* row = votes + i * columns;
         std::fill(row + count, row + columns, HIDDEN);
@@ -243,8 +244,11 @@ struct Panel {
     if (!number) return;
     const int64_t columns = round_up(number, WIDTH);
     product<ROWS, SET>(scores + at, padded, queries, depth, keys, key_stride, rows, columns, depth);
-    for (int64_t q = 0; q < rows; q++)
-      std::fill(scores + q * padded + at + number, scores + q * padded + at + columns, HIDDEN);
+    for (int64_t q = 0; q < rows; q++) {
+      float* row = scores + q * padded + at;
+      if (s.softcap) cap(row, columns, static_cast<float>(s.softcap));
+      std::fill(row + number, row + columns, HIDDEN);
+    }
   }
 
   // Of a row of scores the tokens first .. last, fewer than ASKED, unless they are kept.

@@ -6,8 +6,10 @@ import torch
 from torch import Tensor
 
 from ..salient import Sizes
+from ..softmax import Scores
 from . import DTYPES
 from .library import parameter, place, run, table, threads_for
+from .salient import fields_of
 from .salient import tokens_refusal as refusal
 
 __all__ = ["attend", "refusal"]
@@ -18,7 +20,7 @@ def attend(
     key: Tensor,
     value: Tensor,
     sizes: Sizes,
-    scale: float,
+    rule: Scores,
     conv_weight: Tensor | None,
     tail_weight: Tensor | None,
     count: Tensor | None,
@@ -29,7 +31,7 @@ def attend(
 
     Args:
         query: [B, H, T, D], head h reads key/value head h // (H // Hkv).
-        key, value, sizes, scale: As there.
+        key, value, sizes, rule: As there.
         conv_weight: [H, K], K odd: weights of the values around each token, its own in the middle, which are
             added. None: none are.
         tail_weight: [H, Dv, D + Dv + 1], the weights of `salient_tail.features`. None: no tail.
@@ -64,7 +66,8 @@ def attend(
     key, key_fields = place(key)
     value, value_fields = place(value)
     fields = (
-        *(DTYPES[query.dtype], batch, heads, kv_heads, length, dim, value_dim, *sizes, taps, scale),
+        *(DTYPES[query.dtype], batch, heads, kv_heads, length, dim, value_dim, *sizes, taps),
+        *fields_of(rule),
         *(*query_fields, *key_fields, *value_fields, *place(out)[1], count_at, conv_at, tail_at),
     )
     seen = min(length, 2 * sizes.window + 1 + sizes.kept)

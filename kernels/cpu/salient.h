@@ -40,6 +40,15 @@ INLINE Vec exp_negative(Vec x) {
   return x < -87.0f ? Vec{} : p * power;
 }
 
+// Scores [n], n a multiple of WIDTH -> c tanh(score / c), in place. What is not a number stays so.
+void cap(float* scores, int64_t n, float c) {
+  for (int64_t l = 0; l < n; l += WIDTH) {
+    const Vec x = load(scores + l), e = exp_negative((x < 0.0f ? x : -x) * (2 / c));
+    const Vec y = c * (1.0f - e) / (1.0f + e);
+    store(scores + l, x < 0.0f ? -y : y);
+  }
+}
+
 INLINE Ints load_ints(const int32_t* p) {
   typedef int32_t IntsAnywhere __attribute__((vector_size(WIDTH * 4), aligned(4), may_alias));
   return *reinterpret_cast<const IntsAnywhere*>(p);
@@ -275,6 +284,7 @@ struct SalientUnit {
     look(block, length + count);
     if (queries_in_all <= SHORT_SPAN) score_each(queries_in_all);
     else score_all(queries_in_all);
+    if (s.softcap) cap(scores, queries_in_all * padded, static_cast<float>(s.softcap));
     const int64_t start = length - block * SALIENT_BLOCK;
     float* vote = votes(block % s.vote_rows);
     for (int64_t q = 0; q < queries_in_all; q++) {
@@ -351,7 +361,7 @@ struct SalientUnit {
     auto score = [&](int64_t l) {
       double total = 0;
       for (int64_t i = 0; i < s.dim; i++) total += static_cast<double>(query[i]) * keys[l * key_stride + i];
-      return total;
+      return s.softcap ? s.softcap * std::tanh(total / s.softcap) : total;
     };
     double top = -std::numeric_limits<double>::infinity(), total = 0;
     bool defined = true;

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..salient import BLOCK, DELAY, Sizes, State
+from ..softmax import Scores
 from . import DTYPES
 from .library import Laid, parameter, place, run, table, threads_for
 
@@ -49,7 +50,7 @@ def extend(
     value: Tensor,
     state: State,
     sizes: Sizes,
-    scale: float,
+    rule: Scores,
     conv_weight: Tensor | None,
     tail_weight: Tensor | None,
     count: Tensor | None,
@@ -59,7 +60,7 @@ def extend(
     """As `salient_recurrent.extend`, and the tail, for a call that `refusal` has nothing to say against.
 
     Args:
-        query, key, value, state, sizes, scale, conv_weight: As there.
+        query, key, value, state, sizes, rule, conv_weight: As there.
         tail_weight: As for `salient_tail.after_state`. None: no tail.
         count: int64 [B]: how many of the tokens are real, those in front. None: all.
         isa: "avx2" keeps to that instruction set; None takes the best.
@@ -75,7 +76,7 @@ def extend(
     if count is not None:
         count = table(count, (batch,), torch.int64, "count")
         out.zero_()
-    tokens = query, key, value, state, sizes, scale
+    tokens = query, key, value, state, sizes, rule
     fields, kept = _fields(*tokens, conv_weight, tail_weight, out, count)
     run("linearize_salient", fields, isa, threads_for(_work(query, value, sizes)))
     del kept  # the kernel read what they hold
@@ -88,7 +89,7 @@ def _fields(
     value: Tensor,
     state: State,
     sizes: Sizes,
-    scale: float,
+    rule: Scores,
     conv_weight: Tensor | None,
     tail_weight: Tensor | None,
     out: Tensor,
@@ -116,7 +117,7 @@ def _fields(
     kept = [place(x) for x in (query.flatten(1, 2), key, value, out, state.keys, state.values)]
     fields = (
         *(DTYPES[query.dtype], DTYPES[state.keys.dtype], batch, heads, kv_heads, length, dim, value_dim),
-        *(*sizes, state.votes.shape[2], taps, scale),
+        *(*sizes, state.votes.shape[2], taps, *fields_of(rule)),
         *(field for _, of_tensor in kept for field in of_tensor),
         *(x.data_ptr() for x in (state.scores, state.votes, state.length, state.block)),
         *(0 if count is None else count.data_ptr(), conv_at, tail_at),
@@ -144,7 +145,7 @@ class OneToken:
         value: Tensor,
         state: State,
         sizes: Sizes,
-        scale: float,
+        rule: Scores,
         conv_weight: Tensor | None,
         tail_weight: Tensor | None,
     ) -> None:
@@ -161,7 +162,7 @@ class OneToken:
             x.unflatten(0, (kv_heads, -1)) if x is not None and bool(x.any()) else None
             for x in (conv_weight, tail_weight)
         )
-        tokens = rows, key, value, state, sizes, scale
+        tokens = rows, key, value, state, sizes, rule
         fields, self._kept = _fields(*tokens, conv, tail, torch.empty(self._shape), None)
         self._kept += state
         self._call = Laid("linearize_salient", fields)
@@ -195,7 +196,7 @@ class OneToken:
         return out
 
 
-_QUERY, _KEY, _VALUE, _OUT, _COUNT = 14, 18, 22, 26, 42
+_QUERY, _KEY, _VALUE, _OUT, _COUNT = 15, 19, 23, 27, 43
 """Where the fields of `Salient` in abi.h say where these are."""
 
 
@@ -217,7 +218,7 @@ def backward(
     value: Tensor,
     positions: Tensor,
     sizes: Sizes,
-    scale: float,
+    rule: Scores,
     count: Tensor | None,
     *,
     isa: str | None = None,
@@ -226,7 +227,7 @@ def backward(
 
     Args:
         grad: Of the output, float32 [B, Hkv, R, T, Dv].
-        query, key, value, sizes, scale, count: As for `extend`.
+        query, key, value, sizes, rule, count: As for `extend`.
         positions: int64 [B, Hkv, blocks, K], what `salient_chunk.select` found.
         isa: "avx2" keeps to that instruction set; None takes the best.
 
@@ -249,7 +250,7 @@ def backward(
     kept = [place(x) for x in rows]
     fields = (
         *(DTYPES[query.dtype], batch, heads, kv_heads, length, dim, value_dim, sizes.window, sizes.kept),
-        *(blocks, scale),
+        *(blocks, *fields_of(rule)),
         *(field for _, of_tensor in kept for field in of_tensor),
         *(positions.data_ptr(), 0 if count is None else count.data_ptr()),
     )
@@ -264,6 +265,11 @@ def check_tokens(query: Tensor, key: Tensor, value: Tensor) -> None:
     if key.shape != (batch, kv_heads, length, dim) or value.shape[:3] != key.shape[:3]:
         shapes = [list(x.shape) for x in (query, key, value)]
         raise ValueError(f"shapes of query, key and value do not fit: {shapes}")
+
+
+def fields_of(rule: Scores) -> tuple[float, float]:
+    """The fields `scale` and `softcap` in abi.h."""
+    return rule.scale, rule.softcap or 0.0
 
 
 def _of_heads(x: Tensor | None, shape: tuple[int, ...], name: str) -> tuple[Tensor | None, int]:

@@ -10,7 +10,7 @@ namespace {
 struct SalientGradient {
   const SalientBackward& s;
   int64_t b, h, rows, padded, depth, width, shared;
-  float *queries, *grads, *keys, *values, *turned, *scores, *slopes, *seen_at, *part;
+  float *queries, *grads, *keys, *values, *turned, *scores, *slopes, *steep, *seen_at, *part;
   int64_t* position;
 
   SalientGradient(const SalientBackward& s, int64_t unit, Arena& arena)
@@ -28,6 +28,7 @@ struct SalientGradient {
     turned = arena.take(most(depth, width) * padded);
     scores = arena.take(asked * padded);
     slopes = arena.take(asked * padded);
+    steep = arena.take(s.softcap ? asked * padded : 0);
     seen_at = arena.take(padded);
     part = arena.take(most(held, asked) * most(depth, width));
     position = reinterpret_cast<int64_t*>(arena.take(2 * padded));
@@ -64,6 +65,7 @@ struct SalientGradient {
     for (int64_t i = 0; i < asked * depth; i += WIDTH) store(queries + i, load(queries + i) * scale);
     transpose(turned, padded, keys, depth, padded, depth);
     product<ROWS, SET>(scores, padded, queries, depth, turned, padded, asked, padded, depth);
+    if (s.softcap) flatten(asked * padded);
     for (int64_t q = 0; q < asked; q++) {
       float* row = scores + q * padded;
       // Beyond what a float holds there is no gradient, and none that looks like one.
@@ -72,6 +74,8 @@ struct SalientGradient {
     transpose(turned, padded, values, width, padded, width);
     product<ROWS, SET>(slopes, padded, grads, width, turned, padded, asked, padded, width);
     for (int64_t q = 0; q < asked; q++) differentiate(slopes + q * padded, scores + q * padded);
+    if (s.softcap)
+      for (int64_t i = 0; i < asked * padded; i += WIDTH) store(slopes + i, load(slopes + i) * load(steep + i));
     product<ROWS, SET>(part, depth, slopes, padded, keys, depth, asked, depth, count);
     for (int64_t i = 0; i < asked * depth; i += WIDTH) store(part + i, load(part + i) * scale);
     for (int64_t r = 0; r < shared; r++)
@@ -80,6 +84,16 @@ struct SalientGradient {
     scatter(s.dkey, depth, s.dim, count);
     product<COLUMNS, SET>(part, width, scores, padded, grads, width, count, width, asked);
     scatter(s.dvalue, width, s.value_dim, count);
+  }
+
+  // Scores [n] are capped; `steep` is by how much they still grow with what they were.
+  void flatten(int64_t n) {
+    const float c = static_cast<float>(s.softcap);
+    cap(scores, n, c);
+    for (int64_t i = 0; i < n; i += WIDTH) {
+      const Vec x = load(scores + i) / c;
+      store(steep + i, 1.0f - x * x);
+    }
   }
 
   // Gradients of weights -> of scores, in place.

@@ -9,8 +9,8 @@
 The idea of the paper (arXiv 2406.07368), near tokens by their scores and a masked depthwise convolution, with
 a near part that a pretrained softmax model needs no training for. The first tokens are those of StreamingLLM
 (arXiv 2309.17453), salient tokens the heavy hitters of H2O (arXiv 2306.14048); how they are chosen is said in
-`kernels/salient.py`. While all tokens fit this is the site's own attention, exactly. The convolution and the
-tail start at zero.
+`kernels/salient.py`. While all tokens fit this is the site's own attention, exactly, a softcap
+included. The convolution and the tail start at zero.
 
 A site with a window of its own that `window` covers sees exactly that, and nothing else; its form and state
 are those of `softmax_window` without sinks and tail.
@@ -89,7 +89,7 @@ class AugmentedAttention(SalientCalls):
         if self.spec.causal and not statically_known_true(query.shape[2] == key.shape[2]):
             key, value, key_mask = self._until_last(query, key, value, key_mask, query_start)
         rows = registered_salient.salient_attention(
-            self.split_heads(query), key, value, key_mask, self.spec.causal, *self.sizes, self.scale
+            self.split_heads(query), key, value, key_mask, self.spec.causal, *self.sizes, *self.rule
         )
         return self.merge_heads(rows)
 
@@ -219,7 +219,7 @@ class AugmentedAttention(SalientCalls):
         tokens = self.split_heads(query), key, value
         if parents is None:
             tables = self._joined_weight(), self._joined_tail()
-            options = *part.tensors, *self.sizes, self.scale, *tables, key_mask
+            options = *part.tensors, *self.sizes, *self.rule, *tables, key_mask
             return self.merge_heads(torch.ops.linearize.salient_extend(*tokens, *options))
         depth, ancestors = lineage(parents, query.shape[0], query.shape[2], query.device)
         deepest = min(self.sizes.window, salient.DELAY)
@@ -229,7 +229,7 @@ class AugmentedAttention(SalientCalls):
                 f"{self.sizes.window} takes trees of at most {deepest + 1}"
             )
         rows = torch.ops.linearize.salient_tree(
-            *tokens, *part.tensors, *self.sizes, self.scale, self._joined_weight(), depth, ancestors
+            *tokens, *part.tensors, *self.sizes, *self.rule, self._joined_weight(), depth, ancestors
         )
         return self.merge_heads(rows)
 
@@ -264,14 +264,14 @@ class AugmentedAttention(SalientCalls):
         query, key, value = as_autocast(query, key, value)
         with full_precision(value.device):
             torch.ops.linearize.salient_append(
-                self.split_heads(query), key, value, *part.tensors, *self.sizes, self.scale, path
+                self.split_heads(query), key, value, *part.tensors, *self.sizes, *self.rule, path
             )
         super().commit(query, key, value, States(tuple(convolution)), path)
 
     def emit_onnx(self, nodes: Nodes, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         rows, joined = self.split_heads(query), self._joined_weight()
         weight = None if joined is None else joined.flatten(0, 1)
-        node = salient_onnx.node(rows.flatten(1, 2), key, value, weight, self.sizes, self.scale)
+        node = salient_onnx.node(rows.flatten(1, 2), key, value, weight, self.sizes, self.rule)
         out = self.merge_heads(nodes.operator(node).unflatten(1, rows.shape[1:3]))
         out = self.emit_apart(nodes, out, query, key, value)
         if self.tail_weight is None:
@@ -295,7 +295,14 @@ def _ranks(query: Tensor, key_mask: Tensor | None) -> Tensor:
 
 
 def naive(
-    query: Tensor, key: Tensor, value: Tensor, *, sizes: tuple[int, int, int], scale: float, causal: bool
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    sizes: tuple[int, int, int],
+    scale: float,
+    softcap: float | None = None,
+    causal: bool,
 ) -> Tensor:
     """Token by token, of what `kernels/salient.py` says; float64.
 
@@ -305,6 +312,7 @@ def naive(
         value: [T, Dv].
         sizes: window, sinks, salient.
         scale: Factor of the scores.
+        softcap: c where scores become c tanh(score / c); None without.
         causal: Which of the two forms.
 
     Returns:
@@ -312,11 +320,16 @@ def naive(
     """
     (window, sinks, number), length = sizes, key.shape[0]
     out = query.new_zeros(*query.shape[:2], value.shape[1])
+
+    def weights_of(query: Tensor, key: Tensor) -> Tensor:
+        scores = query @ key.T * scale
+        return (scores if softcap is None else (scores / softcap).tanh() * softcap).softmax(-1)
+
     score, kept = [0.0] * length, list[int]()
     given: list[dict[int, float]] = []  # for each block the weights that its queries gave
     if not causal:
         voters = [place * length // salient_chunk.VOTERS for place in range(salient_chunk.VOTERS)]
-        mass = (query[:, voters] @ key.T * scale).softmax(-1).nan_to_num(0).sum((0, 1))
+        mass = weights_of(query[:, voters], key).nan_to_num(0).sum((0, 1))
         others = sorted(range(sinks, length), key=lambda j: -float(mass[j].detach()))
         kept = [*range(min(sinks, length)), *others[:number]]
     for t in range(length):
@@ -332,7 +345,7 @@ def naive(
                 kept = sorted(rivals, key=lambda j: -math.inf if j < sinks else -score[j])[: sinks + number]
         near = range(first, t + 1) if causal else range(max(0, t - window), min(length, t + window + 1))
         visible = [*near, *(j for j in kept if j not in near)]
-        weights = (query[:, t] @ key[visible].T * scale).softmax(-1)
+        weights = weights_of(query[:, t], key[visible])
         out[:, t] = weights @ value[visible]
         for j, weight in zip(visible, weights.nan_to_num(0).sum(0).tolist(), strict=True) if causal else ():
             given[-1][j] = given[-1].get(j, 0.0) + weight
@@ -354,6 +367,7 @@ MECHANISM = Mechanism(
     build=_build,
     augmentation=True,
     reach=lambda spec, window: window + 1 if spec.causal else window,
+    carries=lambda spec: frozenset() if spec.cross else frozenset({"softcap"}),
     onnx=salient_onnx.OPERATOR,
     parts={"salient tokens": {"salient": 0}, "linear part": {"tail": False}},
     sizes=("window", "salient"),

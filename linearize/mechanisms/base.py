@@ -159,6 +159,7 @@ class Mechanism:
         reach: Of a site and the option `window`: the widest window of the site itself (as `SiteSpec.window`
             counts) that the mechanism then shows exactly. Such a window is carried: `build` makes a module
             that sees it and nothing else. None where a site's window is not carried.
+        carries: Of a site without a window of its own, what it carries beyond `supports`.
         onnx: Its own operator in ONNX files. None where it needs none, because it is a sum of core calls, or
             where it has no ONNX form with a state.
     """
@@ -170,6 +171,7 @@ class Mechanism:
     options: Mapping[str, Option] = field(default_factory=lambda: MappingProxyType({}))
     augmentation: bool | None = False
     reach: Callable[[SiteSpec, int], int] | None = None
+    carries: Callable[[SiteSpec], frozenset[str]] = lambda spec: frozenset()
     onnx: StateOperator | None = None
     parts: Mapping[str, Mapping[str, Any]] = field(default_factory=lambda: MappingProxyType({}))
     sizes: tuple[str, ...] = ()
@@ -209,7 +211,7 @@ class Mechanism:
         Returns:
             False too where the site has no window.
         """
-        if spec.window is None or spec.cross or self.reach is None:
+        if spec.window is None or spec.softcap is not None or spec.cross or self.reach is None:
             return False
         return spec.window <= self.reach(spec, options.get("window", self.options["window"].default))
 
@@ -236,7 +238,8 @@ class Mechanism:
         needs += ["window"] if spec.window is not None and not self.covers(spec, options) else []
         dropped = {need for need in DROPPABLE if need in approximate}
         dropped |= {"alibi"} if "bias" in dropped else set()  # ALiBi is a bias
-        return tuple(need for need in (*needs, *terms) if need not in self.supports | dropped)
+        carried = self.supports if spec.window is not None else self.supports | self.carries(spec)
+        return tuple(need for need in (*needs, *terms) if need not in carried | dropped)
 
     def refusal(
         self,
@@ -255,6 +258,6 @@ class Mechanism:
         if not missing:
             return None
         words = " and ".join([*([", ".join(missing[:-1])] if missing[:-1] else []), missing[-1]])
-        if "window" in missing and self.reach is not None and not spec.cross:
+        if "window" in missing and "softcap" not in missing and self.reach is not None and not spec.cross:
             words += f' (of {spec.window} tokens: options={{"window": ...}} can cover it)'
         return _REASONS[missing[0]], f"mechanism {self.name!r} cannot carry {words}"

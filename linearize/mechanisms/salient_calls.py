@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..kernels import registered_salient, salient
+from ..kernels.softmax import Scores
 from ..kernels.tensors import as_autocast, runs_at_once
 from ..ops.arguments import check, check_held
 from ..ops.state import SalientState, States
@@ -22,6 +23,11 @@ class SalientCalls(ComposedAttention):
 
     sizes: salient.Sizes
     tail_weight: nn.Parameter | None
+
+    @property
+    def rule(self) -> Scores:
+        """How the site makes its scores."""
+        return Scores(self.scale, self.spec.softcap)
 
     def extend(
         self, query: Tensor, key: Tensor, value: Tensor, state: States, *, key_mask: Tensor | None = None
@@ -62,7 +68,7 @@ class SalientCalls(ComposedAttention):
         compiled = registered_salient.after_state(rows, key, value, part.tensors, self.sizes)
         if compiled is None:
             return None
-        made = compiled.OneToken(query, key, value, part.tensors, self.sizes, self.scale, *weights)
+        made = compiled.OneToken(query, key, value, part.tensors, self.sizes, self.rule, *weights)
         return made if made.fits(query, key, value, part.tensors, weights) else None
 
     def may_be_one_call(self, query: Tensor, key: Tensor, value: Tensor) -> bool:
@@ -100,13 +106,13 @@ class SalientCalls(ComposedAttention):
         if runs_at_once(*tokens):  # an encoder of a hundred tokens notices what an operator costs
             try:
                 out = registered_salient.bidirectional(
-                    compiled, *tokens, key_mask, self.sizes, self.scale, *tables
+                    compiled, *tokens, key_mask, self.sizes, self.rule, *tables
                 )
             except ValueError:
                 self._check(query, key, value, key_mask)  # says which of them does not fit
                 raise
         else:
-            wide = *self.sizes, self.scale, *tables
+            wide = *self.sizes, *self.rule, *tables
             out = torch.ops.linearize.salient_both_ways(*tokens, key_mask, *wide)
         return self.merge_heads(out.unflatten(1, (key.shape[1], -1))) if tiled else out
 

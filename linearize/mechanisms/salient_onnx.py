@@ -19,12 +19,14 @@ The functions here write operators as `onnx_form.py` says.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 from torch import Tensor
 
 from ..kernels.salient import BLOCK, DECAY
 from ..kernels.salient_chunk import VOTERS
+from ..kernels.softmax import Scores
 from .onnx_form import OperatorCall, StateOperator, WholeForm
 
 _MOST = 3.0e38
@@ -37,7 +39,7 @@ def node(
     value: Tensor,
     conv_weight: Tensor | None,
     sizes: tuple[int, int, int],
-    scale: float,
+    rule: Scores,
 ) -> OperatorCall:
     """The operator on query [B, H, T, D] (interleaved), key [B, Hkv, T, D] and value.
 
@@ -45,14 +47,15 @@ def node(
     """
     window, sinks, salient = sizes
     rows = max(sinks + salient, 1) + window + BLOCK
+    cap = {} if rule.softcap is None else {"softcap": rule.softcap}
     return OperatorCall(
-        OPERATOR,
+        CAPPED if cap else OPERATOR,
         query,
         key,
         value,
         own=(query.new_zeros(query.shape[1], 1) if conv_weight is None else conv_weight,),
         ints={"window": window, "sinks": sinks, "salient": salient},
-        floats={"scale": scale},
+        floats={"scale": rule.scale, **cap},
         rows=rows,
         sums=(rows, 4),
     )
@@ -68,16 +71,17 @@ def _whole(
     sinks: int,
     salient: int,
     scale: float,
+    softcap: float | None,
 ) -> tuple[OperatorCall, Tensor | None, bool]:
     """`kernels/registered_salient.py` `salient_attention` as a node."""
-    given = node(query.flatten(1, 2), key, value, None, (window, sinks, salient), scale)
+    given = node(query.flatten(1, 2), key, value, None, (window, sinks, salient), Scores(scale, softcap))
     return given, key_mask, causal
 
 
 class _Sizes:
     """The attributes, [1] each, and what follows from them."""
 
-    def __init__(self, op: Any) -> None:
+    def __init__(self, op: Any, capped: bool) -> None:
         self.window, self.sinks, salient = (
             op.attribute(name, "int") for name in ("window", "sinks", "salient")
         )
@@ -86,6 +90,13 @@ class _Sizes:
         """A row that is never seen, where none are kept: no axis is empty."""
         self.recent = op.Add(self.window, op.ints(BLOCK))
         self.scale = op.attribute("scale", "float")
+        self.softcap = op.attribute("softcap", "float") if capped else None
+
+    def scores(self, op: Any, products: Any) -> Any:
+        """The scores, of products that the scale is in."""
+        if self.softcap is None:
+            return products
+        return op.Mul(op.Tanh(op.Div(products, self.softcap)), self.softcap)
 
 
 class _Steps:
@@ -219,10 +230,10 @@ class _Steps:
         return op.Where(op.Unsqueeze(tokens.mask, op.ints(1, 3)), out, 0.0)
 
 
-def _body(op: Any, call: Any, conv_weight: Any) -> tuple[Any, Any, Any]:
+def _body(op: Any, call: Any, conv_weight: Any, *, capped: bool) -> tuple[Any, Any, Any]:
     """The formula of `augmented.py`, conv_weight [H, taps] included, one block after the other. Called as
     `StateOperator` says."""
-    heads, sizes = call.heads, _Sizes(op)
+    heads, sizes = call.heads, _Sizes(op, capped)
     steps = _Steps(op, call, sizes)
     taps = op.size(conv_weight, 1)
     conv_weight = op.Concat(conv_weight, op.ConstantOfShape(op.shape(heads.heads, 1)), axis=1)
@@ -254,7 +265,7 @@ def _body(op: Any, call: Any, conv_weight: Any) -> tuple[Any, Any, Any]:
         rows = op.GatherND(op.Concat(rows, tokens, axis=2), index, batch_dims=2)
         counts = op.GatherND(op.Concat(counts, nothing, axis=2), index, batch_dims=2)
         keys, values = op.split(rows, heads.dim, heads.value_dim)
-        scores = op.MatMul(queries, op.Transpose(keys, perm=[0, 1, 3, 2]))
+        scores = sizes.scores(op, op.MatMul(queries, op.Transpose(keys, perm=[0, 1, 3, 2])))
         weights = op.Softmax(op.Where(visible, scores, -_MOST), axis=-1)
         counts = op.Add(counts, op.MatMul(op.Transpose(weights, perm=[0, 1, 3, 2]), votes))
         taps = op.Transpose(op.Gather(conv_weight, lags, axis=1), perm=[1, 0, 2, 3])
@@ -279,9 +290,9 @@ def _body(op: Any, call: Any, conv_weight: Any) -> tuple[Any, Any, Any]:
     )
 
 
-def _bidirectional(op: Any, call: Any) -> Any:
+def _bidirectional(op: Any, call: Any, *, capped: bool) -> Any:
     """Every token sees those at most `window` away, and the landmarks that are farther."""
-    heads, sizes, tokens = call.heads, _Sizes(op), call.tokens()
+    heads, sizes, tokens = call.heads, _Sizes(op, capped), call.tokens()
     block = tokens.block
     there = op.Unsqueeze(call.mask, op.ints(1, 3))
     query = op.Mul(op.float(call.query), sizes.scale)
@@ -310,7 +321,8 @@ def _bidirectional(op: Any, call: Any) -> Any:
             found.append(op.rows(x, by_rank, width))
             if not of_rank:
                 found[-1] = op.Unsqueeze(found[-1], op.ints(2, 3))
-        scores.append(op.Where(seen, op.MatMul(queries, op.transposed(found[0])), -_MOST))
+        found[0] = sizes.scores(op, op.MatMul(queries, op.transposed(found[0])))
+        scores.append(op.Where(seen, found[0], -_MOST))
         values.append(found[1])
     weights = op.Softmax(op.Concat(*scores, axis=-1), axis=-1)
     of_near, of_far = op.split(weights, span, op.size(rank, 2))
@@ -336,7 +348,8 @@ def _landmarks(op: Any, tokens: Any, sizes: _Sizes, query: Any, key: Any) -> tup
     asked = op.rows(query, op.Add(first, op.Unsqueeze(columns, op.ints(1))), heads.dim)
     asked = op.reshape(asked, tokens.batch, heads.kv_heads, -1, heads.dim)
     real = op.Unsqueeze(tokens.mask, op.ints(1, 2))  # [B, 1, 1, T]
-    scores = op.Where(real, op.MatMul(asked, op.Transpose(key, perm=[0, 1, 3, 2])), -_MOST)
+    scores = sizes.scores(op, op.MatMul(asked, op.Transpose(key, perm=[0, 1, 3, 2])))
+    scores = op.Where(real, scores, -_MOST)
     mass = op.ReduceSum(op.Softmax(scores, axis=-1), op.ints(2), keepdims=0)  # [B, Hkv, T]
     rank = op.Unsqueeze(tokens.rank, op.ints(1))
     mass = op.Where(op.Less(rank, sizes.sinks), _MOST, mass)
@@ -351,11 +364,18 @@ def _landmarks(op: Any, tokens: Any, sizes: _Sizes, query: Any, key: Any) -> tup
     return index, op.Where(valid, rank, op.ints(-1))
 
 
-OPERATOR = StateOperator(
-    "SalientAttention",
-    ("conv_weight",),
-    ("window", "sinks", "salient"),
-    ("scale",),
-    _body,
-    WholeForm("salient_attention", _whole, _bidirectional),
-)
+def _operator(name: str, capped: bool, *beside: StateOperator) -> StateOperator:
+    return StateOperator(
+        name,
+        ("conv_weight",),
+        ("window", "sinks", "salient"),
+        ("scale", "softcap") if capped else ("scale",),
+        partial(_body, capped=capped),
+        WholeForm("salient_attention", _whole, partial(_bidirectional, capped=capped)),
+        beside,
+    )
+
+
+CAPPED = _operator("CappedSalientAttention", True)
+"""With a softcap, as `kernels/softmax.py` `Scores` has it."""
+OPERATOR = _operator("SalientAttention", False, CAPPED)

@@ -71,6 +71,7 @@ state.
 | WindowSoftmaxLinearAttention | max(window, 2) - 1                 | 2 D, Dv + 1   | softmax_window |
 | SalientAttention             | max(sinks + salient, 1) + window   | R, 4          | augmented      |
 |                              | + 32                               |               |                |
+| CappedSalientAttention       | the same                           | R, 4          | augmented      |
 
 `Bidirectional` and its name is one without a state, where the mechanism has it: inputs query, key, value and
 mask, output and attributes as above.

@@ -43,6 +43,13 @@ def gemma3(**changes: Any) -> nn.Module:
     return transformers.Gemma3ForCausalLM(config).eval()
 
 
+def gemma2(**changes: Any) -> nn.Module:
+    layers = ["sliding_attention", "full_attention"]
+    own = dict(head_dim=8, layer_types=layers, attn_logit_softcapping=1.5, query_pre_attn_scalar=4)
+    config = transformers.Gemma2Config(**_llama_like(**own, **changes))
+    return transformers.Gemma2ForCausalLM(config).eval()
+
+
 def gpt_neo() -> nn.Module:
     config = transformers.GPTNeoConfig(
         **_settings(),
@@ -156,6 +163,22 @@ def test_layers_with_a_window_wider_than_ours_stay_as_they_are_and_the_others_ar
     assert out.past_key_values.layers[0].keys.shape[2] < 20, "such a layer keeps its window alone"
     wider = lz.linearize(model, options={"window": 4, "salient": 4})
     assert [site.path for site in wider._linearize.plan.sites] == ["model.layers.1.self_attn"]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("window", [6, 20])
+def test_capped_scores_are_carried_where_all_is_seen_and_kept_where_a_window_is(window: int) -> None:
+    """Gemma 2. Whatever the window of the layers that have one, and whether all tokens fit or not."""
+    original: Any = gemma2(sliding_window=window)
+    ids = tokens(2, 90)
+    fits = converted(original, options={"window": 128, "salient": 4})
+    torch.testing.assert_close(fits(ids).logits, original(ids).logits, atol=2e-5, rtol=1e-4)
+    model = converted(original, options={"window": 8, "salient": 4})
+    assert [site.path for site in model._linearize.plan.sites] == ["model.layers.1.self_attn"]
+    text, settings = ids, dict(max_new_tokens=STEPS, do_sample=False, eos_token_id=None)
+    for _ in range(STEPS):
+        text = torch.cat([text, model(text, use_cache=False).logits[:, -1:].argmax(-1)], 1)
+    assert torch.equal(model.generate(ids, attention_mask=torch.ones_like(ids), **settings), text)
 
 
 def test_a_model_of_nothing_but_wider_windows_is_refused_with_what_would_cover_them() -> None:

@@ -10,6 +10,7 @@ import torch
 from linearize.kernels import cpu, dispatch, registered_salient
 from linearize.kernels.cpu import bidirectional as compiled
 from linearize.kernels.salient import Sizes
+from linearize.kernels.softmax import Scores
 from torch import Tensor
 
 from linearize.errors import InputError
@@ -18,7 +19,8 @@ from linearize.mechanisms.spec import SiteSpec
 from linearize.planning.config import LinearizeConfig
 
 pytestmark = pytest.mark.skipif(not cpu.available(), reason=cpu.unavailable_reason() or "")
-BATCH, KV_HEADS, SCALE = 2, 2, 0.4
+BATCH, KV_HEADS = 2, 2
+RULE, CAPPED = Scores(0.4), Scores(0.4, softcap=1.5)
 LENGTHS = (1, 11, 12, 13, 64, 130, 200)
 CASES = [
     pytest.param(Sizes(16, 2, 5), (8, 6), 3, LENGTHS, id="all parts, heads that share"),
@@ -50,13 +52,13 @@ def tokens(length: int, dims: tuple[int, int], repeats: int) -> Tokens:
     return normal(KV_HEADS * repeats, dims[0]) * 2, normal(KV_HEADS, dims[0]), normal(KV_HEADS, dims[1])
 
 
-def oracle(query: Tensor, key: Tensor, value: Tensor, sizes: Sizes) -> Tensor:
+def oracle(query: Tensor, key: Tensor, value: Tensor, sizes: Sizes, rule: Scores = RULE) -> Tensor:
     """Float64, token by token, [B, H, T, Dv]."""
     groups = query.unflatten(1, (key.shape[1], -1))
 
     def of_head(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         tokens = query.double(), key.double(), value.double()
-        return naive(*tokens, sizes=sizes, scale=SCALE, causal=False)
+        return naive(*tokens, sizes=sizes, **rule._asdict(), causal=False)
 
     rows = [
         torch.cat([of_head(*heads) for heads in zip(*row, strict=True)])
@@ -65,14 +67,20 @@ def oracle(query: Tensor, key: Tensor, value: Tensor, sizes: Sizes) -> Tensor:
     return torch.stack(rows).float()
 
 
-@pytest.mark.parametrize(("sizes", "dims", "repeats", "lengths"), CASES)
+@pytest.mark.parametrize(
+    ("sizes", "dims", "repeats", "lengths", "rule"),
+    [
+        *(pytest.param(*case.values, RULE, id=case.id) for case in CASES),
+        pytest.param(Sizes(16, 2, 5), (8, 6), 3, (13, 130), CAPPED, id="a softcap"),
+    ],
+)
 def test_it_is_the_token_by_token_form(
-    isa: str, sizes: Sizes, dims: tuple[int, int], repeats: int, lengths: tuple[int, ...]
+    isa: str, sizes: Sizes, dims: tuple[int, int], repeats: int, lengths: tuple[int, ...], rule: Scores
 ) -> None:
     for length in lengths:
         sequence = tokens(length, dims, repeats)
-        out = compiled.attend(*sequence, sizes, SCALE, None, None, None, isa=isa)
-        torch.testing.assert_close(out, oracle(*sequence, sizes), atol=2e-5, rtol=1e-5)
+        out = compiled.attend(*sequence, sizes, rule, None, None, None, isa=isa)
+        torch.testing.assert_close(out, oracle(*sequence, sizes, rule), atol=2e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("last", [True, False], ids=["padding comes last", "padding anywhere"])
@@ -110,8 +118,8 @@ def test_a_padded_row_gets_what_it_gets_alone(last: bool, form: str) -> None:
 def test_half_precision_is_computed_in_single(isa: str, dtype: torch.dtype) -> None:
     sizes = Sizes(16, 2, 5)
     sequence = [x.to(dtype) for x in tokens(100, (8, 6), 2)]
-    out = compiled.attend(*sequence, sizes, SCALE, None, None, None, isa=isa)
-    wanted = compiled.attend(*(x.float() for x in sequence), sizes, SCALE, None, None, None, isa=isa)
+    out = compiled.attend(*sequence, sizes, RULE, None, None, None, isa=isa)
+    wanted = compiled.attend(*(x.float() for x in sequence), sizes, RULE, None, None, None, isa=isa)
     assert torch.equal(out, wanted)
 
 
@@ -123,7 +131,7 @@ def test_any_strides_and_threads_change_nothing() -> None:
     outputs = []
     for given, threads in ((sequence, 1), (turned, 1), (apart, 1), (sequence, 4)):
         torch.set_num_threads(threads)
-        outputs.append(compiled.attend(*given, sizes, SCALE, None, None, None))
+        outputs.append(compiled.attend(*given, sizes, RULE, None, None, None))
     torch.set_num_threads(1)
     assert all(torch.equal(out, outputs[0]) for out in outputs)
 
@@ -133,7 +141,7 @@ def test_what_is_not_a_number_reaches_those_that_see_it_and_no_others() -> None:
     for place in range(2):  # in a query, in a key
         sequence = tokens(100, (8, 8), 1)
         sequence[place][0, 0, 50] = torch.nan
-        out = compiled.attend(*sequence, sizes, SCALE, None, None, None)[0, 0].isnan().any(1)
+        out = compiled.attend(*sequence, sizes, RULE, None, None, None)[0, 0].isnan().any(1)
         reach = 16 if place else 0
         assert out.nonzero()[:, 0].tolist() == list(range(50 - reach, 51 + reach))
 
@@ -142,7 +150,7 @@ def test_scores_of_any_size_give_weights_that_sum_to_one() -> None:
     query, key, _ = tokens(100, (8, 8), 1)
     value = torch.ones(BATCH, KV_HEADS, 100, 8)
     for factor in (1e-20, 1.0, 1e4, 1e15):
-        out = compiled.attend(query * factor, key, value, Sizes(16, 1, 6), SCALE, None, None, None)
+        out = compiled.attend(query * factor, key, value, Sizes(16, 1, 6), RULE, None, None, None)
         torch.testing.assert_close(out, torch.ones_like(out), atol=1e-5, rtol=0)
 
 
@@ -156,7 +164,7 @@ def test_shapes_that_do_not_fit_are_an_error() -> None:
     ]
     for *given, conv in wrong:
         with pytest.raises(ValueError, match="fit"):
-            compiled.attend(*given, Sizes(16, 1, 6), SCALE, conv, None, None)
+            compiled.attend(*given, Sizes(16, 1, 6), RULE, conv, None, None)
 
 
 def test_the_operator_runs_it_and_training_has_its_gradients(caplog: pytest.LogCaptureFixture) -> None:
@@ -164,13 +172,13 @@ def test_the_operator_runs_it_and_training_has_its_gradients(caplog: pytest.LogC
     dispatch.say.cache_clear()
     rows = sequence[0].unflatten(1, (KV_HEADS, 1))
     with caplog.at_level(logging.DEBUG, logger="linearize"):
-        out = registered_salient.salient_attention(rows, *sequence[1:], None, False, *sizes, SCALE)
+        out = registered_salient.salient_attention(rows, *sequence[1:], None, False, *sizes, *RULE)
     assert "cpu form" in caplog.text
     torch.testing.assert_close(out[:, :, 0], oracle(*sequence, sizes), atol=2e-5, rtol=1e-5)
     found = []
     for dtype in (torch.float32, torch.float64):
         leaves = [x.to(dtype).requires_grad_() for x in (rows, *sequence[1:])]
-        out = registered_salient.salient_attention(*leaves, None, False, *sizes, SCALE)
+        out = registered_salient.salient_attention(*leaves, None, False, *sizes, *RULE)
         found.append(torch.autograd.grad(out.sin().sum(), leaves))
     for ours, wanted in zip(*found, strict=True):
         torch.testing.assert_close(ours, wanted.float(), atol=2e-5, rtol=1e-4)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import copy
+import dataclasses
 import re
 from collections.abc import Callable
 from functools import cache
@@ -133,16 +134,16 @@ def stack(*parts: nn.Module) -> nn.Module:
 
 X, Y = activations(2, 9), activations(2, 12)
 PAPER = {"mechanism": "augmented_paper"}
-"""It carries no window."""
+"""It carries neither window nor softcap."""
 CASES: dict[str, tuple[Callable[[], nn.Module], Any, dict[str, Any], set[str]]] = {
     # What is refused, on which inputs, by which settings, and what helps.
     "window": (lambda: Attention(window), X, PAPER, {"mechanism"}),
     "alibi": (lambda: Attention(alibi), X, {}, {"approximate"}),
     "bias": (lambda: Attention(table), X, {}, {"approximate"}),
-    "softcap": (lambda: Attention(softcap), X, {}, {"approximate"}),
-    "sinks-softcap": (lambda: Sinks(softcap), X, {}, {"approximate"}),
+    "softcap": (lambda: Attention(softcap), X, PAPER, {"approximate"}),
+    "sinks-softcap": (lambda: Sinks(softcap), X, PAPER, {"approximate"}),
     "one-dropped-already": (
-        lambda: Sinks(softcap), X, dict(approximate=("softcap",)), {"approximate"},
+        lambda: Sinks(softcap), X, dict(approximate=("softcap",), **PAPER), {"approximate"},
     ),
     "another-in-each": (
         lambda: stack(Attention(table), Sinks()), X, {}, {"approximate"},
@@ -190,9 +191,20 @@ def test_a_refusal_of_many_layers_is_short():
     torch.manual_seed(0)
     model = stack(*(Attention(f) for f in (alibi, table, softcap) for _ in range(4))).eval()
     with pytest.raises(RefusedError) as refused:
-        linearize(model, X)
+        linearize(model, X, **PAPER)
     message = str(refused.value)
     assert "12 attention site(s)" in message and "and 3 more [" in message and len(message) <= 600
+
+
+def test_a_softcap_is_carried():
+    """The capped attention while all tokens fit, and another without the cap."""
+    torch.manual_seed(0)
+    model = Attention(softcap).eval()
+    ours = linearize(copy.deepcopy(model), X)
+    with torch.no_grad():
+        torch.testing.assert_close(ours(30 * X), model(30 * X), rtol=1e-5, atol=1e-5)
+        ours.linear_attention.spec = dataclasses.replace(ours.linear_attention.spec, softcap=None)
+        assert (ours(30 * X) - model(30 * X)).abs().max() > 0.1
 
 
 @pytest.mark.parametrize(
