@@ -284,14 +284,20 @@ def salient_case(window: int, length: int = 200) -> tuple[Tensor, Tensor, Tensor
 
 
 def salient_expected(
-    query: Tensor, key: Tensor, value: Tensor, conv_weight: Tensor | None, sizes: tuple[int, int, int]
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    conv_weight: Tensor | None,
+    sizes: tuple[int, int, int],
+    softcap: float | None = None,
 ) -> Tensor:
     """Token by token in float64."""
     query, key, value = (x.double() for x in (query, key, value))
     causal, rows = conv_weight is not None, []
     for row in zip(query.unflatten(1, (KV_HEADS, -1)), key, value, strict=True):
         heads = [
-            salient_oracle(*one, sizes=sizes, scale=0.5, causal=causal) for one in zip(*row, strict=True)
+            salient_oracle(*one, sizes=sizes, scale=0.5, softcap=softcap, causal=causal)
+            for one in zip(*row, strict=True)
         ]
         rows.append(torch.cat(heads))
     out = torch.stack(rows)
@@ -379,6 +385,19 @@ def test_bidirectional_salient_tokens_are_the_oracle(
     found = np.stack([row[:, at] for row, at in zip(out, columns, strict=True)])
     np.testing.assert_allclose(found, salient_expected(query, key, value, None, sizes), atol=1e-5)
     assert not out.transpose(0, 2, 1, 3)[~mask].any()
+
+
+def test_capped_scores_of_salient_tokens_are_the_oracle() -> None:
+    sizes, case = (8, 2, 4), salient_case(8)
+    attributes = dict(zip(("window", "sinks", "salient"), sizes, strict=True), scale=0.5, softcap=1.5)
+    found = salient_pieces(opened(single(f"Capped{SALIENT}", **attributes)), case, sizes, SALIENT_CHUNKS)
+    np.testing.assert_allclose(found, salient_expected(*case, sizes, softcap=1.5), atol=2e-5)
+    query, key, value, _ = case
+    tokens = {name: x.numpy() for name, x in (("query", query), ("key", key), ("value", value))}
+    model = opened(single(f"BidirectionalCapped{SALIENT}", **attributes))
+    (out,) = model.run(None, {**tokens, "mask": np.ones((2, 200), bool)})
+    expected = salient_expected(query, key, value, None, sizes, softcap=1.5)
+    np.testing.assert_allclose(out, expected, atol=1e-5)
 
 
 def test_the_reference_evaluator_runs_salient_tokens() -> None:
