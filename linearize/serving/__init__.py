@@ -1,10 +1,10 @@
-"""Converted models on vLLM: `vllm serve DIR` and `LLM(DIR)` find them by the entry point `vllm.general_plugins`.
+"""Converted models on vLLM, whose entry point `vllm.general_plugins` finds `register`.
 
-A converted layer is a stateful layer of the engine. What it knows of a sequence, exact rows, sums and the length,
-lies in a slot of the memory that the engine allocates, and has one size for any number of tokens. A layer that was
-left softmax is the engine's own attention.
+A converted layer is a stateful layer of the engine. What it knows of a sequence, exact rows, sums and the
+length, lies in a slot of the memory that the engine allocates, and has one size for any number of tokens. A
+layer that was left softmax is the engine's own attention.
 
-`register` is what the entry point names. `slots.py` and `ragged.py` know tensors only and import no vLLM:
+From tensors, without vLLM, to the model:
 
     slots       the tensors of a state in a row of bytes
     ragged      tokens of many sequences in one flat batch, through an attention module

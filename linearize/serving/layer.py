@@ -22,14 +22,12 @@ from .slots import Layout
 class StateAttention(MambaBase, nn.Module):
     """Stands where vLLM's attention would, and keeps states in the memory that vLLM binds."""
 
-    def __init__(self, module: AttentionModule, dtype: torch.dtype, row: int, name: str, layers: Any) -> None:
-        """module: of the site, its weights a child of the owner and not of this. row: bytes of a slot.
-        name: of this layer, in `layers`, which a step finds it by."""
+    def __init__(self, module: AttentionModule, layout: Layout, row: int, name: str, layers: Any) -> None:
+        """module: of the site, its weights a child of the owner and not of this. layout: of its states. row:
+        bytes of a slot. name: of this layer, in `layers`, which a step finds it by."""
         super().__init__()
         self._module = (module,)  # in a tuple: not registered twice
-        device = next(module.parameters()).device
-        self._layout = Layout.of(module, dtype, device)
-        self._row, self._name = row, name
+        self._layout, self._row, self._name = layout, row, name
         self._states: States | None = None
         self.kv_cache: Any = ()
         if name in layers:

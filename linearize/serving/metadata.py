@@ -32,7 +32,9 @@ class SlotsBuilder(AttentionMetadataBuilder[Batch]):
 
     reorder_batch_threshold = 1  # rows of one token come first
 
-    def __init__(self, kv_cache_spec: Any, layer_names: list[str], vllm_config: Any, device: torch.device) -> None:
+    def __init__(
+        self, kv_cache_spec: Any, layer_names: list[str], vllm_config: Any, device: torch.device
+    ) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
 
     def build(

@@ -13,19 +13,21 @@ from vllm.model_executor.utils import set_weight_attrs
 
 from ..checkpoint.hook import relocate
 from ..checkpoint.replay import check_owners
-
 from ..planning.build import parameter_dtype
 from ..planning.plan import Plan, SitePlan
 from .layer import StateAttention
 from .served import bytes_of_slot, module_of, original, plan_of
+from .slots import Layout
 
 
 class _Served(TransformersForCausalLM):
     """Both kinds of model. The layers of the plan get our attention, the others vLLM's."""
 
     has_inner_state = True
+    config: Any
     _plan: Plan
     _row: int
+    _attention_class: Any = None
 
     def _patch_config(self) -> None:
         self._where = f"the checkpoint {self.model_config.model!r}"
@@ -54,21 +56,21 @@ class _Served(TransformersForCausalLM):
         super()._create_attention_instances(prefix)
 
     def _get_attn_cls(self) -> Any:
-        return vars(self).pop("_attention_class", None) or super()._get_attn_cls()
+        return self._attention_class or super()._get_attn_cls()
 
     def _attention(self, site: SitePlan, name: str) -> StateAttention:
         """The layer of a site; its weights become a child of the owner, where the checkpoint has them."""
         shards, dtype = get_tensor_model_parallel_world_size(), self.model_config.dtype
-        settings = self._settings.at(site.path, site.layer_index)
+        settings, device = self._settings.at(site.path, site.layer_index), self.device_config.device
         module = module_of(site.spec, settings, shards)
-        module = module.to(device=self.device_config.device, dtype=parameter_dtype(dtype))
+        module = module.to(device=device, dtype=parameter_dtype(dtype))
         whole = dict(module_of(site.spec, settings).named_parameters())
         for path, parameter in module.named_parameters():
             split = parameter.shape != whole[path].shape
             set_weight_attrs(parameter, {"weight_loader": _load_share if split else _load})
         self.model.get_submodule(site.path).add_module(site.child, module)
         layers = self.compilation_config.static_forward_context
-        return StateAttention(module, dtype, self._row, name, layers)
+        return StateAttention(module, Layout.of(module, dtype, device), self._row, name, layers)
 
     @classmethod
     def get_mamba_state_shape_from_config(cls, vllm_config: Any) -> tuple[tuple[int, ...], ...]:

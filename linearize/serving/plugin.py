@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from vllm.logger import init_logger
 from vllm.model_executor.models import ModelRegistry
 from vllm.model_executor.models.config import MODELS_CONFIG_MAP, MambaModelConfig
 from vllm.transformers_utils.config import HFConfigParser, get_config_parser, register_config_parser
@@ -15,6 +16,11 @@ from .served import ALONE, MIXED, is_converted, tell
 
 BACKEND = "LINEARIZE"
 """The kind of our layers among vLLM's stateful ones."""
+_PREFIXES = (
+    "prefix caching is not served for converted models: a state holds a whole prefix, and no part of it can "
+    "be taken over"
+)
+_LOGGER = init_logger(f"vllm.{__name__}")
 
 
 class Parser(HFConfigParser):
@@ -37,10 +43,11 @@ class Checks(MambaModelConfig):
     def verify_and_update_config(cls, vllm_config: Any) -> None:
         """As every such class of vLLM. Raises ConfigError."""
         if vllm_config.cache_config.enable_prefix_caching:
-            raise ConfigError(
-                "prefix caching is not exact for states of converted layers, which hold a whole prefix and no "
-                "part of it; leave out --enable-prefix-caching"
-            )
+            if not vllm_config.model_config.is_hybrid:
+                raise ConfigError(f"{_PREFIXES}; leave out --enable-prefix-caching")
+            # On by default there, and nothing tells whether a user asked for it.
+            vllm_config.cache_config.enable_prefix_caching = False
+            _LOGGER.warning("%s; it is off", _PREFIXES)
         if vllm_config.speculative_config is not None:
             raise ConfigError(
                 "speculative decoding is not served for converted models: vLLM cannot take drafts back from "

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ..ops.state import States
@@ -14,7 +13,7 @@ from .slots import Layout, put, take
 
 @dataclass(frozen=True)
 class Batch:
-    """Which tokens of a flat batch are whose. Row r of the batch has the tokens first[r] to first[r] + count[r].
+    """Which tokens of a flat batch are whose: row r has count[r] of them, from first[r] on.
 
     Attributes:
         slots: int64 [R], no two the same.

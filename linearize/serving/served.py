@@ -58,7 +58,7 @@ def original(config: Any) -> Any:
 def check(config: Any, plan: Plan, settings: LinearizeConfig, where: str) -> None:
     """Raise InvalidModelError, naming the checkpoint `where`, for a model that cannot be served."""
     if config.get_text_config() is not config or getattr(config, "is_encoder_decoder", False):
-        raise InvalidModelError(f"{where} is no decoder of text alone; nothing else is served: use generate()")
+        raise InvalidModelError(f"{where} is no decoder of text alone; use its own generate()")
     for site in plan.sites:
         problem = _problem(site, settings)
         if problem is not None:
@@ -76,8 +76,8 @@ def _problem(site: SitePlan, settings: LinearizeConfig) -> str | None:
     module = module_of(site.spec, settings.at(site.path, site.layer_index))
     if not module.has_state:
         return (
-            f"has no state of constant size (mechanism {settings.mechanism!r} at this layer); use generate(), or "
-            "convert with a mechanism that has one"
+            f"has no state of constant size (mechanism {settings.mechanism!r} at this layer); use "
+            "generate(), or convert with a mechanism that has one"
         )
     return None
 
@@ -116,7 +116,8 @@ def share_of(spec: SiteSpec, shards: int) -> SiteSpec:
     if spec.num_key_value_heads % shards or spec.kv_layout != "interleaved":
         raise InvalidModelError(
             f"{spec.num_key_value_heads} key/value heads ({spec.kv_layout}) cannot be shared by {shards} "
-            "processes, and states are split by key/value head; choose a tensor parallel size that divides them"
+            "processes, and states are split by key/value head; choose a tensor parallel size that divides "
+            "them"
         )
     heads, kv_heads = spec.num_heads // shards, spec.num_key_value_heads // shards
     return dataclasses.replace(spec, num_heads=heads, num_key_value_heads=kv_heads)

@@ -1,4 +1,4 @@
-"""The states of all sequences of a layer in memory that an engine allocates: one row of bytes for each slot."""
+"""The states of all sequences of a layer in an engine's memory: one row of bytes for each slot."""
 
 from __future__ import annotations
 
