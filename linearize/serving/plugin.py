@@ -12,7 +12,7 @@ from vllm.transformers_utils.config import HFConfigParser, get_config_parser, re
 from vllm.v1.attention.backends.registry import MambaAttentionBackendEnum
 
 from ..errors import ConfigError
-from .served import ALONE, MIXED, is_converted, tell
+from .served import ALONE, MIXED, check, is_converted, original, tell
 
 BACKEND = "LINEARIZE"
 """The kind of our layers among vLLM's stateful ones."""
@@ -38,6 +38,11 @@ class Parser(HFConfigParser):
 
 class Checks(MambaModelConfig):
     """Refuses what would not be exact."""
+
+    @staticmethod
+    def verify_and_update_model_config(model_config: Any) -> None:
+        """As every such class of vLLM. Raises InvalidModelError."""
+        check(original(model_config.hf_config), f"the checkpoint {model_config.model!r}")
 
     @classmethod
     def verify_and_update_config(cls, vllm_config: Any) -> None:

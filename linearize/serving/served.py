@@ -33,10 +33,8 @@ def tell(config: Any, where: str) -> None:
 
     Raises:
         CheckpointError: The record cannot be used.
-        InvalidModelError: A model that cannot be served.
     """
-    plan, settings = parse(config.linearize, where)
-    check(config, plan, settings, where)
+    plan, _ = parse(config.linearize, where)
     converted = {site.layer_index for site in plan.sites}
     kinds = getattr(config, "layer_types", None)
     setattr(config, _KEPT, {"architectures": config.architectures, "layer_types": kinds})
@@ -55,8 +53,9 @@ def original(config: Any) -> Any:
     return found
 
 
-def check(config: Any, plan: Plan, settings: LinearizeConfig, where: str) -> None:
+def check(config: Any, where: str) -> None:
     """Raise InvalidModelError, naming the checkpoint `where`, for a model that cannot be served."""
+    plan, settings = plan_of(config, where)
     if config.get_text_config() is not config or getattr(config, "is_encoder_decoder", False):
         raise InvalidModelError(f"{where} is no decoder of text alone; use its own generate()")
     for site in plan.sites:

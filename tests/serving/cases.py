@@ -28,17 +28,18 @@ NEW = 60
 
 @dataclass
 class Case:
-    """A checkpoint, prompts, and their greedy continuations."""
+    """A checkpoint, prompts, their greedy continuations, and the log-probabilities of every token there."""
 
     folder: Path
     prompts: list[list[int]]
     wanted: list[list[int]]
+    scores: list[torch.Tensor]
 
 
 def tiny(seed: int = 0, **options: Any) -> LlamaForCausalLM:
     torch.manual_seed(seed)
     sizes = dict(vocab_size=96, hidden_size=128, intermediate_size=96, num_hidden_layers=2)
-    heads = dict(num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=2048)
+    heads = dict(num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=65536)
     config = LlamaConfig(**{**sizes, **heads, "eos_token_id": None, "bos_token_id": 0, **options})
     model = LlamaForCausalLM(config).eval()
     with torch.no_grad():  # greedy choices that rounding does not turn
@@ -64,14 +65,16 @@ def prompts_of(lengths: list[int], vocabulary: int, seed: int = 0) -> list[list[
     return [torch.randint(3, vocabulary, (n,), generator=source).tolist() for n in lengths]
 
 
-def continued(model: Any, prompt: list[int], count: int = NEW) -> list[int]:
+def continued(model: Any, prompt: list[int], count: int) -> tuple[list[int], torch.Tensor]:
     tokens = torch.tensor([prompt])
     options: dict[str, Any] = dict(do_sample=False, max_new_tokens=count, min_new_tokens=count)
-    found = model.generate(tokens, attention_mask=torch.ones_like(tokens), pad_token_id=1, **options)
-    return found[0, len(prompt) :].tolist()
+    options |= dict(return_dict_in_generate=True, output_logits=True, pad_token_id=1)
+    found = model.generate(tokens, attention_mask=torch.ones_like(tokens), **options)
+    return found.sequences[0, len(prompt) :].tolist(), torch.cat(found.logits).log_softmax(-1)
 
 
 def case_of(model: Any, folder: Path, lengths: list[int], count: int = NEW) -> Case:
     model.save_pretrained(folder)
     prompts = prompts_of(lengths, model.config.vocab_size)
-    return Case(folder, prompts, [continued(model, prompt, count) for prompt in prompts])
+    wanted, scores = zip(*(continued(model, prompt, count) for prompt in prompts), strict=True)
+    return Case(folder, prompts, list(wanted), list(scores))
