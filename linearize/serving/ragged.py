@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..ops.state import States
@@ -47,6 +49,7 @@ class Batch:
         return cls(slots, bounds[:-1], count, slots[lengths == count], singles, int(bounds[-1]))
 
 
+@torch.no_grad()
 def attend(
     module: Any, layout: Layout, states: States, query: Tensor, key: Tensor, value: Tensor, batch: Batch
 ) -> Tensor:
@@ -66,8 +69,13 @@ def attend(
     """
     if len(batch.fresh):
         layout.clear(states, batch.fresh)
-    out = value.new_empty(query.shape[0], query.shape[1], value.shape[2])
     tokens = query, key, value
+    if batch.tokens < query.shape[0]:
+        tokens = query[: batch.tokens], key[: batch.tokens], value[: batch.tokens]
+    flat = module.extend_flat(*tokens, states, batch.slots, batch.first, batch.count)
+    if flat is not None:
+        return flat if len(flat) == len(query) else F.pad(flat, (0, 0, 0, 0, 0, len(query) - len(flat)))
+    out = value.new_zeros(query.shape[0], query.shape[1], value.shape[2])
     if batch.singles:
         slots = batch.slots[: batch.singles]
         some = take(states, slots)
@@ -81,5 +89,4 @@ def attend(
         several = module.extend(*(x[start:end].transpose(0, 1)[None] for x in tokens), some)
         put(states, slots, some)
         out[start:end] = several[0].transpose(0, 1)
-    out[batch.tokens :] = 0
     return out

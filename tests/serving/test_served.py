@@ -33,6 +33,7 @@ def converted(name: str, layers: dict[str, Any] | None = None, grouped: str = ""
     known = mechanisms.get(name).options
     options = {key: value for key, value in OPTIONS.items() if key in known}
     options |= {"grouped": grouped} if grouped else {}
+    more = {"conv_taps": 4, **more}
     config = lz.LinearizeConfig(mechanism=name, options=options, group_size=8, **more)
     return trained(lz.linearize(tiny(**(layers or {})), config=config))
 
@@ -40,6 +41,7 @@ def converted(name: str, layers: dict[str, Any] | None = None, grouped: str = ""
 MODELS: dict[str, Callable[[], Any]] = {
     **{name: partial(converted, name) for name in mechanisms.available() if name not in STATELESS},
     "mean": partial(converted, "augmented_paper", grouped="mean"),
+    "long_convolution": partial(converted, "augmented", conv_taps=20),
     "sizes": partial(converted, "augmented", layer_options={1: {"window": 20, "salient": 9}}),
     "hybrid": partial(converted, "augmented", {"num_hidden_layers": 4}, keep_softmax=(1,)),
     "hybrid_window": partial(converted, "softmax_window", {"num_hidden_layers": 3}, keep_softmax=(0,)),

@@ -18,11 +18,13 @@ SMALL = {"window": 5, "sinks": 2, "salient": 3, "features": 16}
 CPU = torch.device("cpu")
 
 
-def module_of(name: str, spec: SiteSpec = SPEC, **options: object) -> lz.AttentionModule:
+def module_of(name: str, spec: SiteSpec = SPEC, conv_taps: int = 3, **options: object) -> lz.AttentionModule:
     known = mechanisms.get(name).options
     options = {key: value for key, value in SMALL.items() if key in known} | options
     torch.manual_seed(0)
-    module = build_attention(spec, lz.LinearizeConfig(mechanism=name, group_size=4, options=options)).eval()
+    module = build_attention(
+        spec, lz.LinearizeConfig(mechanism=name, group_size=4, conv_taps=conv_taps, options=options)
+    ).eval()
     with torch.no_grad():
         for parameter in module.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.1)
@@ -120,3 +122,45 @@ def test_the_tensors_of_a_state_lie_apart_in_its_row() -> None:
     for number, tensor in enumerate(tensors):
         assert (tensor == number).all()
     assert 0 <= layout.nbytes - layout.empty.nbytes < 64 * len(tensors)
+
+
+def test_the_default_goes_through_one_compiled_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = module_of("augmented")
+    monkeypatch.setattr(module, "extend", None)
+    for i, found in enumerate(served(module, LENGTHS, ORDER)):
+        torch.testing.assert_close(found, alone(module, LENGTHS[i], i), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("window", [0, 40])
+def test_the_compiled_call_changes_what_it_is_given_and_nothing_else(dtype: torch.dtype, window: int) -> None:
+    module = module_of("augmented", conv_taps=1, window=window)
+    layout = Layout.of(module, dtype, CPU)
+    memory = torch.zeros(4, layout.nbytes, dtype=torch.uint8)
+    layout.clear(states := layout.over(memory), torch.arange(4))
+    query, key, value = (x.to(dtype) for x in sequence(SPEC, 300, 0))
+    batch = [torch.tensor(x) for x in ([3, 1], [100, 5], [150, 90])]
+    with torch.no_grad():
+        found = module.extend_flat(query, key, value, states, *batch)
+        assert found is not None
+        for slot, first, count in zip(*map(Tensor.tolist, batch), strict=True):
+            own = module.new_state(1, dtype=dtype, device=CPU)
+            tokens = (x[first : first + count].transpose(0, 1)[None] for x in (query, key, value))
+            expected = module.extend(*tokens, own)[0].transpose(0, 1)
+            assert torch.equal(found[first : first + count], expected)
+            for whole, one in zip(states.tensors(), own.tensors(), strict=True):
+                assert torch.equal(whole[slot : slot + 1], one)
+    assert not found[:5].any() and not found[95:100].any() and not found[250:].any()
+    for whole, one in zip(states.tensors(), layout.empty.tensors(), strict=True):
+        assert torch.equal(whole[[0, 2]], one.expand_as(whole[[0, 2]]))
+
+
+@pytest.mark.parametrize(
+    "wrong", [([4], [0], [1]), ([-1], [0], [1]), ([1], [9], [2]), ([1, 1], [0, 1], [1, 1])]
+)
+def test_what_is_not_there_is_not_read(wrong: tuple[list[int], ...]) -> None:
+    module = module_of("augmented")
+    layout = Layout.of(module, torch.float32, CPU)
+    states = layout.over(torch.zeros(4, layout.nbytes, dtype=torch.uint8))
+    with torch.no_grad(), pytest.raises(ValueError, match="not there"):
+        module.extend_flat(*sequence(SPEC, 10, 0), states, *map(torch.tensor, wrong))
