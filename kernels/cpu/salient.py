@@ -100,6 +100,18 @@ class Flat(NamedTuple):
     count: Tensor
 
 
+class Weights:
+    """Those of convolution and tail that say anything: others cost as much. For `fits` to allow."""
+
+    def __init__(self, *weights: Tensor | None) -> None:
+        self._known = [_values(x) for x in weights]
+        self.speaking = tuple(x if x is not None and bool(x.any()) else None for x in weights)
+
+    def fits(self, *weights: Tensor | None) -> bool:
+        """Whether these are the weights, with the values that they had."""
+        return self._known == [_values(x) for x in weights]
+
+
 def extend_flat(
     query: Tensor,
     key: Tensor,
@@ -128,9 +140,9 @@ def extend_flat(
         ValueError: Shapes do not fit together, or `flat` names what is not there.
     """
     _, kv_heads, shared, length, _ = query.shape
-    batch, numbers = len(flat.slots), [x.tolist() for x in flat]
+    batch, held, numbers = len(flat.slots), len(state.length), [x.tolist() for x in flat]
     inside = all(
-        0 <= slot < len(state.length) and 0 <= first <= first + count <= length
+        0 <= slot < held and 0 <= first <= first + count <= length
         for slot, first, count in zip(*numbers, strict=True)
     )
     if not inside or len(set(numbers[0])) < batch:
@@ -282,8 +294,12 @@ def _layout(*tokens: Tensor) -> list[Any]:
 
 def _places(state: State, weights: tuple[Tensor | None, ...]) -> list[Any]:
     """Where state and weights are, and which values the weights have."""
-    found: list[Any] = [x.data_ptr() for x in state]
-    return found + [None if x is None else (x.data_ptr(), x._version) for x in weights]
+    return [*(x.data_ptr() for x in state), *(_values(x) for x in weights)]
+
+
+def _values(x: Tensor | None) -> Any:
+    """What is other when x has other values; nothing equals that of tensors whose changes no one counts."""
+    return None if x is None else object() if x.is_inference() else (x.data_ptr(), x._version)
 
 
 def backward(

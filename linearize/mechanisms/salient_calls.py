@@ -84,10 +84,11 @@ class SalientCalls(ComposedAttention):
         compiled = registered_salient.after_state(rows, key, value, part.tensors, self.sizes)
         if compiled is None:
             return None
-        joined = self._joined_weight(), self._joined_tail()
-        weights = (x if x is not None and bool(x.any()) else None for x in joined)
-        flat = compiled.Flat(slots, first, count)
-        found = compiled.extend_flat(rows, key, value, part.tensors, self.sizes, self.scale, *weights, flat)
+        joined, known = (self._joined_weight(), self._joined_tail()), part.ready.weights
+        if known is None or not known.fits(*joined):
+            part.ready.weights = known = compiled.Weights(*joined)
+        flat, options = compiled.Flat(slots, first, count), (self.sizes, self.scale)
+        found = compiled.extend_flat(rows, key, value, part.tensors, *options, *known.speaking, flat)
         return self.merge_heads(found)[0].transpose(0, 1).to(value.dtype)
 
     def may_be_one_call(self, query: Tensor, key: Tensor, value: Tensor) -> bool:

@@ -164,3 +164,20 @@ def test_what_is_not_there_is_not_read(wrong: tuple[list[int], ...]) -> None:
     states = layout.over(torch.zeros(4, layout.nbytes, dtype=torch.uint8))
     with torch.no_grad(), pytest.raises(ValueError, match="not there"):
         module.extend_flat(*sequence(SPEC, 10, 0), states, *map(torch.tensor, wrong))
+
+
+def test_weights_that_are_changed_are_heard() -> None:
+    module = module_of("augmented")
+    layout = Layout.of(module, torch.float32, CPU)
+    states = layout.over(torch.zeros(2, layout.nbytes, dtype=torch.uint8))
+    tokens, batch = sequence(SPEC, 150, 0), [torch.tensor([x]) for x in (1, 0, 150)]
+    outputs = []
+    for tail, taps in ((0.0, 0.0), (0.1, 0.0), (0.1, 0.1)):
+        module.tail_weight.fill_(tail)
+        module.conv_weight.fill_(taps)
+        layout.clear(states, batch[0])
+        with torch.no_grad():
+            outputs.append(module.extend_flat(*tokens, states, *batch))
+        torch.testing.assert_close(outputs[-1], alone(module, 150, 0), rtol=1e-4, atol=1e-5)
+    assert not torch.equal(outputs[0], outputs[1])
+    assert not torch.equal(outputs[1], outputs[2])
