@@ -78,13 +78,21 @@ struct Salient {
   Tensor query, key, value, out;  // out is float32
   Tensor keys, values;
   float *scores, *votes;
-  int64_t *state_length, *state_block;  // [batch]
+  int64_t *state_length, *state_block;  // a number for each row of the state
   const int64_t* count;                 // [batch] tokens that are real, the first ones; null: all
   const float* conv;                    // [heads, taps] or null
   const float* tail;                    // [heads, value_dim, dim + value_dim + 1] or null
+  // Where the states lie: in these rows of the state's tensors [batch], null for a row each, in order; and how far
+  // apart rows are, in elements.
+  const int64_t* slots;
+  int64_t scores_row, votes_row, length_row, block_row;
+  const int64_t* first;  // [batch] the row of tokens that each sequence begins at, or null: 0
 
   int64_t kept() const { return sinks + salient; }
   int64_t ring() const { return window + SALIENT_BLOCK; }
+  int64_t slot(int64_t b) const { return slots ? slots[b] : b; }
+  int64_t& length_of(int64_t b) const { return state_length[slot(b) * length_row]; }
+  int64_t& block_of(int64_t b) const { return state_block[slot(b) * block_row]; }
 };
 
 // Whole sequences of the same attention; `positions` [batch, kv head, blocks, kept] of the tokens that each block

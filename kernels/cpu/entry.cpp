@@ -252,8 +252,8 @@ __attribute__((visibility("default"))) int linearize_salient(const Salient* s, i
                 [&](int64_t unit, float* scratch) { kernels.salient_unit(*s, unit, scratch); }))
     return 1;
   for (int64_t b = 0; b < s->batch; b++) {
-    const int64_t length = s->state_length[b] += s->count ? s->count[b] : s->length;
-    if (length) s->state_block[b] = std::max(s->state_block[b], (length - 1) / SALIENT_BLOCK);
+    const int64_t length = s->length_of(b) += s->count ? s->count[b] : s->length;
+    if (length) s->block_of(b) = std::max(s->block_of(b), (length - 1) / SALIENT_BLOCK);
   }
   return 0;
 }

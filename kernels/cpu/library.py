@@ -14,7 +14,7 @@ ISAS = {"avx2": 1, "avx512": 2}
 CORE = 14
 """Fields of `Core` in abi.h, before those of the tensors."""
 _FIELDS = {
-    "linearize_salient": struct.Struct("13q2d31q"),
+    "linearize_salient": struct.Struct("13q2d37q"),
     "linearize_salient_backward": struct.Struct("10q2d30q"),
     "linearize_bidirectional": struct.Struct("11q2d19q"),
     "linearize_forward": struct.Struct(f"{CORE + 4 * 4}q"),

@@ -121,7 +121,8 @@ void add_estimate(float* out, int64_t width, const float* asked, int64_t depth, 
 // The working memory of one unit, and what it holds of the state as rows of floats.
 struct SalientUnit {
   const Salient& s;
-  int64_t b, h, rows, padded, depth, width, shared;  // rows of the state; padded: sizes as multiples of WIDTH
+  int64_t b, h, slot, first;                   // slot: row of the state's tensors; first: of its tokens
+  int64_t rows, padded, depth, width, shared;  // rows of the state; padded: sizes as multiples of WIDTH
   float *keys, *values, *turned, *queries, *scores, *outputs, *seen_at;
   float *moved, *rank, *spare, *tail, *joined, *added;
   int64_t* order;
@@ -129,7 +130,7 @@ struct SalientUnit {
   bool in_place_keys, in_place_values;
 
   SalientUnit(const Salient& s, int64_t unit, Arena& arena)
-      : s(s), b(unit / s.kv_heads), h(unit % s.kv_heads) {
+      : s(s), b(unit / s.kv_heads), h(unit % s.kv_heads), slot(s.slot(b)), first(s.first ? s.first[b] : 0) {
     rows = s.kept() + s.ring();
     padded = round_up(rows, WIDTH);
     depth = round_up(s.dim, WIDTH);
@@ -158,11 +159,11 @@ struct SalientUnit {
 
   void open() {
     if (in_place_keys) {
-      keys = reinterpret_cast<float*>(row_of(s.keys, FLOAT32, b, h, 0));
+      keys = reinterpret_cast<float*>(row_of(s.keys, FLOAT32, slot, h, 0));
       key_stride = s.keys.row;
     }
     if (in_place_values) {
-      values = reinterpret_cast<float*>(row_of(s.values, FLOAT32, b, h, 0));
+      values = reinterpret_cast<float*>(row_of(s.values, FLOAT32, slot, h, 0));
       value_stride = s.values.row;
     }
     refresh(0, rows);
@@ -175,22 +176,22 @@ struct SalientUnit {
   const float* tail_of(int64_t head) const { return s.tail + head * s.value_dim * tail_columns(); }
 
   // Copies of state rows, where the state itself cannot be read.
-  void refresh(int64_t first, int64_t last) {
+  void refresh(int64_t from, int64_t to) {
     if (!in_place_keys)
-      read_rows(keys + first * key_stride, key_stride, s.keys, s.state_dtype, b, h, first, last - first, s.dim);
+      read_rows(keys + from * key_stride, key_stride, s.keys, s.state_dtype, slot, h, from, to - from, s.dim);
     if (!in_place_values)
-      read_rows(values + first * value_stride, value_stride, s.values, s.state_dtype, b, h, first, last - first,
+      read_rows(values + from * value_stride, value_stride, s.values, s.state_dtype, slot, h, from, to - from,
                 s.value_dim);
   }
 
-  float* state_scores() const { return s.scores + (b * s.kv_heads + h) * rows; }
-  float* votes(int64_t row) const { return s.votes + ((b * s.kv_heads + h) * s.vote_rows + row) * rows; }
+  float* state_scores() const { return s.scores + slot * s.scores_row + h * rows; }
+  float* votes(int64_t row) const { return s.votes + slot * s.votes_row + (h * s.vote_rows + row) * rows; }
 
   // The tokens are kept that the block after `block` is to see.
   void advance(int64_t block) {
-    const int64_t kept = s.kept(), first = block - SALIENT_DELAY / SALIENT_BLOCK;
+    const int64_t kept = s.kept(), counted = block - SALIENT_DELAY / SALIENT_BLOCK;
     float* score = state_scores();
-    const float* given = first >= 0 ? votes(first % s.vote_rows) : nullptr;
+    const float* given = counted >= 0 ? votes(counted % s.vote_rows) : nullptr;
     for (int64_t l = 0; l < rows; l++) score[l] = score[l] * SALIENT_DECAY + (given ? given[l] : 0.0f);
     const int64_t leaving = block * SALIENT_BLOCK - s.window;
     std::copy(score, score + kept, rank);
@@ -222,8 +223,8 @@ struct SalientUnit {
   void move(const Tensor& x, int64_t columns) {
     const int64_t size = columns * element_size(s.state_dtype);
     char* to = reinterpret_cast<char*>(moved);
-    for (int64_t i = 0; i < s.kept(); i++) memcpy(to + i * size, row_of(x, s.state_dtype, b, h, order[i]), size);
-    for (int64_t i = 0; i < s.kept(); i++) memcpy(row_of(x, s.state_dtype, b, h, i), to + i * size, size);
+    for (int64_t i = 0; i < s.kept(); i++) memcpy(to + i * size, row_of(x, s.state_dtype, slot, h, order[i]), size);
+    for (int64_t i = 0; i < s.kept(); i++) memcpy(row_of(x, s.state_dtype, slot, h, i), to + i * size, size);
   }
 
   int64_t row_at(int64_t position) const {
@@ -248,14 +249,14 @@ struct SalientUnit {
   }
 
   void copy_row(const Tensor& to, const Tensor& from, int64_t row, int64_t token, int64_t columns) {
-    char* place = row_of(to, s.state_dtype, b, h, row);
-    const char* source = row_of(from, s.dtype, b, h, token);
+    char* place = row_of(to, s.state_dtype, slot, h, row);
+    const char* source = row_of(from, s.dtype, b, h, first + token);
     if (s.state_dtype == s.dtype) {
       memcpy(place, source, columns * element_size(s.dtype));
       return;
     }
-    read_rows(spare, round_up(columns, WIDTH), from, s.dtype, b, h, token, 1, columns);
-    write_rows(to, s.state_dtype, b, h, row, spare, round_up(columns, WIDTH), 1, columns);
+    read_rows(spare, round_up(columns, WIDTH), from, s.dtype, b, h, first + token, 1, columns);
+    write_rows(to, s.state_dtype, slot, h, row, spare, round_up(columns, WIDTH), 1, columns);
   }
 
   // At which offset from `start` a query must stand to see each row, `start` being the first position of the
@@ -279,7 +280,7 @@ struct SalientUnit {
   void attend(int64_t from, int64_t count, int64_t block, int64_t length) {
     const int64_t queries_in_all = shared * count;
     for (int64_t r = 0; r < shared; r++)
-      read_rows(queries + r * count * depth, depth, s.query, s.dtype, b, h * shared + r, from, count, s.dim);
+      read_rows(queries + r * count * depth, depth, s.query, s.dtype, b, h * shared + r, first + from, count, s.dim);
     for (int64_t i = 0; i < queries_in_all * depth; i += WIDTH) store(queries + i, load(queries + i) * static_cast<float>(s.scale));
     look(block, length + count);
     if (queries_in_all <= SHORT_SPAN) score_each(queries_in_all);
@@ -301,7 +302,7 @@ struct SalientUnit {
       float* rows_of_head = outputs + r * count * width;
       if (s.taps) convolve(rows_of_head, h * shared + r, count, length);
       if (s.tail) add_tail(rows_of_head, r, count, block);
-      write_rows(s.out, FLOAT32, b, h * shared + r, from, rows_of_head, width, count, s.value_dim);
+      write_rows(s.out, FLOAT32, b, h * shared + r, first + from, rows_of_head, width, count, s.value_dim);
     }
   }
 
@@ -429,7 +430,7 @@ size_t salient_scratch(const Salient& s) {
 void salient_unit(const Salient& s, int64_t index, float* scratch) {
   Arena arena{scratch};
   SalientUnit unit(s, index, arena);
-  int64_t length = s.state_length[unit.b], block = s.state_block[unit.b], from = 0;
+  int64_t length = s.length_of(unit.b), block = s.block_of(unit.b), from = 0;
   const int64_t count = s.count ? s.count[unit.b] : s.length;
   unit.open();
   while (from < count) {

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,12 +24,18 @@ def refusal(query: Tensor, key: Tensor, value: Tensor, state: State, sizes: Size
         return "a state that can take tokens back"
     if any(type(x) is not Tensor or not x.is_cpu for x in state):
         return "a state that is not of plain tensors on the CPU"
-    rows = state.scores.is_contiguous() and state.votes.is_contiguous()
-    if not rows or any(x.shape[3] > 1 and x.stride(3) != 1 for x in (state.keys, state.values)):
+    if (
+        not _in_rows(state.scores)
+        or not _in_rows(state.votes)
+        or any(x.shape[3] > 1 and x.stride(3) != 1 for x in (state.keys, state.values))
+    ):
         return "a state whose columns are apart"
-    if not (state.length.is_contiguous() and state.block.is_contiguous()):
-        return "lengths that are apart"
     return None
+
+
+def _in_rows(x: Tensor) -> bool:
+    """Whether what a sequence has of x is adjacent."""
+    return x[:1].is_contiguous()
 
 
 def tokens_refusal(query: Tensor, key: Tensor, value: Tensor) -> str | None:
@@ -83,6 +89,86 @@ def extend(
     return out.unflatten(1, (kv_heads, shared))
 
 
+class Flat(NamedTuple):
+    """Sequences that lie end to end in one row of tokens, and whose states are rows of a larger state.
+
+    All int64 [B] on the CPU: slots, the rows of the state, no two the same; first, the token that each
+    sequence begins at; count, how many it has.
+    """
+
+    slots: Tensor
+    first: Tensor
+    count: Tensor
+
+
+class Weights:
+    """Those of convolution and tail that say anything: others cost as much. For `fits` to allow."""
+
+    def __init__(self, *weights: Tensor | None) -> None:
+        self._known = [_values(x) for x in weights]
+        self.speaking = tuple(x if x is not None and bool(x.any()) else None for x in weights)
+
+    def fits(self, *weights: Tensor | None) -> bool:
+        """Whether these are the weights, with the values that they had."""
+        return self._known == [_values(x) for x in weights]
+
+
+def extend_flat(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    state: State,
+    sizes: Sizes,
+    rule: Scores,
+    conv_weight: Tensor | None,
+    tail_weight: Tensor | None,
+    flat: Flat,
+) -> Tensor:
+    """`extend` of many sequences in one call, without a copy of their states.
+
+    Args:
+        query: [1, Hkv, R, T, D], tokens of all sequences, for which `refusal` has nothing to say.
+        key: [1, Hkv, T, D].
+        value: [1, Hkv, T, Dv].
+        state: Of as many rows as there are slots.
+        sizes, rule, conv_weight, tail_weight: As for `extend`.
+        flat: Which are whose.
+
+    Returns:
+        float32 [1, Hkv, R, T, Dv], zeros for tokens that are no sequence's.
+
+    Raises:
+        ValueError: Shapes do not fit together, or `flat` names what is not there.
+    """
+    _, kv_heads, shared, length, _ = query.shape
+    batch, held, numbers = len(flat.slots), len(state.length), [x.tolist() for x in flat]
+    inside = all(
+        0 <= slot < held and 0 <= first <= first + count <= length
+        for slot, first, count in zip(*numbers, strict=True)
+    )
+    if not inside or len(set(numbers[0])) < batch:
+        raise ValueError("slots or tokens that are not there, or that are named twice")
+    tables = [table(x, (batch,), torch.int64, "slots, first and count") for x in flat]
+    out = torch.zeros(1, kv_heads * shared, length, value.shape[3])
+    queries, keys, values = (x.expand(batch, *x.shape[1:]) for x in (query, key, value))
+    fields, kept = _fields(
+        queries,
+        keys,
+        values,
+        state,
+        sizes,
+        rule,
+        conv_weight,
+        tail_weight,
+        out.expand(batch, *out.shape[1:]),
+        tables[2],
+        *tables[:2],
+    )
+    run("linearize_salient", fields, None, threads_for(_work(query, value, sizes)))
+    del kept
+    return out.unflatten(1, (kv_heads, shared))
+
+
 def _fields(
     query: Tensor,
     key: Tensor,
@@ -94,18 +180,20 @@ def _fields(
     tail_weight: Tensor | None,
     out: Tensor,
     count: Tensor | None,
+    slots: Tensor | None = None,
+    first: Tensor | None = None,
 ) -> tuple[tuple[float, ...], list[Tensor | None]]:
     """The fields of `Salient` in abi.h, and the tensors they point into; raises as `extend` does."""
     batch, kv_heads, shared, length, dim = query.shape
     rows, taps = sizes.kept + sizes.window + BLOCK, 0 if conv_weight is None else conv_weight.shape[2]
-    held = (batch, kv_heads, rows)
+    held = (batch if slots is None else len(state.length), kv_heads, rows)
     check_tokens(query, key, value)
     if (
         state.keys.shape != (*held, dim)
         or state.values.shape != (*held, value.shape[3])
         or state.scores.shape != held
         or state.votes.shape != (*held[:2], 1 + DELAY // BLOCK, rows)
-        or not state.length.shape == state.block.shape == (batch,)
+        or not state.length.shape == state.block.shape == held[:1]
         or taps > sizes.window + 1
     ):
         shapes = [list(x.shape) for x in state]
@@ -121,8 +209,10 @@ def _fields(
         *(field for _, of_tensor in kept for field in of_tensor),
         *(x.data_ptr() for x in (state.scores, state.votes, state.length, state.block)),
         *(0 if count is None else count.data_ptr(), conv_at, tail_at),
+        *(0 if slots is None else slots.data_ptr(), *(x.stride(0) for x in state[2:])),
+        0 if first is None else first.data_ptr(),
     )
-    return fields, [*(x for x, _ in kept), conv, tail, count]
+    return fields, [*(x for x, _ in kept), conv, tail, count, slots, first]
 
 
 def _work(query: Tensor, value: Tensor, sizes: Sizes) -> int:
@@ -207,8 +297,12 @@ def _layout(*tokens: Tensor) -> list[Any]:
 
 def _places(state: State, weights: tuple[Tensor | None, ...]) -> list[Any]:
     """Where state and weights are, and which values the weights have."""
-    found: list[Any] = [x.data_ptr() for x in state]
-    return found + [None if x is None else (x.data_ptr(), x._version) for x in weights]
+    return [*(x.data_ptr() for x in state), *(_values(x) for x in weights)]
+
+
+def _values(x: Tensor | None) -> Any:
+    """What is other when x has other values; nothing equals that of tensors whose changes no one counts."""
+    return None if x is None else object() if x.is_inference() else (x.data_ptr(), x._version)
 
 
 def backward(

@@ -99,6 +99,33 @@ class AttentionModule(nn.Module):
         """
         return None
 
+    def extend_flat(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        state: States,
+        slots: Tensor,
+        first: Tensor,
+        count: Tensor,
+    ) -> Tensor | None:
+        """`extend` of many sequences that lie end to end, on states that are not copied.
+
+        Args:
+            query: [T, H, D].
+            key: [T, Hkv, D].
+            value: [T, Hkv, Dv].
+            state: Of all slots; brought up to date in place.
+            slots: int64 [B] on the CPU, the row of the state of each sequence, no two the same.
+            first: int64 [B] on the CPU, the token that each sequence begins at.
+            count: int64 [B] on the CPU, how many tokens each has.
+
+        Returns:
+            [T, H, Dv] in the dtype of `value`, zeros for tokens of no sequence; None where this attention has
+            no such form for these tensors, and nothing is changed then.
+        """
+        return None
+
     def emit_onnx(self, nodes: Nodes, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """`extend` written as nodes of an ONNX graph, which bring the state along.
 

@@ -71,6 +71,32 @@ class SalientCalls(ComposedAttention):
         made = compiled.OneToken(query, key, value, part.tensors, self.sizes, self.rule, *weights)
         return made if made.fits(query, key, value, part.tensors, weights) else None
 
+    def extend_flat(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        state: States,
+        slots: Tensor,
+        first: Tensor,
+        count: Tensor,
+    ) -> Tensor | None:
+        part, *apart = state.parts
+        assert isinstance(part, SalientState)
+        if apart or not self._tail_joins or torch.is_grad_enabled() or not runs_at_once(query, key, value):
+            return None
+        query, key, value = (x.transpose(0, 1)[None] for x in (query, key, value))
+        rows = self.split_heads(query)
+        compiled = registered_salient.after_state(rows, key, value, part.tensors, self.sizes)
+        if compiled is None:
+            return None
+        joined, known = (self._joined_weight(), self._joined_tail()), part.ready.weights
+        if known is None or not known.fits(*joined):
+            part.ready.weights = known = compiled.Weights(*joined)
+        flat, options = compiled.Flat(slots, first, count), (self.sizes, self.rule)
+        found = compiled.extend_flat(rows, key, value, part.tensors, *options, *known.speaking, flat)
+        return self.merge_heads(found)[0].transpose(0, 1).to(value.dtype)
+
     def may_be_one_call(self, query: Tensor, key: Tensor, value: Tensor) -> bool:
         """Whether one compiled call could do all of a whole sequence."""
         tensors = query, key, value

@@ -194,10 +194,14 @@ class WindowState(AttentionState):
 
 
 class Ready:
-    """A call laid out for the tensors of one state. Copies of the state, which has others, start without."""
+    """A call laid out for the tensors of one state. Copies of the state, which has others, start without.
+
+    weights: likewise what is known of the weights that come with flat batches.
+    """
 
     def __init__(self) -> None:
         self.call: Any = None
+        self.weights: Any = None
 
     def __reduce__(self) -> tuple[type[Ready], tuple[()]]:
         return Ready, ()
