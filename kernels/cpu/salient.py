@@ -93,12 +93,12 @@ class Flat(NamedTuple):
     """Sequences that lie end to end in one row of tokens, and whose states are rows of a larger state.
 
     All int64 [B] on the CPU: slots, the rows of the state, no two the same; first, the token that each
-    sequence begins at; count, how many it has.
+    sequence begins at; counts, how many it has.
     """
 
     slots: Tensor
     first: Tensor
-    count: Tensor
+    counts: Tensor
 
 
 class Weights:
@@ -148,7 +148,7 @@ def extend_flat(
     )
     if not inside or len(set(numbers[0])) < batch:
         raise ValueError("slots or tokens that are not there, or that are named twice")
-    tables = [table(x, (batch,), torch.int64, "slots, first and count") for x in flat]
+    tables = [table(x, (batch,), torch.int64, "slots, first and counts") for x in flat]
     out = torch.zeros(1, kv_heads * shared, length, value.shape[3])
     queries, keys, values = (x.expand(batch, *x.shape[1:]) for x in (query, key, value))
     fields, kept = _fields(
