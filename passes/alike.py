@@ -14,6 +14,8 @@ Whatever is not as plain as that, a single refused candidate included, is found 
 
 from __future__ import annotations
 
+import functools
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -24,7 +26,7 @@ import torch.utils._pytree as pytree
 from torch import Tensor, nn
 from torch.fx import Node
 
-from .blocks import State, blocks_of, differences, state_of, values_of
+from .blocks import State, blocks_of, differences, is_whole_number, state_of, values_of
 from .capture import captured_once
 from .dialect import module_path
 from .evaluate import value_ancestors
@@ -32,7 +34,7 @@ from .raise_ import fixed_tensors
 from .reading import Watched, watched
 from .sequence import find_attention
 from .site import MatchReport, Site, term_operands
-from .twins import twin_of
+from .twins import twins_of
 from .verify import number_sites
 
 _library = torch.library.Library("linearize", "FRAGMENT")
@@ -67,15 +69,33 @@ def find_alike(
     blocks = blocks_of(model)
     if not blocks:
         return None
-    twin = twin_of(model)
-    tracing = _Tracing(values_of(blocks))
-    for block, form in blocks_of(twin).items():
-        tracing.take_over(block, form)
+    values = values_of(blocks)
+    twin, twins = twins_of(model, hollow=_others(blocks, values))
+    tracing = _Tracing(values)
+    for block, form in blocks.items():
+        tracing.take_over(twins[block], block, form)
     try:
         report = find_attention(captured_once(twin, args, kwargs))
         return _spread(model, report, tracing)
     except Exception:  # torch.export raises nearly every class; the trace of everything says what is wrong
         return None
+
+
+def _others(blocks: Mapping[nn.Module, Any], values: Mapping[int, Any]) -> set[nn.Module]:
+    """Blocks that will hardly have to be traced: all but two of each kind that differ in whole numbers only.
+
+    What they hold is left out of the trace, which looks at every parameter. Where that was too much, the
+    trace fails.
+    """
+    kinds: Counter[Any] = Counter()
+    found = set()
+    for block, form in blocks.items():
+        words = state_of(block, values).items()
+        kind = form, frozenset((place, word) for place, word in words if not is_whole_number(word))
+        kinds[kind] += 1
+        if kinds[kind] > 2:
+            found.add(block)
+    return found
 
 
 @dataclass
@@ -122,16 +142,21 @@ class _Tracing:
     stands: dict[int, _Call] = field(default_factory=dict)
     called: set[nn.Module] = field(default_factory=set)
 
-    def take_over(self, block: nn.Module, form: Any) -> None:
-        """Let a block of the twin be called through here."""
-        kind: Any = type(block)
-        original = kind.forward
+    def take_over(self, twin: nn.Module, block: nn.Module, form: Any) -> None:
+        """Let the twin of a block be called through here; it may be hollow."""
+        kind: Any = type(twin)
+        hollow = len(list(twin.modules())) < len(list(block.modules()))
+
+        def run(live: Any, *args: Any, **kwargs: Any) -> Any:
+            if hollow:
+                raise _NotAlikeError("a block that was left out is not like another")
+            return kind.forward(live, *args, **kwargs)
 
         def forward(live: Any, *args: Any, **kwargs: Any) -> Any:
-            return self._call(block, form, lambda *a, **k: original(live, *a, **k), args, kwargs)
+            return self._call(block if hollow else twin, form, functools.partial(run, live), args, kwargs)
 
         members = {"__module__": kind.__module__, "__qualname__": kind.__qualname__, "forward": forward}
-        block.__class__ = type(kind.__name__, (kind,), members)
+        twin.__class__ = type(kind.__name__, (kind,), members)
 
     def _call(
         self, block: nn.Module, form: Any, run: Callable[..., Any], args: tuple[Any, ...], kwargs: Any

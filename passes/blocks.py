@@ -38,7 +38,10 @@ _CONTAINERS = (dict, list, tuple, set, frozenset, str, bytes, int, float)
 
 def blocks_of(model: nn.Module) -> dict[nn.Module, Hashable]:
     """The outermost entries of lists of modules of which there are at least `FEWEST` of one form, with the
-    form: classes and the shapes of parameters. None that does more when called than its class says."""
+    form: classes, what there is to say of parameters but for their values, and all of buffers.
+
+    None that does more when called than its class says.
+    """
     found: dict[nn.Module, Hashable] = {}
     waiting = [model]
     seen = {model}
@@ -49,7 +52,7 @@ def blocks_of(model: nn.Module) -> dict[nn.Module, Hashable]:
         counts = Counter(forms.values())
         for child in children:
             if counts[forms.get(child)] >= FEWEST and not _is_changed(child):
-                found[child] = forms[child]
+                found[child] = forms[child], _weights(child)
             elif child not in seen:
                 seen.add(child)
                 waiting.append(child)
@@ -58,8 +61,27 @@ def blocks_of(model: nn.Module) -> dict[nn.Module, Hashable]:
 
 def _form(block: nn.Module) -> Hashable:
     parts = tuple((path, type(part)) for path, part in block.named_modules(remove_duplicate=False))
-    weights = tuple((path, x.shape, x.dtype) for path, x in block.named_parameters(remove_duplicate=False))
+    weights = tuple((path, x.shape) for path, x in block.named_parameters(remove_duplicate=False))
     return parts, weights
+
+
+def _weights(block: nn.Module) -> Hashable:
+    """Tensors that a block holds twice are one in every block that is like it."""
+    met: dict[int, int] = {}
+    return tuple(
+        (path, name, _described(tensor, met))
+        for path, part in block.named_modules()
+        for kind in ("_parameters", "_buffers")
+        for name, tensor in vars(part)[kind].items()
+    )
+
+
+def _described(tensor: Tensor | None, met: dict[int, int]) -> Hashable:
+    if tensor is None:
+        return None
+    number = met.setdefault(id(tensor), len(met))
+    value = tuple(tensor.shape) if isinstance(tensor, nn.Parameter) else _digest(tensor)
+    return number, type(tensor), tensor.dtype, tensor.device, tensor.requires_grad, tensor.stride(), value
 
 
 def _is_changed(block: nn.Module) -> bool:
@@ -72,8 +94,13 @@ def differences(first: State, second: State) -> set[Place]:
     return {place for place in first.keys() | second.keys() if first.get(place) != second.get(place)}
 
 
+def is_whole_number(word: Hashable) -> bool:
+    """Whether what a state says of a place is a whole number."""
+    return isinstance(word, tuple) and word[:1] == (int,)
+
+
 def values_of(blocks: Iterable[nn.Module]) -> dict[int, Hashable]:
-    """What stands for the values of the tensors that blocks hold beside their parameters, by `id`.
+    """What stands for the values of the tensors that blocks hold as plain attributes, by `id`.
 
     To be had before an export, inside which no tensor shows its values.
     """
@@ -87,9 +114,9 @@ def values_of(blocks: Iterable[nn.Module]) -> dict[int, Hashable]:
 
 
 def state_of(block: nn.Module, values: Mapping[int, Hashable]) -> State:
-    """All that the modules of a block hold, but for the values of parameters.
+    """All that the modules of a block hold beside parameters and buffers.
 
-    values: of other tensors; one that is not among them is like no other.
+    values: of tensors; one that is not among them is like no other.
     """
     return dict(_Reader(block, dict(values)).entries())
 
@@ -112,18 +139,10 @@ class _Reader:
 
     def entries(self) -> Iterator[tuple[Place, Hashable]]:
         for path, part in self._parts:
-            yield (path, ""), (type(part), self._paths[id(part)])
+            yield (path, ""), self._paths[id(part)]
             for name, value in vars(part).items():
                 if name not in _HELD:
                     yield (path, name), self._word(value)
-            for kind in ("_parameters", "_buffers"):
-                for name, tensor in vars(part)[kind].items():
-                    yield (path, name), None if tensor is None else self._of_weight(tensor)
-
-    def _of_weight(self, tensor: Tensor) -> Hashable:
-        met = self._met.setdefault(id(tensor), len(self._met))
-        value = None if isinstance(tensor, nn.Parameter) else self._of_tensor(tensor)
-        return met, value, type(tensor), tuple(tensor.shape), tensor.dtype, tensor.device, tensor.requires_grad
 
     def _word(self, value: Any) -> Hashable:
         if isinstance(value, _PLAIN):

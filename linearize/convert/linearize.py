@@ -93,11 +93,10 @@ def linearize(
     examples = example_inputs(model, inputs)
     with Snapshot(model):
         with quiet_run(model):
-            for example in examples:
-                run_model(model, example)
+            outputs = [run_model(model, example) for example in examples]
             report = search(model, examples)
             plan = plan_sites(model, report, settings)
-            recording = record(model, list(plan.owners), examples)
+            recording = record(model, list(plan.owners), examples, outputs)
             plan = apply_exact(model, plan, recording, settings, report)
             prove_exact(model, plan, recording)
             apply_mechanism(model, plan, settings)
