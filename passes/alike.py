@@ -116,9 +116,13 @@ class _Call:
     results: list[Any] | None = None
     shape: Any = None
 
+    def takes(self, state: State, spec: Any) -> bool:
+        """Whether a block is like this one in all that its forward looked at, and called in the same form."""
+        return bool(spec == self.spec) and not differences(self.state, state) & self.read.places
+
     def is_like(self, state: State, leaves: Sequence[Any], spec: Any) -> bool:
         """Whether a call of another block gives the graph of this one."""
-        if self.results is None or spec != self.spec or differences(self.state, state) & self.read.places:
+        if self.results is None or not self.takes(state, spec):
             return False
         for place, (mine, other) in enumerate(zip(self.leaves, leaves, strict=True)):
             if place in self.changing:
@@ -174,7 +178,7 @@ class _Tracing:
             if one.is_like(state, leaves, spec):
                 self.stands[number] = one
                 return _instead(number, one, leaves)
-        before = next((one for one in reversed(known) if one.spec == spec), None)
+        before = next((one for one in reversed(known) if one.takes(state, spec)), None)
         call = _Call(number, state, leaves, spec, Watched())
         if before is not None:
             call.changing = tuple(
