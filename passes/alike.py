@@ -235,7 +235,7 @@ def _size(number: Any) -> Any:
     return number.node.expr if isinstance(number, torch.SymInt) else number
 
 
-# --- from the blocks that were traced to the others -----------------------------------------------------------
+# --- from the blocks that were traced to the others ---------------------------------------------------------
 
 
 def _spread(model: nn.Module, report: MatchReport, tracing: _Tracing) -> MatchReport | None:
@@ -245,7 +245,8 @@ def _spread(model: nn.Module, report: MatchReport, tracing: _Tracing) -> MatchRe
     inside, instead = _unknowns(report, tracing)
     of_call: dict[int, list[Site]] = {number: [] for number in inside}
     for site in report.sites:
-        if any(n.target is unknown for term in term_operands(site.program) for n in value_ancestors(term.node)):
+        terms = [node for term in term_operands(site.program) for node in value_ancestors(term.node)]
+        if any(node.target is unknown for node in terms):
             return None
         for number, path in inside.items():
             if _is_in(site.path, path):
@@ -262,11 +263,12 @@ def _spread(model: nn.Module, report: MatchReport, tracing: _Tracing) -> MatchRe
     return replace(report, sites=number_sites(ordered))
 
 
-def _unknowns(
-    report: MatchReport, tracing: _Tracing
-) -> tuple[dict[int, str], dict[int, tuple[Node, str]]]:
+def _unknowns(report: MatchReport, tracing: _Tracing) -> tuple[dict[int, str], dict[int, tuple[Node, str]]]:
     """The path of every block that stands for others, by number of its call; and for every other block the
-    first node of its results with its path. Raises _NotAlikeError where results are used here but not there."""
+    first node of its results with its path.
+
+    Raises _NotAlikeError where results are used of one and not of another.
+    """
     inside: dict[int, str] = {}
     instead: dict[int, tuple[Node, str]] = {}
     used: dict[int, set[int]] = {number: set() for number in tracing.stands}

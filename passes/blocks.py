@@ -1,9 +1,9 @@
 """Blocks of a model that are built alike, and all that is known of one beside the numbers in its weights.
 
-Two blocks compute the same graph, each over its own weights, when they are of the same classes, hold the same,
-and are called alike. `state_of` takes down what a block holds: numbers, words and flags by value, whatever
-has fields by its fields, anything else by identity. What differs between two blocks is a set of places, so
-that a layer number that nobody reads can be told from one that decides something.
+Two blocks compute the same graph, each over its own weights, when they are of the same classes, hold the
+same, and are called alike. `state_of` takes down what a block holds: numbers, words and flags by value,
+whatever has fields by its fields, anything else by identity. What differs between two blocks is a set of
+places, so that a layer number that nobody reads can be told from one that decides something.
 """
 
 from __future__ import annotations
@@ -184,7 +184,7 @@ class _Reader:
 
 
 def _digest(tensor: Tensor) -> Hashable:
-    """Equal for tensors with the same values; of one too large to look at, or that is no plain one, its own."""
+    """Equal for tensors with the same values; of one too large to look at, or no plain one, its own."""
     if type(tensor) is not Tensor or tensor.is_meta or tensor.layout is not torch.strided:
         return id(tensor)
     if tensor.numel() * tensor.itemsize > LARGEST:

@@ -128,7 +128,8 @@ def captured_once(
     """The first attempt of `capture` alone. Raises whatever torch.export raises."""
     kwargs = dict(kwargs or {})
     offered = _offered_axes(module, args, kwargs)
-    return _exported(module, args, kwargs, _dynamic(offered, module, args, kwargs) if offered else None, False)
+    shapes = _dynamic(offered, module, args, kwargs) if offered else None
+    return _exported(module, args, kwargs, shapes, strict=False)
 
 
 def _dynamic(

@@ -227,7 +227,7 @@ def test_twenty_whole_exports_of_a_decoder_killed_at_random_moments(tmp_path: Pa
         graph = home / "model.onnx"
         if graph.exists():
             shape = onnx.load(graph).graph.output[0].type.tensor_type.shape
-            assert shape.dim[-1].dim_value == config, "for others: a graph beside the configuration of another"
+            assert shape.dim[-1].dim_value == config, "a graph beside the configuration of another"
         counts["for others: one export" if graph.exists() else "for others: no graph"] += 1
         runs = OrtModel(home)
         found = runs(ids).logits

@@ -9,16 +9,15 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from torch import Tensor, nn
-
 from linearize.passes import MatchReport, capture, find_attention
 from linearize.passes.alike import find_alike, unknown
+from torch import Tensor, nn
 
 DEPTH = 4
 
 
 class Block(nn.Module):
-    """Attention with a number, flags, a config and buffers of its own; `mask(block, hidden)` says what is seen."""
+    """Attention with a number, a config and what a test adds; `mask(block, hidden)` says what is seen."""
 
     def __init__(self, number: int, mask: Callable[[Any, Tensor], Tensor | None], config: Any = None) -> None:
         super().__init__()
@@ -159,7 +158,9 @@ DIFFERENT: dict[str, Callable[[], nn.Module]] = {
     "a scale that is a frozen parameter": lambda: Stack(causal, edit=with_scales),
     "a mask in a buffer": lambda: Stack(by_buffer, edit=with_tables),
     "a list in a dict": lambda: Stack(by_constant, edit=with_limits),
-    "a config that changes on the way": lambda: Stack(by_config, config_moves_on, config=SimpleNamespace(width=1)),
+    "a config that changes on the way": lambda: Stack(
+        by_config, config_moves_on, config=SimpleNamespace(width=1)
+    ),
     "a config each": lambda: Stack(
         by_config, edit=lambda b: [setattr(x, "config", SimpleNamespace(width=2 + (x.number > 2))) for x in b]
     ),
