@@ -190,7 +190,7 @@ def _digest(tensor: Tensor) -> Hashable:
     if tensor.numel() * tensor.itemsize > LARGEST:
         return id(tensor)
     content = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
-    return tuple(tensor.shape), tensor.dtype, tensor.device, hashlib.sha256(content).digest()
+    return tuple(tensor.shape), tensor.dtype, tensor.device, hashlib.sha256(content.tobytes()).digest()
 
 
 def _has_slots(kind: type) -> bool:
