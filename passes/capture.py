@@ -97,10 +97,7 @@ def capture(
     shapes = None if isinstance(dynamic, bool) else dynamic
     attempts = [("export", False, shapes), ("strict-export", True, shapes)]
     if offered:
-        collection = ShapesCollection()
-        for tensor, axes in offered.values():
-            collection[tensor] = dict.fromkeys(axes, Dim.AUTO)
-        spec = collection.dynamic_shapes(module, tuple(args), kwargs)
+        spec = _dynamic(offered, module, args, kwargs)
         attempts = [("export", False, spec), ("strict-export", True, spec), *attempts]
 
     notes: list[str] = []
@@ -123,6 +120,29 @@ def capture(
         f"could not capture {type(module).__name__}: {'; '.join(notes)}. Check that the model runs on the "
         "example inputs and that its forward does not branch on tensor values."
     ) from cause
+
+
+def captured_once(
+    module: nn.Module, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+) -> GraphModule:
+    """The first attempt of `capture` alone. Raises whatever torch.export raises."""
+    kwargs = dict(kwargs or {})
+    offered = _offered_axes(module, args, kwargs)
+    shapes = _dynamic(offered, module, args, kwargs) if offered else None
+    return _exported(module, args, kwargs, shapes, strict=False)
+
+
+def _dynamic(
+    offered: Mapping[str, tuple[Tensor, list[int]]],
+    module: nn.Module,
+    args: Sequence[Any],
+    kwargs: dict[str, Any],
+) -> Any:
+    """The axes that are offered as torch.export takes them."""
+    collection = ShapesCollection()
+    for tensor, axes in offered.values():
+        collection[tensor] = dict.fromkeys(axes, Dim.AUTO)
+    return collection.dynamic_shapes(module, tuple(args), kwargs)
 
 
 def _exported(

@@ -8,16 +8,17 @@ own parts inside the functions that need them: `--help` and mistakes in typing i
 
 from __future__ import annotations
 
+import inspect
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import typer
 from rich.console import Console
 
-from ..errors import LinearizeError
+from ..errors import ConfigError, LinearizeError
 from . import about, convert, evaluation, generation, hybrid, onnx, training
-from .options import grouped
+from .options import grouped, takes_path
 
 COMMANDS: dict[str, Callable[..., None]] = {
     "version": about.version,
@@ -50,9 +51,26 @@ for _name, _command in COMMANDS.items():
     app.command(_name, **_SETTINGS.get(_name, {}))(grouped(_command))
 
 
+_PATHS = {
+    f"--{name.replace('_', '-')}"
+    for command in COMMANDS.values()
+    for name, parameter in inspect.signature(grouped(command)).parameters.items()
+    if takes_path(parameter)
+}
+
+
+def _check_words(words: Sequence[str]) -> None:
+    """Raise ConfigError for an empty name, as `"$OUT"` is where OUT is not set: it would be the current folder."""
+    for before, word in zip(["-", *words], words, strict=False):
+        if not word and (before in _PATHS or not before.startswith("-")):
+            what = before if before.startswith("-") else f"what follows {before}"
+            raise ConfigError(f"{what} is empty; a variable that is not set? `.` is the current folder")
+
+
 def main() -> None:
     """Entry point. An error made by the package is one line on stderr and exit code 1."""
     try:
+        _check_words(sys.argv[1:])
         app()
     except LinearizeError as error:
         # soft_wrap: one line in a pipe too, whatever width is assumed for it.

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from importlib.util import find_spec
 from pathlib import Path
 
-from ..common.files import reason, shown, try_writing
+from ..common.files import check_replaceable, is_stream, reason, shown, try_writing
 from ..errors import CheckpointError, ConfigError, MissingExtraError
 
 
@@ -30,14 +30,15 @@ def check_folder(target: Path, source: Path | None = None) -> None:
 
 
 def check_file(target: Path | None) -> None:
-    """Raise CheckpointError unless a file can be written; its folder must be there."""
-    if target is None:
+    """Raise CheckpointError unless a file can be written; its folder must be there, or it is a pipe."""
+    if target is None or is_stream(target):
         return
     try:
         if target.is_dir():
             raise CheckpointError(f"cannot write {shown(target)}: it is a folder")
         if not target.parent.is_dir():
             raise CheckpointError(f"cannot write {shown(target)}: there is no folder {shown(target.parent)}")
+        check_replaceable(target)
         try_writing(target.parent)
     except (OSError, ValueError) as error:
         if isinstance(error, CheckpointError):

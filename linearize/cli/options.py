@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, get_args, get_type_hints
 
 import typer
 
@@ -113,6 +113,15 @@ def grouped(command: Callable[..., None]) -> Callable[..., None]:
     # What typer reads; functions have no such attribute until they are given one.
     with_options.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
     return with_options
+
+
+def takes_path(parameter: inspect.Parameter) -> bool:
+    """Whether a parameter of a command is a path, or several."""
+
+    def is_path(kind: Any) -> bool:
+        return kind is Path or any(is_path(part) for part in get_args(kind))
+
+    return is_path(parameter.annotation)
 
 
 def _parameters(group: Any) -> Iterable[inspect.Parameter]:

@@ -35,6 +35,8 @@ def hide_bars() -> None:
 
 def find_source(name: str) -> Path:
     """The folder of a model, existing, of the shipped demo, or downloaded from the Hub; or a GGUF file."""
+    if not name:
+        raise CheckpointError("the name of a model is empty; `.` is the current folder")
     folder = Path(name)
     if os.path.isdir(folder) or (os.path.isfile(folder) and _is_gguf(folder)):
         return folder

@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import shutil
+import stat
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -18,9 +19,16 @@ Commit = Callable[[Path, Path], None]
 
 
 def write_whole(path: str | os.PathLike[str], content: str | bytes) -> None:
-    """Write a file beside its place and move it in. Raises CheckpointError; what was there then stays."""
+    """Write a file beside its place and move it in. Raises CheckpointError; what was there then stays.
+
+    What is no file but takes bytes, such as `/dev/stdout` or a named pipe, is written to.
+    """
     target = Path(path)
     try:
+        if is_stream(target):
+            with target.open("wb") as stream:
+                stream.write(content.encode() if isinstance(content, str) else content)
+            return
         if not target.parent.is_dir():
             raise FileNotFoundError(f"there is no folder {target.parent}")
         with staged(target.parent) as folder:
@@ -60,7 +68,26 @@ def staged(
                 return
             # Another writer was faster: its files are there now, and ours replace them.
             scratch = scratch.rename(home / scratch.name)
+        for file in files_in(scratch):
+            check_replaceable(home / file.name)
         move(scratch, home)
+
+
+def is_stream(path: Path) -> bool:
+    """Whether a name is that of a pipe or a character device."""
+    try:
+        kind = path.stat().st_mode
+    except (OSError, ValueError):
+        return False
+    return stat.S_ISFIFO(kind) or stat.S_ISCHR(kind)
+
+
+def check_replaceable(path: Path) -> None:
+    """Raise OSError where a file may not take the place of what is there: a device would be gone for all."""
+    with contextlib.suppress(FileNotFoundError):
+        kind = path.lstat().st_mode
+        if not (stat.S_ISREG(kind) or stat.S_ISLNK(kind) or stat.S_ISDIR(kind)):
+            raise FileExistsError(f"{path.name} is there and is no file")
 
 
 def _appear(scratch: Path, home: Path) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import random
+import stat
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -85,19 +86,29 @@ def _read(file: Path, optional: bool) -> str:
 
 
 def readable_texts(paths: Iterable[Path]) -> None:
-    """Raise InputError for a path that is neither a file that can be read nor a folder with files."""
+    """Raise InputError for a path that is neither a file that can be read nor a folder with files, or where
+    all of them are empty."""
+    filled, empty = False, None
     for path in paths:
         try:
+            kind = path.stat().st_mode
+            if stat.S_ISCHR(kind) or stat.S_ISBLK(kind):
+                raise InputError(f"{path} is a device; a text is a file")
             files = _files(path)
             if not files:
                 raise InputError(f"there are no files in {path}")
-            if not path.is_dir():
+            if stat.S_ISREG(kind):  # what comes through a pipe can be read only once
                 with path.open("rb") as file:
                     file.read(1)
+            piped = not stat.S_ISREG(kind) and not stat.S_ISDIR(kind)
+            filled = filled or piped or any(file.stat().st_size for file in files)
+            empty = path
         except (OSError, ValueError) as error:
             if isinstance(error, InputError):
                 raise
             raise InputError(f"cannot read the text in {path}: {error}") from error
+    if empty is not None and not filled:
+        raise InputError(f"there is no text in {empty}: it is empty")
 
 
 def _files(path: Path) -> list[Path]:

@@ -16,6 +16,7 @@ from ..calibration import calibrate as calibration
 from ..common.running import quiet_run, run_model, shortened, without_cache
 from ..errors import ConfigError, InputError, InvalidModelError
 from ..passes import find_attention
+from ..passes.alike import find_alike
 from ..passes.capture import capture
 from ..passes.site import MatchReport
 from ..planning.config import LinearizeConfig
@@ -92,11 +93,10 @@ def linearize(
     examples = example_inputs(model, inputs)
     with Snapshot(model):
         with quiet_run(model):
-            for example in examples:
-                run_model(model, example)
+            outputs = [run_model(model, example) for example in examples]
             report = search(model, examples)
             plan = plan_sites(model, report, settings)
-            recording = record(model, list(plan.owners), examples)
+            recording = record(model, list(plan.owners), examples, outputs)
             plan = apply_exact(model, plan, recording, settings, report)
             prove_exact(model, plan, recording)
             apply_mechanism(model, plan, settings)
@@ -214,6 +214,9 @@ def search(model: nn.Module, examples: Sequence[Mapping[str, Any]]) -> MatchRepo
     example = without_cache(model, examples[-1])
     positional = tuple(example[name] for name in sorted((n for n in example if n.isdigit()), key=int))
     keywords = {name: value for name, value in example.items() if not name.isdigit()}
+    found = find_alike(model, positional, keywords)
+    if found is not None:
+        return found
     try:
         graph = capture(model, positional, keywords)
     except Exception as error:

@@ -69,3 +69,23 @@ def test_one_file_is_written_whole_and_never_into_a_folder_that_is_not_there(tmp
     with pytest.raises(CheckpointError, match="cannot write"):
         write_whole(tmp_path / "folder", "text")
     assert names(tmp_path) == ["a.json", "folder"]
+
+
+def test_a_pipe_is_written_to_and_stays_a_pipe(tmp_path: Path) -> None:
+    """As a device is: `/dev/null` replaced by a file would be gone for the whole machine."""
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    write_whole(pipe, "text")
+    assert os.read(reader, 10) == b"text" and pipe.is_fifo()
+    os.close(reader)
+    assert list(tmp_path.iterdir()) == [pipe]
+
+
+def test_no_pipe_or_device_in_a_folder_is_replaced(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "b")
+    (tmp_path / "a").write_text("old")
+    with pytest.raises(OSError, match="b is there"), staged(tmp_path) as folder:
+        (folder / "a").write_text("new")
+        (folder / "b").write_text("new")
+    assert (tmp_path / "a").read_text() == "old" and (tmp_path / "b").is_fifo()

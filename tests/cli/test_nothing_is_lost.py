@@ -52,6 +52,14 @@ MISTAKES = (
     ("convert {folder} {file}", "no folder"),
     ("convert {folder} {out} --calibrate {none}", "none.txt"),
     ("convert {folder} {out} --calibrate {empty}", "no files"),
+    ("convert {folder} {out} --calibrate /dev/zero", "is a device"),
+    ("convert {folder} {out} --calibrate {blank}", "is empty"),
+    ("convert {folder} /dev/full", "no folder"),
+    ("convert {folder} /proc/m", "cannot write"),
+    ("convert {folder} {loop}", "loop"),
+    ("convert {folder} {link}", "is the model to start from"),
+    ("eval {done} --data /dev/zero", "is a device"),
+    ("inspect {folder} --html {loop}/x.html", "cannot write"),
     ("export {folder} {file}/m.onnx", "no folder"),
     ("export {folder} {none}/m.onnx", "no folder"),
     ("export {folder} {out} --bits 3", "bits must be"),
@@ -88,6 +96,10 @@ def test_what_cannot_be_written_or_read_is_said_before_a_model_is_loaded(
 ) -> None:
     places = dict(folder=folder, done=done, text=text, none=tmp_path / "none.txt", out=tmp_path / "out")
     places |= {"file": tmp_path / "file", "empty": tmp_path / "empty"}
+    places |= {"loop": tmp_path / "loop", "link": tmp_path / "link", "blank": tmp_path / "blank"}
+    places["loop"].symlink_to(places["loop"])
+    places["link"].symlink_to(folder)
+    places["blank"].write_text("")
     places["file"].write_text("a file")
     places["empty"].mkdir()
     (tmp_path / "empty.onnx").mkdir()
@@ -95,6 +107,37 @@ def test_what_cannot_be_written_or_read_is_said_before_a_model_is_loaded(
     assert result.code == 1 and message in result.err, result.err
     assert len(result.err.strip().splitlines()) == 1 and "Traceback" not in result.err
     assert not places["out"].exists() and not list(tmp_path.glob(".linearize*"))
+
+
+EMPTY = (
+    ("convert", "{folder}", ""),
+    ("convert", "", "{out}"),
+    ("export", "{folder}", ""),
+    ("distill", "{folder}", "--data", "{text}", "--out", ""),
+    ("distill", "{folder}", "--data", "", "--out", "{out}"),
+    ("distill", "{folder}", "--data", "{text}", "--out", "{out}", "--checkpoints", ""),
+    ("inspect", "{folder}", "--html", ""),
+    ("eval", "", "--data", "{text}"),
+)
+
+
+@pytest.mark.parametrize("words", EMPTY, ids=" ".join)
+def test_an_empty_name_is_not_the_current_folder(
+    words: tuple[str, ...],
+    run: Run,
+    folder: Path,
+    text: Path,
+    tmp_path: Path,
+    monkeypatch: Any,
+    no_model: None,
+) -> None:
+    """As `"$OUT"` is in a shell where OUT is not set."""
+    here = tmp_path / "here"
+    here.mkdir()
+    monkeypatch.chdir(here)
+    result = run(*(word.format(folder=folder, text=text, out=tmp_path / "out") for word in words))
+    assert result.code in (1, 2) and "empty" in result.err, result.err
+    assert not list(here.iterdir()) and "Traceback" not in result.err
 
 
 def test_a_folder_is_tried_by_writing(

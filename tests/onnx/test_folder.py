@@ -195,3 +195,46 @@ def test_twenty_writers_of_a_decoder_killed_at_random_moments(tmp_path: Path) ->
         assert logits.shape[-1] == runs.config.vocab_size
         counts[logits.shape[-1]] += 1
     print(f"20 kills, {counts[40]} old, {counts[48]} new, 0 mixed")
+
+
+@pytest.mark.slow
+def test_twenty_whole_exports_of_a_decoder_killed_at_random_moments(tmp_path: Path) -> None:
+    """From the trace to the last file: ten killed at any moment, ten once the first new file is there."""
+    home, draw = tmp_path / "m", random.Random(0)
+    ids = torch.tensor([[1, 2, 5, 7]])
+    models, wanted = {}, {}
+    for size in (40, 48):
+        models[size] = llama().eval()
+        models[size].resize_token_embeddings(size)
+        lz.linearize(models[size], options={"window": 4, "sinks": 2, "salient": 4})
+        wanted[size] = models[size](ids).logits.detach()
+
+    started = time.monotonic()
+    lz.export_onnx(models[40], home)
+    whole = time.monotonic() - started
+    size = 40
+    counts: Counter[str] = Counter()
+    for kill in range(20):
+        other = 88 - size
+        with working(lambda other=other: lz.export_onnx(models[other], home)):
+            if kill % 2:
+                time.sleep(draw.uniform(0, 1.2 * whole))
+            else:
+                while not list(home.glob(".linearize*/*.onnx")):
+                    time.sleep(0.001)
+                time.sleep(draw.uniform(0, 0.1))
+        config = json.loads((home / "config.json").read_text())["vocab_size"]
+        graph = home / "model.onnx"
+        if graph.exists():
+            shape = onnx.load(graph).graph.output[0].type.tensor_type.shape
+            assert shape.dim[-1].dim_value == config, "a graph beside the configuration of another"
+        counts["for others: one export" if graph.exists() else "for others: no graph"] += 1
+        runs = OrtModel(home)
+        found = runs(ids).logits
+        assert runs.config.vocab_size == found.shape[-1]
+        torch.testing.assert_close(found, wanted[found.shape[-1]], atol=1e-4, rtol=1e-4)
+        counts["old" if found.shape[-1] == size else "new"] += 1
+        size = found.shape[-1]
+    lz.export_onnx(models[40], home)
+    assert not list(home.glob(".linearize*"))
+    print(f"20 kills of whole exports, {whole:.1f} s each: {dict(counts)}, 0 mixed")

@@ -11,13 +11,14 @@ from typing import Any
 
 import torch
 import torch.utils._pytree as pytree
-from torch import Tensor, nn
+from torch import Tensor
 
 from ...cache import lookup as caches
 from ...common.running import shortened
 from ...errors import InputError, VerificationError
 from ...mechanisms.module import AttentionModule
 from ...passes.tracing import TRACING
+from ...passes.twins import twin_of
 from ...planning.plan import child_name
 from ..call import attention_children
 from ..owner import OwnerRecord, original_class
@@ -197,25 +198,10 @@ class Arguments:
 
 
 def _twin(owner: Any) -> Any:
-    """A copy of an owner to trace: of its original class, with modules of its own and the same tensors.
-
-    Capture puts fake tensors in the place of parameters while it runs, which other threads must not see.
-    """
-    twin = _copied(owner, {})
+    """A copy of an owner to trace, of its original class."""
+    twin = twin_of(owner)
     twin.__class__ = original_class(type(owner))
     return twin
-
-
-def _copied(module: nn.Module, made: dict[nn.Module, nn.Module]) -> Any:
-    """The module with dicts of its own and copies of its children; a child held twice is one copy."""
-    if module not in made:
-        made[module] = twin = object.__new__(type(module))
-        twin.__dict__.update(module.__dict__)
-        twin._parameters, twin._buffers = dict(module._parameters), dict(module._buffers)
-        twin._modules = {
-            name: None if child is None else _copied(child, made) for name, child in module._modules.items()
-        }
-    return made[module]
 
 
 def _distinct(leaves: Sequence[Any]) -> tuple[list[Tensor], tuple[int, ...]]:
