@@ -183,9 +183,10 @@ def compact_mask(
             kwargs,
         )
         device = kwargs.get("device") or torch.device("cpu")
-        parts = None if torch.compiler.is_compiling() else parts_of(mask_function)
+        in_dynamo = torch.compiler.is_dynamo_compiling()  # which cannot look into a function
+        parts = None if in_dynamo else parts_of(mask_function)
         documents = None if parts is None else documents_of(parts)
-        if kwargs.get("use_vmap") or (parts is None and not torch.compiler.is_compiling()):
+        if kwargs.get("use_vmap") or (parts is None and not in_dynamo):
             return square()
         if parts is None or (documents is not None and is_traced(documents)):
             one = one_document(mask_function, batch_size, q_length, q_offset, device)

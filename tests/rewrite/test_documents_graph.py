@@ -1,5 +1,7 @@
-"""Rows of several documents in modules of one's own: each document gets what it gets alone, whatever tells them
-apart, forward and backward, at the borders of groups and windows."""
+"""Rows of several documents in modules of one's own: each document gets what it gets alone.
+
+Whatever tells them apart, forward and backward, at the borders of groups and windows.
+"""
 
 from __future__ import annotations
 
@@ -44,7 +46,9 @@ KINDS: dict[str, tuple[Tensor, Tensor, Any]] = {
     "lengths": (
         torch.tensor([TOTAL]),
         torch.tensor(LENGTHS),
-        lambda t, x: ones(t).tril() & apart(torch.bucketize(torch.arange(t), x["by"][0].cumsum(0), right=True)[None]),
+        lambda t, x: (
+            ones(t).tril() & apart(torch.bucketize(torch.arange(t), x["by"][0].cumsum(0), right=True)[None])
+        ),
     ),
     "ends": (
         torch.tensor([0, TOTAL]),
