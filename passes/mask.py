@@ -173,10 +173,8 @@ class MaskReader:
             return
         value = self._entry(step.term, query, key)
         if step.kind == "scale":
-            per_key = step.term.relayout.merged[3] != 1
-            reading.gated = (
-                either([reading.gated, equal_zero(as_number(value))]) if per_key else reading.gated
-            )
+            if step.is_gate:
+                reading.gated = either([reading.gated, equal_zero(as_number(value))])
         elif step.kind in ("fill", "keep"):
             masked = as_formula(value)
             _fill(reading, masked if step.kind == "fill" else negated(masked), float(step.value))

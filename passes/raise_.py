@@ -28,7 +28,7 @@ def scaled_query(emitter: Emitter, site: Site, query: Node) -> Node:
     for step in site.program:
         if "softmax" in step.kind:
             break
-        if step.kind not in ("scale", "div"):
+        if step.kind not in ("scale", "div") or step.is_gate:
             continue
         if step.term is None:
             number = number * step.value if step.kind == "scale" else number / step.value

@@ -203,6 +203,11 @@ class Step:
     value: Any = None
     term: Operand | None = None
 
+    @property
+    def is_gate(self) -> bool:
+        """Whether it multiplies key by key: by zero or one, half of a mask such as `s * m - 1e4 * (1 - m)`."""
+        return self.kind in ("scale", "div") and self.term is not None and self.term.relayout.merged[3] != 1
+
 
 def term_operands(program: Sequence[Step]) -> list[Operand]:
     """The terms of a program, in order."""

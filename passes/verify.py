@@ -171,15 +171,15 @@ def _program(walk: Walk, heads: Heads, masks: MaskReader) -> tuple[Step, ...]:
                 "sink",
             )
         wide = effect.kind == "sink" or wide and effect.kind != "drop_sink"
-        per_key = term is not None and effect.kind in ("scale", "div") and term.relayout.merged[3] != 1
-        if term is not None and per_key and not masks.is_gate(term):
+        step = Step(effect.kind, effect.value, term)
+        if term is not None and step.is_gate and (effect.kind == "div" or not masks.is_gate(term)):
             raise Refused(
                 Reason.SCALE,
                 term.node,
                 "the scores are multiplied by something that differs from key to key",
                 "scale",
             )
-        steps.append(Step(effect.kind, effect.value, term))
+        steps.append(step)
     return tuple(steps)
 
 
@@ -210,6 +210,8 @@ def read_scale(program: Sequence[Step], walk: Walk) -> tuple[float | None, float
                     "softcap",
                 )
             outer = 1.0
+        elif step.is_gate:
+            added = True  # half of a mask
         elif step.kind in ("scale", "div"):
             factor = None if step.value is None else step.value if step.kind == "scale" else 1.0 / step.value
             if outer is not None and not added:

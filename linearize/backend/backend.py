@@ -190,7 +190,7 @@ class Backend:
             slots[site.path, site.call] += 1
             if stays_softmax(self.config, site.path, _layer_index(site.path)):
                 continue
-            problem = problem_of(site, self.config.at(site.path, _layer_index(site.path)))
+            problem = problem_of(site, self.config.at(site.path, _layer_index(site.path)), in_graph=True)
             if problem is None:
                 found = self._place(site, slot, graph)
                 if isinstance(found, Place):

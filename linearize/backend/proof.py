@@ -50,7 +50,7 @@ class Proof:
             _compare(self._graph, site, specs[site.path, site.ordinal], f"proof_{number}")
             for number, site in enumerate(match.sites)
             # What the user has dropped knowingly cannot be the same.
-            if (site.path, site.ordinal) in specs and not terms(site)
+            if (site.path, site.ordinal) in specs and not terms(site, in_graph=True)
         ]
         self._graph.graph.output_node().args = (tuple(checks),)
         self._graph.recompile()

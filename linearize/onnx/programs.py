@@ -26,9 +26,10 @@ from ..errors import ExportError
 from ..mechanisms import available
 from ..mechanisms.module import AttentionModule
 from ..mechanisms.onnx_form import StateOperator
-from ..passes.exporting import without_cached_shapes
+from ..passes.exporting import no_dumps, undetected_causality, without_cached_shapes
 from ..passes.tracing import TRACING
 from . import nodes
+from .asserted import show_as_nan
 from .nodes import Call, Past
 from .past import ExportLayer, KeyValueLayer, empty
 from .schema import WHOLE
@@ -340,14 +341,16 @@ def _trace(shell: nn.Module, tensors: tuple[Tensor, ...], shapes: Any) -> Export
     # Not views: torch 2.13 writes conditions on the tensor behind one, which it cannot read back.
     tensors = tuple(tensor.clone() for tensor in tensors)
     try:
-        with TRACING, without_cached_shapes():
-            return torch.export.export(_AsNodes(shell), tensors, dynamic_shapes=shapes, strict=False)
+        with TRACING, without_cached_shapes(), undetected_causality(shell), no_dumps():
+            exported = torch.export.export(_AsNodes(shell), tensors, dynamic_shapes=shapes, strict=False)
     except ExportError:
         raise
     except Exception as error:
         # torch.export raises nearly anything.
         first = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ExportError(f"torch.export cannot trace the model: {type(error).__name__}: {first}") from error
+    show_as_nan(exported)
+    return exported
 
 
 class _AsNodes(nn.Module):

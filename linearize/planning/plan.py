@@ -336,8 +336,12 @@ def _index(model: nn.Module, candidate: Refusal | Skipped) -> int | None:
         return None
 
 
-def terms(site: Site) -> tuple[str, ...]:
-    """What the site's scores hold beyond its spec, in the words of `Mechanism.refusal`."""
+def terms(site: Site, in_graph: bool = False) -> tuple[str, ...]:
+    """What the site's scores hold beyond its spec, in the words of `Mechanism.refusal`.
+
+    Documents of one sequence need no mechanism: a live owner takes the rows apart (`rewrite.documents`).
+    in_graph: the site stays in a graph, which cannot.
+    """
     found = []
     if site.sinks:
         found.append("sinks")
@@ -345,19 +349,22 @@ def terms(site: Site) -> tuple[str, ...]:
         found.append("alibi" if is_alibi(site) else "bias")
     if site.mask.pattern in (Pattern.CHUNK, Pattern.PREFIX, Pattern.OTHER) or site.mask.top_left:
         found.append("mask")
-    if site.mask.documents:
+    if site.mask.documents and (in_graph or site.cross):
         found.append("documents")
     return tuple(found)
 
 
-def problem_of(site: Site, config: LinearizeConfig) -> tuple[str, str] | None:
-    """Why `site` cannot be rewritten under the settings of its layer: reason code and sentence, or None."""
+def problem_of(site: Site, config: LinearizeConfig, in_graph: bool = False) -> tuple[str, str] | None:
+    """Why `site` cannot be rewritten under the settings of its layer: reason code and sentence, or None.
+
+    in_graph: as for `terms`.
+    """
     try:
         spec = site_spec(site)
     except (ValueError, ConfigError) as error:
         return Reason.SHAPE_UNKNOWN.value, str(error)
     mechanism = mechanisms.get(config.mechanism)
-    asked = spec, terms(site), config.approximate, config.options
+    asked = spec, terms(site, in_graph), config.approximate, config.options
     refused = mechanism.refusal(*asked)
     if refused is None:
         return None

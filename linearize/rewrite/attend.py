@@ -74,7 +74,8 @@ def attend(
     if mask is not None and key_mask is not None and call.record.follows_masks and not child.is_exact:
         documents = documents_in(mask, key_mask, child.spec, start, call.record.path, call.record.biased)
         if documents is not None:
-            return _in_documents(call, child, query, key, value, None, documents, bias, None, None)
+            out = _in_documents(call, child, query, key, value, None, documents, bias, None, None)
+            return _with_padded_queries(call, child, out, query, key, value, mask, key_mask)
     if call.cross is not None and key is call.cross.keys and value is call.cross.values:
         return child.recall(query, key, value, call.cross.summary(child, key_mask), start)
     if start is not None and child.spec.causal:
@@ -83,6 +84,20 @@ def attend(
         return _exact(child, query, key, value, mask, key_mask, start, bias, sinks, dropout)
     more = {"bias": bias} if child.keeps_bias else {}
     out = child(query, key, value, key_mask=key_mask, query_start=start, **more)
+    return _with_padded_queries(call, child, out, query, key, value, mask, key_mask)
+
+
+def _with_padded_queries(
+    call: Call,
+    child: Any,
+    out: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    key_mask: Tensor | None,
+) -> Tensor:
+    """The output, with what padded tokens of one sequence get in a module that is not of transformers."""
     own = call.record.graphs is not None and query.shape[2] == key.shape[2] and not child.spec.cross
     if not own or key_mask is None or is_traced(key_mask) or bool(key_mask.all()):
         return out

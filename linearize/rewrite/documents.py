@@ -104,18 +104,26 @@ def of_lengths(ends: Tensor, length: int) -> Tensor:
     return (torch.bucketize(columns, ends[1:].to(columns.dtype), right=True) + 1)[None]
 
 
-def of_square(seen: Tensor, real: Tensor) -> Tensor:
-    """Documents of a mask, if it has any: where a token does not see the real one before it, one begins.
+def of_square(seen: Tensor, real: Tensor, windowed: bool) -> Tensor:
+    """Documents of a mask, if it has any. Whether it says exactly these is for the caller to compare.
 
-    seen: bool `[B, 1, T, T]`. real: bool `[B, T]`, the tokens that some token sees. Whether the mask says
-    exactly these documents is for the caller to compare.
+    Without a window the first real key that a token sees names its document. In a window, where a token does
+    not see the real one before it, a document begins: there the tokens of each stand side by side.
+
+    Args:
+        seen: bool `[B, 1, T, T]`.
+        real: bool `[B, T]`, the tokens that some token sees.
+        windowed: the mask has a window.
     """
+    seen = seen[:, 0].expand(real.shape[0], -1, -1) & real[:, None, :]
+    if not windowed:
+        first = seen.byte().argmax(2)
+        number = torch.where(seen.any(2), first + 1, 0)
+        return torch.where(real, number, -number)
     columns = torch.arange(real.shape[1], device=real.device)
     before = torch.where(real, columns, -1).cummax(1).values.roll(1, 1)
     before[:, 0] = -1  # of each token the last real one before it, if any
-    sees = seen[:, 0].expand(real.shape[0], -1, -1).gather(2, before.clamp_min(0)[:, :, None])[:, :, 0] & (
-        before >= 0
-    )
+    sees = seen.gather(2, before.clamp_min(0)[:, :, None])[:, :, 0] & (before >= 0)
     begins = real & ~sees
     number = begins.cumsum(1)
     alone = ~real & ~sees

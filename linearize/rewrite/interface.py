@@ -17,6 +17,7 @@ from ..cache import lookup as caches
 from ..cache.adopt import cross_layer, keep_everything, state_layer
 from ..common.checks import is_traced
 from ..errors import InputError, InvalidModelError
+from ..mechanisms.spec import SiteSpec
 from ..planning.plan import child_name
 from .attend import attend
 from .call import Call
@@ -120,11 +121,7 @@ def attention_forward(
     slot = call.next_slot()
     call.notice(slot, kwargs.get("sliding_window"))
     child = call.child(slot)
-    shared = child.spec.num_key_value_heads // key.shape[1]
-    if shared > 1:
-        # Keys and values that are shared in different ways count as one per query head in the plan; functions
-        # of the interface are left to repeat them.
-        key, value = key.repeat_interleave(shared, 1), value.repeat_interleave(shared, 1)
+    key, value = (_heads_as_planned(x, child.spec) for x in (key, value))
     # The plan was made in evaluation mode, where the owner does not say how much it drops in training.
     output = attend(
         call,
@@ -139,6 +136,20 @@ def attention_forward(
         documents=None if key.shape[2] != query.shape[2] else _flattened(query, kwargs.get("cu_seq_lens_q")),
     )
     return output.transpose(1, 2).contiguous(), None
+
+
+def _heads_as_planned(x: Tensor, spec: SiteSpec) -> Tensor:
+    """Keys or values with the number of heads that the plan knows.
+
+    Those that are shared in different ways count as one per query head there; functions of the interface are
+    left to repeat them. An owner that repeats them itself gives more, and the plan knows how it does.
+    """
+    shared, repeated = spec.num_key_value_heads // x.shape[1], x.shape[1] // spec.num_key_value_heads
+    if shared > 1:
+        return x.repeat_interleave(shared, 1)
+    if repeated > 1:
+        return x[:, : spec.num_key_value_heads] if spec.kv_layout == "tiled" else x[:, ::repeated]
+    return x
 
 
 def _flattened(query: Tensor, ends: Tensor | None) -> Tensor | None:

@@ -143,8 +143,9 @@ def documents_in(
         return None
     if bool(same):
         return None
-    if seen.shape[1] == 1 and queries == keys and not spec.cross:
-        documents = of_square(seen, key_mask)
+    alike = seen.shape[1] == 1 or bool((seen == seen[:, :1]).all())
+    if alike and queries == keys and not spec.cross:
+        documents = of_square(seen, key_mask, spec.window is not None)
         number = documents.abs()
         expected = expected & (number[:, None, :, None] == number[:, None, None, :])
         if bool((seen == expected).all()):
@@ -182,9 +183,10 @@ def compact_mask(
             kwargs,
         )
         device = kwargs.get("device") or torch.device("cpu")
-        parts = None if torch.compiler.is_compiling() else parts_of(mask_function)
+        in_dynamo = torch.compiler.is_dynamo_compiling()  # which cannot look into a function
+        parts = None if in_dynamo else parts_of(mask_function)
         documents = None if parts is None else documents_of(parts)
-        if kwargs.get("use_vmap") or (parts is None and not torch.compiler.is_compiling()):
+        if kwargs.get("use_vmap") or (parts is None and not in_dynamo):
             return square()
         if parts is None or (documents is not None and is_traced(documents)):
             one = one_document(mask_function, batch_size, q_length, q_offset, device)

@@ -49,9 +49,9 @@ def follows(original: OneAttention, module: OneAttention) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["pad_id", "two_pad_ids", "float_padding", "lengths", "clamped", "float_window"]
+    "name", ["pad_id", "two_pad_ids", "float_padding", "lengths", "clamped", "float_window", "segments"]
 )
-def test_padding_of_any_kind_and_a_window_that_is_covered_are_carried(name: str) -> None:
+def test_padding_of_any_kind_a_covered_window_and_documents_are_carried(name: str) -> None:
     follows(*converted(name, WIDE))
 
 
@@ -61,7 +61,6 @@ def test_padding_of_any_kind_and_a_window_that_is_covered_are_carried(name: str)
         ("prefix_lengths", "mask-data-dependent.*prefix.*'inputs_0'"),
         ("prefix_number", "mask-unsupported.*prefix"),
         ("switch", "mask-data-dependent.*'inputs_0'"),
-        ("segments", "mask-data-dependent.*documents apart.*'inputs_0'"),
         ("positions_that_may_fall", "mask-data-dependent.*'inputs_0'"),
     ],
 )

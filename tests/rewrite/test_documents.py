@@ -122,7 +122,9 @@ def test_documents_of_a_square_mask_with_padding_inside_and_at_the_ends() -> Non
     number = torch.tensor([[0, 0, 1, 1, 1, 2, 2, 2, 0]])
     real = torch.tensor([[0, 0, 1, 0, 1, 1, 1, 0, 0]], dtype=torch.bool)
     seen = ((number[:, :, None] == number[:, None, :]) & real[:, None, :]).tril()[:, None]
-    assert of_square(seen, real).tolist() == [[0, 0, 1, -1, 1, 2, 2, -2, 0]]
+    assert of_square(seen, real, windowed=True).tolist() == [[0, 0, 1, -1, 1, 2, 2, -2, 0]]
+    # Without a window the first real token names its document.
+    assert of_square(seen, real, windowed=False).tolist() == [[0, 0, 3, -3, 3, 6, 6, -6, 0]]
 
 
 def test_a_document_after_a_cached_prompt_is_refused(model: Any) -> None:
