@@ -272,7 +272,7 @@ def refused(cases: dict[str, Case], tmp_path_factory: pytest.TempPathFactory) ->
     return folders
 
 
-@pytest.mark.parametrize("name", ["augmented", "augmented_paper", "hybrid"])
+@pytest.mark.parametrize("name", ["augmented", "hybrid"])
 def test_two_processes_share_the_heads(cases: dict[str, Case], name: str) -> None:
     case = cases[name]
     with engine(case.folder, tensor_parallel_size=2) as llm:
