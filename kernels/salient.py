@@ -7,10 +7,10 @@ Tokens are counted in blocks of `BLOCK`. A query of block b sees, causally and b
 
 A score says how much attention a token got: the squares of the weights that queries gave it, because a token
 that one query wants is worth more than one that many look at a little. What the queries of block b - 3 gave
-is counted before block b, and what was counted earlier is then worth `DECAY` of itself. After that the tokens that are
-near for block b - 1 and not for block b compete with those that are kept. So a query reads a selection that
-depends only on tokens at least `DELAY` older than itself: trees that deep, and rewinds that long, see
-selections of committed tokens alone (as long as the window is no narrower).
+is counted before block b, and what was counted earlier is then worth `DECAY` of itself. After that the tokens
+that are near for block b - 1 and not for block b compete with those that are kept. So a query reads a
+selection that depends only on tokens at least `DELAY` older than itself: trees that deep, and rewinds that
+long, see selections of committed tokens alone (as long as the window is no narrower).
 
 Heavy hitters by accumulated attention are those of H2O (arXiv 2306.14048), the first tokens those of
 StreamingLLM (arXiv 2309.17453); squares, average, delay and blocks are ours.

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -89,16 +90,17 @@ def extend(
     return out.unflatten(1, (kv_heads, shared))
 
 
-class Flat(NamedTuple):
+@dataclass(frozen=True)
+class Flat:
     """Sequences that lie end to end in one row of tokens, and whose states are rows of a larger state.
 
     All int64 [B] on the CPU: slots, the rows of the state, no two the same; first, the token that each
-    sequence begins at; counts, how many it has.
+    sequence begins at; count, how many it has.
     """
 
     slots: Tensor
     first: Tensor
-    counts: Tensor
+    count: Tensor
 
 
 class Weights:
@@ -141,30 +143,23 @@ def extend_flat(
         ValueError: Shapes do not fit together, or `flat` names what is not there.
     """
     _, kv_heads, shared, length, _ = query.shape
-    batch, held, numbers = len(flat.slots), len(state.length), [x.tolist() for x in flat]
+    batch, held, tables = len(flat.slots), len(state.length), (flat.slots, flat.first, flat.count)
+    numbers = [x.tolist() for x in tables]
     inside = all(
         0 <= slot < held and 0 <= first <= first + count <= length
         for slot, first, count in zip(*numbers, strict=True)
     )
     if not inside or len(set(numbers[0])) < batch:
         raise ValueError("slots or tokens that are not there, or that are named twice")
-    tables = [table(x, (batch,), torch.int64, "slots, first and counts") for x in flat]
+    slots, firsts, counts = (table(x, (batch,), torch.int64, "slots, first and count") for x in tables)
     out = torch.zeros(1, kv_heads * shared, length, value.shape[3])
-    queries, keys, values = (x.expand(batch, *x.shape[1:]) for x in (query, key, value))
-    fields, kept = _fields(
-        queries,
-        keys,
-        values,
-        state,
-        sizes,
-        rule,
-        conv_weight,
-        tail_weight,
-        out.expand(batch, *out.shape[1:]),
-        tables[2],
-        *tables[:2],
-    )
-    run("linearize_salient", fields, None, threads_for(_work(query, value, sizes)))
+    query, key, value = (x.expand(batch, *x.shape[1:]) for x in (query, key, value))
+    weights = conv_weight, tail_weight
+    laid = out.expand(batch, *out.shape[1:])
+    tokens = query, key, value, state, sizes, rule
+    fields, kept = _fields(*tokens, *weights, laid, counts, slots, firsts)
+    work = _work(query[:1], value, sizes)
+    run("linearize_salient", fields, None, threads_for(work))
     del kept
     return out.unflatten(1, (kv_heads, shared))
 

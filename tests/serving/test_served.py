@@ -49,7 +49,7 @@ MODELS: dict[str, Callable[[], Any]] = {
 
 
 @pytest.fixture(autouse=True, scope="session")
-def _before_any_engine(many: Case, softmax: Path, refused: dict[str, Path]) -> None:
+def _before_any_engine(many: Case, softmax: Path, refused: dict[str, Path], smollm2: Case | None) -> None:
     """All that transformers' classes are needed for."""
 
 
@@ -270,3 +270,30 @@ def refused(cases: dict[str, Case], tmp_path_factory: pytest.TempPathFactory) ->
     for reason, model in found.items():
         model.save_pretrained(folders[reason])
     return folders
+
+
+@pytest.mark.parametrize("name", ["augmented", "hybrid"])
+def test_two_processes_share_the_heads(cases: dict[str, Case], name: str) -> None:
+    case = cases[name]
+    with engine(case.folder, tensor_parallel_size=2) as llm:
+        assert tokens_of(llm, case.prompts, 20) == [tokens[:20] for tokens in case.wanted]
+
+
+@pytest.fixture(scope="session")
+def smollm2(tmp_path_factory: pytest.TempPathFactory) -> Case | None:
+    from linearize.checkpoint.gguf import load_gguf
+    from linearize.demo.language_model import weights
+
+    file = weights()
+    if file is None:
+        return None
+    model, _ = load_gguf(file)
+    return case_of(lz.linearize(model.float().eval()), tmp_path_factory.mktemp("smollm2"), [400, 20, 7], 40)
+
+
+def test_a_pretrained_model(smollm2: Case | None) -> None:
+    if smollm2 is None:
+        pytest.skip("the weights of SmolLM2 are not installed")
+    options: dict[str, Any] = dict(max_model_len=512, kv_cache_memory_bytes=2**28, max_num_batched_tokens=97)
+    with engine(smollm2.folder, **options) as llm:
+        assert tokens_of(llm, smollm2.prompts, 40) == smollm2.wanted

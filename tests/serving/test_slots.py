@@ -8,9 +8,11 @@ from torch import Tensor
 
 import linearize as lz
 from linearize import mechanisms
+from linearize.errors import InvalidModelError
 from linearize.mechanisms.spec import SiteSpec
 from linearize.planning.build import build_attention
 from linearize.serving.ragged import Batch, attend
+from linearize.serving.served import share_of
 from linearize.serving.slots import Layout
 
 SPEC = SiteSpec(num_heads=4, num_key_value_heads=2, head_dim=8, value_dim=8, causal=True)
@@ -181,3 +183,12 @@ def test_weights_that_are_changed_are_heard() -> None:
         torch.testing.assert_close(outputs[-1], alone(module, 150, 0), rtol=1e-4, atol=1e-5)
     assert not torch.equal(outputs[0], outputs[1])
     assert not torch.equal(outputs[1], outputs[2])
+
+
+def test_processes_share_key_value_heads_or_nothing() -> None:
+    half = share_of(SPEC, 2)
+    assert (half.num_heads, half.num_key_value_heads) == (2, 1)
+    with pytest.raises(InvalidModelError, match="cannot be shared by 4"):
+        share_of(SPEC, 4)
+    with pytest.raises(InvalidModelError, match="tiled"):
+        share_of(SiteSpec(**{**SPEC.to_dict(), "kv_layout": "tiled"}), 2)
