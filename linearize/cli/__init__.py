@@ -60,7 +60,8 @@ _PATHS = {
 
 
 def _check_words(words: Sequence[str]) -> None:
-    """Raise ConfigError for an empty name, as `"$OUT"` is where OUT is not set: it would be the current folder."""
+    """Raise ConfigError for an empty name, as `"$OUT"` is where OUT is not set: it would be the current
+    folder."""
     for before, word in zip(["-", *words], words, strict=False):
         if not word and (before in _PATHS or not before.startswith("-")):
             what = before if before.startswith("-") else f"what follows {before}"
