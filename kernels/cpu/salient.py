@@ -13,6 +13,9 @@ from ..softmax import Scores
 from . import DTYPES
 from .library import Laid, parameter, place, run, table, threads_for
 
+_KINDS = [torch.float32, torch.float32, torch.int64, torch.int64]
+"""Of scores, votes, length and block: what the kernel reads at their addresses."""
+
 
 def refusal(query: Tensor, key: Tensor, value: Tensor, state: State, sizes: Sizes) -> str | None:
     """What of a call the kernel does not take; None when it takes it. Arguments as for `extend`."""
@@ -21,6 +24,9 @@ def refusal(query: Tensor, key: Tensor, value: Tensor, state: State, sizes: Size
         return refused
     if state.keys.dtype != state.values.dtype or state.keys.dtype not in DTYPES:
         return f"a state in {state.keys.dtype}"
+    kinds = [x.dtype for x in state[2:]]
+    if kinds != _KINDS:
+        return f"a state whose weights and lengths are in {kinds}"
     if state.keys.shape[2] != sizes.kept + sizes.window + BLOCK or state.votes.shape[2] != 1 + DELAY // BLOCK:
         return "a state that can take tokens back"
     if any(type(x) is not Tensor or not x.is_cpu for x in state):
@@ -193,6 +199,8 @@ def _fields(
     ):
         shapes = [list(x.shape) for x in state]
         raise ValueError(f"a state of shapes {shapes}, or {taps} taps, does not fit {sizes}")
+    if [x.dtype for x in state[2:]] != _KINDS or not all(x.is_cpu for x in state):
+        raise ValueError(f"the CPU kernel does not take a state in {[x.dtype for x in state]}")
     value_dim, heads = value.shape[3], kv_heads * shared
     conv, conv_at = _of_heads(conv_weight, (heads, taps), "conv_weight")
     columns = dim + value_dim + 1

@@ -62,6 +62,7 @@ class StateLayer(CacheLayerMixin):
         self._module: weakref.ref[AttentionModule] | None = weakref.ref(module)
         self.tree: Lineage | None = None  # of the draft nodes that come next, see `draft`
         self._drafted: tuple[Tensor, Tensor, Tensor] | None = None
+        self._kinds: list[torch.dtype] = []  # dtypes of the state's tensors
         self._sizes = (0, 0, 0)  # key/value heads, and features of a key and of a value
         self._committed: States | None = None  # while recording: the state at the last commit
         self._recorded: list[tuple[Tensor, Tensor, Tensor, Tensor | None]] = []  # and the tokens since
@@ -76,6 +77,7 @@ class StateLayer(CacheLayerMixin):
         assert module is not None
         self.states = module.new_state(key_states.shape[0], dtype=self.dtype, device=self.device)
         assert self.states is not None
+        self._kinds = [tensor.dtype for tensor in self.states.tensors()]
         if self.is_compileable:
             for tensor in self.states.tensors():
                 torch._dynamo.mark_static_address(tensor)
@@ -114,6 +116,11 @@ class StateLayer(CacheLayerMixin):
             raise InputError(
                 f"the cache was filled in {self.dtype} on {self.device} and the model now computes in "
                 f"{key_states.dtype} on {key_states.device}; start from an empty cache"
+            )
+        if self._kinds != [tensor.dtype for tensor in self.states.tensors()]:
+            raise InputError(
+                "the cache's state was cast to another dtype than it was made in, and its sums are no longer "
+                "what they were; start from an empty cache and run the text again"
             )
         if key_states.shape[0] != self.states.batch_size:
             raise InputError(

@@ -78,3 +78,13 @@ def check_resume(resume: bool, checkpoints: Path | None) -> None:
         raise ConfigError("--resume continues from a checkpoint: name the folder with --checkpoints")
     if checkpoints is not None:
         check_folder(checkpoints)
+
+
+def check_report(name: str) -> None:
+    """Raise ConfigError unless metrics can be sent to what is named, as transformers' trainer does."""
+    from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK as known
+
+    if name not in ("none", "all", *known):
+        raise ConfigError(
+            f"--report-to must be none, all, or one of {', '.join(sorted(known))}, got {name!r}"
+        )

@@ -15,7 +15,7 @@ from ..common.files import write_whole
 from ..common.replacing import read_entry
 from ..errors import ConfigError, InvalidModelError, LinearizeError, MissingExtraError
 from .before import check_file, check_folder, check_plot, check_texts
-from .options import Device, Dtype, numbers
+from .options import SEEDS, Device, Dtype, numbers
 from .results import stopping
 from .sources import Source, find_source, hide_bars, load_model, load_tokenizer
 from .terminal import console
@@ -154,7 +154,7 @@ def evaluate(
     outputs: Outputs,
     dtype: Dtype = "auto",
     device: Device = "cpu",
-    seed: Annotated[int, typer.Option(help="of the choice of text")] = 0,
+    seed: Annotated[int, typer.Option(help="of the choice of text", **SEEDS)] = 0,
 ) -> None:
     """Measure a model, beside its original if given: perplexity by length, agreement, speed and memory."""
     from ..evaluation import evaluate as measure

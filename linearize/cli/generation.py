@@ -13,7 +13,7 @@ from rich.table import Table
 
 from ..errors import ConfigError, InputError
 from .before import check_extra, check_folder, check_resume, check_texts
-from .options import Device, Dtype
+from .options import SEEDS, Device, Dtype
 from .results import save_or_rescue, stopping
 from .sources import find_source, is_demo, load_decoder, load_source, to_device
 from .terminal import console
@@ -37,7 +37,7 @@ class Sampling:
     max_new_tokens: Annotated[int, typer.Option(help="tokens to stop after")] = 128
     temperature: Annotated[float, typer.Option(help="0: the likeliest token; above: sampled")] = 0.0
     top_p: Annotated[float, typer.Option(help="sample from the likeliest tokens of this probability")] = 1.0
-    seed: Annotated[int, typer.Option(help="of sampling")] = 0
+    seed: Annotated[int, typer.Option(help="of sampling", **SEEDS)] = 0
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ class Training:
     learning_rate: Annotated[float, typer.Option(help="of AdamW, at its highest")] = 2e-3
     own_layers: Annotated[bool, typer.Option(help="an output layer for each head, as in Medusa-1")] = False
     resume: Annotated[bool, typer.Option(help="go on from the last of these checkpoints")] = False
-    seed: Annotated[int, typer.Option(help="of the choice and the order of the data")] = 0
+    seed: Annotated[int, typer.Option(help="of the choice and the order of the data", **SEEDS)] = 0
 
 
 def generate(

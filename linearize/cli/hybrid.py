@@ -11,7 +11,7 @@ import typer
 
 from ..errors import ConfigError
 from .before import check_file, check_texts
-from .options import Data, OnRefusal, Rewriting, numbers
+from .options import SEEDS, Data, OnRefusal, Rewriting, numbers
 from .results import stopping
 from .sources import Source, find_source, load_model, load_tokenizer
 from .terminal import console
@@ -50,7 +50,7 @@ def plan(
     ] = "greedy",
     tokens: Annotated[int, typer.Option(help="tokens of the data to use")] = 8192,
     json: Annotated[Path | None, typer.Option(help="write the figures to this file")] = None,
-    seed: Annotated[int, typer.Option(help="of the choice of text")] = 0,
+    seed: Annotated[int, typer.Option(help="of the choice of text", **SEEDS)] = 0,
 ) -> None:
     """Measure what each layer costs when it is linear, and say which are best left softmax, or how large."""
     from ..common.files import write_whole

@@ -22,6 +22,9 @@ from ..errors import ConfigError
 if TYPE_CHECKING:
     from ..planning.config import LinearizeConfig
 
+SEEDS: dict[str, Any] = dict(min=0, max=2**32 - 1)
+"""What numpy takes, and torch too."""
+
 Mechanism = Annotated[
     str, typer.Option(help="what takes the softmax's place; `linearize mechanisms` lists what there is")
 ]

@@ -11,8 +11,8 @@ from typing import Annotated, Any
 
 import typer
 
-from .before import check_extra, check_folder, check_resume, check_texts
-from .options import Approximate, Augmentation, Data, Dtype, Option, given, option_values
+from .before import check_extra, check_folder, check_report, check_resume, check_texts
+from .options import SEEDS, Approximate, Augmentation, Data, Dtype, Option, given, option_values
 from .results import save_or_rescue, stopping
 from .sources import (
     Source,
@@ -119,7 +119,7 @@ def distill(
     tuning: Tuning,
     running: Running,
     dtype: Dtype = "auto",
-    seed: Annotated[int, typer.Option(help="of the choice and the order of the data")] = 0,
+    seed: Annotated[int, typer.Option(help="of the choice and the order of the data", **SEEDS)] = 0,
 ) -> None:
     """Convert a model, calibrate it, and train it by a recipe.
 
@@ -138,6 +138,7 @@ def distill(
     check_resume(running.resume, running.checkpoints)
     lora = chosen.tune is not None and (tuning.method or chosen.tune.get("method")) == "lora"
     check_extra("train", "accelerate", *(("peft",) if lora else ()))
+    check_report(running.report_to)
     if teacher is not None:
         find_source(teacher)
     with stopping(running.kept(out)):

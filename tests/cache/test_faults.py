@@ -163,3 +163,17 @@ def test_a_cache_that_was_moved_with_its_model_goes_on(model: Any) -> None:
         if getattr(layer, "states", None) is not None:
             layer.device = torch.device("cuda", 0)
     close(model(IDS[:, 20:], past_key_values=cache).logits, whole(model)[:, 20:])
+
+
+@pytest.mark.parametrize("dtype", (torch.float16, torch.bfloat16, torch.float64))
+@torch.no_grad()
+def test_a_state_that_was_cast_is_refused(dtype: torch.dtype, model: Any) -> None:
+    """Its sums in another dtype are other numbers, and of another size than a kernel reads."""
+    cache = model(IDS[:, :20]).past_key_values
+    kept = copy.deepcopy(cache)
+    cast = cache.layers[0]
+    cast.states = cast.states.map(lambda x: x.to(dtype) if x.is_floating_point() else x)
+    with pytest.raises(InputError, match="was cast"):
+        model(IDS[:, 20:], past_key_values=cache)
+    cache.layers[0] = kept.layers[0]
+    close(model(IDS[:, 20:], past_key_values=cache).logits, whole(model)[:, 20:])

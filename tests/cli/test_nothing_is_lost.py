@@ -80,6 +80,7 @@ MISTAKES = (
     ("distill {folder} --data {text} --out {out} --checkpoints {file}/c", "no folder"),
     ("distill {folder} --data {none} --out {out}", "none.txt"),
     ("distill {folder} --data {text} --out {file}/m", "no folder"),
+    ("distill {folder} --data {text} --out {out} --report-to nowhere", "--report-to must be"),
     ("distill {folder} --data {text} --out {out} --recipe slow", "recipe must be"),
     ("distill {folder} --data {text} --out {out} --teacher {none}", "no such folder"),
     ("train-heads {done} --data {none} --out {out}", "none.txt"),
@@ -107,6 +108,18 @@ def test_what_cannot_be_written_or_read_is_said_before_a_model_is_loaded(
     assert result.code == 1 and message in result.err, result.err
     assert len(result.err.strip().splitlines()) == 1 and "Traceback" not in result.err
     assert not places["out"].exists() and not list(tmp_path.glob(".linearize*"))
+
+
+@pytest.mark.parametrize("seed", (-1, 2**40))
+@pytest.mark.parametrize(
+    "command", ("distill {folder} --data {text} --out {out}", "eval {done} --data {text}")
+)
+def test_a_seed_that_no_generator_takes_is_a_mistake_in_typing(
+    command: str, seed: int, run: Run, folder: Path, done: Path, text: Path, tmp_path: Path, no_model: None
+) -> None:
+    places = dict(folder=folder, done=done, text=text, out=tmp_path / "out")
+    result = run(*(word.format(**places) for word in command.split()), "--seed", seed)
+    assert result.code == 2 and "--seed" in result.err and "Traceback" not in result.err
 
 
 EMPTY = (

@@ -181,6 +181,11 @@ def test_what_it_does_not_take_is_left_to_the_torch_form() -> None:
     assert "back" in (why(empty(sizes, dims, rewind=40)) or "")
     state = empty(sizes, dims)
     assert "apart" in (why(state._replace(keys=state.keys.mT.contiguous().mT)) or "")
+    for name, dtype in (("scores", torch.float16), ("votes", torch.float64), ("length", torch.int32)):
+        cast = state._replace(**{name: getattr(state, name).to(dtype)})
+        assert str(dtype) in (why(cast) or "")
+        with pytest.raises(ValueError, match="does not take"):
+            compiled.extend(query, key, value, cast, sizes, SCALE, None, None, None)
     out = registered_salient._after(
         *(x.double() for x in (query, key, value)), empty(sizes, dims, torch.float64), sizes, RULE
     )

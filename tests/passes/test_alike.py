@@ -125,6 +125,12 @@ def with_tables(blocks: Any) -> None:
         block.register_buffer("table", full.triu(-2) if block.number == 3 else full)
 
 
+def with_frozen_tables(blocks: Any) -> None:
+    for block in blocks:
+        full = torch.ones(9, 9, dtype=torch.bool).tril()
+        block.table = nn.Parameter(full.triu(-2) if block.number == 3 else full, requires_grad=False)
+
+
 def with_limits(blocks: Any) -> None:
     for block in blocks:
         block.limits = {"width": [4 if block.number < 3 else 2]}
@@ -157,6 +163,7 @@ DIFFERENT: dict[str, Callable[[], nn.Module]] = {
     "a scale": lambda: Stack(causal, edit=lambda b: setattr(b[3], "scale", 0.25)),
     "a scale that is a frozen parameter": lambda: Stack(causal, edit=with_scales),
     "a mask in a buffer": lambda: Stack(by_buffer, edit=with_tables),
+    "a mask in a frozen parameter": lambda: Stack(by_buffer, edit=with_frozen_tables),
     "a list in a dict": lambda: Stack(by_constant, edit=with_limits),
     "a config that changes on the way": lambda: Stack(
         by_config, config_moves_on, config=SimpleNamespace(width=1)
