@@ -205,7 +205,7 @@ class Step:
 
     @property
     def is_gate(self) -> bool:
-        """Whether it multiplies key by key: by zero or one, half of a mask such as `s * m - 1e4 * (1 - m)`."""
+        """Whether it multiplies key by key, by 0 or 1: half of a mask such as `s * m - 1e4 * (1 - m)`."""
         return self.kind in ("scale", "div") and self.term is not None and self.term.relayout.merged[3] != 1
 
 
