@@ -133,8 +133,12 @@ def check_mutation(walk: Walk, program: Sequence[Step], operands: Sequence[Opera
     for operand, original in zip(operands, (walk.query, walk.key, walk.value), strict=True):
         copied = [order[node] for node in _chain(original, operand.node) if node.target in _COPIES]
         read_from[_root(original)] = min([start, *copied])
-    for node in [*walk.body, *(term.node for term in term_operands(program))]:
+    for node in walk.body:
         read_from.setdefault(_root(node), start)
+    last_first = sorted(walk.body, key=order.__getitem__, reverse=True)
+    read_at = {_root(read): order[node] for node in last_first for read in node.all_input_nodes}
+    for term in term_operands(program):  # may be finished in place before it joins the scores
+        read_from.setdefault(_root(term.node), read_at.get(_root(term.node), start))
     for node, position in order.items():
         for target in written_arguments(node) if position < end else ():
             if position > read_from.get(_root(target), end):
