@@ -5,22 +5,21 @@ Tokens are counted in blocks of `BLOCK`. A query of block b sees, causally and b
     near     every token from position b * BLOCK - window on, itself the last
     kept     of all earlier tokens the first `sinks`, and the `salient` ones with the largest scores
 
-A score says how much attention a token got: the squares of the weights that queries gave it, because a token
-that one query wants is worth more than one that many look at a little. What the queries of block b - 3 gave
-is counted before block b, and what was counted earlier is then worth `DECAY` of itself. After that the tokens
-that are near for block b - 1 and not for block b compete with those that are kept. So a query reads a
-selection that depends only on tokens at least `DELAY` older than itself: trees that deep, and rewinds that
-long, see selections of committed tokens alone (as long as the window is no narrower).
+A score says how much attention a token got. The weights that the queries of block b - 3 gave are counted
+before block b, and what was counted earlier is then worth `DECAY` of itself. After that the tokens that are
+near for block b - 1 and not for block b compete with those that are kept. So a query reads a selection that
+depends only on tokens at least `DELAY` older than itself: trees that deep, and rewinds that long, see
+selections of committed tokens alone (as long as the window is no narrower).
 
 Heavy hitters by accumulated attention are those of H2O (arXiv 2306.14048), the first tokens those of
-StreamingLLM (arXiv 2309.17453); squares, average, delay and blocks are ours.
+StreamingLLM (arXiv 2309.17453); average, delay and blocks are ours.
 
 State of one layer, K = sinks + salient rows that are kept, R rows of a ring; rows of the batch independent:
 
     keys    [B, Hkv, K + R, D]       kept tokens in any order, then position p in row K + p % R
     values  [B, Hkv, K + R, Dv]
     scores  [B, Hkv, K + R] float32  infinite for sinks, minus infinite where nothing is kept
-    votes   [B, Hkv, P, K + R]       squares that are not yet counted: one row for a block of queries, or for
+    votes   [B, Hkv, P, K + R]       weights given and not yet counted: one row for a block of queries, or for
                                      each query where tokens can be taken back
     length  [B] int64                tokens so far
     block   [B] int64                the block that the kept tokens were chosen for
@@ -35,7 +34,7 @@ from torch import Tensor
 
 BLOCK = 32
 DELAY = 2 * BLOCK
-DECAY = 0.8
+DECAY = 0.9
 
 
 class Sizes(NamedTuple):
@@ -154,7 +153,7 @@ def advance(state: State, sizes: Sizes, due: Tensor | None = None) -> tuple[Stat
 
 
 def _counted(state: State, sizes: Sizes) -> Tensor:
-    """The scores after the votes that are counted before the next block, [B, Hkv, K + R]."""
+    """The scores after the weights that are counted before the next block, [B, Hkv, K + R]."""
     each = queries_per_vote(state, sizes)
     first = (state.block * BLOCK - DELAY) // each
     index = (first[:, None] + torch.arange(BLOCK // each, device=first.device)) % state.votes.shape[2]

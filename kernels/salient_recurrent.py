@@ -174,12 +174,12 @@ def _attend(
         if ahead:  # only where tokens can be taken back
             now, rows = advance(now, sizes)
             source = rows if source is None else source.gather(2, rows)
-        found, given = _look(query, now, sizes, rule, position, here & (wanted == ahead))
+        found, weights = _look(query, now, sizes, rule, position, here & (wanted == ahead))
         if source is not None:  # in the order of the rows of `state`
-            index = source[:, :, None].expand(given.shape)
-            given = torch.zeros_like(given).scatter_add_(3, index, given)
+            index = source[:, :, None].expand(weights.shape)
+            weights = torch.zeros_like(weights).scatter_add_(3, index, weights)
         out = found if out is None else out + found
-        votes = given if votes is None else votes + given
+        votes = weights if votes is None else votes + weights
     assert out is not None and votes is not None
     _vote(state, votes, sizes, position, here)
     return out
@@ -188,26 +188,26 @@ def _attend(
 def _look(
     query: Tensor, state: State, sizes: Sizes, rule: Scores, position: Tensor, here: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Outputs [B, Hkv, R, T, Dv] of the queries that are `here` [B, T], zeros elsewhere, and their votes for
-    each row, [B, Hkv, T, K + R]."""
+    """Outputs [B, Hkv, R, T, Dv] of the queries that are `here` [B, T], zeros elsewhere, and the weights that
+    they give to each row, [B, Hkv, T, K + R]."""
     later = positions(state, sizes)[:, None] > position[:, :, None]  # [B, T, R]
     later = torch.cat([later.new_zeros(*later.shape[:2], sizes.kept), later], 2)
     hidden = ~seen(state, sizes)[:, :, None] | later[:, None] | ~here[:, None, :, None]
     out, weights = attend(query, widen(state.keys), widen(state.values), hidden, rule)
-    return out, weights.nan_to_num(nan=0.0).square().sum(2)  # what is not a number gives no votes
+    return out, weights.nan_to_num(nan=0.0).sum(2)  # what is not a number gives no votes
 
 
-def _vote(state: State, votes: Tensor, sizes: Sizes, position: Tensor, here: Tensor) -> None:
-    """Keep the votes [B, Hkv, T, K + R] of the queries at `position` [B, T] until they are counted."""
+def _vote(state: State, weights: Tensor, sizes: Sizes, position: Tensor, here: Tensor) -> None:
+    """Keep the weights [B, Hkv, T, K + R] of the queries at `position` [B, T] until they are counted."""
     if queries_per_vote(state, sizes) > 1:  # all queries are of the block that the state is for
         index = (state.block % state.votes.shape[2])[:, None, None, None]
-        index = index.expand(-1, votes.shape[1], 1, votes.shape[3])
-        state.votes.scatter_add_(2, index, votes.sum(2, keepdim=True).to(state.votes.dtype))
+        index = index.expand(-1, weights.shape[1], 1, weights.shape[3])
+        state.votes.scatter_add_(2, index, weights.sum(2, keepdim=True).to(state.votes.dtype))
     else:
-        index = (position % state.votes.shape[2])[:, None, :, None].expand(votes.shape)
+        index = (position % state.votes.shape[2])[:, None, :, None].expand(weights.shape)
         old = state.votes.gather(2, index)
         state.votes.scatter_(
-            2, index, torch.where(here[:, None, :, None], votes.to(state.votes.dtype), old)
+            2, index, torch.where(here[:, None, :, None], weights.to(state.votes.dtype), old)
         )
 
 

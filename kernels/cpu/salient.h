@@ -16,7 +16,7 @@ namespace linearize {
 namespace {
 
 constexpr int64_t SALIENT_DELAY = 64;
-constexpr float SALIENT_DECAY = 0.8f;
+constexpr float SALIENT_DECAY = 0.9f;
 constexpr int32_t UNSEEN = std::numeric_limits<int32_t>::max();
 constexpr int64_t SHORT_SPAN = 12;  // rows of queries that are faster one by one
 constexpr int64_t SHORT_TAIL = 4;   // tokens
@@ -292,7 +292,7 @@ struct SalientUnit {
       float* weight = scores + q * padded;
       const int64_t own = start + q % count;
       if (!soften(seen_at, padded, weight, own) && !soften_in_double(q, own)) continue;  // NaN gives no votes
-      for (int64_t l = 0; l < rows; l++) vote[l] += weight[l] * weight[l];
+      for (int64_t l = 0; l < rows; l++) vote[l] += weight[l];
     }
     product<ROWS, SET>(outputs, width, scores, padded, values, value_stride, queries_in_all, width, rows);
     // 0 * NaN is NaN: a query that does not see a value must get nothing from it.

@@ -4,7 +4,7 @@
     and what `kernels/salient_tail.py` estimates of all other tokens is added
 
     window: the last `window` tokens, and up to 31 before them    sinks: the first `sinks` tokens
-    salient: per key/value head, the `salient` tokens that got most attention, as an exponential average
+    salient: per key/value head, `salient` tokens that got most attention, as an exponential average
 
 The idea of the paper (arXiv 2406.07368), near tokens by their scores and a masked depthwise convolution, with
 a near part that a pretrained softmax model needs no training for. The first tokens are those of StreamingLLM
@@ -326,7 +326,7 @@ def naive(
         return (scores if softcap is None else (scores / softcap).tanh() * softcap).softmax(-1)
 
     score, kept = [0.0] * length, list[int]()
-    given: list[dict[int, float]] = []  # for each block the votes of its queries
+    given: list[dict[int, float]] = []  # for each block the weights that its queries gave
     if not causal:
         voters = [place * length // salient_chunk.VOTERS for place in range(salient_chunk.VOTERS)]
         mass = weights_of(query[:, voters], key).nan_to_num(0).sum((0, 1))
@@ -339,17 +339,16 @@ def naive(
             given.append({})
             if block > 0:
                 score = [salient.DECAY * s for s in score]
-                for j, vote in given[block - 3].items() if block >= 3 else ():
-                    score[j] += vote
+                for j, weight in given[block - 3].items() if block >= 3 else ():
+                    score[j] += weight
                 rivals = [*kept, *range(max(0, first - salient.BLOCK), first)]
                 kept = sorted(rivals, key=lambda j: -math.inf if j < sinks else -score[j])[: sinks + number]
         near = range(first, t + 1) if causal else range(max(0, t - window), min(length, t + window + 1))
         visible = [*near, *(j for j in kept if j not in near)]
         weights = weights_of(query[:, t], key[visible])
         out[:, t] = weights @ value[visible]
-        votes = weights.nan_to_num(0).square().sum(0).tolist()
-        for j, vote in zip(visible, votes, strict=True) if causal else ():
-            given[-1][j] = given[-1].get(j, 0.0) + vote
+        for j, weight in zip(visible, weights.nan_to_num(0).sum(0).tolist(), strict=True) if causal else ():
+            given[-1][j] = given[-1].get(j, 0.0) + weight
     return out
 
 

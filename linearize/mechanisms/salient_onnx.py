@@ -4,8 +4,8 @@
 
     past_window     [B, Hkv, R, D + Dv]  [key | value] of the kept tokens, those that are kept for ever first,
                                          then of the last window + 32, newest last
-    past_recurrent  [B, Hkv, R, 4]       of the same tokens: score, then the votes of the queries of the
-                                         last three blocks, the newest block's last
+    past_recurrent  [B, Hkv, R, 4]       of the same tokens: score, then the weights that the queries of the
+                                         last three blocks gave, the newest block's last
 
 Nothing else is needed, because the rest follows from past_length. A selection is made when the first token
 of a block comes, so the state is for the block of its last token; how many rows are kept, and which of them
@@ -267,8 +267,7 @@ def _body(op: Any, call: Any, conv_weight: Any, *, capped: bool) -> tuple[Any, A
         keys, values = op.split(rows, heads.dim, heads.value_dim)
         scores = sizes.scores(op, op.MatMul(queries, op.Transpose(keys, perm=[0, 1, 3, 2])))
         weights = op.Softmax(op.Where(visible, scores, -_MOST), axis=-1)
-        squares = op.Transpose(op.Mul(weights, weights), perm=[0, 1, 3, 2])
-        counts = op.Add(counts, op.MatMul(squares, votes))
+        counts = op.Add(counts, op.MatMul(op.Transpose(weights, perm=[0, 1, 3, 2]), votes))
         taps = op.Transpose(op.Gather(conv_weight, lags, axis=1), perm=[1, 0, 2, 3])
         out = op.MatMul(op.Add(weights, op.Reshape(taps, band)), values)
         return rows, counts, out
