@@ -185,7 +185,7 @@ def test_what_it_does_not_take_is_left_to_the_torch_form() -> None:
         cast = state._replace(**{name: getattr(state, name).to(dtype)})
         assert str(dtype) in (why(cast) or "")
         with pytest.raises(ValueError, match="does not take"):
-            compiled.extend(query, key, value, cast, sizes, SCALE, None, None, None)
+            compiled.extend(query, key, value, cast, sizes, RULE, None, None, None)
     out = registered_salient._after(
         *(x.double() for x in (query, key, value)), empty(sizes, dims, torch.float64), sizes, RULE
     )
