@@ -93,10 +93,11 @@ def linearize(
     examples = example_inputs(model, inputs)
     with Snapshot(model):
         with quiet_run(model):
-            outputs = [run_model(model, example) for example in examples]
+            for example in examples:
+                run_model(model, example)
             report = search(model, examples)
             plan = plan_sites(model, report, settings)
-            recording = record(model, list(plan.owners), examples, outputs)
+            recording = record(model, list(plan.owners), examples)
             plan = apply_exact(model, plan, recording, settings, report)
             prove_exact(model, plan, recording)
             apply_mechanism(model, plan, settings)

@@ -58,17 +58,9 @@ class Recording:
         self.hidden = sequences if known is None or known.shape != sequences.shape else known | sequences
 
 
-def record(
-    model: nn.Module,
-    paths: Sequence[str],
-    inputs: Sequence[Mapping[str, Any]],
-    outputs: Sequence[tuple[Tensor, ...]],
-) -> Recording:
-    """Run the original and keep what `verify` compares with. Call inside `quiet_run`.
-
-    outputs: of `run_model` on every one of the inputs.
-    """
-    recording = Recording(inputs, outputs=list(outputs))
+def record(model: nn.Module, paths: Sequence[str], inputs: Sequence[Mapping[str, Any]]) -> Recording:
+    """Run the original and keep what `verify` compares with. Call inside `quiet_run`."""
+    recording = Recording(inputs)
     first: dict[str, tuple[tuple[Any, ...], dict[str, Any], Any]] = {}
     handles = []
     for path in dict.fromkeys(paths):
@@ -79,10 +71,12 @@ def record(
 
         handles.append(model.get_submodule(path).register_forward_hook(hook, with_kwargs=True))
     try:
-        run_model(model, inputs[0])
+        # With hooks, torch's own modules leave their fused path, as they do once rewritten.
+        recording.outputs.append(run_model(model, inputs[0]))
     finally:
         for handle in handles:
             handle.remove()
+    recording.outputs += [run_model(model, example) for example in inputs[1:]]
     recording.generated = [decode(model, example) for example in inputs]
     recording.cache = cache_proof(model, inputs, recording.generated)
     for path, (args, kwargs, output) in first.items():

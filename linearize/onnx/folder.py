@@ -138,6 +138,8 @@ def _finish(scratch: Path, home: Path) -> None:
         (home / name).unlink(missing_ok=True)
     (home / NOTE).unlink()
     (scratch / KEPT).unlink()
+    for name in names["files"]:  # onnx refuses weights that have a second name
+        (scratch / name).unlink(missing_ok=True)
 
 
 def _names(note: Path, key: str) -> list[str]:
