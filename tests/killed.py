@@ -5,18 +5,30 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
+
+from tqdm import tqdm
 
 STEPS = ("replace", "rename", "link", "unlink", "rmdir", "mkdir")
 """The changes of a folder at which it may end."""
 
 
+def forked() -> int:
+    """As `os.fork`, with a lock of its own for progress bars: all processes share that of tqdm, and who is
+    killed while it has that one stops the others for ever."""
+    child = os.fork()
+    if child == 0:
+        tqdm.set_lock(threading.RLock())
+    return child
+
+
 def killed_at(step: int, work: Callable[[], object]) -> bool:
     """Do some work in a process that ends, without a word, before its `step`-th change of a folder; False
     where the work has no such."""
-    child = os.fork()
+    child = forked()
     if child == 0:
         count = iter(range(100_000))
 
@@ -40,7 +52,7 @@ def killed_at(step: int, work: Callable[[], object]) -> bool:
 @contextlib.contextmanager
 def working(work: Callable[[], object]) -> Iterator[None]:
     """A process that does some work again and again; it is killed (SIGKILL) at the end."""
-    child = os.fork()
+    child = forked()
     if child == 0:
         try:
             while True:
