@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 STEPS = ("replace", "rename", "link", "unlink", "rmdir", "mkdir")
 """The changes of a folder at which it may end."""
