@@ -102,7 +102,8 @@ def one(cpu: Any, isa: str) -> None:
 
 def exact(package: str, isa: str) -> None:
     """The entries for exact attention to near and kept tokens: after a state, its gradient, and both ways."""
-    salient, after, both = (importlib.import_module(f"{package}.{x}") for x in _EXACT)
+    salient, softmax, after, both = (importlib.import_module(f"{package}.{x}") for x in _EXACT)
+    rule = softmax.Scores(0.3, draw.choice((None, 2.0)))
     shapes, sizes = Shapes(), salient.Sizes(*(draw.choice((0, 1, 5, 40)) for _ in range(3)))
     batch, kv_heads, repeats = shapes.batch, shapes.kv_heads, shapes.heads // shapes.kv_heads
     tail = draw.choice((None, torch.randn(shapes.heads, shapes.value_dim, shapes.dim + shapes.value_dim + 1)))
@@ -116,19 +117,22 @@ def exact(package: str, isa: str) -> None:
         count = draw.choice((None, torch.randint(0, length + 1, (batch,))))
         taps = draw.choice((1, 3, 33))
         conv = draw.choice((None, torch.randn(shapes.heads, taps)))
-        both.attend(query, key, value, sizes, 0.3, conv, tail, count, isa=isa)
+        both.attend(query, key, value, sizes, rule, conv, tail, count, isa=isa)
         rows = query.unflatten(1, (kv_heads, repeats))
         taps = min(taps, sizes.window + 1)
         tables = None if conv is None else conv[:, :taps], tail
         tables = tuple(None if x is None else x.unflatten(0, (kv_heads, repeats)) for x in tables)
-        out = after.extend(rows, key, value, state, sizes, 0.3, *tables, count, isa=isa)
+        out = after.extend(rows, key, value, state, sizes, rule, *tables, count, isa=isa)
         blocks = -(-length // salient.BLOCK)
         places = torch.randint(-1, length, (batch, kv_heads, blocks, sizes.kept))
         places = places.minimum(torch.arange(blocks)[:, None] * salient.BLOCK)  # none that comes later
-        after.backward(torch.randn_like(out), rows, key, value, places, sizes, 0.3, count, isa=isa)
+        bounds = torch.tensor(sorted(draw.choices(range(length + 1), k=draw.randint(1, batch) + 1)))
+        flat = after.Flat(torch.randperm(batch)[: len(bounds) - 1], bounds[:-1], bounds.diff())
+        after.extend_flat(rows[:1], key[:1], value[:1], state, sizes, rule, *tables, flat)
+        after.backward(torch.randn_like(out), rows, key, value, places, sizes, rule, count, isa=isa)
 
 
-_EXACT = ("salient", "cpu.salient", "cpu.bidirectional")
+_EXACT = ("salient", "softmax", "cpu.salient", "cpu.bidirectional")
 
 
 def main() -> None:
