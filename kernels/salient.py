@@ -27,6 +27,7 @@ State of one layer, K = sinks + salient rows that are kept, R rows of a ring; ro
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -58,6 +59,19 @@ class State(NamedTuple):
     votes: Tensor
     length: Tensor
     block: Tensor
+
+
+@dataclass(frozen=True)
+class Flat:
+    """Sequences that lie end to end in one row of tokens, and whose states are rows of a larger state.
+
+    All int64 [B] on the CPU: slots, the rows of the state, no two the same; first, the token that each
+    sequence begins at; count, how many it has.
+    """
+
+    slots: Tensor
+    first: Tensor
+    count: Tensor
 
 
 def new(

@@ -9,13 +9,14 @@ import json
 import random
 import shutil
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from live_models import llama
+from records import entries
 from tiny_gguf import tiny_gguf
 
 import linearize as lz
@@ -29,18 +30,10 @@ VALUES: tuple[Any, ...] = (
 )  # fmt: skip
 
 
-def places(data: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
-    if path:
-        yield path
-    if isinstance(data, dict | list):
-        for key in data if isinstance(data, dict) else range(len(data)):
-            yield from places(data[key], (*path, key))
-
-
 def edited(file: Path, draw: random.Random) -> str:
     """Put another value into a file of JSON; where and which."""
     data = json.loads(file.read_text())
-    path, value = draw.choice(list(places(data))), draw.choice(VALUES)
+    path, value = draw.choice(list(entries(data))), draw.choice(VALUES)
     at = data
     for part in path[:-1]:
         at = at[part]

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..salient import BLOCK, DELAY, Sizes, State
+from ..salient import BLOCK, DELAY, Flat, Sizes, State
 from ..softmax import Scores
 from . import DTYPES
 from .library import Laid, parameter, place, run, table, threads_for
@@ -94,19 +93,6 @@ def extend(
     run("linearize_salient", fields, isa, threads_for(_work(query, value, sizes)))
     del kept  # the kernel read what they hold
     return out.unflatten(1, (kv_heads, shared))
-
-
-@dataclass(frozen=True)
-class Flat:
-    """Sequences that lie end to end in one row of tokens, and whose states are rows of a larger state.
-
-    All int64 [B] on the CPU: slots, the rows of the state, no two the same; first, the token that each
-    sequence begins at; count, how many it has.
-    """
-
-    slots: Tensor
-    first: Tensor
-    count: Tensor
 
 
 class Weights:

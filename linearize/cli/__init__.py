@@ -47,14 +47,15 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for _name, _command in COMMANDS.items():
-    app.command(_name, **_SETTINGS.get(_name, {}))(grouped(_command))
+_GROUPED = {name: grouped(command) for name, command in COMMANDS.items()}
+for _name, _command in _GROUPED.items():
+    app.command(_name, **_SETTINGS.get(_name, {}))(_command)
 
 
 _PATHS = {
     f"--{name.replace('_', '-')}"
-    for command in COMMANDS.values()
-    for name, parameter in inspect.signature(grouped(command)).parameters.items()
+    for command in _GROUPED.values()
+    for name, parameter in inspect.signature(command).parameters.items()
     if takes_path(parameter)
 }
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from ..errors import ExportError
+from ..kernels.salient import Flat
 from ..ops.state import States
 from .onnx_form import Nodes
 from .spec import SiteSpec
@@ -105,9 +106,7 @@ class AttentionModule(nn.Module):
         key: Tensor,
         value: Tensor,
         state: States,
-        slots: Tensor,
-        first: Tensor,
-        count: Tensor,
+        flat: Flat,
     ) -> Tensor | None:
         """`extend` of many sequences that lie end to end, on states that are not copied.
 
@@ -116,9 +115,7 @@ class AttentionModule(nn.Module):
             key: [T, Hkv, D].
             value: [T, Hkv, Dv].
             state: Of all slots; brought up to date in place.
-            slots: int64 [B] on the CPU, the row of the state of each sequence, no two the same.
-            first: int64 [B] on the CPU, the token that each sequence begins at.
-            count: int64 [B] on the CPU, how many tokens each has.
+            flat: Which tokens and which rows of the state are whose.
 
         Returns:
             [T, H, Dv] in the dtype of `value`, zeros for tokens of no sequence; None where this attention has

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..kernels import registered_salient, salient
+from ..kernels.salient import Flat
 from ..kernels.softmax import Scores
 from ..kernels.tensors import as_autocast, runs_at_once
 from ..ops.arguments import check, check_held
@@ -77,9 +78,7 @@ class SalientCalls(ComposedAttention):
         key: Tensor,
         value: Tensor,
         state: States,
-        slots: Tensor,
-        first: Tensor,
-        count: Tensor,
+        flat: Flat,
     ) -> Tensor | None:
         part, *apart = state.parts
         assert isinstance(part, SalientState)
@@ -93,8 +92,8 @@ class SalientCalls(ComposedAttention):
         joined, known = (self._joined_weight(), self._joined_tail()), part.ready.weights
         if known is None or not known.fits(*joined):
             part.ready.weights = known = compiled.Weights(*joined)
-        flat, options = compiled.Flat(slots, first, count), (self.sizes, self.rule)
-        found = compiled.extend_flat(rows, key, value, part.tensors, *options, *known.speaking, flat)
+        options = self.sizes, self.rule, *known.speaking
+        found = compiled.extend_flat(rows, key, value, part.tensors, *options, flat)
         return self.merge_heads(found)[0].transpose(0, 1).to(value.dtype)
 
     def may_be_one_call(self, query: Tensor, key: Tensor, value: Tensor) -> bool:

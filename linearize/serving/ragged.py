@@ -9,26 +9,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..kernels.salient import Flat
 from ..ops.state import States
 from .slots import Layout, put, take
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Which tokens of a flat batch are whose: row r has count[r] of them, from first[r] on.
+    """Which tokens of a flat batch are whose.
 
     Attributes:
-        slots: int64 [R], no two the same.
-        first: int64 [R].
-        count: int64 [R], at least 1.
+        flat: Of R rows, each of at least one token.
         fresh: int64 [n], slots of sequences that begin in this batch.
         singles: How many rows at the front have one token, which are the first tokens of the batch.
         tokens: Of all rows together.
     """
 
-    slots: Tensor
-    first: Tensor
-    count: Tensor
+    flat: Flat
     fresh: Tensor
     singles: int
     tokens: int
@@ -46,7 +43,8 @@ class Batch:
         count = bounds.diff()
         several = (count != 1).nonzero()
         singles = int(several[0]) if len(several) else len(count)
-        return cls(slots, bounds[:-1], count, slots[lengths == count], singles, int(bounds[-1]))
+        flat = Flat(slots, bounds[:-1], count)
+        return cls(flat, slots[lengths == count], singles, int(bounds[-1]))
 
 
 @torch.no_grad()
@@ -72,19 +70,20 @@ def attend(
     tokens = query, key, value
     if batch.tokens < query.shape[0]:
         tokens = query[: batch.tokens], key[: batch.tokens], value[: batch.tokens]
-    flat = module.extend_flat(*tokens, states, batch.slots, batch.first, batch.count)
-    if flat is not None:
-        return flat if len(flat) == len(query) else F.pad(flat, (0, 0, 0, 0, 0, len(query) - len(flat)))
+    rows = batch.flat
+    found = module.extend_flat(*tokens, states, rows)
+    if found is not None:
+        return found if len(found) == len(query) else F.pad(found, (0, 0, 0, 0, 0, len(query) - len(found)))
     out = value.new_zeros(query.shape[0], query.shape[1], value.shape[2])
     if batch.singles:
-        slots = batch.slots[: batch.singles]
+        slots = rows.slots[: batch.singles]
         some = take(states, slots)
         one = module.extend(*(x[: batch.singles, :, None] for x in tokens), some)
         put(states, slots, some)
         out[: batch.singles] = one[:, :, 0]
-    for row in range(batch.singles, len(batch.slots)):
-        slots, start = batch.slots[row : row + 1], int(batch.first[row])
-        end = start + int(batch.count[row])
+    for row in range(batch.singles, len(rows.slots)):
+        slots, start = rows.slots[row : row + 1], int(rows.first[row])
+        end = start + int(rows.count[row])
         some = take(states, slots)
         several = module.extend(*(x[start:end].transpose(0, 1)[None] for x in tokens), some)
         put(states, slots, some)

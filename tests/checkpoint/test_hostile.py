@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from records import entries
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -65,15 +65,6 @@ FREE = ("source", "message")
 """Texts for people; any is one."""
 
 
-def leaves(data: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
-    """The paths of all entries of a record, those that hold others as well."""
-    if path:
-        yield path
-    if isinstance(data, dict | list):
-        for key in data if isinstance(data, dict) else range(len(data)):
-            yield from leaves(data[key], (*path, key))
-
-
 def means_the_same(path: tuple[Any, ...], old: Any, new: Any) -> bool:
     """What an entry may be instead: what is valid, in the words of the documentation of each."""
     name = path[-1] if isinstance(path[-1], str) else path[-2]
@@ -119,7 +110,7 @@ def test_every_entry_of_a_record_with_every_wrong_value_is_refused(
     assert accepts(record)
     tries = 0
     wrongly: list[str] = []
-    for path in leaves(record):
+    for path in entries(record):
         for value in WRONG:
             edited = copy.deepcopy(record)
             at = edited
@@ -135,7 +126,7 @@ def test_every_entry_of_a_record_with_every_wrong_value_is_refused(
 
 
 def test_an_entry_too_many_or_too_few_is_refused_where_it_matters(record: dict[str, Any]) -> None:
-    objects = [path for path in [(), *leaves(record)] if isinstance(_at(record, path), dict)]
+    objects = [path for path in [(), *entries(record)] if isinstance(_at(record, path), dict)]
     for path in objects:
         edited = copy.deepcopy(record)
         _at(edited, path)["surprise"] = 1
@@ -327,7 +318,7 @@ def test_every_entry_of_a_record_of_heads_with_every_wrong_value_is_refused(
     heads.save(tmp_path)
     file = tmp_path / "medusa_heads.json"
     record = json.loads(file.read_text())
-    for path in leaves(record):
+    for path in entries(record):
         for value in WRONG:
             edited = copy.deepcopy(record)
             _at(edited, path[:-1])[path[-1]] = value

@@ -127,7 +127,7 @@ def exact(package: str, isa: str) -> None:
         places = torch.randint(-1, length, (batch, kv_heads, blocks, sizes.kept))
         places = places.minimum(torch.arange(blocks)[:, None] * salient.BLOCK)  # none that comes later
         bounds = torch.tensor(sorted(draw.choices(range(length + 1), k=draw.randint(1, batch) + 1)))
-        flat = after.Flat(torch.randperm(batch)[: len(bounds) - 1], bounds[:-1], bounds.diff())
+        flat = salient.Flat(torch.randperm(batch)[: len(bounds) - 1], bounds[:-1], bounds.diff())
         after.extend_flat(rows[:1], key[:1], value[:1], state, sizes, rule, *tables, flat)
         after.backward(torch.randn_like(out), rows, key, value, places, sizes, rule, count, isa=isa)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from linearize.kernels.salient import Flat
 from torch import Tensor
 
 import linearize as lz
@@ -143,7 +144,7 @@ def test_the_compiled_call_changes_what_it_is_given_and_nothing_else(dtype: torc
     query, key, value = (x.to(dtype) for x in sequence(SPEC, 300, 0))
     batch = [torch.tensor(x) for x in ([3, 1], [100, 5], [150, 90])]
     with torch.no_grad():
-        found = module.extend_flat(query, key, value, states, *batch)
+        found = module.extend_flat(query, key, value, states, Flat(*batch))
         assert found is not None
         for slot, first, count in zip(*map(Tensor.tolist, batch), strict=True):
             own = module.new_state(1, dtype=dtype, device=CPU)
@@ -165,7 +166,7 @@ def test_what_is_not_there_is_not_read(wrong: tuple[list[int], ...]) -> None:
     layout = Layout.of(module, torch.float32, CPU)
     states = layout.over(torch.zeros(4, layout.nbytes, dtype=torch.uint8))
     with torch.no_grad(), pytest.raises(ValueError, match="not there"):
-        module.extend_flat(*sequence(SPEC, 10, 0), states, *map(torch.tensor, wrong))
+        module.extend_flat(*sequence(SPEC, 10, 0), states, Flat(*map(torch.tensor, wrong)))
 
 
 def test_weights_that_are_changed_are_heard() -> None:
@@ -179,7 +180,7 @@ def test_weights_that_are_changed_are_heard() -> None:
         module.conv_weight.fill_(taps)
         layout.clear(states, batch[0])
         with torch.no_grad():
-            outputs.append(module.extend_flat(*tokens, states, *batch))
+            outputs.append(module.extend_flat(*tokens, states, Flat(*batch)))
         torch.testing.assert_close(outputs[-1], alone(module, 150, 0), rtol=1e-4, atol=1e-5)
     assert not torch.equal(outputs[0], outputs[1])
     assert not torch.equal(outputs[1], outputs[2])
