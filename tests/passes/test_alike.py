@@ -25,10 +25,10 @@ class Block(nn.Module):
         self.qkv, self.out = nn.Linear(16, 48), nn.Linear(16, 16)
         self.scale = 0.5
 
-    def forward(self, x: Tensor, *more: Any) -> Tensor:
+    def forward(self, x: Tensor, seen: Tensor | None = None) -> Tensor:
         q, k, v = (part.unflatten(-1, (2, 8)).transpose(1, 2) for part in self.qkv(x).chunk(3, -1))
         scores = q @ k.mT * self.scale
-        seen = self.mask(self, x)
+        seen = self.mask(self, x) if seen is None else seen
         if seen is not None:
             scores = scores.masked_fill(~seen, float("-inf"))
         return x + self.out((scores.softmax(-1) @ v).transpose(1, 2).flatten(2))
@@ -48,6 +48,16 @@ class Stack(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         for block in self.blocks:
             x = block(*(self.between(self, x) if self.between is not None else (x,)))
+        return x
+
+
+class Told(Stack):
+    """Each block is called with its mask: the last one with a narrower one."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide, narrow = causal(None, x), windowed(None, x, 3)
+        for block in self.blocks:
+            x = block(x, wide if block.number < DEPTH - 1 else narrow)
         return x
 
 
@@ -174,6 +184,7 @@ DIFFERENT: dict[str, Callable[[], nn.Module]] = {
     "another function": lambda: Stack(causal, edit=lambda b: setattr(b[3], "mask", by_hidden)),
     "a hook": lambda: Stack(causal, edit=with_one_hook),
     "another forward": lambda: Stack(causal, edit=with_one_forward),
+    "a mask that it is called with": lambda: Told(causal),
     "a mask from the hidden states": lambda: Stack(by_hidden),
 }
 
