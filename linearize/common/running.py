@@ -85,7 +85,7 @@ def shapes(inputs: Mapping[str, Any]) -> str:
 def floats(output: Any) -> tuple[Tensor, ...]:
     """The floating tensors of a model's output, in order; caches are left out."""
     if isinstance(output, Tensor):
-        return (output.detach(),) if output.is_floating_point() else ()
+        return (output,) if output.is_floating_point() else ()
     if isinstance(output, Mapping):
         return tuple(t for key, value in output.items() if "past" not in str(key) for t in floats(value))
     if isinstance(output, (tuple, list)):

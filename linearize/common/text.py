@@ -19,11 +19,8 @@ IGNORED = -100
 
 
 def sequences(data: Any, tokenizer: Any) -> list[Tensor]:
-    """Sequences int64 `[n]` of ids or texts. Raises InputError for anything else."""
-    if isinstance(data, Tensor):
-        items: Iterable[Any] = data if data.dim() == 2 else [data]
-    else:
-        items = [data] if isinstance(data, str) else data
+    """Sequences int64 `[n]` of texts, or of ids `[n]` or `[B, n]`. Raises InputError for anything else."""
+    items: Iterable[Any] = [data] if isinstance(data, Tensor | str) else data
     found = []
     for item in items:
         if isinstance(item, str):
@@ -35,9 +32,9 @@ def sequences(data: Any, tokenizer: Any) -> list[Tensor]:
             tensor = torch.as_tensor(item)
         except (TypeError, ValueError, RuntimeError) as error:
             raise wrong from error
-        if tensor.dim() != 1 or (tensor.is_floating_point() and len(tensor)):
+        if tensor.dim() not in (1, 2) or (tensor.is_floating_point() and len(tensor)):
             raise wrong
-        found.append(tensor.long().cpu())
+        found += [row.long().cpu() for row in (tensor if tensor.dim() == 2 else [tensor])]
     return found
 
 

@@ -50,9 +50,7 @@ def sequences_in(data: Any, tokenizer: Any) -> Iterator[Tensor]:
         return
     for item in data:
         if not isinstance(item, Mapping):
-            # A batch [B, n] among several, or one sequence or text.
-            batch = isinstance(item, Tensor) and item.dim() == 2
-            yield from sequences(item if batch else [item], tokenizer)
+            yield from sequences([item], tokenizer)
             continue
         other = sorted(set(item) - {"input_ids", "attention_mask", "labels"})
         if "input_ids" not in item or other:

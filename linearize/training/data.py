@@ -184,10 +184,10 @@ def _blocks(items: Sequence[Any], tokenizer: Any, context: int) -> list[Tensor]:
     end = getattr(tokenizer, "eos_token_id", None)
     pieces: list[Tensor] = []
     for item in items:
-        piece = sequences([item], tokenizer)[0]
-        pieces.append(piece)
-        if isinstance(item, str) and isinstance(end, int) and (not len(piece) or int(piece[-1]) != end):
-            pieces.append(torch.tensor([end]))
+        found = sequences([item], tokenizer)
+        if isinstance(item, str) and isinstance(end, int) and found[0][-1:].tolist() != [end]:
+            found.append(torch.tensor([end]))
+        pieces += found
     joined = torch.cat(pieces) if pieces else torch.zeros(0, dtype=torch.long)
     if len(joined) < 2:
         raise InputError(f"the data has {len(joined)} token(s), too few to learn from: give more")

@@ -43,14 +43,15 @@ def plan(
     again: the one that lowers the divergence most. (What layers cost together is not the sum of what each
     costs alone.)
 
-    With `state_bytes` it measures each layer alone in several sizes: those given times 1/4, 1/2, 1, 2 and 4.
-    Then it spends the bytes step by step on what takes off most divergence for a byte. The answer is that, or
-    one size for all layers where that is measured to be better.
+    With `state_bytes` it estimates, from gradients, what each layer alone costs in several sizes: those given
+    times 1/4, 1/2, 1, 2 and 4. Then it spends the bytes step by step on what takes off most divergence for a
+    byte. The answer is that, or one size for all layers where that is measured to be better. The layers are
+    as converted then, not calibrated.
 
     Args:
         model: An unconverted model.
-        batches: Dicts of the model's keyword arguments, or token ids int64 `[B, T]`. The linear layers are
-            calibrated on them.
+        batches: Dicts of the model's keyword arguments, or token ids int64 `[B, T]`. Without `state_bytes`
+            the linear layers are calibrated on them.
         budget: How many layers may stay softmax, besides those that `config` keeps: an int, or a float below
             1 for a share of the layers that `config` rewrites. With `state_bytes` it may be left out: none.
         max_divergence: Instead of a budget: use as few softmax layers as bring the divergence from the
@@ -86,7 +87,7 @@ def plan(
     sizes = [settings] if state_bytes is None else sizes_of(settings)
     given = _gather(batches)
     measured = _first(given, max_tokens)
-    with switchable(model, inputs, sizes, given) as layers:
+    with switchable(model, inputs, sizes, given if state_bytes is None else None) as layers:
         most = _most(budget, state_bytes, len(layers.paths))
         meter = Meter(model, layers, measured, wanted_lengths)
         if state_bytes is not None:

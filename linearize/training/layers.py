@@ -1,14 +1,15 @@
 """The attention layers of a model, switched between softmax and linear forms, and what each set costs.
 
-Every figure is about a model that a user can have: layers are rewritten and calibrated exactly as `linearize`
-and `calibrate` do it, and calibration fits each layer to what it gets in the original, whatever the other
-layers become. So the layers are converted once for each setting, and then switched.
+Every figure is about a model that a user can have: layers are rewritten, and calibrated if asked for, as
+`linearize` and `calibrate` do it. Calibration fits each layer to what it gets in the original, whatever the
+other layers become. So the layers are converted once for each setting, and then switched.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -28,6 +29,7 @@ from ..planning.state import state_of
 from ..rewrite.apply import apply_owners
 from ..rewrite.snapshot import Snapshot
 from .data import is_encoder_decoder
+from .influence import influence
 
 SOFTMAX = 0
 """The form of a layer that is the original's. Form k is linear, by the k-th setting."""
@@ -77,10 +79,14 @@ class Layers:
 
 @contextlib.contextmanager
 def switchable(
-    model: nn.Module, inputs: Any, configs: Sequence[LinearizeConfig], batches: Sequence[dict[str, Any]]
+    model: nn.Module,
+    inputs: Any,
+    configs: Sequence[LinearizeConfig],
+    batches: Sequence[dict[str, Any]] | None,
 ) -> Iterator[Layers]:
     """Put the model into evaluation mode, every layer linear by the first setting; afterwards restore it.
 
+    batches: to calibrate the linear forms on; None leaves them as converted.
     A later setting that is refused is left out. Raises what `linearize` raises by the first.
     """
     before = Snapshot(model)
@@ -111,13 +117,16 @@ def switchable(
         before.restore()
 
 
-def _fitted(model: nn.Module, plan: Plan, batches: Sequence[dict[str, Any]]) -> tuple[bool, list[nn.Module]]:
-    """Calibrate a converted model: whether it can be, and its attention modules."""
-    try:
-        calibrate(model, batches, sequential=False)
-        calibrated = True
-    except InvalidModelError:  # the mechanism has nothing to fit
-        calibrated = False
+def _fitted(
+    model: nn.Module, plan: Plan, batches: Sequence[dict[str, Any]] | None
+) -> tuple[bool, list[nn.Module]]:
+    """Calibrate a converted model if there are batches: whether that was done, and its attention modules."""
+    calibrated = batches is not None
+    if batches is not None:
+        try:
+            calibrate(model, batches, sequential=False)
+        except InvalidModelError:  # the mechanism has nothing to fit
+            calibrated = False
     return calibrated, [model.get_submodule(site.name).eval() for site in plan.sites]
 
 
@@ -153,6 +162,44 @@ class Meter:
         each = [self._of_group(group, asked) for group in self._groups]
         return [sum(found) / len(each) for found in zip(*each, strict=True)]
 
+    def estimates(self, forms: Sequence[int]) -> dict[str, list[float]]:
+        """The divergence with each layer alone in each of these forms, estimated from gradients."""
+        paths, original = self._layers.paths, self._layers.all(SOFTMAX)
+        put = [functools.partial(self._layers.put, self._layers.all(form)) for form in forms]
+        each: list[dict[str, list[float]]] = []
+        for group in self._groups:
+            totals, positions, size = {path: [0.0] * len(forms) for path in paths}, 0, 0.0
+            for batch in group:
+                self._layers.put(original)
+                self._model.requires_grad_(False)  # which saves memory; `switchable` restores it
+                run = functools.partial(self._output, batch, original)
+                output, found = influence(self._model, paths, put, run, self._draw)
+                positions += len(output)
+                size += float(output.double().square().sum())
+                for path, costs in found.items():
+                    totals[path] = [a + b for a, b in zip(totals[path], costs, strict=True)]
+            each.append({p: [self._mean(x, positions, size) for x in found] for p, found in totals.items()})
+        return {p: [sum(x) / len(each) for x in zip(*(one[p] for one in each), strict=True)] for p in paths}
+
+    def _draw(self, output: Tensor, generator: torch.Generator) -> Tensor:
+        """A number of which the variance under a change of the output is what the change costs, summed.
+
+        KL is, to second order, half the variance of the log-probability's change for tokens drawn from the
+        original. The squared distance is that of the change along a random direction.
+        """
+        if self.measure == "kl":
+            chances = output.detach().float().softmax(-1)
+            drawn = torch.multinomial(chances, 1, generator=generator)[:, 0]
+            return -nn.functional.cross_entropy(output.float(), drawn, reduction="sum") / math.sqrt(2)
+        shape, device = output.shape, output.device
+        return (output.float() * torch.randn(shape, generator=generator, device=device)).sum()
+
+    def _mean(self, total: float, positions: int, size: float) -> float:
+        """The divergence, from its sum over positions; size: the squared size of the original's outputs."""
+        if self.measure == "kl":
+            return total / positions
+        return math.sqrt(total / size) if size else 0.0
+
     def _of_group(self, batches: Sequence[dict[str, Any]], asked: Sequence[Forms]) -> list[float]:
         positions, totals, size = 0, [0.0] * len(asked), 0.0
         for batch in batches:
@@ -166,9 +213,7 @@ class Meter:
         if not all(map(math.isfinite, totals)):
             raise InputError("the divergence on these batches is not finite")
         self.positions += positions
-        if self.measure == "kl":
-            return [total / positions for total in totals]
-        return [math.sqrt(total / size) if size else 0.0 for total in totals]
+        return [self._mean(total, positions, size) for total in totals]
 
     def _between(self, original: Tensor, found: Tensor) -> float:
         if self.measure == "kl":

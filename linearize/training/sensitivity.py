@@ -20,7 +20,8 @@ class LayerSize:
     Attributes:
         options: Of the mechanism.
         state_bytes: Bytes of the layer's state of one sequence, in the dtype of the model.
-        alone: The divergence of the model when only this layer is linear, in this size.
+        alone: The divergence of the model when only this layer is linear, in this size, estimated from
+            gradients.
     """
 
     options: Mapping[str, Any]
@@ -35,8 +36,9 @@ class LayerSensitivity:
     Attributes:
         path: The path of its module.
         keep: How `keep_softmax` and `layer_options` name it.
-        alone: The divergence of the model when only this layer is linear, by the settings given.
-        sizes: With a budget of bytes: what was measured of other sizes, the smallest first.
+        alone: The divergence of the model when only this layer is linear, by the settings given; with a
+            budget of bytes, the estimate of it.
+        sizes: With a budget of bytes: what is known of all sizes, the smallest first.
     """
 
     path: str
@@ -72,7 +74,7 @@ class Sensitivity:
             "distance" for others: `|converted - original| / |original|` of the first output.
         tokens: The number of positions that were measured, of all lengths.
         lengths: Tokens of context that divergences are the mean over; None: as the batches are.
-        calibrated: Whether the linear layers were calibrated first.
+        calibrated: Whether the linear layers were calibrated first; with a budget of bytes they are not.
         layers: Every layer that can be rewritten, in the order of execution.
         choices: The best choice found for each number of softmax layers, from none on. With a budget of
             bytes: the best with one size for all layers, and the best found. The last is the answer.
@@ -113,19 +115,11 @@ class Sensitivity:
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         heading = "KL" if self.measure == "kl" else "distance"
-        answer = self.choices[-1]
         sizes = self.layers[0].sizes
-        alone = f"{heading} if only it is linear"
-        table = Table("layer", *([_size(size.options) for size in sizes] or [alone]), "becomes")
-        for layer in self.layers:
-            costs = [size.alone for size in layer.sizes] or [layer.alone]
-            own = answer.options.get(layer.path)
-            linear = self.config.mechanism if own is None else _size(own)
-            becomes = "softmax" if layer.path in self.kept else linear
-            table.add_row(layer.path, *(f"{cost:.4g}" for cost in costs), becomes)
-        yield table
+        yield self._sizes_table(heading) if sizes else self._layers_table(heading)
         if sizes:
-            yield f"{alone}, by {' / '.join(sizes[0].options)}."
+            names = " / ".join(sizes[0].options)
+            yield f"Sizes: {names}. {heading} by layer: estimated, for a model with only that layer linear."
         steps = Table("state bytes" if sizes else "kept softmax", heading, "layers" if not sizes else "")
         for choice in self.choices:
             if sizes:
@@ -136,11 +130,27 @@ class Sensitivity:
                 kept = ", ".join(choice.kept) or "none"
                 steps.add_row(str(len(choice.kept)), f"{choice.divergence:.4g}", kept)
         yield steps
-        fitted = "calibrated" if self.calibrated else "not calibrated: nothing in them can be"
+        fitted = "calibrated" if self.calibrated else "as converted"
         at = (
             "" if self.lengths is None else f" at {', '.join(map(str, self.lengths))} tokens, equally weighed"
         )
         yield f"{self.tokens} positions{at}; linear layers are {fitted}"
+
+    def _layers_table(self, heading: str) -> Table:
+        table = Table("layer", f"{heading} if only it is linear", "becomes")
+        for layer in self.layers:
+            becomes = "softmax" if layer.path in self.kept else self.config.mechanism
+            table.add_row(layer.path, f"{layer.alone:.4g}", becomes)
+        return table
+
+    def _sizes_table(self, heading: str) -> Table:
+        table = Table("layer", f"{heading} in the size given", "becomes", heading)
+        options = self.choices[-1].options
+        for layer in self.layers:
+            own = next((size for size in layer.sizes if size.options == options.get(layer.path)), None)
+            becomes, cost = ("softmax", 0.0) if own is None else (_size(own.options), own.alone)
+            table.add_row(layer.path, f"{layer.alone:.4g}", becomes, f"{cost:.4g}")
+        return table
 
 
 def _size(options: Mapping[str, Any]) -> str:

@@ -22,7 +22,10 @@ FACTORS = (1, 0.25, 0.5, 2, 4)
 
 
 def sizes_of(config: LinearizeConfig) -> list[LinearizeConfig]:
-    """The settings in all sizes, those given first. Raises ConfigError where the mechanism has no sizes."""
+    """The settings in all sizes, those given first. Raises ConfigError where the mechanism has no sizes.
+
+    Window and salient tokens grow together: chosen apart, they were no better (`docs/benchmarks.md`).
+    """
     names = mechanisms.get(config.mechanism).sizes
     if not any(config.option(name) for name in names):
         raise ConfigError(
@@ -75,26 +78,26 @@ class Budget:
                 f"state_bytes={limit:,} is too little: the smallest sizes tried need {least:,} bytes; "
                 "give smaller options"
             )
-        exact = layers.all(SOFTMAX)
-        asked = [{**exact, path: form} for path in layers.paths for form in self._order]
-        found = iter(meter.divergences(asked))
-        self._cost = {path: {form: next(found) for form in self._order} for path in layers.paths}
-        for path in layers.paths:
-            self._cost[path][SOFTMAX] = 0.0
-        uniform = [layers.all(f) for f in self._order if self._total(layers.all(f)) <= limit]
-        candidates = [*uniform, self._spend(limit, most)]
-        divergences = meter.divergences(candidates)
-        ranked = sorted(zip(divergences, range(len(candidates)), strict=True))
-        best = candidates[ranked[0][1]]
-        alike = min((x for x in ranked if x[1] < len(uniform)), key=lambda x: x[0])
-        steps = [(alike[0], candidates[alike[1]])]
-        steps += [(ranked[0][0], best)] if ranked[0][1] != alike[1] else []
-        self.choices = tuple(self._choice(forms, divergence) for divergence, forms in steps)
-        self.config = self._config(best)
+        found = meter.estimates(self._order)
+        self._cost = {
+            p: {SOFTMAX: 0.0, **dict(zip(self._order, found[p], strict=True))} for p in layers.paths
+        }
+        alike, spent = self._alike(limit), self._spend(limit, most)
+        divergences = meter.divergences([*alike, spent])
+        simple = min(zip(divergences[:-1], alike, strict=True), key=lambda choice: choice[0])
+        choices = [simple] if simple[0] <= divergences[-1] else [simple, (divergences[-1], spent)]
+        self.choices = tuple(self._choice(forms, divergence) for divergence, forms in choices)
+        self.config = self._config(choices[-1][1])
         self.layers = tuple(self._layer(path, name) for path, name in layers.names().items())
 
     def _total(self, forms: Forms) -> int:
         return sum(self._bytes[path][form] for path, form in forms.items())
+
+    def _alike(self, limit: int) -> list[Forms]:
+        """Every layer in one size, of those that fit: in that given, and in the one estimated to be best."""
+        fit = [form for form in self._order if self._total(self._layers.all(form)) <= limit]
+        best = min(fit, key=lambda form: sum(cost[form] for cost in self._cost.values()))
+        return [self._layers.all(form) for form in dict.fromkeys([*({1} & set(fit)), best])]
 
     def _spend(self, limit: int, most: int) -> dict[str, int]:
         """From the smallest size on, step by step what takes off most divergence for a byte."""
@@ -102,10 +105,11 @@ class Budget:
         while True:
             left = limit - self._total(forms)
             kept = sum(form == SOFTMAX for form in forms.values())
-            steps = [step for step in self._steps(forms, kept < most) if 0 < step[1] <= left and step[0] > 0]
+            steps = [step for step in self._steps(forms, kept < most) if step[1] <= left and step[0] > 0]
             if not steps:
                 return forms
-            _, _, path, form = max(steps, key=lambda step: step[0] / step[1])
+            # What costs no bytes comes first.
+            _, _, path, form = max(steps, key=lambda step: (step[1] <= 0, step[0] / max(step[1], 1)))
             forms[path] = form
 
     def _steps(self, forms: Forms, softmax: bool) -> Iterator[tuple[float, int, str, int]]:

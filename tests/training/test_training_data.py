@@ -48,9 +48,12 @@ def test_texts_are_joined_with_end_tokens_and_cut_into_blocks() -> None:
 def test_ids_of_any_form_are_the_same_blocks() -> None:
     model, ids = llama(), tokens(1, 24)[0]
     wanted = [block.tolist() for block in ids.split(8)]
+    batches = [ids.view(2, 12)[:, :4], ids.view(3, 8)[1:]]
     forms = (ids, ids.view(2, 12), [ids[:5], ids[5:]], iter([ids[:20], ids[20:]]), ids.tolist(), ids.int())
     for form in forms:
         assert blocks(training_data(model, form, context=8)) == wanted
+    pieces = [ids[:4], ids[12:16], ids[8:16], ids[16:]]
+    assert blocks(training_data(model, batches, context=24)) == [torch.cat(pieces).tolist()]
     rows = training_data(model, ids, context=8)
     assert training_data(model, rows, context=4) is rows
 
