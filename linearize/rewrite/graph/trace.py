@@ -33,6 +33,7 @@ from ...planning.plan import child_name
 from ..attributes import Held, held, path_of
 from ..call import Call
 from ..owner import OwnerRecord
+from ..score_terms import hides_what_is_later, kinds_of
 from .guards import Guard, guards_of
 from .meaning import difference, reads_mask
 from .one_sequence import with_heads
@@ -376,14 +377,6 @@ def _replace_site(gm: GraphModule, site: Site, slot: int, call: Node) -> None:
     terms = [
         emitter.move(step.term.node, step.term.relayout) for step in site.program if step.term is not None
     ]
-    hides = [
-        (step.kind, 1.0 if step.kind == "sdpa" or step.value is None else step.value)
-        for step in site.program
-        if step.term is not None
-    ]
-    causal = any(
-        step.kind == "causal" or (step.kind == "sdpa" and step.value["causal"]) for step in site.program
-    )
     tiled = site.kv_map.kind is KVKind.TILED
     program = canonical.encode(site.program)
     result = emitter.call(
@@ -394,11 +387,11 @@ def _replace_site(gm: GraphModule, site: Site, slot: int, call: Node) -> None:
         key,
         value,
         terms,
-        hides,
+        kinds_of(site.program),
         program,
         tiled,
         reads_mask(site),
-        causal,
+        hides_what_is_later(site.program),
         scaled,
     )
     replace_output(emitter, site, result)
