@@ -41,10 +41,11 @@ def with_given_masks(
     if not any(site.mask.given for site in report.sites):
         return report
     inputs = input_tensors(inspect.signature(model.forward).bind(*args, **kwargs))
+    learned = {name for name, _ in model.named_parameters()}
     known: dict[Any, dict[str, Any]] = {}
     sites = []
     for site in report.sites:
-        if site.mask.given and not site.cross:
+        if site.mask.given and not site.cross and not learned & set(site.mask.leaves):
             steps = tuple((repr(step.value), step.term) for step in site.program)
             if steps not in known:
                 known[steps] = _said(site, report, inputs)
