@@ -131,9 +131,7 @@ def unknown(why: str, blamed: Sequence[Expression], per_head: bool = False) -> M
     given = any(map(_is_pairwise, decided)) and all(
         _is_pairwise(part) or part.indices <= {"b", "h", "j"} for part in decided
     )
-    return Meaning(
-        Pattern.OTHER, per_head=per_head, why=why, inputs=inputs, culprit=culprit, given=given
-    )
+    return Meaning(Pattern.OTHER, per_head=per_head, why=why, inputs=inputs, culprit=culprit, given=given)
 
 
 def _decided_by_inputs(value: Expression) -> list[Term]:

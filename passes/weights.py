@@ -71,12 +71,12 @@ def _not_one_user(current: Node, users: list[Node], rules: dict[Any, StepRule]) 
     if into_products:
         names = ", ".join(sorted(str(user) for user in users))
         message = f"the attention weights are used {len(users)} times ({names})"
-        behind = _behind(user for user in users if user not in into_products)
-        if behind and not behind & _behind(into_products):
+        rest = [user for user in users if user not in into_products]
+        if rest and not _behind(rest) & _behind(into_products):
             message = (
-                f"the attention weights are returned as well ({names}); give an example that does not ask for "
-                "them, as with need_weights=False or output_attentions=False, or a module around this one "
-                "that does not return them"
+                "the attention weights are returned as well; give an example that does not ask for them, "
+                "as with need_weights=False or output_attentions=False, or convert a module around this "
+                "one that does not return them"
             )
         return Refused(Reason.WEIGHTS_ESCAPE, current, message, "weights")
     return Refused(Reason.NOT_ATTENTION, current, "the result of the softmax multiplies no value", "weights")

@@ -62,18 +62,18 @@ def _said(site: Site, report: MatchReport, inputs: Mapping[str, Tensor]) -> dict
     real = key_mask_of(seen, seen.shape[0], seen.shape[-1])
     assert real is not None
     for pattern in (Pattern.CAUSAL, Pattern.FULL):
-        said = dict(pattern=pattern, padding=not bool(real.all()), bias=False, per_head=False, why="")
+        said: dict[str, Any] = {"pattern": pattern, "bias": False, "per_head": False, "why": ""}
         try:
             spec = site_spec(dataclasses.replace(site, mask=dataclasses.replace(site.mask, **said)))
             documents = documents_in(seen, real, spec, None, site.path)
         except (InputError, ConfigError, ValueError):
             continue
-        return {**said, "documents": documents is not None}
+        return {**said, "padding": not bool(real.all()), "documents": documents is not None}
     return {}
 
 
 def _seen(site: Site, report: MatchReport, inputs: Mapping[str, Tensor]) -> Tensor | None:
-    """What the terms of a site let be seen in a call, bool `[B, H, T, S]`; None where that is not all they do."""
+    """What the terms of a site show in a call, bool `[B, H, T, S]`; None where that is not all they do."""
     operands = term_operands(site.program)
     if any(node.target is unknown for term in operands for node in value_ancestors(term.node)):
         return None

@@ -1,4 +1,4 @@
-"""What the terms of a site's scores hide: the steps of its program, and tensors that are their terms in a call."""
+"""What the score terms of a site hide: the steps of its program, and the tensors of a call that they take."""
 
 from __future__ import annotations
 
@@ -27,9 +27,7 @@ def kinds_of(program: Sequence[Step]) -> list[Kind]:
 
 def hides_what_is_later(program: Sequence[Step]) -> bool:
     """Whether a step without a term is causal."""
-    return any(
-        step.kind == "causal" or (step.kind == "sdpa" and step.value["causal"]) for step in program
-    )
+    return any(step.kind == "causal" or (step.kind == "sdpa" and step.value["causal"]) for step in program)
 
 
 def parts_seen(terms: Sequence[Tensor], kinds: Sequence[Kind]) -> Iterator[tuple[Tensor, Tensor | None]]:
@@ -40,7 +38,7 @@ def parts_seen(terms: Sequence[Tensor], kinds: Sequence[Kind]) -> Iterator[tuple
         kinds: Of their steps.
 
     Yields:
-        For a term that may hide keys, bool of its shape, and bool `[]`; None where it cannot do anything else.
+        For a term that may hide keys, bool of its shape, and bool `[]`; None where it can do nothing else.
     """
     for term, (kind, value) in zip(terms, kinds, strict=True):
         if kind in ("fill", "keep"):

@@ -1,4 +1,4 @@
-"""Masks that are inputs of the model: what the example's says is carried, and every call's own is compared."""
+"""Masks that are inputs: the pattern that the example says is carried, and every call compared with it."""
 
 from __future__ import annotations
 

@@ -165,8 +165,8 @@ class Arguments:
         if graph.weightless and not self._record.path:
             # Whoever calls an owner that is the model itself has asked for them.
             raise NoWeightsError(
-                f"{type(self._owner).__name__} was converted without its attention weights, and its attention "
-                "makes none; call it with need_weights=False, or take them from the original model"
+                f"{type(self._owner).__name__} was converted without its attention weights, and its "
+                "attention makes none; call it with need_weights=False, or take them from the original"
             )
         if graph.differs is not None and any(not child.is_exact for child in attention_children(self._owner)):
             raise InputError(self._differs(graph))

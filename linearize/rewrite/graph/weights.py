@@ -44,8 +44,9 @@ class NoWeights:
     def _error(self) -> NoWeightsError:
         owner = self.__dict__.get("_owner", "the model")
         return NoWeightsError(
-            f"{owner}: the attention weights that it returned are read, and its attention is rewritten to one "
-            "that makes none; take them from the original model, or leave this module softmax with keep_softmax"
+            f"{owner}: the attention weights that it returned are read, and its attention is rewritten to "
+            "one that makes none; take them from the original model, or leave this module softmax with "
+            "keep_softmax"
         )
 
 
@@ -58,11 +59,12 @@ def drop_weights(gm: GraphModule, refusals: Sequence[Refusal]) -> tuple[int, ...
     output = gm.graph.output_node()
     values = flat_outputs(gm.graph)
     result = ancestors([values[0]]) if isinstance(values[0], Node) else set()
-    users = {user for refusal in refusals for user in refusal.node.users}
+    weights = {refusal.node for refusal in refusals}
+    users = {user for node in weights for user in node.users}
     dropped = []
     for place, value in enumerate(values[1:], start=1):
         behind = users & ancestors([value]) if isinstance(value, Node) else set()
-        if behind and not behind & result:
+        if value in weights or (behind and not behind & result):
             values[place] = None
             dropped.append(place)
     output.args = (tuple(values),)
