@@ -45,7 +45,7 @@ def with_given_masks(
     known: dict[Any, dict[str, Any]] = {}
     sites = []
     for site in report.sites:
-        if site.mask.given and not site.cross and not learned & set(site.mask.leaves):
+        if site.mask.given and not learned & set(site.mask.leaves):
             steps = tuple((repr(step.value), step.term) for step in site.program)
             if steps not in known:
                 known[steps] = _said(site, report, inputs)
@@ -57,11 +57,11 @@ def with_given_masks(
 def _said(site: Site, report: MatchReport, inputs: Mapping[str, Tensor]) -> dict[str, Any]:
     """What the inputs of a call say for the record of the mask; nothing where that is no pattern."""
     seen = _seen(site, report, inputs)
-    if seen is None or not 1 < seen.shape[-1] == seen.shape[-2]:
+    if seen is None or 1 in seen.shape[-2:]:
         return {}
     real = key_mask_of(seen, seen.shape[0], seen.shape[-1])
     assert real is not None
-    for pattern in (Pattern.CAUSAL, Pattern.FULL):
+    for pattern in (Pattern.FULL,) if site.cross else (Pattern.CAUSAL, Pattern.FULL):
         said: dict[str, Any] = {"pattern": pattern, "bias": False, "per_head": False, "why": ""}
         try:
             spec = site_spec(dataclasses.replace(site, mask=dataclasses.replace(site.mask, **said)))
