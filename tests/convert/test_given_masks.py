@@ -153,8 +153,15 @@ def test_what_inputs_decide_in_another_way_is_refused_though_the_example_looks_c
             hidden = later(x.shape[1]) & (torch.arange(x.shape[1]) >= prefix[:, None, None, None])
             return super().forward(x, hidden)
 
+    class Window(Own):
+        def forward(self, x: Tensor, width: Tensor) -> Tensor:  # type: ignore[override]
+            hidden = later(x.shape[1])
+            return super().forward(x, hidden | hidden.T & (hidden.T.cumsum(0) >= width))
+
     with pytest.raises(RefusedError, match="'prefix'"):
         linearize(Prefix().eval(), (X, torch.tensor([1, 1])), **EXACT)
+    with pytest.raises(RefusedError, match="'width'"):
+        linearize(Window().eval(), (X, torch.tensor(100)), **EXACT)
 
 
 def test_a_learned_bias_of_zeros_is_no_mask_that_someone_gives() -> None:
