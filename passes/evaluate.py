@@ -6,14 +6,16 @@ neither a dependency nor computed.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.fx import Node
 from torch.fx.node import map_arg
 
-from .axes import expr, overloads
+from .axes import expr, overloads, shape_of
 from .graphs import ancestors, attribute
 
 aten = torch.ops.aten
@@ -91,25 +93,63 @@ def constant(node: Node, limit: int = 64) -> torch.Tensor | None:
     return value if isinstance(value, torch.Tensor) else None
 
 
-def _run(nodes: Sequence[Node]) -> dict[Node, Any]:
+def on_inputs(nodes: Sequence[Node], inputs: Mapping[str, Tensor]) -> list[Tensor]:
+    """The values of nodes of one graph in a call.
+
+    Args:
+        nodes: Tensors of the graph.
+        inputs: Of the call, by the names of the placeholders.
+
+    Returns:
+        Their values.
+
+    Raises:
+        ValueError: They depend on an input that is not given, or on a size that no input has. Whatever else
+            an operator raises.
+    """
+    graph = nodes[0].graph
+    given = {n: inputs[str(n.target)] for n in graph.find_nodes(op="placeholder") if n.target in inputs}
+    sizes = {
+        size: found
+        for node, tensor in given.items()
+        for size, found in zip(shape_of(node) or (), tensor.shape, strict=True)
+        if size.is_Symbol
+    }
+    wanted = {node for one in nodes for node in value_ancestors(one)}
+    if any(node.op == "placeholder" and node not in given and not is_size(node) for node in wanted):
+        raise ValueError("it depends on an input that is not given")
+    copies = {node: tensor.clone() for node, tensor in given.items() if node in wanted}
+    values = _run([node for node in graph.nodes if node in wanted], copies, sizes)
+    return [values[node] for node in nodes]
+
+
+def _run(
+    nodes: Sequence[Node],
+    given: Mapping[Node, Tensor] = MappingProxyType({}),
+    sizes: Mapping[Any, int] = MappingProxyType({}),
+) -> dict[Node, Any]:
     """The values of nodes in graph order, which hold all that they depend on.
 
-    Raises whatever an operator raises, and ValueError for a size that is a symbol.
+    given: values of inputs. sizes: of a call, by the symbols that the trace has for them.
+    Raises whatever an operator raises, and ValueError for a size that is a symbol without a value.
     """
-    values: dict[Node, Any] = {}
+    values: dict[Node, Any] = dict(given)
 
     def lookup(argument: Node) -> Any:
         if argument in values:
             return values[argument]
         traced = argument.meta["val"]  # only its shape or dtype is read
         if not isinstance(traced, torch.Tensor):
-            return _number(traced)
-        return torch.empty([_number(size) for size in traced.shape], dtype=traced.dtype, device=traced.device)
+            return _number(traced, sizes)
+        shape = [_number(size, sizes) for size in traced.shape]
+        return torch.empty(shape, dtype=traced.dtype, device=traced.device)
 
     with torch.no_grad():
         for node in nodes:
+            if node in given:
+                continue
             if is_size(node):
-                values[node] = _number(node.meta["val"])
+                values[node] = _number(node.meta["val"], sizes)
             elif node.op == "get_attr":
                 values[node] = attribute(node)
             else:
@@ -118,10 +158,11 @@ def _run(nodes: Sequence[Node]) -> dict[Node, Any]:
     return values
 
 
-def _number(size: Any) -> Any:
+def _number(size: Any, sizes: Mapping[Any, int]) -> Any:
     """A traced size as a Python number."""
     if isinstance(size, (bool, float)):
         return size
-    if not expr(size).is_number:
+    found = expr(size).subs(sizes)
+    if not found.is_number:
         raise ValueError(f"size {size} has unknown symbols")
-    return int(expr(size))
+    return int(found)

@@ -145,6 +145,7 @@ class MaskReader:
             why=_located(meaning, terms),
             inputs=meaning.inputs,
             zero_or_one=tuple(sorted(reading.assumed)),
+            given=meaning.given,
         )
 
     def _entry(self, term: Operand, query: sympy.Expr, key: sympy.Expr) -> Value:

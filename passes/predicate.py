@@ -37,6 +37,7 @@ class Meaning:
         why: What the language does not say, for a refusal; "" where it says everything.
         inputs: The graph inputs that decide what is not said, or which tokens are one document.
         culprit: A node that computes it, where one can be named.
+        given: As in `Mask`.
     """
 
     pattern: Pattern
@@ -49,6 +50,7 @@ class Meaning:
     why: str = ""
     inputs: tuple[str, ...] = ()
     culprit: Node | None = None
+    given: bool = False
 
 
 @dataclass(frozen=True)
@@ -125,7 +127,23 @@ def unknown(why: str, blamed: Sequence[Expression], per_head: bool = False) -> M
     culprit = next((node for node in sources if node.op != "placeholder"), None)
     if inputs:
         why = f"{why}, decided by the input {' and '.join(map(repr, inputs))}"
-    return Meaning(Pattern.OTHER, per_head=per_head, why=why, inputs=inputs, culprit=culprit)
+    decided = [part for one in blamed for part in _decided_by_inputs(one)]
+    given = any(map(_is_pairwise, decided)) and all(
+        _is_pairwise(part) or part.indices <= {"b", "h", "j"} for part in decided
+    )
+    return Meaning(Pattern.OTHER, per_head=per_head, why=why, inputs=inputs, culprit=culprit, given=given)
+
+
+def _decided_by_inputs(value: Expression) -> list[Term]:
+    """The outermost terms in an expression that inputs decide."""
+    if isinstance(value, Term):
+        return [value] if value.inputs else []
+    return [term for child in value.children() for term in _decided_by_inputs(child)]
+
+
+def _is_pairwise(term: Term) -> bool:
+    """Whether a term is an entry for a query and a key, of a tensor that nobody has learned."""
+    return term.kind == "read" and {"i", "j"} <= term.indices and not term.learned
 
 
 class _Reading:

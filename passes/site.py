@@ -101,6 +101,8 @@ class Mask:
         why: What about the mask no pattern says; "" where the pattern is all.
         inputs: The graph inputs that decide it, or that tell documents apart.
         zero_or_one: Integer inputs that are multiplied by a huge number; the reading holds for zero and one.
+        given: What no pattern says is a mask that the caller gives: an input with an entry for each query and
+            key, beside inputs that say something of keys.
     """
 
     pattern: Pattern
@@ -115,6 +117,7 @@ class Mask:
     why: str = ""
     inputs: tuple[str, ...] = ()
     zero_or_one: tuple[str, ...] = ()
+    given: bool = False
 
     @property
     def label(self) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -67,11 +67,31 @@ def reach_a_product(node: Node, rules: dict[Any, StepRule], depth: int = 8, skip
 def _not_one_user(current: Node, users: list[Node], rules: dict[Any, StepRule]) -> Refused:
     if not users:
         return Refused(Reason.NOT_ATTENTION, current, "the result of the softmax is not used", "weights")
-    if any(reach_a_product(user, rules) for user in users):
+    into_products = [user for user in users if reach_a_product(user, rules)]
+    if into_products:
         names = ", ".join(sorted(str(user) for user in users))
         message = f"the attention weights are used {len(users)} times ({names})"
+        rest = [user for user in users if user not in into_products]
+        if rest and not _behind(rest) & _behind(into_products):
+            message = (
+                "the attention weights are returned as well; give an example that does not ask for them, "
+                "as with need_weights=False or output_attentions=False, or convert a module around this "
+                "one that does not return them"
+            )
         return Refused(Reason.WEIGHTS_ESCAPE, current, message, "weights")
     return Refused(Reason.NOT_ATTENTION, current, "the result of the softmax multiplies no value", "weights")
+
+
+def _behind(nodes: Iterable[Node]) -> set[Node]:
+    """The nodes and everything that is computed from them, but for the graph's output."""
+    found: set[Node] = set()
+    waiting = list(nodes)
+    while waiting:
+        node = waiting.pop()
+        if node not in found and node.op != "output":
+            found.add(node)
+            waiting += node.users
+    return found
 
 
 def _unexplained_weights(current: Node, user: Node) -> Refused:

@@ -25,6 +25,7 @@ from ..planning.state import state_of
 from ..rewrite.apply import check_unconverted, finish
 from ..rewrite.snapshot import Snapshot
 from .change import change, converted_here
+from .given_masks import with_given_masks
 from .inputs import example_inputs, model_inside
 from .pipeline import apply_exact, apply_mechanism, prove_exact, prove_mechanism
 from .proof import record
@@ -211,17 +212,20 @@ def _check_dense(model: nn.Module) -> None:
 
 
 def search(model: nn.Module, examples: Sequence[Mapping[str, Any]]) -> MatchReport:
-    """Capture the model on the last example (the padded one, where there is one) and find its attention."""
+    """Capture the model on the last example (the padded one, where there is one) and find its attention.
+
+    Masks that are inputs have the pattern that they say there.
+    """
     example = without_cache(model, examples[-1])
     positional = tuple(example[name] for name in sorted((n for n in example if n.isdigit()), key=int))
     keywords = {name: value for name, value in example.items() if not name.isdigit()}
     found = find_alike(model, positional, keywords)
-    if found is not None:
-        return found
-    try:
-        graph = capture(model, positional, keywords)
-    except Exception as error:
-        raise InputError(
-            f"{type(model).__name__} could not be captured by torch.export: {shortened(error)}"
-        ) from error
-    return find_attention(graph)
+    if found is None:
+        try:
+            graph = capture(model, positional, keywords)
+        except Exception as error:
+            raise InputError(
+                f"{type(model).__name__} could not be captured by torch.export: {shortened(error)}"
+            ) from error
+        found = find_attention(graph)
+    return with_given_masks(found, model, positional, keywords)

@@ -22,7 +22,8 @@ from ..common.checks import is_traced, require_true
 from ..errors import InvalidModelError
 
 _PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, FunctionType)
-_OF_EVERY_MODULE = frozenset(vars(nn.Module()))
+_OF_EVERY_MODULE = frozenset({*vars(nn.Module()), "_is_torch_compile", "_compiled_call_impl"})
+"""What torch puts on modules; the last two when they are compiled."""
 _OF_CALLS = re.compile("drop|checkpoint")
 """Attributes that reach the interface with each call, or do not change what is computed."""
 _OF_MASKS = re.compile("causal|bidirectional|decoder|window|chunk|softcap|layer_types")

@@ -123,8 +123,8 @@ def documents_in(
         sharp = ((mask[..., : key_mask.shape[1]] == 0) | ~seen).all()
     kind = "causal" if spec.causal else "bidirectional"
     problem = (
-        f"{where or 'the model'}: the attention mask is not a {kind} mask with padding and documents (a "
-        "custom 4-D mask?), which the rewritten attention cannot follow; give a 2-D padding mask"
+        f"{where or 'the model'}: the attention mask is not a {kind} mask with padding and documents, "
+        "and the rewritten attention follows no other; give one as in the example inputs, or padding alone"
     )
     if sharp is not None:
         require_true(sharp, problem)

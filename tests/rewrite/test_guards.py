@@ -178,6 +178,15 @@ def test_an_attribute_changed_later_is_noticed(pairs: Pairs, name: str) -> None:
             model(X)
 
 
+def test_a_model_that_was_compiled_is_exported_as_before(pairs: Pairs) -> None:
+    original, model, _ = copy.deepcopy(pairs[True])
+    model(X)
+    torch.compile(model, backend="eager")
+    with torch.no_grad():
+        exported = torch.export.export(model, (X,)).module()
+        torch.testing.assert_close(exported(X), original(X), atol=1e-5, rtol=1e-4)
+
+
 def narrow(keep: Tensor) -> Tensor:
     return keep & ~keep.tril(-3)
 

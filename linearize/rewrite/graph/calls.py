@@ -23,6 +23,7 @@ from ...planning.plan import child_name
 from ..call import attention_children
 from ..owner import OwnerRecord, original_class
 from .trace import Trace, TraceError, trace
+from .weights import NoWeightsError
 
 log = logging.getLogger(__name__)
 
@@ -161,6 +162,12 @@ class Arguments:
         if graph is None:
             graph = self._made(tensors, example)
             self._keep(key, graph)
+        if graph.weightless and not self._record.path:
+            # Whoever calls an owner that is the model itself has asked for them.
+            raise NoWeightsError(
+                f"{type(self._owner).__name__} was converted without its attention weights, and its "
+                "attention makes none; call it with need_weights=False, or take them from the original"
+            )
         if graph.differs is not None and any(not child.is_exact for child in attention_children(self._owner)):
             raise InputError(self._differs(graph))
         return graph

@@ -5,15 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ...common.checks import require_true
 from ...passes import canonical
-from ...passes.mask import MASKED
 from ..attend import attend
 from ..call import Call
-from ..masks import position_mask, visible
+from ..masks import position_mask
+from ..score_terms import Kind, parts_seen
 
 
 def attribute(call: Call, path: str) -> Any:
@@ -53,7 +52,7 @@ def attend_site(
     key: Tensor,
     value: Tensor,
     terms: Sequence[Tensor],
-    kinds: Sequence[tuple[str, Any]],
+    kinds: Sequence[Kind],
     program: str,
     tiled: bool,
     reads_mask: bool,
@@ -83,23 +82,13 @@ def attend_site(
     return attend(call, child, scaled, key, value, mask, masked_columns=False)
 
 
-def _visible(call: Call, terms: Sequence[Tensor], kinds: Sequence[tuple[str, Any]]) -> Tensor | None:
+def _visible(call: Call, terms: Sequence[Tensor], kinds: Sequence[Kind]) -> Tensor | None:
     """What all mask terms together let be seen: bool, broadcastable to `[B, H, T, S]`.
 
     Raises InputError where an input discourages keys instead of hiding them, and the plan knows of no bias.
     """
     seen: Tensor | None = None
-    for term, (kind, value) in zip(terms, kinds, strict=True):
-        if kind not in ("add", "fill", "keep", "sdpa"):
-            continue
-        if kind in ("fill", "keep"):
-            part = term.bool() if kind == "keep" else ~term.bool()
-            sharp = None if value <= MASKED else part.all()
-        elif term.dtype == torch.bool:
-            part, sharp = term, None
-        else:
-            part = visible(term * value)
-            sharp = ((term == 0) | ~part).all()
+    for part, sharp in parts_seen(terms, kinds):
         if sharp is not None and not call.record.biased:
             require_true(
                 sharp,

@@ -33,12 +33,14 @@ from ...planning.plan import child_name
 from ..attributes import Held, held, path_of
 from ..call import Call
 from ..owner import OwnerRecord
+from ..score_terms import hides_what_is_later, kinds_of
 from .guards import Guard, guards_of
 from .meaning import difference, reads_mask
 from .one_sequence import with_heads
-from .rebuild import Place, TraceError, fill_hole, flat_outputs, rebuilt
+from .rebuild import Place, TraceError, fill_hole, rebuilt
 from .runtime import attend_site, call_child
 from .submodules import call_children
+from .weights import NoWeights, drop_weights
 
 _CACHED_AXES = (0, 2)
 """Batch and length of keys and values `[B, Hkv, S, D]`."""
@@ -53,6 +55,7 @@ class Trace:
     masks: which of the tensors act on nothing but the scores of the sites. asks_length: the owner asked its
     cache how many tokens it holds. guards: what must hold of the sizes, as export found on its way. held:
     what it took from the owner. differs: in what a site's meaning is not that of the plan, None where it is.
+    weightless: which of the flat outputs were attention weights, in whose place no_weights is given.
     """
 
     graph: GraphModule
@@ -64,6 +67,8 @@ class Trace:
     guards: tuple[Guard, ...]
     held: Held
     differs: str | None
+    weightless: tuple[int, ...]
+    no_weights: NoWeights
 
     def fits(self, owner: nn.Module, tensors: Sequence[Tensor], cache: Sequence[Tensor]) -> bool:
         """Whether the owner and the sizes of a call, tensor by tensor, are as the trace took them.
@@ -96,7 +101,10 @@ class Trace:
         return same and all(guard.holds(known) for guard in self.guards)
 
     def __call__(self, call: Call, tensors: Sequence[Tensor]) -> Any:
-        return pytree.tree_unflatten(list(self.graph(call, *tensors)), self.spec)
+        results = list(self.graph(call, *tensors))
+        for place in self.weightless:
+            results[place] = self.no_weights
+        return pytree.tree_unflatten(results, self.spec)
 
 
 class _Shell(nn.Module):
@@ -240,7 +248,7 @@ def _trace(
     index = asked[-1].index if asked else None
     if cached and index is None:
         raise TraceError("the owner takes a cache but does not update it")
-    gm, sites = _found(gm, owner, record, inputs)
+    gm, sites, weightless = _found(gm, owner, record, inputs)
     if cached and not stored and any(not site.mask.own_column for site in sites):
         raise TraceError("which keys its mask hides cannot be told from the new tokens alone")
     first = next(iter(gm.graph.nodes))
@@ -276,6 +284,8 @@ def _trace(
         guards,
         held(owner, called, read, before),
         differs_in,
+        weightless,
+        NoWeights(record.name),
     )
 
 
@@ -316,12 +326,16 @@ def _is_one_token(inputs: Sequence[Tensor]) -> bool:
 
 def _found(
     gm: GraphModule, owner: nn.Module, record: OwnerRecord, inputs: Sequence[Tensor]
-) -> tuple[GraphModule, list[Site]]:
-    """The sites of the record in a graph of its owner. Raises TraceError where they are not there."""
+) -> tuple[GraphModule, list[Site], tuple[int, ...]]:
+    """The sites of the record in a graph of its owner, and which of its results were attention weights.
+
+    Raises TraceError where the sites are not there.
+    """
     report = find_attention(gm)
-    if any(refusal.reason is Reason.WEIGHTS_ESCAPE for refusal in report.refusals):
-        # Weights that only leave through the owner's result are not returned, as with fused attention.
-        _drop_weights(report.graph_module, [refusal.anchor for refusal in report.refusals])
+    escaped = [refusal for refusal in report.refusals if refusal.reason is Reason.WEIGHTS_ESCAPE]
+    weightless: tuple[int, ...] = ()
+    if escaped:
+        weightless = drop_weights(report.graph_module, escaped)
         report = find_attention(report.graph_module)
     sites = [site for site in report.sites if site.path in ("", "owner")]
     expected = len(record.sites)
@@ -334,7 +348,7 @@ def _found(
         sites = [with_heads(site, spec) for site, spec in zip(sites, specs, strict=True)]
     if any(site.shapes["H"] != spec.num_heads for site, spec in zip(sites, specs, strict=True)):
         raise TraceError("heads and a batch of one cannot be told apart; call it with two sequences once")
-    return report.graph_module, sites
+    return report.graph_module, sites, weightless
 
 
 def _real(tensor: Tensor, beside: Sequence[Tensor]) -> Tensor:
@@ -358,17 +372,6 @@ def _result_spec(spec: Any) -> Any:
     return spec.child(0) if hasattr(spec, "child") else spec.children_specs[0]
 
 
-def _drop_weights(gm: GraphModule, anchors: Sequence[Node]) -> None:
-    """Return None in place of every result but the first that is computed from attention weights."""
-    output = gm.graph.output_node()
-    values = flat_outputs(gm.graph)
-    for position, value in enumerate(values[1:], start=1):
-        if isinstance(value, Node) and ancestors([value]) & set(anchors):
-            values[position] = None
-    output.args = (tuple(values),)
-    gm.graph.eliminate_dead_code(is_impure_node=lambda node: node.op in ("placeholder", "output"))
-
-
 def _replace_site(gm: GraphModule, site: Site, slot: int, call: Node) -> None:
     emitter = emitter_for(gm, site)
     query, key, value = canonical_operands(emitter, site)
@@ -376,14 +379,6 @@ def _replace_site(gm: GraphModule, site: Site, slot: int, call: Node) -> None:
     terms = [
         emitter.move(step.term.node, step.term.relayout) for step in site.program if step.term is not None
     ]
-    hides = [
-        (step.kind, 1.0 if step.kind == "sdpa" or step.value is None else step.value)
-        for step in site.program
-        if step.term is not None
-    ]
-    causal = any(
-        step.kind == "causal" or (step.kind == "sdpa" and step.value["causal"]) for step in site.program
-    )
     tiled = site.kv_map.kind is KVKind.TILED
     program = canonical.encode(site.program)
     result = emitter.call(
@@ -394,11 +389,11 @@ def _replace_site(gm: GraphModule, site: Site, slot: int, call: Node) -> None:
         key,
         value,
         terms,
-        hides,
+        kinds_of(site.program),
         program,
         tiled,
         reads_mask(site),
-        causal,
+        hides_what_is_later(site.program),
         scaled,
     )
     replace_output(emitter, site, result)
