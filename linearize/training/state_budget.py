@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -18,13 +19,14 @@ from .layers import SOFTMAX, Forms, Layers, Meter
 from .sensitivity import Choice, LayerSensitivity, LayerSize
 
 FACTORS = (1, 0.25, 0.5, 2, 4)
-"""Sizes that are tried, as factors of the sizes given, which come first."""
+"""What each size given is multiplied by, each in its turn with each of the others; as given comes first."""
 
 
 def sizes_of(config: LinearizeConfig) -> list[LinearizeConfig]:
     """The settings in all sizes, those given first. Raises ConfigError where the mechanism has no sizes.
 
-    Window and salient tokens grow together: chosen apart, they were no better (`docs/benchmarks.md`).
+    A layer that looks far back and one that looks at few tokens need different shares of window and salient
+    tokens, so all pairs are tried.
     """
     names = mechanisms.get(config.mechanism).sizes
     if not any(config.option(name) for name in names):
@@ -34,11 +36,14 @@ def sizes_of(config: LinearizeConfig) -> list[LinearizeConfig]:
         )
     if config.layer_options:
         raise ConfigError("state_bytes chooses the options of each layer: give it no layer_options")
-    given = {name: config.option(name) for name in names}
-    found = []
-    for factor in FACTORS:
-        sizes = {name: max(1, round(size * factor)) if size else 0 for name, size in given.items()}
-        found.append(dataclasses.replace(config, options={**config.options, **sizes}))
+    tried = [
+        [max(1, round(size * factor)) for factor in FACTORS] if size else [0]
+        for size in map(config.option, names)
+    ]
+    found = [
+        dataclasses.replace(config, options={**config.options, **dict(zip(names, sizes, strict=True))})
+        for sizes in itertools.product(*tried)
+    ]
     return list(dict.fromkeys(found))
 
 

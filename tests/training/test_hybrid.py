@@ -350,7 +350,7 @@ def test_bytes_are_spent_where_they_take_off_most_divergence(spent: Spent) -> No
     windows = [best.options[path]["window"] for path in PATHS]
     needs = [layer.sizes[0].alone for layer in found.layers]
     assert windows[needs.index(max(needs))] == max(windows) > 8 and windows[1] == min(windows) < 8
-    assert len({size.state_bytes for size in found.layers[0].sizes}) == 5
+    assert len(found.layers[0].sizes) == 25, "window and salient tokens are chosen apart"
     for layer in found.layers:
         costs = [size.alone for size in layer.sizes]
         assert costs[-1] < costs[0], "a larger state costs less"
