@@ -18,6 +18,9 @@ from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Table
 from torch import Tensor, nn
 
+from ..common.batches import batches_of, tokens_in
+from ..common.checks import require_number, require_whole
+from ..common.given import cause, check_names
 from ..common.running import quiet_run, without_cache
 from ..errors import InputError, InvalidModelError, LinearizeError
 from ..planning.state import state_of
@@ -81,7 +84,7 @@ class Calibration:
 
 def calibrate(
     model: nn.Module,
-    batches: Iterable[Any],
+    batches: Iterable[Any] | Tensor | Mapping[str, Any],
     *,
     max_tokens: int = TOKENS,
     ridge: float | None = None,
@@ -95,8 +98,8 @@ def calibrate(
 
     Args:
         model: A converted model.
-        batches: Dicts of the model's keyword arguments, or token ids int64 `[B, T]`, of any lengths; they are
-            moved to the model's device.
+        batches: Dicts of the model's keyword arguments, or token ids int64 `[B, T]`, of any lengths, or one
+            of these alone; they are moved to the model's device.
         max_tokens: Batches are read until this number of tokens is reached.
         ridge: How strongly parameters are pulled towards their present values, relative to the evidence for
             each. Chosen for each head when omitted.
@@ -112,6 +115,8 @@ def calibrate(
         InputError: A batch does not run, or the batches never reach some attention or give values that are
             not finite.
     """
+    require_whole("max_tokens", max_tokens)
+    require_number("ridge", ridge, "a number, 0 or more, or None", lambda value: value >= 0, optional=True)
     sites = state_of(model).plan.sites
     fits = {site.name: Fit(model.get_submodule(site.name), site, ridge, sequential) for site in sites}
     able = {name: fit for name, fit in fits.items() if not fit.left_out}
@@ -123,8 +128,7 @@ def calibrate(
     try:
         with quiet_run(model):
             with watching(model, watchers):
-                for number, batch in enumerate(batches, 1):
-                    given = model_inputs(batch)
+                for number, given in enumerate(batches_of(batches), 1):
                     if sequential and number % _HELD_OUT == 0 and held_out.predicts(model, given):
                         kept.append(given)
                     else:
@@ -132,6 +136,8 @@ def calibrate(
                     tokens += tokens_in(given)
                     if tokens >= max_tokens:
                         break
+            if not tokens:
+                raise InputError("there is no batch to calibrate on: the attention was never called")
             errors = {name: fit.finish() for name, fit in able.items()}
             unused = {name: _UNUSED for name, fit in able.items() if not fit.evidence}
             worse, by_length = held_out.settle(model, kept, able, forward)
@@ -149,6 +155,7 @@ def forward(model: nn.Module, inputs: Mapping[str, Any]) -> Any:
 
     Raises InputError if the model does not run on it.
     """
+    check_names(model, inputs)
     device = next((p.device for p in model.parameters()), None)
     placed = {name: x.to(device) if isinstance(x, Tensor) else x for name, x in inputs.items()}
     try:
@@ -156,21 +163,5 @@ def forward(model: nn.Module, inputs: Mapping[str, Any]) -> Any:
     except LinearizeError:
         raise
     except Exception as error:
-        raise InputError(f"the model does not run on a batch: {type(error).__name__}: {error}") from error
-
-
-def model_inputs(batch: Any) -> dict[str, Any]:
-    """A batch as keyword arguments. Raises InputError for anything else, and for an empty batch."""
-    inputs = dict(batch) if isinstance(batch, Mapping) else {"input_ids": batch}
-    tensors = [x for x in inputs.values() if isinstance(x, Tensor)]
-    if not tensors or any(x.numel() == 0 for x in tensors):
-        raise InputError(
-            "a batch must be token ids [B, T] or a dict of the model's keyword arguments, and not empty"
-        )
-    return inputs
-
-
-def tokens_in(inputs: Mapping[str, Any]) -> int:
-    """The number of tokens in the first tensor among a model's inputs."""
-    first = next(x for x in inputs.values() if isinstance(x, Tensor))
-    return first.shape[0] * (first.shape[1] if first.dim() > 1 else 1)
+        why = cause(model, inputs, error)
+        raise InputError(f"the model does not run on a batch: {why}") from error

@@ -18,12 +18,23 @@ IGNORED = -100
 """The label of a position that is not scored, as in transformers."""
 
 
+def check_tokenizer(tokenizer: Any) -> None:
+    """Raise InputError for what is no tokenizer, such as the name of one."""
+    if tokenizer is not None and not callable(tokenizer):
+        named = isinstance(tokenizer, str)
+        hint = f"; AutoTokenizer.from_pretrained({tokenizer!r}) loads it" if named else ""
+        raise InputError(f"tokenizer must be a tokenizer, got {type(tokenizer).__name__}{hint}")
+
+
 def sequences(data: Any, tokenizer: Any) -> list[Tensor]:
     """Sequences int64 `[n]` of ids or texts. Raises InputError for anything else."""
+    check_tokenizer(tokenizer)
     if isinstance(data, Tensor):
         items: Iterable[Any] = data if data.dim() == 2 else [data]
     else:
         items = [data] if isinstance(data, str) else data
+        if not isinstance(items, Iterable):
+            raise InputError(f"data is token ids or texts, or several of these, got {type(data).__name__}")
     found = []
     for item in items:
         if isinstance(item, str):

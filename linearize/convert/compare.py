@@ -19,6 +19,7 @@ from rich.table import Table
 from torch import nn
 
 from ..calibration.calibrate import calibrate as calibrate_model
+from ..common.checks import several
 from ..common.copies import sharing_copy
 from ..common.running import quiet_run
 from ..errors import ConfigError, InvalidModelError, RefusedError
@@ -140,13 +141,17 @@ def _count(value: float | int | None, digits: int = 0) -> str:
     return "" if value is None else f"{value:,.{digits}f}"
 
 
+def _setting(config: LinearizeConfig | Mapping[str, Any] | str) -> LinearizeConfig:
+    return LinearizeConfig(mechanism=config) if isinstance(config, str) else resolve_config(config, {})
+
+
 def compare(
     model: nn.Module,
     batches: Any,
-    configs: Iterable[LinearizeConfig | Mapping[str, Any]],
+    configs: Iterable[LinearizeConfig | Mapping[str, Any] | str],
     *,
     tokenizer: Any = None,
-    lengths: Sequence[int] | None = None,
+    lengths: Sequence[int] | int | None = None,
     calibrate: Iterable[Any] | None = None,
     max_tokens: int = TOKENS,
     batch_tokens: int = 2048,
@@ -165,7 +170,7 @@ def compare(
         model: A transformers decoder, converted or not. Of a converted one, the first line is its weights
             with softmax and the second the model as it is.
         batches: Token ids int64 `[n]` or `[B, n]`, a list of these, texts, or dicts, as for `lz.evaluate`.
-        configs: The settings, each as for `lz.linearize`.
+        configs: The settings, each as for `lz.linearize`, or the name of a mechanism with its defaults.
         tokenizer: The tokenizer of the model; needed for texts.
         lengths: Context lengths in tokens; by default those of 128, 512 and 2048 that there is room for.
         calibrate: Batches to calibrate each setting on; it is measured as converted without them. Settings
@@ -189,13 +194,15 @@ def compare(
             f"compare measures decoders, and {type(model).__name__} is an {kind_of(model)}: convert it and "
             "call linearize.evaluate with its original as the reference"
         )
+    lengths = several(lengths)
+    check_settings(lengths, max_tokens, batch_tokens, decode_tokens)
     wanted = None if lengths is None else sorted(set(lengths))
-    check_settings(wanted, max_tokens, batch_tokens, decode_tokens)
-    settings = [resolve_config(config, {}) for config in configs]
+    alone = isinstance(configs, str | Mapping | LinearizeConfig)
+    settings = [_setting(config) for config in ([configs] if alone else configs)]
     if not settings or len(set(settings)) < len(settings):
         raise ConfigError("give one or more different settings to compare")
-    alone = Compared(model, None)
-    stream = joined(alone, batches, tokenizer, max_tokens)
+    plain = Compared(model, None)
+    stream = joined(plain, batches, tokenizer, max_tokens)
     fit = None if calibrate is None else list(calibrate)
     lines = _lines(model, settings, inputs, fit)
     models = [line.model for line in lines]

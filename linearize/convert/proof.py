@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from ..cache.lookup import find_cache
-from ..common.running import floats, run_model, shapes
+from ..common.given import run_model
+from ..common.running import floats, shapes
 from ..errors import VerificationError
 from .decoding import CacheProof, Decoded, cache_proof, decode, tolerance
 

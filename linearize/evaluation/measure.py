@@ -8,7 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..common.checks import require, require_number, require_whole, several
 from ..common.running import quiet_run
+from ..common.text import check_tokenizer
 from ..errors import ConfigError, InputError, InvalidModelError
 from .compared import Compared, kind_of
 from .embeddings import encoder_measurements
@@ -27,7 +29,7 @@ def evaluate(
     *,
     reference: nn.Module | None = None,
     tokenizer: Any = None,
-    lengths: Sequence[int] | None = None,
+    lengths: Sequence[int] | int | None = None,
     max_tokens: int = TOKENS,
     batch_tokens: int = 2048,
     speed: bool = True,
@@ -79,7 +81,9 @@ def evaluate(
     """
     compared = Compared(model, reference)
     kind = _check_models(compared)
+    lengths = several(lengths)
     check_settings(lengths, max_tokens, batch_tokens, decode_tokens)
+    check_tokenizer(tokenizer)
     if not isinstance(data, (Tensor, Iterable)):
         raise InputError(f"data must be token ids, texts or dicts, got {type(data).__name__}")
     wanted = None if lengths is None else sorted(set(lengths))
@@ -120,18 +124,18 @@ def _check_models(compared: Compared) -> str:
 
 
 def check_settings(
-    lengths: Sequence[int] | None, max_tokens: int, batch_tokens: int, decode_tokens: int
+    lengths: tuple[int, ...] | None, max_tokens: int, batch_tokens: int, decode_tokens: int
 ) -> None:
     """Raise ConfigError for settings out of range."""
-    for setting, value in (("max_tokens", max_tokens), ("batch_tokens", batch_tokens)):
-        if value < 1:
-            raise ConfigError(f"{setting} must be at least 1, got {value}")
-    if decode_tokens < 1:
-        raise ConfigError(
-            f"decode_tokens must be at least 1, got {decode_tokens}; speed=False leaves speed out"
-        )
-    if lengths is not None and (not lengths or min(lengths) < 2):
-        raise ConfigError(f"lengths must be 2 or more tokens, got {list(lengths)}")
+    require_whole("max_tokens", max_tokens)
+    require_whole("batch_tokens", batch_tokens)
+    expected = "an int, 1 or more (speed=False leaves speed out)"
+    require_number(
+        "decode_tokens", decode_tokens, expected, lambda value: value >= 1 and isinstance(value, int)
+    )
+    if lengths is not None:
+        whole = [n for n in lengths if isinstance(n, int) and n >= 2] if isinstance(lengths, tuple) else []
+        require(bool(whole) and len(whole) == len(lengths), "lengths", lengths, "2 or more tokens each")
 
 
 def setting_of(model: nn.Module) -> str:

@@ -23,8 +23,9 @@ from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Table
 from torch import Tensor, nn
 
-from ..common.checks import require
+from ..common.checks import require, require_number, require_whole, several
 from ..common.running import quiet_run, without_cache
+from ..common.text import check_tokenizer
 from ..errors import InputError, InvalidModelError
 from .compared import Compared, check_vocabulary, kind_of, positions
 from .result import carry_record, describe, fingerprint
@@ -185,9 +186,9 @@ def recall(
     reference: nn.Module | None = None,
     *,
     length: int = 4096,
-    depths: Sequence[float] = DEPTHS,
+    depths: Sequence[float] | float = DEPTHS,
     trials: int = 1,
-    tasks: Sequence[str] = TASKS,
+    tasks: Sequence[str] | str = TASKS,
     seed: int = 0,
 ) -> Recall:
     """Ask a decoder for what stood at several depths of a long context.
@@ -218,10 +219,13 @@ def recall(
     for live in compared.all:
         if kind_of(live) != "decoder":
             raise InvalidModelError(f"recall asks decoders, and {type(live).__name__} is an {kind_of(live)}")
-    require(length >= LEAST, "length", length, f"{LEAST} or more tokens")
-    require(trials >= 1, "trials", trials, "1 or more")
+    check_tokenizer(tokenizer)
+    require_number("length", length, f"{LEAST} or more tokens", lambda value: value >= LEAST)
+    require_whole("trials", trials)
+    depths = (depths,) if isinstance(depths, int | float) else tuple(depths)
     inside = len(depths) > 0 and all(0 <= depth <= 1 for depth in depths)
     require(inside, "depths", depths, "one or more numbers from 0 to 1")
+    tasks = several(tasks)
     known = len(tasks) > 0 and set(tasks) <= set(TASKS)
     require(known, "tasks", tasks, f"some of {', '.join(TASKS)}")
     room = min(map(positions, compared.all))

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..common.checks import excerpt
 from ..common.files import reason, shown
 from ..common.running import generates, quiet_run
 from ..errors import ExportError, InvalidModelError
@@ -108,6 +109,8 @@ def export_onnx(
         ExportError: The model has no ONNX form, an argument is wrong, or the file cannot be written. Then
             nothing is left behind.
     """
+    if not isinstance(path, str | os.PathLike):
+        raise ExportError(f"path must be a file *.onnx or a folder, got {excerpt(path)}")
     target = Path(path)
     single = _check(model, target, opset, dtype)
     makers = _makers(model, inputs, names or StateNames(), last_logits)

@@ -15,7 +15,7 @@ from rich.console import Console, ConsoleOptions, RenderResult
 from torch import nn
 
 from ..calibration.calibrate import Calibration, calibrate
-from ..convert.linearize import linearize
+from ..convert.linearize import check_live, linearize
 from ..errors import ConfigError, LinearizeError
 from ..planning.state import LinearizeState
 from .attention_transfer import transfer
@@ -90,6 +90,7 @@ def distill(
         ConfigError: The recipe is unknown, or it needs a teacher for a model that is already converted.
     """
     recipe = recipe_of(recipe)
+    check_live(model)
     length = recipe.context(model) if context is None else context
     shared = {**settings, "context": length, "resume": resume, "progress": progress}
     transferring = _settings(recipe.transfer, shared, transfer_settings)

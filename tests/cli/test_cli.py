@@ -145,7 +145,7 @@ def test_mechanisms_lists_every_one_with_its_options_and_where_it_fits(run) -> N
         (["inspect", "{empty}"], "config.json is missing"),
         (["inspect", "{folder}", "--mechanism", "nonsense"], "unknown mechanism"),
         (["inspect", "{folder}", "--option", "widow=3"], "has no option 'widow'; did you mean 'window'"),
-        (["inspect", "{folder}", "--option", "far=3"], "(known: window, sinks, salient, tail)"),
+        (["inspect", "{folder}", "--option", "far=3"], "known: window, sinks, salient, tail"),
         (["inspect", "{folder}", "--mechanism", "softmax", "--augmentation"], "takes no convolution"),
         (["convert", "{folder}", "{out}", "--option", "window"], "'window' is not NAME=VALUE"),
         (["convert", "{folder}", "{out}", "--option", "a=1", "--option", "a=2"], "'a=2' is there twice"),
