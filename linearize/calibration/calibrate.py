@@ -10,18 +10,18 @@ head (`regression.py`) and, on batches that are held out, layer by layer.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from rich.console import Console, ConsoleOptions, RenderResult
-from rich.table import Table
 from torch import Tensor, nn
 
 from ..common.batches import batches_of, tokens_in
 from ..common.checks import require_number, require_whole
 from ..common.given import cause, check_names
+from ..common.progress import bar
 from ..common.running import quiet_run, without_cache
+from ..common.tables import Grid, Printed, alike
 from ..errors import InputError, InvalidModelError, LinearizeError
 from ..planning.state import state_of
 from . import held_out
@@ -54,7 +54,7 @@ class SiteFit:
 
 
 @dataclass(frozen=True)
-class Calibration:
+class Calibration(Printed):
     """What `calibrate` did.
 
     Attributes:
@@ -68,18 +68,17 @@ class Calibration:
     sites: tuple[SiteFit, ...]
     held_out: tuple[ByLength, ...] = ()
 
-    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        table = Table("site", "error before", "after")
-        for site in self.sites:
-            numbers = ("", site.left_out) if site.left_out else (f"{site.before:.3f}", f"{site.after:.3f}")
-            table.add_row(site.name, *numbers)
-        yield table
+    def blocks(self) -> Iterator[Grid | str]:
+        errors = [(f"{site.before:.3f}", f"{site.after:.3f}") for site in self.sites]
+        cells = [("", x.left_out) if x.left_out else y for x, y in zip(self.sites, errors, strict=True)]
+        rows = [(site.name, *own) for site, own in zip(self.sites, cells, strict=True)]
+        yield Grid(("site", "error before", "after"), alike(rows))
         yield f"{self.tokens} tokens; errors are relative to the output of the softmax attention"
         if self.held_out:
-            table = Table("held-out positions", "perplexity before", "after")
-            for row in self.held_out:
-                table.add_row(f"{row.first} to {row.last}", f"{row.before:.3f}", f"{row.after:.3f}")
-            yield table
+            yield Grid(
+                ("held-out positions", "perplexity before", "after"),
+                [(f"{x.first} to {x.last}", f"{x.before:.3f}", f"{x.after:.3f}") for x in self.held_out],
+            )
 
 
 def calibrate(
@@ -89,6 +88,7 @@ def calibrate(
     max_tokens: int = TOKENS,
     ridge: float | None = None,
     sequential: bool = True,
+    progress: bool | None = None,
 ) -> Calibration:
     """Fit the new parameters of a freshly converted model to its original attention, in place.
 
@@ -106,6 +106,7 @@ def calibrate(
         sequential: Fit each layer on what it gets behind the layers that are fitted already. False: on what
             it gets in the original, so that its fit does not depend on which other layers are converted;
             nothing is held out then.
+        progress: Whether to show a progress bar; on terminals and in notebooks by default.
 
     Returns:
         The error of every attention site before and after the fit, and held-out perplexity.
@@ -127,13 +128,14 @@ def calibrate(
     watchers = {site: able[site.name] for site in sites if site.name in able}
     try:
         with quiet_run(model):
-            with watching(model, watchers):
+            with watching(model, watchers), bar("calibrate", max_tokens, progress, "tokens") as tick:
                 for number, given in enumerate(batches_of(batches), 1):
                     if sequential and number % _HELD_OUT == 0 and held_out.predicts(model, given):
                         kept.append(given)
                     else:
                         forward(model, given)
                     tokens += tokens_in(given)
+                    tick(tokens_in(given))
                     if tokens >= max_tokens:
                         break
             if not tokens:

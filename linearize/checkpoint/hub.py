@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from ..common.running import shortened
 from ..errors import CheckpointError
 
 _NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
@@ -48,15 +47,21 @@ def fetch(name: str, revision: str | None = None, token: str | bool | None = Non
     import huggingface_hub
 
     def get(*weights: str) -> Path:
-        patterns = [*_FILES, *weights]
-        options = dict(revision=revision, token=token, ignore_patterns=_NOT)
-        return Path(huggingface_hub.snapshot_download(name, allow_patterns=patterns, **options))
+        found = huggingface_hub.snapshot_download(
+            name,
+            revision=revision,
+            token=token,
+            allow_patterns=[*_FILES, *weights],
+            ignore_patterns=_NOT,
+        )
+        return Path(str(found))
 
     try:
         folder = get(*_SAFETENSORS)
         return folder if any(folder.glob("*.safetensors")) else get(*_PICKLED)
     except Exception as error:  # of the network, of the Hub, of the cache
         at = f" at {revision!r}" if revision else ""
+        first = (str(error).strip() or "no reason given").splitlines()[0][:160]
         raise CheckpointError(
-            f"{name}{at} is no folder here, and the Hub does not give it: {shortened(error, 160)}"
+            f"{name}{at} is no folder here, and the Hub does not give it: {type(error).__name__}: {first}"
         ) from error

@@ -74,7 +74,9 @@ def _wrong_names(model: nn.Module, inputs: Mapping[str, Any]) -> str:
 
 def _wrong_ids(model: nn.Module, inputs: Mapping[str, Any]) -> str:
     size = vocabulary_size(model)
-    for name in IDS if size is not None else ():
+    if size is None:
+        return ""
+    for name in IDS:
         ids = inputs.get(name)
         where = "token ids" if name == "0" else name
         if isinstance(ids, str) or (isinstance(ids, list | tuple) and any(isinstance(x, str) for x in ids)):

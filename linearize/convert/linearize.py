@@ -17,6 +17,7 @@ from .. import mechanisms
 from ..calibration import calibrate as calibration
 from ..common.checks import excerpt, unknown
 from ..common.given import run_model
+from ..common.progress import steps
 from ..common.running import quiet_run, shortened, without_cache
 from ..errors import ConfigError, InputError, InvalidModelError
 from ..passes import find_attention
@@ -41,6 +42,8 @@ def linearize(
     inputs: Any = None,
     config: LinearizeConfig | Mapping[str, Any] | None = None,
     calibrate: Iterable[Any] | None = None,
+    *,
+    progress: bool | None = None,
     **overrides: Any,
 ) -> Model:
     """Rewrite the softmax attention of a model to linear attention, in place, and return the model.
@@ -65,6 +68,7 @@ def linearize(
             transformers models when omitted.
         config: a `LinearizeConfig`, or its fields as a dict; the default one when omitted.
         calibrate: batches for `lz.calibrate`, which then follows at once.
+        progress: whether to show a progress bar; on terminals and in notebooks by default.
         **overrides: fields of `LinearizeConfig`, which go before those of `config`.
 
     Returns:
@@ -84,31 +88,37 @@ def linearize(
     """
     inside = model_inside(model, inputs)
     if inside is not model:
-        linearize(inside, None, config, calibrate, **overrides)
+        linearize(inside, None, config, calibrate, progress=progress, **overrides)
         return model
     if converted_here(model):
         check_live(model)
         change(model, inputs, changed_config(model, config, overrides))
         if calibrate is not None:
-            calibration.calibrate(model, calibrate)
+            calibration.calibrate(model, calibrate, progress=progress)
         return model
     settings = resolve_config(config, overrides)
     check_model(model)
     examples = example_inputs(model, inputs)
     with Snapshot(model):
-        with quiet_run(model):
+        with quiet_run(model), steps("linearize", 6, progress) as step:
+            step("running")
             for example in examples:
                 run_model(model, example)
+            step("searching")
             report = search(model, examples)
             plan = plan_sites(model, report, settings)
+            step("recording")
             recording = record(model, list(plan.owners), examples)
+            step("rewriting")
             plan = apply_exact(model, plan, recording, settings, report)
+            step("proving")
             prove_exact(model, plan, recording)
             apply_mechanism(model, plan, settings)
+            step("running the new attention")
             prove_mechanism(model, recording, settings)
         finish(model, plan, settings)
         if calibrate is not None:
-            calibration.calibrate(model, calibrate)
+            calibration.calibrate(model, calibrate, progress=progress)
     return model
 
 

@@ -80,9 +80,9 @@ def measure_parts(
         raise InvalidModelError(
             f"parts are measured of decoders, and {type(model).__name__} is an {kind_of(model)}"
         )
-    lengths = several(lengths)
-    check_settings(lengths, max_tokens, batch_tokens, 1)
-    wanted = None if lengths is None else sorted(set(lengths))
+    asked = several(lengths)
+    check_settings(asked, max_tokens, batch_tokens, 1)
+    wanted = None if asked is None else sorted(set(asked))
     stream = joined(compared, data, tokenizer, max_tokens)
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
     lines: list[tuple[str, nn.Module, LinearizeConfig | None]] = []

@@ -35,6 +35,7 @@ def evaluate(
     speed: bool = True,
     decode_tokens: int = 32,
     name: str = "",
+    progress: bool | None = None,
 ) -> Evaluation:
     """Measure a transformers model, converted or not, beside its original.
 
@@ -69,6 +70,7 @@ def evaluate(
         speed: Whether to measure speed and memory.
         decode_tokens: How many tokens are decoded for that.
         name: A name for the data.
+        progress: Whether to show a progress bar; on terminals and in notebooks by default.
 
     Returns:
         The figures at each length; they can be printed, plotted, and stored as JSON or with the model.
@@ -81,25 +83,28 @@ def evaluate(
     """
     compared = Compared(model, reference)
     kind = _check_models(compared)
-    lengths = several(lengths)
-    check_settings(lengths, max_tokens, batch_tokens, decode_tokens)
+    asked = several(lengths)
+    check_settings(asked, max_tokens, batch_tokens, decode_tokens)
     check_tokenizer(tokenizer)
     if not isinstance(data, (Tensor, Iterable)):
         raise InputError(f"data must be token ids, texts or dicts, got {type(data).__name__}")
-    wanted = None if lengths is None else sorted(set(lengths))
+    wanted = None if asked is None else sorted(set(asked))
     with quiet_run(model), quiet_run(model if reference is None else reference):
         rows: list[Measurement]
         if kind == "decoder":
             stream = joined(compared, data, tokenizer, max_tokens)
-            rows = decoder_measurements(compared, stream, wanted, batch_tokens, decode_tokens if speed else 0)
+            decoded = decode_tokens if speed else 0
+            rows = decoder_measurements(compared, stream, wanted, batch_tokens, decoded, progress)
         elif kind == "encoder-decoder":
             if wanted is not None:
                 raise ConfigError("an encoder-decoder reads its batches as they are: leave out lengths")
-            rows = [encoder_decoder_measurement(compared, data, max_tokens, speed)]
+            rows = [encoder_decoder_measurement(compared, data, max_tokens, speed, progress)]
         else:
             if reference is None:
                 raise InputError("an encoder is compared with its original: give reference=")
-            rows = encoder_measurements(compared, data, tokenizer, wanted, max_tokens, batch_tokens, speed)
+            rows = encoder_measurements(
+                compared, data, tokenizer, wanted, max_tokens, batch_tokens, speed, progress
+            )
     return Evaluation(
         kind=kind,
         name=name,

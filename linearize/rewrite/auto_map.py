@@ -35,12 +35,12 @@ def entries(model: Any) -> dict[str, str]:
     config = type(model.config)
     if not config.__module__.startswith("transformers."):
         return {}
-    found = {}
+    found: dict[str, str] = {}
     for auto in (name for name in dir(transformers) if name.startswith("AutoModel")):
         mapping = getattr(getattr(transformers, auto), "_model_mapping", None)
         classes = mapping[config] if mapping is not None and config in mapping else ()
         for cls in classes if isinstance(classes, tuple) else (classes,):
-            if getattr(transformers, cls.__name__, None) is cls:
+            if cls is not None and getattr(transformers, cls.__name__, None) is cls:
                 found.setdefault(auto, cls.__name__)
     return found
 

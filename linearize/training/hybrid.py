@@ -12,6 +12,7 @@ from torch import nn
 from ..calibration.calibrate import TOKENS as CALIBRATION_TOKENS
 from ..common.batches import batches_of, tokens_in
 from ..common.checks import require, require_number, require_whole, several
+from ..common.progress import bar
 from ..convert.linearize import check_model, resolve_config
 from ..errors import ConfigError, InputError
 from ..planning.config import LinearizeConfig
@@ -36,6 +37,7 @@ def plan(
     config: LinearizeConfig | Mapping[str, Any] | None = None,
     search: str = "greedy",
     max_tokens: int = MEASURED_TOKENS,
+    progress: bool | None = None,
     **overrides: Any,
 ) -> Sensitivity:
     """Find the layers that are best left softmax, or how best to spend bytes of state on the layers.
@@ -67,6 +69,7 @@ def plan(
             in the order of what each costs alone; this needs about as many passes over the batches as there
             are layers, and its choice is nearly as good.
         max_tokens: The divergence is measured on the first batches, up to this number of tokens.
+        progress: Whether to show a progress bar; on terminals and in notebooks by default.
         **overrides: Fields of `LinearizeConfig`, as in `lz.linearize`.
 
     Returns:
@@ -86,9 +89,12 @@ def plan(
     sizes = [settings] if state_bytes is None else sizes_of(settings)
     given = _gather(batches)
     measured = _first(given, max_tokens)
-    with switchable(model, inputs, sizes, given) as layers:
+    with (
+        bar("plan", None, progress, "batches") as tick,
+        switchable(model, inputs, sizes, given) as layers,
+    ):
         most = _most(budget, state_bytes, len(layers.paths))
-        meter = Meter(model, layers, measured, wanted_lengths)
+        meter = Meter(model, layers, measured, wanted_lengths, tick)
         if state_bytes is not None:
             dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
             longest = longest_of(measured, wanted_lengths)
@@ -158,14 +164,14 @@ def _check_limits(budget: Any, max_divergence: Any, state_bytes: Any, max_tokens
 
 
 def _checked_lengths(lengths: Sequence[int] | int | None) -> tuple[int, ...] | None:
-    lengths = several(lengths)
-    if lengths is None:
+    asked = several(lengths)
+    if asked is None:
         return None
-    require(isinstance(lengths, tuple), "lengths", lengths, "different ints above 0")
-    whole = all(isinstance(n, int) and not isinstance(n, bool) and n > 0 for n in lengths)
-    if not lengths or not whole or len(set(lengths)) < len(lengths):
-        raise ConfigError(f"lengths must be different ints above 0, got {list(lengths)}", "lengths")
-    return tuple(lengths)
+    require(isinstance(asked, tuple), "lengths", asked, "different ints above 0")
+    whole = all(isinstance(n, int) and not isinstance(n, bool) and n > 0 for n in asked)
+    if not asked or not whole or len(set(asked)) < len(asked):
+        raise ConfigError(f"lengths must be different ints above 0, got {list(asked)}", "lengths")
+    return tuple(asked)
 
 
 def _most(budget: int | float | None, state_bytes: int | None, count: int) -> int:

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from rich.console import Console, ConsoleOptions, RenderResult
-from rich.table import Table
-
+from ..common.tables import Grid, Printed
 from ..planning.config import LinearizeConfig
 
 
@@ -64,7 +62,7 @@ class Choice:
 
 
 @dataclass(frozen=True)
-class Sensitivity:
+class Sensitivity(Printed):
     """What `plan` found.
 
     Attributes:
@@ -111,31 +109,32 @@ class Sensitivity:
             "config": self.config.to_dict(),
         }
 
-    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+    def blocks(self) -> Iterator[Grid | str]:
         heading = "KL" if self.measure == "kl" else "distance"
         answer = self.choices[-1]
         sizes = self.layers[0].sizes
         alone = f"{heading} if only it is linear"
-        table = Table("layer", *([_size(size.options) for size in sizes] or [alone]), "becomes")
+        rows: list[list[str]] = []
         for layer in self.layers:
             costs = [size.alone for size in layer.sizes] or [layer.alone]
             own = answer.options.get(layer.path)
             linear = self.config.mechanism if own is None else _size(own)
             becomes = "softmax" if layer.path in self.kept else linear
-            table.add_row(layer.path, *(f"{cost:.4g}" for cost in costs), becomes)
-        yield table
+            rows.append([layer.path, *(f"{cost:.4g}" for cost in costs), becomes])
+        yield Grid(("layer", *([_size(size.options) for size in sizes] or [alone]), "becomes"), rows)
         if sizes:
             yield f"{alone}, by {' / '.join(sizes[0].options)}."
-        steps = Table("state bytes" if sizes else "kept softmax", heading, "layers" if not sizes else "")
+        steps: list[list[str]] = []
         for choice in self.choices:
             if sizes:
                 alike = not choice.kept and len({_size(own) for own in choice.options.values()}) == 1
                 which = "one size for all" if alike else "sizes by layer"
-                steps.add_row(f"{choice.state_bytes:,}", f"{choice.divergence:.4g}", which)
+                steps.append([f"{choice.state_bytes:,}", f"{choice.divergence:.4g}", which])
             else:
                 kept = ", ".join(choice.kept) or "none"
-                steps.add_row(str(len(choice.kept)), f"{choice.divergence:.4g}", kept)
-        yield steps
+                steps.append([str(len(choice.kept)), f"{choice.divergence:.4g}", kept])
+        first, last = ("state bytes", "") if sizes else ("kept softmax", "layers")
+        yield Grid((first, heading, last), steps)
         fitted = "calibrated" if self.calibrated else "not calibrated: nothing in them can be"
         at = (
             "" if self.lengths is None else f" at {', '.join(map(str, self.lengths))} tokens, equally weighed"

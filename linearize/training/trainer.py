@@ -8,19 +8,19 @@ import inspect
 import math
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console, ConsoleOptions, RenderResult
-from rich.table import Table
 from torch import Tensor, nn
 
 from ..common.checkpoints import newest_checkpoint
 from ..common.checks import require_number, require_whole, unknown
+from ..common.progress import shows
 from ..common.running import shortened
+from ..common.tables import Grid, Printed
 from ..errors import ConfigError, MissingExtraError, TrainingError
 from ..rewrite.snapshot import Snapshot
 from .data import Collate, TrainingData
@@ -53,7 +53,7 @@ class TrainingSettings:
         save_steps: Optimizer steps between checkpoints; None writes one at the end of each epoch.
         save_total_limit: How many checkpoints are kept, the newest ones.
         resume: Continue from the newest complete checkpoint in `output_dir`, or start if there is none.
-        progress: Show a progress bar.
+        progress: Whether to show a progress bar; on terminals and in notebooks by default.
         report_to: That of `TrainingArguments`, such as "tensorboard".
         logging_steps: Optimizer steps between logged losses.
         seed: Seed of the order of the rows.
@@ -77,7 +77,7 @@ class TrainingSettings:
     save_steps: int | None = None
     save_total_limit: int = 2
     resume: bool = False
-    progress: bool = False
+    progress: bool | None = None
     report_to: Any = "none"
     logging_steps: int = 10
     seed: int = 0
@@ -109,7 +109,7 @@ class TrainingSettings:
 
 
 @dataclass(frozen=True)
-class Stage:
+class Stage(Printed):
     """What one stage of training did.
 
     Attributes:
@@ -130,16 +130,16 @@ class Stage:
     after: float
     model: nn.Module | None = field(default=None, repr=False, compare=False)
 
-    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+    def blocks(self) -> Iterator[Grid | str]:
         yield table_of([self])
 
 
-def table_of(stages: list[Stage]) -> Table:
-    table = Table("stage", "tokens", "steps", "seconds", "loss before", "after")
-    for stage in stages:
-        numbers = (f"{stage.before:.4g}", f"{stage.after:.4g}")
-        table.add_row(stage.name, f"{stage.tokens:,}", f"{stage.steps:,}", f"{stage.seconds:.1f}", *numbers)
-    return table
+def table_of(stages: Sequence[Stage]) -> Grid:
+    rows = [
+        (x.name, f"{x.tokens:,}", f"{x.steps:,}", f"{x.seconds:.1f}", f"{x.before:.4g}", f"{x.after:.4g}")
+        for x in stages
+    ]
+    return Grid(("stage", "tokens", "steps", "seconds", "loss before", "after"), rows)
 
 
 def train(
@@ -190,7 +190,7 @@ def train(
                 is_new=is_new,
                 new_learning_rate=settings.new_learning_rate or settings.learning_rate,
             )
-            if not settings.progress:
+            if not shows(settings.progress):
                 _silence(trainer)
             began = time.perf_counter()
             trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
@@ -279,7 +279,7 @@ def _arguments(arguments_class: Any, settings: TrainingSettings, folder: Path) -
         save_steps=settings.save_steps or 500,
         save_total_limit=settings.save_total_limit,
         logging_steps=settings.logging_steps,
-        disable_tqdm=not settings.progress,
+        disable_tqdm=not shows(settings.progress),
         report_to=settings.report_to,
         remove_unused_columns=False,
         dataloader_pin_memory=torch.cuda.is_available(),

@@ -37,7 +37,8 @@ class DraftModel:
             raise ConfigError(f"depth and branches must be at least 1, got {depth} and {branches}")
         if not isinstance(model, nn.Module):
             raise ConfigError(f"model must be a loaded decoder, got {excerpt(model)}")
-        self.model, self.depth, self.branches = model, depth, branches
+        self.model: Any = model
+        self.depth, self.branches = depth, branches
         self._cache: Any = None
         self._columns: Tensor | None = None
         self._fed: list[int] = []
