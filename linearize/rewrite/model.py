@@ -24,6 +24,7 @@ from ..planning.record import LinearizeHookConfig
 from . import auto_map
 from .call import sole_child
 from .graph.owner import GraphOwner, state_of
+from .lora import warn_of_frozen
 
 if TYPE_CHECKING:
     from torch import nn
@@ -86,6 +87,23 @@ class SavesPlan(_Model):
                 state_layer(cache, sites[0].layer_index, sole_child(owner), longest)
         if generation_config.is_assistant:
             cache.activate_past_recording()
+
+    @property
+    def peft_config(self) -> Any:
+        """What PEFT, and transformers' own adapters, note of the adapters in a model."""
+        try:
+            return self.__dict__["peft_config"]
+        except KeyError:
+            raise AttributeError(f"{type(self).__name__} has no adapter") from None
+
+    @peft_config.setter
+    def peft_config(self, adapters: Any) -> None:
+        self.__dict__["peft_config"] = adapters
+        warn_of_frozen(self, adapters)
+
+    @peft_config.deleter
+    def peft_config(self) -> None:
+        del self.__dict__["peft_config"]
 
     def save_pretrained(
         self, save_directory: str | os.PathLike[str], is_main_process: bool = True, *args: Any, **kwargs: Any
