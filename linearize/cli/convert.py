@@ -12,7 +12,7 @@ from .before import check_file, check_folder, check_texts
 from .options import Device, OnRefusal, Rewriting, layer_of, numbers
 from .results import save_or_rescue, stopping
 from .session import bars
-from .sources import Source, copy_companions, find_source, load_model, load_tokenizer
+from .sources import Source, copy_companions, find_source, load_source, load_tokenizer, to_device
 from .terminal import console
 
 CALIBRATION_LENGTH = 512
@@ -33,7 +33,7 @@ def inspect(
 
     config = rewriting.config()
     problem = _why_not(html)
-    report = inspect_model(load_model(model, device=device), config=config)
+    report = inspect_model(to_device(load_source(find_source(model)), device), config=config)
     if json:
         typer.echo(report.to_json())
     else:
@@ -82,7 +82,7 @@ def convert(
     check_folder(target, folder)
     check_texts(calibrate)
     with stopping(lambda: f"nothing was written to {target}; the same command begins anew"):
-        model = linearize(load_model(source, device=device), config=config, progress=bars())
+        model = linearize(to_device(load_source(folder), device), config=config, progress=bars())
         if calibrate:
             _calibrate(model, calibrate, folder)
         save_or_rescue(
