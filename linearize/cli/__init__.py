@@ -48,6 +48,7 @@ app = typer.Typer(
     help="Find any softmax attention in a model, prove it, and rewrite it to linear attention.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # its tables cut long options in a terminal of 80 columns
 )
 
 
@@ -71,7 +72,8 @@ def _common(
 
 _GROUPED = {name: grouped(command) for name, command in COMMANDS.items()}
 for _name, _command in _GROUPED.items():
-    app.command(_name, **_SETTINGS.get(_name, {}))(saying(_command))
+    _first = " ".join((_command.__doc__ or "").split("\n\n")[0].split())
+    app.command(_name, short_help=_first, **_SETTINGS.get(_name, {}))(saying(_command))
 
 
 _PATHS = {

@@ -63,7 +63,7 @@ def steps(what: str, count: int, progress: bool | None) -> Iterator[Callable[[st
     with tqdm(total=count, leave=False, bar_format="{desc} |{bar}| {n_fmt}/{total_fmt} {elapsed}") as line:
 
         def begin(name: str) -> None:
-            line.set_description_str(f"{what}: {name}", refresh=False)
-            line.update(1)
+            line.n += 1
+            line.set_description_str(f"{what}: {name}")  # at once: a step may take long
 
         yield begin

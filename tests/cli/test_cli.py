@@ -29,7 +29,8 @@ def test_version_names_the_packages_that_matter(run) -> None:
 def test_help_names_every_command(run) -> None:
     said = run("--help").out
     for name in linearize.cli.COMMANDS:
-        assert re.search(rf"^│ {name} ", said, re.MULTILINE), name
+        assert re.search(rf"^  {name} ", said, re.MULTILINE), name
+    assert "..." not in said.partition("Commands:")[2]
 
 
 HELP = """

@@ -63,7 +63,7 @@ def test_quantised_owners_get_floating_parameters(kept: type) -> None:
 def test_a_stock_adapter_that_leaves_new_parameters_untrained_is_told_of() -> None:
     peft = pytest.importorskip("peft")
     stock = peft.LoraConfig(target_modules="all-linear", task_type="CAUSAL_LM")
-    with pytest.warns(UserWarning, match=r"768 new parameters.*lora_config"):
+    with pytest.warns(UserWarning, match=r"512 new parameters.*lora_config"):
         peft.get_peft_model(lz.linearize(tiny(), mechanism="hedgehog"), stock)
     told = lz.linearize(tiny(), mechanism="hedgehog")
     with warnings.catch_warnings():
