@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from io import StringIO
@@ -11,8 +12,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderResult
 
-WIDTH = 120
-"""Columns of a result as text."""
+WIDTH = 160
+"""Columns of a result as text, where it is not printed on a terminal."""
 _CELL = "text-align: left; vertical-align: top; padding: 2px 10px"
 
 
@@ -45,7 +46,7 @@ class Printed:
             yield table
 
     def __str__(self) -> str:
-        return as_text(self, WIDTH)
+        return as_text(self, shutil.get_terminal_size((WIDTH, 1)).columns)
 
     def _repr_html_(self) -> str:
         return as_html(self.blocks())
