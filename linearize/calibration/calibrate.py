@@ -69,10 +69,9 @@ class Calibration(Printed):
     held_out: tuple[ByLength, ...] = ()
 
     def blocks(self) -> Iterator[Grid | str]:
-        errors = [(f"{site.before:.3f}", f"{site.after:.3f}") for site in self.sites]
-        cells = [("", x.left_out) if x.left_out else y for x, y in zip(self.sites, errors, strict=True)]
-        rows = [(site.name, *own) for site, own in zip(self.sites, cells, strict=True)]
-        yield Grid(("site", "error before", "after"), alike(rows))
+        fitted = [(x.name, f"{x.before:.3f}", f"{x.after:.3f}") for x in self.sites if not x.left_out]
+        others = alike((x.name, "", x.left_out) for x in self.sites if x.left_out)
+        yield Grid(("site", "error before", "after"), [*fitted, *others])
         yield f"{self.tokens} tokens; errors are relative to the output of the softmax attention"
         if self.held_out:
             yield Grid(

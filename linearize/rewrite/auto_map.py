@@ -37,11 +37,12 @@ def entries(model: Any) -> dict[str, str]:
         return {}
     found: dict[str, str] = {}
     for auto in (name for name in dir(transformers) if name.startswith("AutoModel")):
-        mapping = getattr(getattr(transformers, auto), "_model_mapping", None)
-        classes = mapping[config] if mapping is not None and config in mapping else ()
+        mapping: Any = getattr(getattr(transformers, auto), "_model_mapping", None)
+        classes: Any = mapping[config] if mapping is not None and config in mapping else ()
         for cls in classes if isinstance(classes, tuple) else (classes,):
-            if cls is not None and getattr(transformers, cls.__name__, None) is cls:
-                found.setdefault(auto, cls.__name__)
+            name = getattr(cls, "__name__", "")
+            if name and getattr(transformers, name, None) is cls:
+                found.setdefault(auto, name)
     return found
 
 

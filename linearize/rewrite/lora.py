@@ -9,7 +9,6 @@ adapter and loads it again. `merge` makes one ordinary converted model of base a
 from __future__ import annotations
 
 import dataclasses
-import warnings
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
@@ -78,30 +77,6 @@ def lora_config(model: nn.Module, modules_to_save: Iterable[str] = (), **setting
             raise ConfigError(unknown("field of LoraConfig", name, fields, hint))
     settings = {"r": 8, "lora_alpha": 16, **settings}
     return peft.LoraConfig(modules_to_save=[*children, *modules_to_save] or None, **settings)
-
-
-def warn_of_frozen(model: Any, adapters: Any) -> None:
-    """Warn of an adapter that leaves the new parameters of a converted model as they are.
-
-    adapters: PEFT's configurations by name, as PEFT notes them in the model that it has put adapters into.
-    """
-    config = list(adapters.values())[-1] if isinstance(adapters, dict) and adapters else None
-    if config is None or getattr(config, "inference_mode", False):
-        return
-    whole = {name.rpartition(".")[2] for name in getattr(config, "modules_to_save", None) or ()}
-    sites = [site for site in model._linearize.plan.sites if site.child not in whole]
-    frozen = sum(
-        parameter.numel()
-        for site in sites
-        for name, parameter in model.get_submodule(site.name).named_parameters()
-        if "lora_" not in name and not parameter.requires_grad
-    )
-    if frozen:
-        warnings.warn(
-            f"this adapter leaves the {frozen:,} new parameters of the attention untrained; "
-            "get_peft_model(model, linearize.lora_config(model, ...)) trains and saves them too",
-            stacklevel=3,
-        )
 
 
 def merge(model: nn.Module) -> nn.Module:

@@ -22,9 +22,9 @@ from ..common.replacing import TRANSFORMERS, whole_checkpoint
 from ..errors import CheckpointError, InputError
 from ..planning.record import LinearizeHookConfig
 from . import auto_map
+from .adapters import warn_of_frozen
 from .call import sole_child
 from .graph.owner import GraphOwner, state_of
-from .lora import warn_of_frozen
 
 if TYPE_CHECKING:
     from torch import nn
