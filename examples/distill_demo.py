@@ -59,7 +59,9 @@ def main() -> None:
     )
     found.attach(linear)
     lz.save(linear, options.out)
-    seen = json.loads((Path(demo.__file__).parent / "model" / "training.json").read_text())["tokens_seen"]
+    seen = json.loads((Path(demo.__file__).parent / "model" / "training.json").read_text())[
+        "tokens_seen"
+    ]
     record = {
         "repeat_with": "python examples/distill_demo.py --out DIR",
         "recipe": options.recipe,
