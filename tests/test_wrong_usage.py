@@ -143,6 +143,10 @@ def test_one_value_stands_for_several_and_a_tensor_for_batches(models: tuple[Any
     ]
     assert all(other == found[0] for other in found)
     assert lz.plan(models[0], IDS, budget=1, lengths=16).lengths == (16,)
+    settings = dict(max_steps=1, context=16, held_out=0.0)
+    copies = [copy.deepcopy(converted) for _ in range(3)]
+    forms = zip(copies, (IDS, [IDS], list(IDS)), strict=True)
+    assert len({lz.transfer(model, data, **settings).after for model, data in forms}) == 1
     rows = lz.compare(models[0], IDS, "local", lengths=16, speed=False).rows
     assert rows[1].config == lz.LinearizeConfig(mechanism="local")
 

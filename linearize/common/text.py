@@ -35,7 +35,7 @@ def sequences(data: Any, tokenizer: Any) -> list[Tensor]:
         items = [data] if isinstance(data, str) else data
         if not isinstance(items, Iterable):
             raise InputError(f"data is token ids or texts, or several of these, got {type(data).__name__}")
-    found = []
+    found: list[Tensor] = []
     for item in items:
         if isinstance(item, str):
             if tokenizer is None:
@@ -46,9 +46,9 @@ def sequences(data: Any, tokenizer: Any) -> list[Tensor]:
             tensor = torch.as_tensor(item)
         except (TypeError, ValueError, RuntimeError) as error:
             raise wrong from error
-        if tensor.dim() != 1 or (tensor.is_floating_point() and len(tensor)):
+        if tensor.dim() not in (1, 2) or (tensor.is_floating_point() and tensor.numel()):
             raise wrong
-        found.append(tensor.long().cpu())
+        found += tensor.long().cpu() if tensor.dim() == 2 else [tensor.long().cpu()]
     return found
 
 

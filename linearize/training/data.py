@@ -189,9 +189,9 @@ def _blocks(items: Sequence[Any], tokenizer: Any, context: int) -> list[Tensor]:
     end = getattr(tokenizer, "eos_token_id", None)
     pieces: list[Tensor] = []
     for item in items:
-        piece = sequences([item], tokenizer)[0]
-        pieces.append(piece)
-        if isinstance(item, str) and isinstance(end, int) and (not len(piece) or int(piece[-1]) != end):
+        pieces += sequences([item], tokenizer)
+        last = pieces[-1] if isinstance(item, str) else None
+        if last is not None and isinstance(end, int) and (not len(last) or int(last[-1]) != end):
             pieces.append(torch.tensor([end]))
     joined = torch.cat(pieces) if pieces else torch.zeros(0, dtype=torch.long)
     if len(joined) < 2:
