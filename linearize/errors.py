@@ -36,7 +36,15 @@ class VerificationError(LinearizeError, RuntimeError):
 
 
 class ConfigError(LinearizeError, ValueError):
-    """A `LinearizeConfig` field is unknown, out of range, or contradicts another."""
+    """A setting is unknown, out of range, or contradicts another.
+
+    `setting` is its name where the message begins with it or is about it alone, "" elsewhere: the command
+    line says a flag instead.
+    """
+
+    def __init__(self, message: str = "", setting: str = "") -> None:
+        super().__init__(message)
+        self.setting = setting
 
 
 class CheckpointError(LinearizeError, OSError):

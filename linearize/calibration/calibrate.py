@@ -10,15 +10,18 @@ head (`regression.py`) and, on batches that are held out, layer by layer.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from rich.console import Console, ConsoleOptions, RenderResult
-from rich.table import Table
 from torch import Tensor, nn
 
+from ..common.batches import batches_of, tokens_in
+from ..common.checks import require_number, require_whole
+from ..common.given import cause, check_names
+from ..common.progress import bar
 from ..common.running import quiet_run, without_cache
+from ..common.tables import Grid, Printed, alike
 from ..errors import InputError, InvalidModelError, LinearizeError
 from ..planning.state import state_of
 from . import held_out
@@ -51,7 +54,7 @@ class SiteFit:
 
 
 @dataclass(frozen=True)
-class Calibration:
+class Calibration(Printed):
     """What `calibrate` did.
 
     Attributes:
@@ -65,27 +68,26 @@ class Calibration:
     sites: tuple[SiteFit, ...]
     held_out: tuple[ByLength, ...] = ()
 
-    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        table = Table("site", "error before", "after")
-        for site in self.sites:
-            numbers = ("", site.left_out) if site.left_out else (f"{site.before:.3f}", f"{site.after:.3f}")
-            table.add_row(site.name, *numbers)
-        yield table
+    def blocks(self) -> Iterator[Grid | str]:
+        fitted = [(x.name, f"{x.before:.3f}", f"{x.after:.3f}") for x in self.sites if not x.left_out]
+        others = alike((x.name, "", x.left_out) for x in self.sites if x.left_out)
+        yield Grid(("site", "error before", "after"), [*fitted, *others])
         yield f"{self.tokens} tokens; errors are relative to the output of the softmax attention"
         if self.held_out:
-            table = Table("held-out positions", "perplexity before", "after")
-            for row in self.held_out:
-                table.add_row(f"{row.first} to {row.last}", f"{row.before:.3f}", f"{row.after:.3f}")
-            yield table
+            yield Grid(
+                ("held-out positions", "perplexity before", "after"),
+                [(f"{x.first} to {x.last}", f"{x.before:.3f}", f"{x.after:.3f}") for x in self.held_out],
+            )
 
 
 def calibrate(
     model: nn.Module,
-    batches: Iterable[Any],
+    batches: Iterable[Any] | Tensor | Mapping[str, Any],
     *,
     max_tokens: int = TOKENS,
     ridge: float | None = None,
     sequential: bool = True,
+    progress: bool | None = None,
 ) -> Calibration:
     """Fit the new parameters of a freshly converted model to its original attention, in place.
 
@@ -95,14 +97,15 @@ def calibrate(
 
     Args:
         model: A converted model.
-        batches: Dicts of the model's keyword arguments, or token ids int64 `[B, T]`, of any lengths; they are
-            moved to the model's device.
+        batches: Dicts of the model's keyword arguments, or token ids int64 `[B, T]`, of any lengths, or one
+            of these alone; they are moved to the model's device.
         max_tokens: Batches are read until this number of tokens is reached.
         ridge: How strongly parameters are pulled towards their present values, relative to the evidence for
             each. Chosen for each head when omitted.
         sequential: Fit each layer on what it gets behind the layers that are fitted already. False: on what
             it gets in the original, so that its fit does not depend on which other layers are converted;
             nothing is held out then.
+        progress: Whether to show a progress bar; on terminals and in notebooks by default.
 
     Returns:
         The error of every attention site before and after the fit, and held-out perplexity.
@@ -112,6 +115,8 @@ def calibrate(
         InputError: A batch does not run, or the batches never reach some attention or give values that are
             not finite.
     """
+    require_whole("max_tokens", max_tokens)
+    require_number("ridge", ridge, "a number, 0 or more, or None", lambda value: value >= 0, optional=True)
     sites = state_of(model).plan.sites
     fits = {site.name: Fit(model.get_submodule(site.name), site, ridge, sequential) for site in sites}
     able = {name: fit for name, fit in fits.items() if not fit.left_out}
@@ -122,16 +127,18 @@ def calibrate(
     watchers = {site: able[site.name] for site in sites if site.name in able}
     try:
         with quiet_run(model):
-            with watching(model, watchers):
-                for number, batch in enumerate(batches, 1):
-                    given = model_inputs(batch)
+            with watching(model, watchers), bar("calibrate", max_tokens, progress, "tokens") as tick:
+                for number, given in enumerate(batches_of(batches), 1):
                     if sequential and number % _HELD_OUT == 0 and held_out.predicts(model, given):
                         kept.append(given)
                     else:
                         forward(model, given)
                     tokens += tokens_in(given)
+                    tick(tokens_in(given))
                     if tokens >= max_tokens:
                         break
+            if not tokens:
+                raise InputError("there is no batch to calibrate on: the attention was never called")
             errors = {name: fit.finish() for name, fit in able.items()}
             unused = {name: _UNUSED for name, fit in able.items() if not fit.evidence}
             worse, by_length = held_out.settle(model, kept, able, forward)
@@ -149,6 +156,7 @@ def forward(model: nn.Module, inputs: Mapping[str, Any]) -> Any:
 
     Raises InputError if the model does not run on it.
     """
+    check_names(model, inputs)
     device = next((p.device for p in model.parameters()), None)
     placed = {name: x.to(device) if isinstance(x, Tensor) else x for name, x in inputs.items()}
     try:
@@ -156,21 +164,5 @@ def forward(model: nn.Module, inputs: Mapping[str, Any]) -> Any:
     except LinearizeError:
         raise
     except Exception as error:
-        raise InputError(f"the model does not run on a batch: {type(error).__name__}: {error}") from error
-
-
-def model_inputs(batch: Any) -> dict[str, Any]:
-    """A batch as keyword arguments. Raises InputError for anything else, and for an empty batch."""
-    inputs = dict(batch) if isinstance(batch, Mapping) else {"input_ids": batch}
-    tensors = [x for x in inputs.values() if isinstance(x, Tensor)]
-    if not tensors or any(x.numel() == 0 for x in tensors):
-        raise InputError(
-            "a batch must be token ids [B, T] or a dict of the model's keyword arguments, and not empty"
-        )
-    return inputs
-
-
-def tokens_in(inputs: Mapping[str, Any]) -> int:
-    """The number of tokens in the first tensor among a model's inputs."""
-    first = next(x for x in inputs.values() if isinstance(x, Tensor))
-    return first.shape[0] * (first.shape[1] if first.dim() > 1 else 1)
+        why = cause(model, inputs, error)
+        raise InputError(f"the model does not run on a batch: {why}") from error

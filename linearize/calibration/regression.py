@@ -11,6 +11,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..common.precise import wide
+
 STRENGTHS = (1e-4, 1e-3, 1e-2, 3e-2, 0.1, 0.3, 1.0)
 """How strongly weights are pulled to zero, relative to the evidence for each."""
 _GROWTH = 1.1
@@ -34,7 +36,7 @@ class Regression:
 
     def add(self, columns: Tensor, target: Tensor) -> None:
         """Take columns [H, N, P] and target [H, N, C]."""
-        columns, target = columns.double(), target.double()
+        columns, target = wide(columns), wide(target)
         if self._products is None:
             heads, rows, width = columns.shape
             self._products = columns.new_zeros(heads, width, width)

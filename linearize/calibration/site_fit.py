@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..common.precise import wide
 from ..errors import InputError
 from ..kernels.tensors import full_precision, widen
 from ..mechanisms.composed import of_queries
@@ -63,7 +64,7 @@ class Fit:
         self._regression.add(joined, left)
         if not self._regression.finite:
             raise InputError(f"{self.name}: the batches gave values that are not finite")
-        self._size += float(wanted.double().square().sum())
+        self._size += float(wide(wanted).square().sum())
 
     def finish(self) -> tuple[float, float]:
         """Put in the weights from all that came; the relative error before and after.

@@ -17,6 +17,7 @@ from ..common.replacing import TRANSFORMERS, identity, read_entry
 from ..errors import CheckpointError
 from ..planning.record import METHOD, LinearizeHookConfig, measured_in, parse
 from ..planning.state import carry
+from ..rewrite import auto_map
 from .replay import replay
 
 if TYPE_CHECKING:
@@ -95,6 +96,7 @@ class LinearizeHook(HfQuantizer):
         if self._reading is not None:
             self._reading.check()
         self.remove_quantization_config(model)
+        auto_map.forget(model.config)
         del model.is_quantized  # an ordinary model has no such attribute
         for module in model.modules():
             config: Any = getattr(module, "config", None)

@@ -15,8 +15,9 @@ from safetensors.torch import load_file, save_model
 from torch import Tensor, nn
 
 from ..common.checks import excerpt
-from ..common.files import read_json, reason, shown
+from ..common.files import read_json, shown
 from ..common.replacing import TRANSFORMERS, Layout, finish_killed, identity, is_inside, whole_checkpoint
+from ..common.running import shortened
 from ..common.scratch import locked
 from ..errors import CheckpointError, LinearizeError
 from ..planning.record import VERSION, measured_in, parse
@@ -24,6 +25,7 @@ from ..planning.state import carry, state_of
 from ..rewrite.apply import check_unconverted
 from ..rewrite.model import drop_card
 from .checking import check_finite, check_fit, check_index, class_of
+from .hub import fetch, is_name
 from .replay import replay
 
 if TYPE_CHECKING:
@@ -71,7 +73,7 @@ def write_checkpoint(
     from ..evaluation.card import write_card
 
     state = state_of(model)
-    target = Path(directory)
+    target = path_of(directory)
     whole = isinstance(model, PreTrainedModel)
     with whole_checkpoint(target, TRANSFORMERS if whole else MODULE) as folder:
         if whole:
@@ -94,19 +96,36 @@ def write_checkpoint(
 
 @overload
 def load(
-    directory: str | os.PathLike[str], model: None = None, *, dtype: torch.dtype | None = None
+    directory: str | os.PathLike[str],
+    model: None = None,
+    *,
+    dtype: torch.dtype | str | None = None,
+    device_map: Any = None,
+    revision: str | None = None,
+    token: str | bool | None = None,
 ) -> PreTrainedModel: ...
 
 
 @overload
-def load(directory: str | os.PathLike[str], model: Model, *, dtype: None = None) -> Model: ...
+def load(
+    directory: str | os.PathLike[str],
+    model: Model,
+    *,
+    dtype: None = None,
+    device_map: None = None,
+    revision: str | None = None,
+    token: str | bool | None = None,
+) -> Model: ...
 
 
 def load(
     directory: str | os.PathLike[str],
     model: nn.Module | None = None,
     *,
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | str | None = None,
+    device_map: Any = None,
+    revision: str | None = None,
+    token: str | bool | None = None,
 ) -> nn.Module:
     """Read a converted model back, as it was saved. The stored plan is applied again; no graph is searched.
 
@@ -115,22 +134,22 @@ def load(
     weights.
 
     Args:
-        directory: The folder that `save` or `save_pretrained` wrote.
+        directory: The folder that `save` or `save_pretrained` wrote, or the name of a model on the Hub.
         model: The module to fill, for the checkpoint of a plain `nn.Module`. Otherwise leave it out.
         dtype: Convert a transformers model to this floating dtype while loading; as stored by default.
+        device_map: Where a transformers model goes, as in its `from_pretrained`, such as "cuda" or "auto".
+        revision: Branch, tag or commit of a model on the Hub.
+        token: Of the Hub; the one of `hf auth login` by default.
 
     Returns:
         The converted transformers model, in evaluation mode, or `model` itself.
 
     Raises:
         CheckpointError: The folder is not a complete, readable, converted checkpoint, it does not fit
-            `model`, or `model` or `dtype` is given for the wrong kind of checkpoint. `model` is then as it
-            was.
+            `model`, or an argument is given for the wrong kind of checkpoint. `model` is then as it was.
         InvalidModelError: `model` is converted already.
     """
-    source = Path(directory)
-    if not os.path.isdir(source):
-        raise CheckpointError(f"cannot load {shown(source)}: no such directory")
+    source = _source(directory, revision, token)
     for layout in (MODULE, TRANSFORMERS):
         finish_killed(source, layout)
     if (source / RECORD).is_file():
@@ -138,14 +157,46 @@ def load(
             raise CheckpointError(
                 f"{source} holds a plain module: give a fresh one to fill, load(directory, model=...)"
             )
-        if dtype is not None:
+        if dtype is not None or device_map is not None:
             raise CheckpointError(
-                "`dtype` is for transformers checkpoints; convert the module with `.to(dtype)`"
+                "`dtype` and `device_map` are for transformers checkpoints; convert the module with `.to`"
             )
         return _fill(source, model, *_undisturbed(source, lambda: _read_module(source)))
     if model is not None:
         raise CheckpointError(f"{source} has no {RECORD}: `model` is only for checkpoints of plain modules")
-    return _undisturbed(source, lambda: _load_transformers(source, dtype))
+    wanted = _dtype(dtype)
+    return _undisturbed(source, lambda: _load_transformers(source, wanted, device_map))
+
+
+def _source(directory: Any, revision: str | None, token: str | bool | None) -> Path:
+    """The folder of a checkpoint, fetched where a name on the Hub is given. Raises CheckpointError."""
+    source = path_of(directory)
+    if os.path.isdir(source):
+        if revision is not None or token is not None:
+            raise CheckpointError(f"`revision` and `token` are for the Hub, and {shown(source)} is a folder")
+        return source
+    if not isinstance(directory, str) or not is_name(directory):
+        raise CheckpointError(f"cannot load {shown(source)}: no such directory")
+    return fetch(directory, revision, token)
+
+
+def _dtype(dtype: Any) -> Any:
+    """A floating dtype, given as it is or by its name; "auto" for None. Raises CheckpointError."""
+    import torch
+
+    found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if dtype in (None, "auto"):
+        return "auto"
+    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+        raise CheckpointError(f"dtype must be a floating one, such as torch.bfloat16, got {excerpt(dtype)}")
+    return found
+
+
+def path_of(directory: Any) -> Path:
+    """The path that a user gave. Raises CheckpointError for what is none."""
+    if not isinstance(directory, str | os.PathLike) or not os.fspath(directory):
+        raise CheckpointError(f"a folder is a path, got {excerpt(directory)}")
+    return Path(directory)
 
 
 def _undisturbed(source: Path, read: Callable[[], Result]) -> Result:
@@ -172,7 +223,7 @@ def _identity(source: Path) -> list[tuple[int, int, int] | None]:
     return [identity(source / name) for name in (RECORD, TRANSFORMERS.record)]
 
 
-def _load_transformers(source: Path, dtype: torch.dtype | None) -> nn.Module:
+def _load_transformers(source: Path, dtype: torch.dtype | str, device_map: Any) -> nn.Module:
     cls = class_of(source)
     check_index(source)
     generation = source / GENERATION
@@ -181,15 +232,13 @@ def _load_transformers(source: Path, dtype: torch.dtype | None) -> nn.Module:
         raise CheckpointError(f"{shown(generation)} cannot be read: it holds no object")
     try:
         model, info = cls.from_pretrained(
-            source, dtype="auto" if dtype is None else dtype, local_files_only=True, output_loading_info=True
+            source, dtype=dtype, device_map=device_map, local_files_only=True, output_loading_info=True
         )
     except LinearizeError as error:
         raise CheckpointError(f"cannot load {shown(source)}: {error}") from error
     # A config from anywhere can make any line of transformers raise anything.
     except Exception as error:
-        raise CheckpointError(
-            f"cannot load {shown(source)}: {type(error).__name__}: {reason(error)}"
-        ) from error
+        raise CheckpointError(f"cannot load {shown(source)}: {shortened(error, 200)}") from error
     wrong = {kind: sorted(map(str, keys)) for kind, keys in info.items() if keys}
     if wrong:
         text = "; ".join(

@@ -11,17 +11,19 @@ from __future__ import annotations
 import inspect
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 
-from ..errors import ConfigError, LinearizeError
-from . import about, convert, evaluation, generation, hybrid, onnx, training
+from ..common.version import __version__
+from ..errors import ConfigError
+from . import about, bench, convert, environment, evaluation, generation, hybrid, onnx, training
 from .options import grouped, takes_path
+from .session import Loudness, saying, tell
 
 COMMANDS: dict[str, Callable[..., None]] = {
     "version": about.version,
+    "env": environment.env,
     "demo": about.demo,
     "inspect": convert.inspect,
     "plan": hybrid.plan,
@@ -29,6 +31,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "distill": training.distill,
     "eval": evaluation.evaluate,
     "lm-eval": evaluation.lm_eval,
+    "bench": bench.bench,
     "generate": generation.generate,
     "mechanisms": about.mechanisms,
     "export": onnx.export,
@@ -44,12 +47,33 @@ _SETTINGS: dict[str, dict[str, Any]] = {"lm-eval": _PASSED_ON}
 app = typer.Typer(
     help="Find any softmax attention in a model, prove it, and rewrite it to linear attention.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # its tables cut long options in a terminal of 80 columns
 )
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def _common(
+    context: typer.Context,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="print it and exit")
+    ] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="no progress bars, no warnings")] = False,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="say where an error came from")] = False,
+) -> None:
+    context.obj = Loudness(quiet, verbose)
+
+
 _GROUPED = {name: grouped(command) for name, command in COMMANDS.items()}
 for _name, _command in _GROUPED.items():
-    app.command(_name, **_SETTINGS.get(_name, {}))(_command)
+    _first = " ".join((_command.__doc__ or "").split("\n\n")[0].split())
+    app.command(_name, short_help=_first, **_SETTINGS.get(_name, {}))(saying(_command))
 
 
 _PATHS = {
@@ -72,9 +96,7 @@ def main() -> None:
     """Entry point. An error made by the package is one line on stderr and exit code 1."""
     try:
         _check_words(sys.argv[1:])
-        app()
-    except LinearizeError as error:
-        # soft_wrap: one line in a pipe too, whatever width is assumed for it.
-        text = f"error: {error}"
-        Console(stderr=True).print(text, style="red", markup=False, highlight=False, soft_wrap=True)
+    except ConfigError as error:
+        tell(str(error))
         sys.exit(1)
+    app()

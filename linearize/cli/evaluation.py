@@ -17,6 +17,7 @@ from ..errors import ConfigError, InvalidModelError, LinearizeError, MissingExtr
 from .before import check_file, check_folder, check_plot, check_texts
 from .options import SEEDS, Device, Dtype, numbers
 from .results import stopping
+from .session import bars
 from .sources import Source, find_source, hide_bars, load_model, load_tokenizer
 from .terminal import console
 
@@ -182,7 +183,7 @@ def evaluate(
         if data:
             shared["name"] = ", ".join(path.name for path in data) if outputs.name is None else outputs.name
             texts = _texts(model, source, tokenizer, data, tokens, wanted, seed)
-            tell("evaluation", measure(model, texts, **shared, speed=speed))
+            tell("evaluation", measure(model, texts, **shared, speed=speed, progress=bars()))
             if more.parts:
                 from ..convert.parts import measure_parts
 
@@ -213,7 +214,7 @@ def _recalled(
 
     room = min(positions(live) for live in (model, reference) if live is not None)
     length = max(lengths) if lengths else min(4096, room)
-    return recall(model, tokenizer, reference, length=length, seed=seed)
+    return recall(model, tokenizer, reference, length=length, seed=seed, progress=bars())
 
 
 def _texts(

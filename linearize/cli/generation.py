@@ -15,6 +15,7 @@ from ..errors import ConfigError, InputError
 from .before import check_extra, check_folder, check_resume, check_texts
 from .options import SEEDS, Device, Dtype
 from .results import save_or_rescue, stopping
+from .session import bars
 from .sources import find_source, is_demo, load_decoder, load_source, to_device
 from .terminal import console
 
@@ -127,6 +128,7 @@ def train_heads(
         int, typer.Option(help="tokens of the data to use; memory and time go by them")
     ] = 60_000,
     training: Training,
+    device: Device = "cpu",
     checkpoints: Annotated[Path | None, typer.Option(help="folder for a checkpoint every epoch")] = None,
 ) -> None:
     """Train Medusa heads on a frozen decoder, for `generate --speculative medusa`."""
@@ -144,12 +146,12 @@ def train_heads(
     check_extra("train", "accelerate")
     go_on = "nothing was kept" if checkpoints is None else f"--resume goes on from those in {checkpoints}"
     with stopping(lambda: f"no heads were written to {target}; {go_on}"):
-        model, tokenizer = load_decoder(source)
+        model, tokenizer = load_decoder(source, device=device)
         heads = train(
             model,
             text_tokens(data, tokenizer, max_tokens, training.context, training.seed),
             output_dir=checkpoints,
-            progress=sys.stderr.isatty(),
+            progress=bars(),
             **dataclasses.asdict(training),
         )
         save_or_rescue(heads.save, target)

@@ -11,8 +11,9 @@ import typer
 
 from ..errors import ConfigError
 from .before import check_file, check_texts
-from .options import SEEDS, Data, OnRefusal, Rewriting, numbers
+from .options import SEEDS, Data, Device, OnRefusal, Rewriting, numbers
 from .results import stopping
+from .session import bars
 from .sources import Source, find_source, load_model, load_tokenizer
 from .terminal import console
 
@@ -50,6 +51,7 @@ def plan(
     ] = "greedy",
     tokens: Annotated[int, typer.Option(help="tokens of the data to use")] = 8192,
     json: Annotated[Path | None, typer.Option(help="write the figures to this file")] = None,
+    device: Device = "cpu",
     seed: Annotated[int, typer.Option(help="of the choice of text", **SEEDS)] = 0,
 ) -> None:
     """Measure what each layer costs when it is linear, and say which are best left softmax, or how large."""
@@ -64,7 +66,7 @@ def plan(
     context = max(wanted or (CONTEXT,))
     check_file(json)
     check_texts(data)
-    model = load_model(source)
+    model = load_model(source, device=device)
     tokenizer = load_tokenizer(find_source(source))
     texts = read_files(model, tokenizer, data, tokens, context, seed)
     rows = training_data(model, texts, tokenizer, context).first(tokens).rows
@@ -81,6 +83,7 @@ def plan(
             config=config,
             search=search,
             max_tokens=tokens,
+            progress=bars(),
         )
     console(160).print(found)
     if json is not None:

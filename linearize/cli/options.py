@@ -22,7 +22,7 @@ from ..errors import ConfigError
 if TYPE_CHECKING:
     from ..planning.config import LinearizeConfig
 
-SEEDS: dict[str, Any] = dict(min=0, max=2**32 - 1)
+SEEDS: dict[str, Any] = dict(min=0, max=2**32 - 1, metavar="N")
 """What numpy takes, and torch too."""
 
 Mechanism = Annotated[

@@ -15,9 +15,16 @@ from ..errors import CheckpointError, ConfigError
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+_WEIGHTS = frozenset(
+    ".safetensors .bin .pt .pth .ckpt .h5 .msgpack .onnx .ot .gguf .npz .tflite .mlmodel .pdparams".split()
+)
+"""What files of weights are called: none is copied beside those of the converted model."""
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 Source = Annotated[
-    str, typer.Argument(help="a folder with a transformers model, a GGUF file, a Hub name, or `demo`")
+    str,
+    typer.Argument(
+        help="a folder with a transformers model, a GGUF file, a Hub name (with @ and a revision), or `demo`"
+    ),
 ]
 
 
@@ -46,17 +53,13 @@ def find_source(name: str) -> Path:
         from ..demo import MODEL
 
         return MODEL
-    if folder.is_absolute() or name.startswith((".", "~")) or name.count("/") != 1:
-        raise CheckpointError(f"{shown(folder)}: no such folder")
-    from huggingface_hub import snapshot_download
+    from ..checkpoint.hub import fetch, is_name
 
+    repository, _, revision = name.partition("@")
+    if not is_name(repository):
+        raise CheckpointError(f"{shown(folder)}: no such folder")
     hide_bars()
-    try:
-        return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.model"]))
-    except Exception as error:
-        raise CheckpointError(
-            f"{name} is no folder here and could not be fetched from the Hub: {error}"
-        ) from error
+    return fetch(repository, revision or None)
 
 
 def load_model(source: str, dtype: str = "auto", device: str = "cpu") -> PreTrainedModel:
@@ -146,14 +149,13 @@ def companions(folder: Path) -> list[Path]:
     if _is_gguf(folder):
         return []
     own = {"config.json", "generation_config.json", "training.json"}
-    weights = {".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".onnx", ".ot"}
     return [
         path
-        for path in sorted(folder.iterdir())
+        for path in sorted([*folder.iterdir(), *folder.glob("additional_chat_templates/*.jinja")])
         if path.is_file()
         and path.name not in own
-        and path.suffix not in weights
-        and not path.name.endswith(".index.json")
+        and path.suffix not in _WEIGHTS
+        and not path.name.endswith((".index.json", ".onnx.data", ".onnx_data"))
         and not path.name.startswith(".")
     ]
 
@@ -169,8 +171,10 @@ def copy_companions(folder: Path, target: Path, there: Path | None = None) -> No
         if _is_gguf(folder):
             load_tokenizer(folder).save_pretrained(target)
         for path in companions(folder):
-            if not (target / path.name).exists() and not (home / path.name).exists():
-                shutil.copyfile(path, target / path.name)
+            name = path.relative_to(folder)
+            if not (target / name).exists() and not (home / name).exists():
+                (target / name).parent.mkdir(exist_ok=True)
+                shutil.copyfile(path, target / name)
     except OSError as error:
         if isinstance(error, CheckpointError):
             raise

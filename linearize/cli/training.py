@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ import typer
 from .before import check_extra, check_folder, check_report, check_resume, check_texts
 from .options import SEEDS, Approximate, Augmentation, Data, Dtype, Option, given, option_values
 from .results import save_or_rescue, stopping
+from .session import bars
 from .sources import (
     Source,
     copy_companions,
@@ -102,6 +102,16 @@ class Running:
         return text
 
 
+def _placed(device: str | None) -> dict[str, Any]:
+    """What keeps transformers' Trainer, which takes an accelerator where there is one, on the CPU."""
+    return {"trainer_args": {"use_cpu": True}} if device == "cpu" else {}
+
+
+TrainDevice = Annotated[
+    str | None, typer.Option(help="cpu, or an accelerator; the accelerator unless said, where there is one")
+]
+
+
 def distill(
     source: Source,
     data: Data,
@@ -119,6 +129,7 @@ def distill(
     tuning: Tuning,
     running: Running,
     dtype: Dtype = "auto",
+    device: TrainDevice = None,
     seed: Annotated[int, typer.Option(help="of the choice and the order of the data", **SEEDS)] = 0,
 ) -> None:
     """Convert a model, calibrate it, and train it by a recipe.
@@ -142,7 +153,7 @@ def distill(
     if teacher is not None:
         find_source(teacher)
     with stopping(running.kept(out)):
-        model = load_model(source, dtype)
+        model = load_model(source, dtype, device or "cpu")
         tokenizer = load_tokenizer(folder)
         most = chosen.tokens if tokens is None else tokens
         length = chosen.context(model) if context is None else context
@@ -155,10 +166,11 @@ def distill(
             config=changes.config(chosen.config),
             tokens=most,
             context=length,
-            progress=sys.stderr.isatty(),
+            progress=bars(),
             tune_settings=given(dataclasses.asdict(tuning)),
             seed=seed,
             **running.settings(),
+            **_placed(device),
         )
         if is_main_process():
             console(120).print(report)

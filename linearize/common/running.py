@@ -10,8 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import InputError, LinearizeError
-
 
 @contextlib.contextmanager
 def quiet_run(model: nn.Module) -> Iterator[None]:
@@ -47,21 +45,6 @@ def without_cache(model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Any]
         # A wrapper (PEFT) that passes on whatever it is given.
         takes = hasattr(getattr(model, "config", None), "use_cache")
     return {**inputs, "use_cache": False} if takes else dict(inputs)
-
-
-def run_model(model: nn.Module, inputs: Mapping[str, Any]) -> tuple[Tensor, ...]:
-    """Floating outputs of one forward pass. Raises InputError when the model does not run on the inputs."""
-    try:
-        # Inside `quiet_run`, which restores it: some models draw masks even in evaluation.
-        torch.manual_seed(0)
-        return floats(call(model, without_cache(model, inputs)))
-    except LinearizeError:
-        raise
-    except Exception as error:
-        raise InputError(
-            f"{type(model).__name__} does not run on the example inputs ({shapes(inputs)}): "
-            f"{type(error).__name__}: {error}"
-        ) from error
 
 
 def call(model: nn.Module, inputs: Mapping[str, Any]) -> Any:

@@ -18,10 +18,21 @@ IGNORED = -100
 """The label of a position that is not scored, as in transformers."""
 
 
+def check_tokenizer(tokenizer: Any) -> None:
+    """Raise InputError for what is no tokenizer, such as the name of one."""
+    if tokenizer is not None and not callable(tokenizer):
+        named = isinstance(tokenizer, str)
+        hint = f"; AutoTokenizer.from_pretrained({tokenizer!r}) loads it" if named else ""
+        raise InputError(f"tokenizer must be a tokenizer, got {type(tokenizer).__name__}{hint}")
+
+
 def sequences(data: Any, tokenizer: Any) -> list[Tensor]:
     """Sequences int64 `[n]` of texts, or of ids `[n]` or `[B, n]`. Raises InputError for anything else."""
-    items: Iterable[Any] = [data] if isinstance(data, Tensor | str) else data
-    found = []
+    check_tokenizer(tokenizer)
+    items: Any = [data] if isinstance(data, Tensor | str) else data
+    if not isinstance(items, Iterable):
+        raise InputError(f"data is token ids or texts, or several of these, got {type(data).__name__}")
+    found: list[Tensor] = []
     for item in items:
         if isinstance(item, str):
             if tokenizer is None:
@@ -32,9 +43,9 @@ def sequences(data: Any, tokenizer: Any) -> list[Tensor]:
             tensor = torch.as_tensor(item)
         except (TypeError, ValueError, RuntimeError) as error:
             raise wrong from error
-        if tensor.dim() not in (1, 2) or (tensor.is_floating_point() and len(tensor)):
+        if tensor.dim() not in (1, 2) or (tensor.is_floating_point() and tensor.numel()):
             raise wrong
-        found += [row.long().cpu() for row in (tensor if tensor.dim() == 2 else [tensor])]
+        found += tensor.long().cpu() if tensor.dim() == 2 else [tensor.long().cpu()]
     return found
 
 

@@ -14,13 +14,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from rich.console import Console, ConsoleOptions, RenderResult
-from rich.table import Table
 from torch import nn
 
 from ..calibration.calibrate import calibrate as calibrate_model
+from ..common.checks import several
 from ..common.copies import sharing_copy
 from ..common.running import quiet_run
+from ..common.tables import Grid, Printed
 from ..errors import ConfigError, InvalidModelError, RefusedError
 from ..evaluation.baseline import MECHANISM, baseline_of, baseline_title, state_bytes, title
 from ..evaluation.compared import Compared, kind_of
@@ -64,7 +64,7 @@ class ComparedSetting:
 
 
 @dataclass(frozen=True)
-class Comparison:
+class Comparison(Printed):
     """What `compare` found. It prints as a table.
 
     Attributes:
@@ -112,14 +112,14 @@ class Comparison:
             ],
         }
 
-    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+    def blocks(self) -> Iterator[Grid | str]:
         longest = self.lengths[-1]
         fast = any(row.figures[longest].forward_tokens_per_second for row in self.rows)
         headings = (*(f"perplexity at {n:,}" for n in self.lengths), "gap closed", "state bytes")
-        table = Table("attention", *headings)
         if fast:
-            for heading in ("prefill tokens/s", "decode tokens/s", "cache bytes"):
-                table.add_column(f"{heading} at {longest:,}")
+            speeds = ("prefill tokens/s", "decode tokens/s", "cache bytes")
+            headings = (*headings, *(f"{heading} at {longest:,}" for heading in speeds))
+        rows: list[list[str]] = []
         for row in self.rows:
             last, closed = row.figures[longest], self.closed(row, longest)
             cells = [f"{row.figures[n].perplexity:.2f}" for n in self.lengths]
@@ -127,8 +127,8 @@ class Comparison:
             if fast:
                 rates = last.forward_tokens_per_second, last.decode_tokens_per_second
                 cells += [_count(rates[0]), _count(rates[1], 1), _count(last.cache_bytes)]
-            table.add_row(row.name, *cells)
-        yield table
+            rows.append([row.name, *cells])
+        yield Grid(("attention", *headings), rows)
         yield (
             f"{self.tokens:,} tokens scored at each length, the same ones; measured in {self.setting}, in "
             f"turns. Gap closed: of the distance, in log-perplexity at {longest:,}, between the original and "
@@ -140,19 +140,24 @@ def _count(value: float | int | None, digits: int = 0) -> str:
     return "" if value is None else f"{value:,.{digits}f}"
 
 
+def _setting(config: LinearizeConfig | Mapping[str, Any] | str) -> LinearizeConfig:
+    return LinearizeConfig(mechanism=config) if isinstance(config, str) else resolve_config(config, {})
+
+
 def compare(
     model: nn.Module,
     batches: Any,
-    configs: Iterable[LinearizeConfig | Mapping[str, Any]],
+    configs: Iterable[LinearizeConfig | Mapping[str, Any] | str],
     *,
     tokenizer: Any = None,
-    lengths: Sequence[int] | None = None,
+    lengths: Sequence[int] | int | None = None,
     calibrate: Iterable[Any] | None = None,
     max_tokens: int = TOKENS,
     batch_tokens: int = 2048,
     speed: bool = True,
     decode_tokens: int = 32,
     inputs: Any = None,
+    progress: bool | None = None,
 ) -> Comparison:
     """Measure what several settings make of a decoder: perplexity by length, state bytes, and speed.
 
@@ -165,7 +170,7 @@ def compare(
         model: A transformers decoder, converted or not. Of a converted one, the first line is its weights
             with softmax and the second the model as it is.
         batches: Token ids int64 `[n]` or `[B, n]`, a list of these, texts, or dicts, as for `lz.evaluate`.
-        configs: The settings, each as for `lz.linearize`.
+        configs: The settings, each as for `lz.linearize`, or the name of a mechanism with its defaults.
         tokenizer: The tokenizer of the model; needed for texts.
         lengths: Context lengths in tokens; by default those of 128, 512 and 2048 that there is room for.
         calibrate: Batches to calibrate each setting on; it is measured as converted without them. Settings
@@ -175,6 +180,7 @@ def compare(
         speed: Whether to measure speed and memory.
         decode_tokens: How many tokens are decoded for that.
         inputs: Example inputs, as for `lz.linearize`.
+        progress: Whether to show a progress bar; on terminals and in notebooks by default.
 
     Returns:
         The figures, which print as a table.
@@ -189,19 +195,21 @@ def compare(
             f"compare measures decoders, and {type(model).__name__} is an {kind_of(model)}: convert it and "
             "call linearize.evaluate with its original as the reference"
         )
-    wanted = None if lengths is None else sorted(set(lengths))
-    check_settings(wanted, max_tokens, batch_tokens, decode_tokens)
-    settings = [resolve_config(config, {}) for config in configs]
+    asked = several(lengths)
+    check_settings(asked, max_tokens, batch_tokens, decode_tokens)
+    wanted = None if asked is None else sorted(set(asked))
+    given: Any = [configs] if isinstance(configs, str | Mapping | LinearizeConfig) else configs
+    settings = [_setting(config) for config in given]
     if not settings or len(set(settings)) < len(settings):
         raise ConfigError("give one or more different settings to compare")
-    alone = Compared(model, None)
-    stream = joined(alone, batches, tokenizer, max_tokens)
+    plain = Compared(model, None)
+    stream = joined(plain, batches, tokenizer, max_tokens)
     fit = None if calibrate is None else list(calibrate)
     lines = _lines(model, settings, inputs, fit)
     models = [line.model for line in lines]
     with _quiet(models):
         found, tokens = measure_side_by_side(
-            models, stream, wanted, batch_tokens, decode_tokens if speed else 0
+            models, stream, wanted, batch_tokens, decode_tokens if speed else 0, progress
         )
     rows = tuple(
         ComparedSetting(line.name, line.config, line.state_bytes, figures, line.baseline)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ..cache.lookup import is_cache
+from ..common.precise import wide
 from ..common.running import call, floats, generates, shortened, without_cache
 from ..errors import VerificationError
 
@@ -191,9 +192,9 @@ def relative_gap(expected: Sequence[Tensor], found: Sequence[Tensor]) -> float:
         same = (a == b) | (a - b).isfinite()  # masked scores are -inf in both
         if not bool(same.all()):
             return float("inf")
-        error = (a.double() - b.double()).abs().nan_to_num(nan=0.0)
+        error = (wide(a) - wide(b)).abs().nan_to_num(nan=0.0)
         worst = max(worst, error.max().item())
-        size = max(size, a.double().abs().nan_to_num(posinf=0.0).max().item())
+        size = max(size, wide(a).abs().nan_to_num(posinf=0.0).max().item())
     return worst / max(size, 1e-3)
 
 

@@ -7,6 +7,7 @@ kept.
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -15,8 +16,12 @@ import torch
 from torch import Tensor, nn
 
 from ..cache.lookup import check_empty
+from ..common.checks import excerpt
+from ..common.given import check_names
 from ..common.running import call, generates, quiet_run, without_cache
 from ..errors import InputError
+from ..mechanisms import available
+from ..planning.config import LinearizeConfig
 
 LENGTHS = (11, 23)
 """Token counts of the two example sizes, unlike each other and unlike usual head counts and sizes."""
@@ -30,9 +35,10 @@ def example_inputs(model: nn.Module, inputs: Any = None) -> list[dict[str, Any]]
     last one is the padded one. Raises InputError when `inputs` has an unusable form, or cannot be made.
     """
     if inputs is not None:
-        examples = _given(inputs)
+        examples = [_moved(model, example) for example in _given(inputs)]
         for example in examples:
             check_empty(example)
+            check_names(model, example)
         return examples
     if not _is_of_transformers(model):
         raise InputError(
@@ -77,15 +83,24 @@ def _given(inputs: Any) -> list[dict[str, Any]]:
     if isinstance(inputs, Mapping):
         if not all(isinstance(name, str) for name in inputs):
             raise InputError("a dict of example inputs must have argument names as keys")
+        settings = {field.name for field in dataclasses.fields(LinearizeConfig)}
+        if inputs and settings.issuperset(inputs):
+            raise InputError("inputs are those of the model, and these are settings: give them as config=")
         return [dict(inputs)]
     if isinstance(inputs, list) and inputs and all(isinstance(item, Mapping) for item in inputs):
         return [dict(item) for item in inputs]
     if isinstance(inputs, (tuple, list)) and inputs:
         return [{str(index): value for index, value in enumerate(inputs)}]
+    wrong = excerpt(inputs) if isinstance(inputs, str) else type(inputs).__name__
+    more = "; settings go by name, such as mechanism= or config=" if _is_setting(inputs) else ""
     raise InputError(
-        "example inputs must be a dict of keyword arguments, a tuple of positional ones, one tensor, or "
-        f"a list of dicts; got {type(inputs).__name__}"
+        "inputs must be a dict of keyword arguments, a tuple of positional ones, one tensor, or a list of "
+        f"dicts; got {wrong}{more}"
     )
+
+
+def _is_setting(inputs: Any) -> bool:
+    return isinstance(inputs, LinearizeConfig) or (isinstance(inputs, str) and inputs in available())
 
 
 def _first_that_runs(model: nn.Module, batch: int, length: int, problems: list[str]) -> dict[str, Any] | None:
@@ -100,6 +115,15 @@ def _first_that_runs(model: nn.Module, batch: int, length: int, problems: list[s
             first = (str(error).strip() or type(error).__name__).splitlines()[0]
             problems.append(f"{', '.join(candidate)}: {type(error).__name__}: {first}")
     return None
+
+
+def _moved(model: nn.Module, example: dict[str, Any]) -> dict[str, Any]:
+    """Tensors on the model's device, where that is one."""
+    devices = {tensor.device for tensor in (*model.parameters(), *model.buffers())}
+    if len(devices) != 1:
+        return example
+    (device,) = devices
+    return {name: x.to(device) if isinstance(x, Tensor) else x for name, x in example.items()}
 
 
 def _placed(model: nn.Module, example: Mapping[str, Any]) -> dict[str, Any]:

@@ -27,7 +27,10 @@ from .report import Report, candidates, converted_candidates, describe
 
 
 def inspect(
-    model: nn.Module, inputs: Any = None, config: LinearizeConfig | Mapping[str, Any] | None = None
+    model: nn.Module,
+    inputs: Any = None,
+    config: LinearizeConfig | Mapping[str, Any] | None = None,
+    **overrides: Any,
 ) -> Report:
     """Report every candidate attention site of a model, and what `linearize` would make of it.
 
@@ -38,6 +41,7 @@ def inspect(
         model: any `nn.Module` that `torch.export` can capture.
         inputs: example inputs, as for `linearize`; made from the config of transformers models when omitted.
         config: the conversion that is asked about, as for `linearize`; the default one when omitted.
+        **overrides: fields of `LinearizeConfig`, which go before those of `config`.
 
     Returns:
         The report, which prints as a table.
@@ -52,7 +56,7 @@ def inspect(
     state = getattr(model, "_linearize", None)
     if isinstance(state, LinearizeState):
         return Report(name, state.config.mechanism, converted_candidates(state))
-    settings = resolve_config(config, {})
+    settings = resolve_config(config, overrides)
     check_model(model)
     examples = example_inputs(model, inputs)
     with quiet_run(model):

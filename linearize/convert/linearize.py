@@ -6,14 +6,19 @@ Or leave the model as it was. The steps are functions of `pipeline.py`.
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
 from torch import nn
 
+from .. import mechanisms
 from ..calibration import calibrate as calibration
-from ..common.running import quiet_run, run_model, shortened, without_cache
+from ..common.checks import excerpt, unknown
+from ..common.given import run_model
+from ..common.progress import steps
+from ..common.running import quiet_run, shortened, without_cache
 from ..errors import ConfigError, InputError, InvalidModelError
 from ..passes import find_attention
 from ..passes.alike import find_alike
@@ -38,6 +43,8 @@ def linearize(
     inputs: Any = None,
     config: LinearizeConfig | Mapping[str, Any] | None = None,
     calibrate: Iterable[Any] | None = None,
+    *,
+    progress: bool | None = None,
     **overrides: Any,
 ) -> Model:
     """Rewrite the softmax attention of a model to linear attention, in place, and return the model.
@@ -62,6 +69,7 @@ def linearize(
             transformers models when omitted.
         config: a `LinearizeConfig`, or its fields as a dict; the default one when omitted.
         calibrate: batches for `lz.calibrate`, which then follows at once.
+        progress: whether to show a progress bar; on terminals and in notebooks by default.
         **overrides: fields of `LinearizeConfig`, which go before those of `config`.
 
     Returns:
@@ -81,31 +89,37 @@ def linearize(
     """
     inside = model_inside(model, inputs)
     if inside is not model:
-        linearize(inside, None, config, calibrate, **overrides)
+        linearize(inside, None, config, calibrate, progress=progress, **overrides)
         return model
     if converted_here(model):
         check_live(model)
         change(model, inputs, changed_config(model, config, overrides))
         if calibrate is not None:
-            calibration.calibrate(model, calibrate)
+            calibration.calibrate(model, calibrate, progress=progress)
         return model
     settings = resolve_config(config, overrides)
     check_model(model)
     examples = example_inputs(model, inputs)
     with Snapshot(model):
-        with quiet_run(model):
+        with quiet_run(model), steps("linearize", 6, progress) as step:
+            step("running")
             for example in examples:
                 run_model(model, example)
+            step("searching")
             report = search(model, examples)
             plan = plan_sites(model, report, settings)
+            step("recording")
             recording = record(model, list(plan.owners), examples)
+            step("rewriting")
             plan = apply_exact(model, plan, recording, settings, report)
+            step("proving")
             prove_exact(model, plan, recording)
             apply_mechanism(model, plan, settings)
+            step("running the new attention")
             prove_mechanism(model, recording, settings)
         finish(model, plan, settings)
         if calibrate is not None:
-            calibration.calibrate(model, calibrate)
+            calibration.calibrate(model, calibrate, progress=progress)
     return model
 
 
@@ -158,15 +172,18 @@ def resolve_config(
     elif isinstance(config, Mapping):
         base = LinearizeConfig.from_dict(dict(config))
     else:
+        mechanism = isinstance(config, str) and config in mechanisms.available()
+        hint = f"; mechanism={config!r} names a mechanism" if mechanism else ""
         raise ConfigError(
-            f"config must be a LinearizeConfig or a dict of its fields, got {type(config).__name__}"
+            f"config must be a LinearizeConfig or a dict of its fields, got {type(config).__name__}{hint}"
         )
-    known = {field.name for field in dataclasses.fields(LinearizeConfig)}
-    unknown = sorted(set(overrides) - known)
-    if unknown:
-        raise ConfigError(
-            f"unknown setting(s) {', '.join(unknown)}; the settings are {', '.join(sorted(known))}"
-        )
+    known = [field.name for field in dataclasses.fields(LinearizeConfig)]
+    for name in overrides:
+        if name not in known:
+            value = excerpt(overrides[name])
+            option = name in mechanisms.get(overrides.get("mechanism", base.mechanism)).options
+            hint = f'it is an option of the mechanism: options={{"{name}": {value}}}.' if option else ""
+            raise ConfigError(unknown("setting", name, known, hint))
     return dataclasses.replace(base, **overrides) if overrides else base
 
 
@@ -179,9 +196,7 @@ def check_model(model: Any) -> None:
 def check_live(model: Any) -> None:
     """Raise InvalidModelError unless `model` is a live `nn.Module` with values."""
     if not isinstance(model, nn.Module):
-        inside = isinstance(getattr(model, "model", None), nn.Module)  # pipelines, trainers, wrappers
-        hint = "; give it the `.model` of that, which is changed in place" if inside else ""
-        raise InvalidModelError(f"linearize() works on an nn.Module, got {type(model).__name__}{hint}")
+        raise InvalidModelError(f"linearize() works on an nn.Module, got {_got(model)}")
     if isinstance(model, torch.jit.ScriptModule):
         raise InvalidModelError(
             "linearize() cannot work on a TorchScript module; give the original nn.Module"
@@ -191,6 +206,24 @@ def check_live(model: Any) -> None:
     _check_dense(model)
     if any(parameter.is_meta for parameter in model.parameters()):
         raise InvalidModelError("the model is on the meta device and holds no values; load its weights first")
+
+
+def _got(model: Any) -> str:
+    """What was given in a model's place, and where the model is."""
+    kind = type(model).__name__
+    if isinstance(getattr(model, "model", None), nn.Module):  # pipelines, trainers, wrappers
+        return f"a {kind}; give its `.model`, which is changed in place"
+    if isinstance(model, str | os.PathLike):
+        return (
+            f"{excerpt(os.fspath(model))}; load it first, such as by "
+            "transformers.AutoModelForCausalLM.from_pretrained, or convert it on the command line: "
+            "linearize convert"
+        )
+    if isinstance(model, type):
+        return f"the class {model.__name__}; give an object of it, with its weights"
+    if isinstance(model, tuple | list) and any(isinstance(item, nn.Module) for item in model):
+        return f"a {kind} that holds one; give that alone"
+    return kind
 
 
 def _check_dense(model: nn.Module) -> None:

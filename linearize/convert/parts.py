@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import mechanisms
+from ..common.checks import several
 from ..common.copies import sharing_copy
 from ..common.running import quiet_run
 from ..errors import InvalidModelError, RefusedError
@@ -44,7 +45,7 @@ def measure_parts(
     *,
     reference: nn.Module | None = None,
     tokenizer: Any = None,
-    lengths: Sequence[int] | None = None,
+    lengths: Sequence[int] | int | None = None,
     max_tokens: int = TOKENS,
     batch_tokens: int = 2048,
     inputs: Any = None,
@@ -79,8 +80,9 @@ def measure_parts(
         raise InvalidModelError(
             f"parts are measured of decoders, and {type(model).__name__} is an {kind_of(model)}"
         )
-    wanted = None if lengths is None else sorted(set(lengths))
-    check_settings(wanted, max_tokens, batch_tokens, 1)
+    asked = several(lengths)
+    check_settings(asked, max_tokens, batch_tokens, 1)
+    wanted = None if asked is None else sorted(set(asked))
     stream = joined(compared, data, tokenizer, max_tokens)
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
     lines: list[tuple[str, nn.Module, LinearizeConfig | None]] = []

@@ -14,7 +14,7 @@ from typing import Any
 from torch import nn
 
 from .. import mechanisms
-from ..common.running import run_model
+from ..common.given import run_model
 from ..errors import RefusedError, VerificationError
 from ..mechanisms.module import PlainSoftmaxAttention
 from ..passes.site import MatchReport, Pattern, Reason

@@ -17,7 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from ..cache.lookup import find_cache
-from ..common.running import floats, run_model, shapes
+from ..common.given import run_model
+from ..common.precise import wide
+from ..common.running import floats, shapes
 from ..errors import VerificationError
 from .decoding import CacheProof, Decoded, cache_proof, decode, tolerance
 
@@ -189,11 +191,11 @@ def _compare(
             )
         if a.numel() == 0:
             continue
-        error = (a.double() - b.double()).abs().nan_to_num(nan=float("inf"), posinf=float("inf")).max().item()
+        error = (wide(a) - wide(b)).abs().nan_to_num(nan=float("inf"), posinf=float("inf")).max().item()
         if torch.equal(torch.isfinite(a), torch.isfinite(b)) and not torch.isfinite(a).all():
             finite = torch.isfinite(a)
-            error = (a[finite].double() - b[finite].double()).abs().max().item() if finite.any() else 0.0
-        size = a.double().abs().nan_to_num(posinf=0.0).clamp(max=1e30).max().item()
+            error = (wide(a[finite]) - wide(b[finite])).abs().max().item() if finite.any() else 0.0
+        size = wide(a).abs().nan_to_num(posinf=0.0).clamp(max=1e30).max().item()
         allowed = tolerance(a.dtype) * slack * max(size, 1e-3)
         if not error <= allowed:
             raise VerificationError(

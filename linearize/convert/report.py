@@ -7,10 +7,10 @@ import json
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from io import StringIO
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
+from ..common.tables import Grid, alike, as_html, as_text
 from ..passes.site import MatchReport, Refusal, Site, Size
 from ..planning.left_alone import KEPT, WINDOWED
 
@@ -123,12 +123,8 @@ class Report:
         return json.dumps(self.to_dict(), indent=2)
 
     def to_text(self, width: int = 160) -> str:
-        """The table as plain text, `width` columns wide."""
-        from rich.console import Console
-
-        out = StringIO()
-        Console(width=width, color_system=None, file=out, legacy_windows=False).print(self)
-        return out.getvalue()
+        """The table as plain text, `width` columns wide. Layers of which the same is said are one row."""
+        return as_text(self, width) + "\n"
 
     def __str__(self) -> str:
         return self.to_text()
@@ -149,10 +145,9 @@ class Report:
         # Two lines a row, so that 80 columns are enough for most models.
         for name in ("module, source", "spelling", "B,H,T,S,D", "mask", "scale", "outcome"):
             table.add_column(name, overflow="fold", no_wrap=name == "B,H,T,S,D")
-        for row in self.rows:
-            module, source, spelling, shape, mask, scale, verdict, outcome = _cells(row)
+        for module, source, spelling, shape, mask, scale, verdict, outcome in alike(map(_cells, self.rows)):
             site = Text(f"{module}\n").append(source, "dim")
-            said = Text(verdict, _STYLE[row.verdict]).append(f": {outcome}" if outcome else "", "default")
+            said = Text(verdict, _STYLE[verdict]).append(f": {outcome}" if outcome else "", "default")
             table.add_row(site, *map(Text, (spelling, shape, mask, scale)), said)
         return table
 
@@ -170,7 +165,8 @@ class Report:
         )
 
     def _repr_html_(self) -> str:
-        return self.to_html()
+        said = [self.advice] if self.advice else []
+        return as_html([self.summary, Grid(_COLUMNS, alike(map(_cells, self.rows))), *said])
 
 
 _COLUMNS = (

@@ -95,7 +95,7 @@ def run(console: Console, plot: Path, file: Path) -> None:
     console.rule("4. calibrate, and perplexity beside the simplest thing of the same size", align="left")
     calibrated = copy.deepcopy(model)
     batches = track(list(other_text(tokenizer)), "calibrate on other text", console=console)
-    report, seconds = timed(lambda: calibrate(calibrated, batches))
+    report, seconds = timed(lambda: calibrate(calibrated, batches, progress=False))
     console.print(f"calibrate(model, batches) took {seconds:.0f} s for {report.tokens} tokens, no gradient.")
     console.print(compare(calibrated, text[:MEASURED], [settings, {}], lengths=LENGTHS, speed=False))
     console.print(

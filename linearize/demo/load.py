@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
+from ..common.checks import require
 from . import MODEL
 
 _FILES = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
@@ -35,6 +36,7 @@ def load_demo(linear: bool = False) -> tuple[LlamaForCausalLM, PreTrainedTokeniz
     Raises:
         FileNotFoundError: Files of the model are missing from the installed package.
     """
+    require(isinstance(linear, bool), "linear", linear, "True or False")
     needed = [MODEL / name for name in _FILES]
     if linear:
         needed += [MODEL / _LINEAR / name for name in ("config.json", "model.safetensors")]

@@ -32,7 +32,8 @@ model = lz.load("this/folder")
 ```"""
 _LOAD_TRANSFORMERS = (
     "The class's own `from_pretrained` works too, once `linearize` is imported: that is what makes "
-    "transformers rewrite the model before it reads the weights."
+    "transformers rewrite the model before it reads the weights. Where nothing imports it, "
+    "`from_pretrained(..., trust_remote_code=True)` of an Auto class does; the package must be installed."
 )
 _LOAD_MODULE = """```python
 import linearize as lz
@@ -63,6 +64,15 @@ def update_folder(model: nn.Module, folder: Path) -> bool:
     config["linearize"]["measured"] = list(state_of(model).measured)
     write_whole(path, json.dumps(config, indent=2, sort_keys=True) + "\n")
     return write_card(model, folder)
+
+
+def tag_card(path: Path, tags: list[str]) -> None:
+    """Add tags of the Hub to a card."""
+    from huggingface_hub import ModelCard
+
+    card = ModelCard.load(path, ignore_metadata_errors=True)
+    card.data.tags = sorted({*(card.data.tags or []), *tags, "linearize"})
+    card.save(path)
 
 
 def is_ours(path: Path) -> bool:

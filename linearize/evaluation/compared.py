@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ..common.given import cause
 from ..common.running import vocabulary_size, without_cache
 from ..errors import InputError, InvalidModelError
 from .figures import Figures
@@ -39,7 +40,8 @@ def kind_of(model: nn.Module) -> str:
     """
     config: Any = getattr(model, "config", None)
     if not isinstance(model, nn.Module) or not hasattr(config, "is_encoder_decoder"):
-        raise InvalidModelError(f"evaluate needs transformers models, got {type(model).__name__}")
+        hint = "; give the model that it names, loaded" if isinstance(model, str) else ""
+        raise InvalidModelError(f"this needs transformers models, got {type(model).__name__}{hint}")
     whole: Any = model
     if config.is_encoder_decoder:
         if whole.get_output_embeddings() is None:
@@ -59,9 +61,8 @@ def output(model: nn.Module, inputs: Mapping[str, Any], where: str) -> Any:
     try:
         return model(**without_cache(model, placed))
     except Exception as error:
-        raise InputError(
-            f"{type(model).__name__} does not run on {where}: {type(error).__name__}: {error}"
-        ) from error
+        why = cause(model, inputs, error)
+        raise InputError(f"{type(model).__name__} does not run on {where}: {why}") from error
 
 
 def check_vocabulary(compared: Compared, ids: Tensor) -> None:

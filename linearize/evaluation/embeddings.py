@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..common.progress import bar
 from ..common.running import shapes
 from ..errors import ConfigError, InputError
 from .compared import Compared, check_vocabulary, dicts, positions, with_forward_rate
@@ -25,6 +26,7 @@ def encoder_measurements(
     max_tokens: int,
     batch_tokens: int,
     speed: bool,
+    progress: bool | None = None,
 ) -> list[Measurement]:
     """Compare embeddings at each length; lengths: None for the length that the models take."""
     items = [data] if isinstance(data, (Mapping, str)) else data
@@ -33,7 +35,7 @@ def encoder_measurements(
     if isinstance(first, Mapping):
         if lengths is not None:
             raise ConfigError("dicts are read as they are: leave out lengths, or give texts or token ids")
-        return [_at_length(compared, itertools.chain([first], start), None, max_tokens, speed)]
+        return [_at_length(compared, itertools.chain([first], start), None, max_tokens, speed, progress)]
     if isinstance(data, Tensor) and data.dim() == 1:
         raise InputError("an encoder compares several texts: give token ids [B, n], or several [n]")
     if first is None:
@@ -48,7 +50,7 @@ def encoder_measurements(
     for length in lengths or [min(max(map(len, texts)), *limits)]:
         cut = [ids[:length] for ids in texts]
         batches = _padded(cut, max(1, batch_tokens // length), getattr(compared.model, "config", None))
-        rows.append(_at_length(compared, batches, length, max_tokens, speed))
+        rows.append(_at_length(compared, batches, length, max_tokens, speed, progress))
     return rows
 
 
@@ -64,12 +66,40 @@ def _padded(texts: Sequence[Tensor], rows: int, config: Any) -> Iterator[dict[st
 
 
 def _at_length(
-    compared: Compared, batches: Iterable[Mapping[str, Any]], length: int | None, max_tokens: int, speed: bool
+    compared: Compared,
+    batches: Iterable[Mapping[str, Any]],
+    length: int | None,
+    max_tokens: int,
+    speed: bool,
+    progress: bool | None,
 ) -> Measurement:
     found: list[list[Tensor]] = [[], []]
     tokens, first = 0, None
+    with bar("evaluate", None, progress, "tokens") as tick:
+        for here, batch, vectors in _embedded(compared, batches):
+            for side, part in enumerate(vectors):
+                found[side].append(part)
+            tokens += here
+            tick(here)
+            first = first or (batch, here)
+            if tokens >= max_tokens:
+                break
+    if first is None:
+        raise InputError("the data is empty: give some texts")
+    cosine, correlation = compare(torch.cat(found[0]), torch.cat(found[1]))
+    figures = [Figures(), Figures()]
+    if speed:
+        figures = with_forward_rate(figures, compared, *first)
+    return Measurement(length, tokens, figures[0], figures[1], cosine=cosine, spearman=correlation)
+
+
+def _embedded(
+    compared: Compared, batches: Iterable[Mapping[str, Any]]
+) -> Iterator[tuple[int, Mapping[str, Any], list[Tensor]]]:
+    """The tokens of each batch, the batch, and each model's embeddings of its texts."""
     for index, batch in enumerate(dicts(batches)):
         where = f"batch {index} ({shapes(batch)})"
+        found = []
         mask = batch.get("attention_mask")
         for side, hidden in enumerate(map(_hidden, compared.outputs(batch, where))):
             vectors = pooled(hidden, None if mask is None else mask.to(hidden.device)).cpu()
@@ -78,19 +108,9 @@ def _at_length(
                 raise InputError(
                     f"the {who}'s embeddings are NaN in {where}: its weights or inputs are broken"
                 )
-            found[side].append(vectors)
+            found.append(vectors)
         here = int(mask.sum()) if isinstance(mask, Tensor) else hidden.shape[0] * hidden.shape[1]
-        tokens += here
-        first = first or (batch, here)
-        if tokens >= max_tokens:
-            break
-    if first is None:
-        raise InputError("the data is empty: give some texts")
-    cosine, correlation = compare(torch.cat(found[0]), torch.cat(found[1]))
-    figures = [Figures(), Figures()]
-    if speed:
-        figures = with_forward_rate(figures, compared, *first)
-    return Measurement(length, tokens, figures[0], figures[1], cosine=cosine, spearman=correlation)
+        yield here, batch, found
 
 
 def _hidden(output: Any) -> Tensor:

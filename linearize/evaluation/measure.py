@@ -8,7 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..common.checks import require, require_number, require_whole, several
 from ..common.running import quiet_run
+from ..common.text import check_tokenizer
 from ..errors import ConfigError, InputError, InvalidModelError
 from .compared import Compared, kind_of
 from .embeddings import encoder_measurements
@@ -27,12 +29,13 @@ def evaluate(
     *,
     reference: nn.Module | None = None,
     tokenizer: Any = None,
-    lengths: Sequence[int] | None = None,
+    lengths: Sequence[int] | int | None = None,
     max_tokens: int = TOKENS,
     batch_tokens: int = 2048,
     speed: bool = True,
     decode_tokens: int = 32,
     name: str = "",
+    progress: bool | None = None,
 ) -> Evaluation:
     """Measure a transformers model, converted or not, beside its original.
 
@@ -67,6 +70,7 @@ def evaluate(
         speed: Whether to measure speed and memory.
         decode_tokens: How many tokens are decoded for that.
         name: A name for the data.
+        progress: Whether to show a progress bar; on terminals and in notebooks by default.
 
     Returns:
         The figures at each length; they can be printed, plotted, and stored as JSON or with the model.
@@ -79,23 +83,28 @@ def evaluate(
     """
     compared = Compared(model, reference)
     kind = _check_models(compared)
-    check_settings(lengths, max_tokens, batch_tokens, decode_tokens)
+    asked = several(lengths)
+    check_settings(asked, max_tokens, batch_tokens, decode_tokens)
+    check_tokenizer(tokenizer)
     if not isinstance(data, (Tensor, Iterable)):
         raise InputError(f"data must be token ids, texts or dicts, got {type(data).__name__}")
-    wanted = None if lengths is None else sorted(set(lengths))
+    wanted = None if asked is None else sorted(set(asked))
     with quiet_run(model), quiet_run(model if reference is None else reference):
         rows: list[Measurement]
         if kind == "decoder":
             stream = joined(compared, data, tokenizer, max_tokens)
-            rows = decoder_measurements(compared, stream, wanted, batch_tokens, decode_tokens if speed else 0)
+            decoded = decode_tokens if speed else 0
+            rows = decoder_measurements(compared, stream, wanted, batch_tokens, decoded, progress)
         elif kind == "encoder-decoder":
             if wanted is not None:
                 raise ConfigError("an encoder-decoder reads its batches as they are: leave out lengths")
-            rows = [encoder_decoder_measurement(compared, data, max_tokens, speed)]
+            rows = [encoder_decoder_measurement(compared, data, max_tokens, speed, progress)]
         else:
             if reference is None:
                 raise InputError("an encoder is compared with its original: give reference=")
-            rows = encoder_measurements(compared, data, tokenizer, wanted, max_tokens, batch_tokens, speed)
+            rows = encoder_measurements(
+                compared, data, tokenizer, wanted, max_tokens, batch_tokens, speed, progress
+            )
     return Evaluation(
         kind=kind,
         name=name,
@@ -120,18 +129,18 @@ def _check_models(compared: Compared) -> str:
 
 
 def check_settings(
-    lengths: Sequence[int] | None, max_tokens: int, batch_tokens: int, decode_tokens: int
+    lengths: tuple[int, ...] | None, max_tokens: int, batch_tokens: int, decode_tokens: int
 ) -> None:
     """Raise ConfigError for settings out of range."""
-    for setting, value in (("max_tokens", max_tokens), ("batch_tokens", batch_tokens)):
-        if value < 1:
-            raise ConfigError(f"{setting} must be at least 1, got {value}")
-    if decode_tokens < 1:
-        raise ConfigError(
-            f"decode_tokens must be at least 1, got {decode_tokens}; speed=False leaves speed out"
-        )
-    if lengths is not None and (not lengths or min(lengths) < 2):
-        raise ConfigError(f"lengths must be 2 or more tokens, got {list(lengths)}")
+    require_whole("max_tokens", max_tokens)
+    require_whole("batch_tokens", batch_tokens)
+    expected = "an int, 1 or more (speed=False leaves speed out)"
+    require_number(
+        "decode_tokens", decode_tokens, expected, lambda value: value >= 1 and isinstance(value, int)
+    )
+    if lengths is not None:
+        whole = [n for n in lengths if isinstance(n, int) and n >= 2] if isinstance(lengths, tuple) else []
+        require(bool(whole) and len(whole) == len(lengths), "lengths", lengths, "2 or more tokens each")
 
 
 def setting_of(model: nn.Module) -> str:

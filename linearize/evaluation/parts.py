@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from rich.console import Console, ConsoleOptions, RenderResult
-from rich.table import Table
 from torch import nn
 
+from ..common.tables import Grid, Printed
 from .result import carry_record
 
 KIND = "parts"
@@ -33,7 +32,7 @@ class Part:
 
 
 @dataclass(frozen=True)
-class Parts:
+class Parts(Printed):
     """The result of `measure_parts`. It prints as a table.
 
     Attributes:
@@ -90,10 +89,7 @@ class Parts:
             f"length, the same ones. Measured in {self.setting}."
         )
 
-    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+    def blocks(self) -> Iterator[Grid | str]:
         headings, *lines = self.table()
-        table = Table(*headings)
-        for line in lines:
-            table.add_row(*line)
-        yield table
+        yield Grid(headings, lines)
         yield self.note

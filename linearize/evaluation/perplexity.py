@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..common.progress import Tick, bar
 from ..common.running import shapes
 from ..common.text import IGNORED, sequences
 from ..errors import InputError
@@ -64,12 +65,18 @@ def sequences_in(data: Any, tokenizer: Any) -> Iterator[Tensor]:
 
 
 def decoder_measurements(
-    compared: Compared, stream: Tensor, lengths: Sequence[int] | None, batch_tokens: int, decode_tokens: int
+    compared: Compared,
+    stream: Tensor,
+    lengths: Sequence[int] | None,
+    batch_tokens: int,
+    decode_tokens: int,
+    progress: bool | None = None,
 ) -> list[Measurement]:
     """Measure at each length; lengths: None for those of `LENGTHS` that data and models have room for."""
     stream, lengths = cut(compared.all, stream, lengths)
     keep = scored_positions(len(stream), lengths)
-    return [_at_length(compared, stream, keep, length, batch_tokens, decode_tokens) for length in lengths]
+    with bar("evaluate", len(stream) * len(lengths), progress, "tokens") as tick:
+        return [_at_length(compared, stream, keep, n, batch_tokens, decode_tokens, tick) for n in lengths]
 
 
 def cut(
@@ -100,6 +107,7 @@ def measure_side_by_side(
     lengths: Sequence[int] | None,
     batch_tokens: int,
     decode_tokens: int,
+    progress: bool | None = None,
 ) -> tuple[list[dict[int, Figures]], int]:
     """The figures of each model by length, and how many tokens were scored.
 
@@ -112,34 +120,61 @@ def measure_side_by_side(
         lengths: As in `cut`.
         batch_tokens: How many tokens run at once.
         decode_tokens: How many tokens to decode for the speed; 0 leaves speed out.
+        progress: As for `bar`.
     """
     stream, lengths = cut(models, stream, lengths)
     keep = scored_positions(len(stream), lengths)
     found: list[dict[int, Figures]] = [{} for _ in models]
-    for length in lengths:
-        tallies, times = [Tally() for _ in models], [list[float]() for _ in models]
-        warm = stream[:length][None, :_WARM]
-        for model in models if decode_tokens else ():
-            output(model, {"input_ids": warm}, "the first tokens")
-        batches = _windows(stream, keep, length, max(1, batch_tokens // length))
-        for turn, (ids, scored, where) in enumerate(batches):
-            for index in in_turn(len(models), turn):
-                model = models[index]
-                out, seconds = timed(partial(output, model, {"input_ids": ids}, where), device_of(model))
-                times[index].append(seconds / ids.numel())
-                tallies[index].add(_logits(out)[:, :-1][scored], None, ids[:, 1:][scored], where)
-        rates: list[float | None] = [None] * len(models)
-        held: list[int | None] = [None] * len(models)
-        if decode_tokens:
-            rates, held = decode_rates(models, stream[:length][None], min(decode_tokens, length - 1))
-        for index, tally in enumerate(tallies):
-            prefill = 1 / statistics.median(times[index]) if decode_tokens else None
-            found[index][length] = Figures(tally.perplexity, prefill, rates[index], held[index])
+    tokens = 0
+    with bar("measure", len(stream) * len(lengths), progress, "tokens") as tick:
+        for length in lengths:
+            figures, tokens = _side_by_side(models, stream, keep, length, batch_tokens, decode_tokens, tick)
+            for own, here in zip(found, figures, strict=True):
+                own[length] = here
+    return found, tokens
+
+
+def _side_by_side(
+    models: Sequence[nn.Module],
+    stream: Tensor,
+    keep: Tensor,
+    length: int,
+    batch_tokens: int,
+    decode_tokens: int,
+    tick: Tick,
+) -> tuple[list[Figures], int]:
+    """The figures of each model at one length, and how many tokens were scored."""
+    tallies, times = [Tally() for _ in models], [list[float]() for _ in models]
+    warm = stream[:length][None, :_WARM]
+    for model in models if decode_tokens else ():
+        output(model, {"input_ids": warm}, "the first tokens")
+    batches = _windows(stream, keep, length, max(1, batch_tokens // length))
+    for turn, (ids, scored, where) in enumerate(batches):
+        for index in in_turn(len(models), turn):
+            model = models[index]
+            out, seconds = timed(partial(output, model, {"input_ids": ids}, where), device_of(model))
+            times[index].append(seconds / ids.numel())
+            tallies[index].add(_logits(out)[:, :-1][scored], None, ids[:, 1:][scored], where)
+        tick(ids.numel())
+    rates: list[float | None] = [None] * len(models)
+    held: list[int | None] = [None] * len(models)
+    if decode_tokens:
+        rates, held = decode_rates(models, stream[:length][None], min(decode_tokens, length - 1))
+    found = []
+    for index, tally in enumerate(tallies):
+        prefill = 1 / statistics.median(times[index]) if decode_tokens else None
+        found.append(Figures(tally.perplexity, prefill, rates[index], held[index]))
     return found, tallies[0].tokens
 
 
 def _at_length(
-    compared: Compared, stream: Tensor, keep: Tensor, length: int, batch_tokens: int, decode_tokens: int
+    compared: Compared,
+    stream: Tensor,
+    keep: Tensor,
+    length: int,
+    batch_tokens: int,
+    decode_tokens: int,
+    tick: Tick,
 ) -> Measurement:
     tally = Tally()
     for ids, scored, where in _windows(stream, keep, length, max(1, batch_tokens // length)):
@@ -147,6 +182,7 @@ def _at_length(
             logits[:, :-1][scored] for logits in map(_logits, compared.outputs({"input_ids": ids}, where))
         ]
         tally.add(outs[0], outs[1] if len(outs) > 1 else None, ids[:, 1:][scored], where)
+        tick(ids.numel())
     figures = _perplexities(compared, tally)
     if decode_tokens:
         ids = stream[:length][None]
@@ -195,9 +231,29 @@ def _measurement(length: int | None, tally: Tally, figures: list[Figures]) -> Me
     return Measurement(length, tally.tokens, figures[0], figures[1], agreement, kl)
 
 
-def encoder_decoder_measurement(compared: Compared, data: Any, max_tokens: int, speed: bool) -> Measurement:
+def encoder_decoder_measurement(
+    compared: Compared, data: Any, max_tokens: int, speed: bool, progress: bool | None = None
+) -> Measurement:
     """Measure on the labels of the batches, up to `max_tokens` of them."""
     tally, first = Tally(), None
+    with bar("evaluate", max_tokens, progress, "tokens") as tick:
+        for where, batch, real, outs in _labelled(compared, data):
+            tally.add(outs[0], outs[1] if len(outs) > 1 else None, batch["labels"][real].cpu(), where)
+            first = first or batch
+            tick(int(real.sum()))
+            if tally.tokens >= max_tokens:
+                break
+    if first is None or not tally.tokens:
+        raise InputError("the data holds no label to score: give dicts with labels")
+    figures = _perplexities(compared, tally)
+    if speed:
+        count = int((first["labels"] != IGNORED).sum())
+        figures = with_forward_rate(figures, compared, first, count)
+    return _measurement(None, tally, figures)
+
+
+def _labelled(compared: Compared, data: Any) -> Iterator[tuple[str, Mapping[str, Any], Tensor, list[Tensor]]]:
+    """The name of each batch, the batch, which of its labels are scored, and each model's logits there."""
     for index, batch in enumerate(dicts(data)):
         if "labels" not in batch:
             raise InputError(f"an encoder-decoder is evaluated on dicts with labels; batch {index} has none")
@@ -211,17 +267,7 @@ def encoder_decoder_measurement(compared: Compared, data: Any, max_tokens: int, 
                 check_vocabulary(compared, batch[name].flatten())
         check_vocabulary(compared, labels[real])
         outs = [logits[real.to(logits.device)] for logits in map(_logits, compared.outputs(batch, where))]
-        tally.add(outs[0], outs[1] if len(outs) > 1 else None, labels[real].cpu(), where)
-        first = first or batch
-        if tally.tokens >= max_tokens:
-            break
-    if first is None or not tally.tokens:
-        raise InputError("the data holds no label to score: give dicts with labels")
-    figures = _perplexities(compared, tally)
-    if speed:
-        count = int((first["labels"] != IGNORED).sum())
-        figures = with_forward_rate(figures, compared, first, count)
-    return _measurement(None, tally, figures)
+        yield where, batch, real, outs
 
 
 def _logits(output: Any) -> Tensor:

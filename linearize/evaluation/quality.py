@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..common.precise import wide
 from ..errors import InputError
 
 _ROWS = 1024
@@ -80,11 +81,11 @@ class Tally:
         chosen = targets[:, None].to(logits.device)
         log_p = _log_probabilities(logits)
         self.tokens += len(targets)
-        self.loss -= float(log_p.gather(1, chosen).double().sum())
+        self.loss -= float(wide(log_p.gather(1, chosen)).sum())
         if other is None:
             return
         wanted = _log_probabilities(other.to(logits.device))
-        self.other_loss -= float(wanted.gather(1, chosen).double().sum())
+        self.other_loss -= float(wide(wanted.gather(1, chosen)).sum())
         self.agreed += int((logits.argmax(-1) == other.to(logits.device).argmax(-1)).sum())
         self.kl += _divergence(wanted, log_p)
 
@@ -109,7 +110,7 @@ def _divergence(wanted: Tensor, log_p: Tensor) -> float:
     """The sum of KL(wanted || log_p), both log-probabilities."""
     # Tokens of probability 0 add nothing, although their logarithm is infinite.
     terms = torch.where(wanted > -math.inf, wanted.exp() * (wanted - log_p), 0)
-    return float(terms.double().sum())
+    return float(wide(terms).sum())
 
 
 def _log_probabilities(logits: Tensor) -> Tensor:

@@ -19,12 +19,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from rich.console import Console, ConsoleOptions, RenderResult
-from rich.table import Table
 from torch import Tensor, nn
 
-from ..common.checks import require
+from ..common.checks import require, require_number, require_whole, several
+from ..common.progress import bar
 from ..common.running import quiet_run, without_cache
+from ..common.tables import Grid, Printed
+from ..common.text import check_tokenizer
 from ..errors import InputError, InvalidModelError
 from .compared import Compared, check_vocabulary, kind_of, positions
 from .result import carry_record, describe, fingerprint
@@ -103,7 +104,7 @@ class Depth:
 
 
 @dataclass(frozen=True)
-class Recall:
+class Recall(Printed):
     """The result of `recall`. It prints as a table.
 
     Attributes:
@@ -170,12 +171,9 @@ class Recall:
             "fact: one of twenty facts spread in such text, counted at the nearest depth."
         )
 
-    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+    def blocks(self) -> Iterator[Grid | str]:
         headings, *lines = self.table()
-        table = Table(*headings)
-        for line in lines:
-            table.add_row(*line)
-        yield table
+        yield Grid(headings, lines)
         yield self.note
 
 
@@ -185,10 +183,11 @@ def recall(
     reference: nn.Module | None = None,
     *,
     length: int = 4096,
-    depths: Sequence[float] = DEPTHS,
+    depths: Sequence[float] | float = DEPTHS,
     trials: int = 1,
-    tasks: Sequence[str] = TASKS,
+    tasks: Sequence[str] | str = TASKS,
     seed: int = 0,
+    progress: bool | None = None,
 ) -> Recall:
     """Ask a decoder for what stood at several depths of a long context.
 
@@ -205,6 +204,7 @@ def recall(
         trials: How often everything is asked, each time with other text.
         tasks: Which of the tests to make: "passkey", "fact".
         seed: Of the text.
+        progress: Whether to show a progress bar; on terminals and in notebooks by default.
 
     Returns:
         The share of right answers by test and depth; it prints as a table.
@@ -218,23 +218,31 @@ def recall(
     for live in compared.all:
         if kind_of(live) != "decoder":
             raise InvalidModelError(f"recall asks decoders, and {type(live).__name__} is an {kind_of(live)}")
-    require(length >= LEAST, "length", length, f"{LEAST} or more tokens")
-    require(trials >= 1, "trials", trials, "1 or more")
+    check_tokenizer(tokenizer)
+    require_number("length", length, f"{LEAST} or more tokens", lambda value: value >= LEAST)
+    require_whole("trials", trials)
+    depths = (depths,) if isinstance(depths, int | float) else tuple(depths)
     inside = len(depths) > 0 and all(0 <= depth <= 1 for depth in depths)
     require(inside, "depths", depths, "one or more numbers from 0 to 1")
+    tasks = several(tasks)
     known = len(tasks) > 0 and set(tasks) <= set(TASKS)
     require(known, "tasks", tasks, f"some of {', '.join(TASKS)}")
     room = min(map(positions, compared.all))
     if length > room:
         raise InputError(f"the models have room for {room} tokens: give length={room} or less")
     rows = []
-    with quiet_run(model), quiet_run(model if reference is None else reference):
+    with (
+        quiet_run(model),
+        quiet_run(model if reference is None else reference),
+        bar("recall", None, progress, "contexts") as tick,
+    ):
         for task in dict.fromkeys(tasks):
             found: list[list[list[tuple[bool, float]]]] = [[[] for _ in depths] for _ in compared.all]
             for trial in range(trials):
                 draw = random.Random(f"{seed} {task} {trial}")
                 for asked in _contexts(task, _Words(tokenizer), length, depths, draw):
                     check_vocabulary(compared, asked.context)
+                    tick(1)
                     for side, live in enumerate(compared.all):
                         for place, answer in zip(asked.places, _answers(live, asked), strict=True):
                             found[side][place].append(answer)

@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from rich.console import Console, ConsoleOptions, RenderResult
-from rich.table import Table
-from rich.text import Text
 from torch import Tensor, nn
 
+from ..common.tables import Grid, Printed
 from ..errors import InputError
 from ..planning.state import carry, state_of
 from .figures import Figures, Measurement
@@ -28,7 +26,7 @@ KINDS = ("decoder", "encoder-decoder", "encoder")
 
 
 @dataclass(frozen=True)
-class Evaluation:
+class Evaluation(Printed):
     """The result of `evaluate`. It prints as a table.
 
     Attributes:
@@ -148,14 +146,11 @@ class Evaluation:
                 column.append(cell)
         return [list(line) for line in zip(*(c for c in columns if any(c[1:])), strict=True)]
 
-    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+    def blocks(self) -> Iterator[Grid | str]:
         headings, *lines = self.table()
-        table = Table(*headings)
-        for line in lines:
-            table.add_row(*line)
         if self.name:
-            yield Text(self.name)
-        yield table
+            yield self.name
+        yield Grid(headings, lines)
         yield f"{self.scored} Measured in {self.setting}."
 
 

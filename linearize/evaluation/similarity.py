@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..common.precise import wide
 from ..errors import InputError
 
 
@@ -39,7 +40,7 @@ def compare(found: Tensor, wanted: Tensor) -> tuple[float, float | None]:
     """
     if len(found) < 3:
         raise InputError(f"a rank correlation needs three texts or more, got {len(found)}")
-    a, b = F.normalize(found.double(), dim=-1), F.normalize(wanted.double(), dim=-1)
+    a, b = F.normalize(wide(found), dim=-1), F.normalize(wide(wanted), dim=-1)
     pairs = torch.triu_indices(len(a), len(a), 1, device=a.device)
     first, second = ((x @ x.mT)[pairs[0], pairs[1]] for x in (a, b))
     return float((a * b).sum(-1).mean()), spearman(first, second)

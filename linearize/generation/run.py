@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import TextStreamer
 
 from ..cache.state_layer import StateLayer
+from ..common.checks import unknown
 from ..common.running import vocabulary_size
 from ..errors import ConfigError, InputError, InvalidModelError
 from .speculative import Drafter, DraftModel, Medusa, MedusaHeads, PromptLookup, TreeSpeculation, fit_tree
@@ -242,7 +243,7 @@ def _drafter(
     nodes: int | None,
 ) -> Drafter:
     if name not in DRAFTERS:
-        raise ConfigError(f"unknown drafter {name!r}; the drafters are {', '.join(DRAFTERS)}")
+        raise ConfigError(unknown("drafter", name, DRAFTERS), "speculative")
     if name == "lookup":
         if nodes is None:
             return PromptLookup()

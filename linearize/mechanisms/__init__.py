@@ -14,7 +14,7 @@ from functools import cache
 from importlib import import_module
 from types import MappingProxyType
 
-from ..common.checks import excerpt
+from ..common.checks import unknown
 from ..errors import ConfigError
 from ..kernels import window_chunk as _window_chunk  # noqa: F401  its operators may be in saved graphs
 from .base import Mechanism, Option
@@ -33,5 +33,5 @@ def available() -> Mapping[str, Mechanism]:
 def get(name: str) -> Mechanism:
     """The mechanism called `name`. Raises ConfigError, listing the known names."""
     if not isinstance(name, str) or name not in available():
-        raise ConfigError(f"unknown mechanism {excerpt(name)}; known: {', '.join(available())}")
+        raise ConfigError(unknown("mechanism", name, available()), "mechanism")
     return available()[name]

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
-from difflib import get_close_matches
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Protocol
 
-from ..common.checks import excerpt
+from ..common.checks import excerpt, not_among
 from ..errors import ConfigError
 from ..passes.site import Reason
 from .onnx_form import StateOperator
@@ -189,16 +188,13 @@ class Mechanism:
         for name, value in options.items():
             option = self.options.get(name)
             if option is None:
-                known = ", ".join(self.options) or "it has none"
-                close = get_close_matches(str(name), self.options, n=1)
-                hint = f"; did you mean {close[0]!r}?" if close else ""
-                raise ConfigError(
-                    f"options: mechanism {self.name!r} has no option {excerpt(name)}{hint} (known: {known})"
-                )
+                problem = f"options: mechanism {self.name!r} has no option {excerpt(name)}"
+                raise ConfigError(not_among(problem, name, self.options), "options")
             if not option.valid(value):
                 raise ConfigError(
                     f"options: {name!r} of mechanism {self.name!r} must be {option.expected}"
-                    f"{', and not as large' if is_too_large(value) else ''}, got {excerpt(value)}"
+                    f"{', and not as large' if is_too_large(value) else ''}, got {excerpt(value)}",
+                    "options",
                 )
 
     def covers(self, spec: SiteSpec, options: Mapping[str, Any]) -> bool:

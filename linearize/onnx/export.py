@@ -14,8 +14,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..common.checks import excerpt
 from ..common.files import reason, shown
+from ..common.progress import steps
 from ..common.running import generates, quiet_run
+from ..common.tables import as_html
 from ..errors import ExportError, InvalidModelError
 from ..mechanisms.module import AttentionModule
 from . import file as files
@@ -55,6 +58,9 @@ class Exported:
     def converted(self) -> bool:
         return self.sites > 0
 
+    def _repr_html_(self) -> str:
+        return as_html([str(self)])
+
     def __str__(self) -> str:
         """One sentence for people."""
         size = sum(file.stat().st_size for file in self.files) / 1e6
@@ -75,6 +81,7 @@ def export_onnx(
     names: StateNames | None = None,
     last_logits: bool = False,
     external_data: bool | None = None,
+    progress: bool | None = None,
 ) -> Exported:
     """Write a model as ONNX, with a dynamic batch and length. The model is unchanged.
 
@@ -99,6 +106,7 @@ def export_onnx(
         last_logits: A decoder gives the logits of the last token alone, [B, 1, vocabulary]: all that
             generation reads, and for a long prompt a fraction of the work.
         external_data: Keep the weights in `*.onnx.data`; None does so where the file would pass 2 GB.
+        progress: Whether to show a progress bar; on terminals and in notebooks by default.
 
     Returns:
         What was written.
@@ -108,6 +116,8 @@ def export_onnx(
         ExportError: The model has no ONNX form, an argument is wrong, or the file cannot be written. Then
             nothing is left behind.
     """
+    if not isinstance(path, str | os.PathLike):
+        raise ExportError(f"path must be a file *.onnx or a folder, got {excerpt(path)}")
     target = Path(path)
     single = _check(model, target, opset, dtype)
     makers = _makers(model, inputs, names or StateNames(), last_logits)
@@ -118,7 +128,7 @@ def export_onnx(
         if single:
             (only,) = makers.values()
             makers = {target.name: only}
-        written, programs_, nodes = _write(model, makers, folder, opset, external_data)
+        written, programs_, nodes = _write(model, makers, folder, opset, external_data, progress)
         if not single:
             written += _configuration(model, folder)
             if FILE in programs_ and "logits" in programs_[FILE].outputs:
@@ -169,16 +179,20 @@ def _write(
     folder: Path,
     opset: int,
     external_data: bool | None,
+    progress: bool | None,
 ) -> tuple[list[Path], dict[str, Program], Counter[str]]:
     """Make and write every graph: the files, the programs by file name, and our nodes by operator."""
     written: list[Path] = []
     made: dict[str, Program] = {}
     nodes: Counter[str] = Counter()
-    with quiet_run(model):
+    with quiet_run(model), steps("export", 3 * len(makers), progress) as step:
         for name, make in makers.items():
+            step(f"tracing {name}")
             made[name] = make(model)
+            step(f"translating {name}")
             graph = files.model_of(made[name], opset)
             nodes += files.nodes_of(graph)
+            step(f"writing {name}")
             written += files.write(graph, folder / name, external_data)
     return written, made, nodes
 

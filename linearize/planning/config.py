@@ -5,11 +5,10 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from difflib import get_close_matches
 from typing import Any, TypeGuard
 
 from .. import mechanisms
-from ..common.checks import excerpt, require
+from ..common.checks import excerpt, require, several, unknown
 from ..errors import ConfigError
 from ..mechanisms.base import BIGGEST, DROPPABLE, Mechanism, is_too_large
 
@@ -46,7 +45,7 @@ class Options(Mapping[Any, Any]):
 class LinearizeConfig:
     """The settings of one conversion. Immutable, hashable, and stored with every checkpoint.
 
-    Lists are accepted where a tuple is stored.
+    Lists, arrays, and one value alone are accepted where a tuple is stored.
 
     Attributes:
         mechanism: Name of what takes the softmax's place; `linearize mechanisms` lists them. "softmax" keeps
@@ -83,10 +82,9 @@ class LinearizeConfig:
     approximate: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        # Lists are what JSON and most callers have; the stored form is hashable.
+        # Lists are what JSON and most callers have, and one layer is often all; the stored form is hashable.
         for name in ("layers", "keep_softmax", "approximate"):
-            if isinstance(getattr(self, name), list | set | frozenset | range):
-                object.__setattr__(self, name, tuple(getattr(self, name)))
+            object.__setattr__(self, name, several(getattr(self, name)))
         mechanism = mechanisms.get(self.mechanism)
         for name in ("group_size", "conv_taps"):
             size = getattr(self, name)
@@ -98,7 +96,9 @@ class LinearizeConfig:
         choice = self.augmentation
         require(choice is None or isinstance(choice, bool), "augmentation", choice, "True, False or None")
         if self.augmentation and mechanism.augmentation is None:
-            raise ConfigError(f"augmentation: mechanism {self.mechanism!r} takes no convolution")
+            raise ConfigError(
+                f"augmentation: mechanism {self.mechanism!r} takes no convolution", "augmentation"
+            )
         named = isinstance(self.options, Mapping) and all(isinstance(name, str) for name in self.options)
         require(named, "options", self.options, "a mapping of option names to values")
         mechanism.check_options(self.options)
@@ -118,12 +118,11 @@ class LinearizeConfig:
             "layer indices (ints >= 0) or module paths",
         )
         require(self.on_refusal in ("error", "keep"), "on_refusal", self.on_refusal, "'error' or 'keep'")
-        require(
-            isinstance(self.approximate, tuple) and all(item in DROPPABLE for item in self.approximate),
-            "approximate",
-            self.approximate,
-            f"names among {', '.join(DROPPABLE)}",
-        )
+        named = isinstance(self.approximate, tuple) and all(isinstance(x, str) for x in self.approximate)
+        require(named, "approximate", self.approximate, f"names among {', '.join(DROPPABLE)}")
+        for item in self.approximate:
+            if item not in DROPPABLE:
+                raise ConfigError(f"approximate: {unknown('part', item, DROPPABLE)}", "approximate")
 
     @property
     def augments(self) -> bool:
@@ -190,9 +189,7 @@ class LinearizeConfig:
         known = [field.name for field in dataclasses.fields(cls)]
         for name in fields:
             if name not in known:
-                close = get_close_matches(str(name), known, n=1)
-                hint = f"did you mean {close[0]!r}?" if close else f"known fields: {', '.join(known)}"
-                raise ConfigError(f"unknown config field {excerpt(name)}; {hint}")
+                raise ConfigError(unknown("config field", name, known))
         return cls(**fields)
 
 
@@ -215,7 +212,7 @@ def _layer_options(given: Any, mechanism: Mechanism) -> Options:
         try:
             mechanism.check_options(own)
         except ConfigError as error:
-            raise ConfigError(f"layer_options of {excerpt(layer)}: {error}") from error
+            raise ConfigError(f"layer_options of {excerpt(layer)}: {error}", "layer_options") from error
     return Options({layer: Options(own) for layer, own in given.items() if own})
 
 

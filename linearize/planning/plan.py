@@ -11,6 +11,7 @@ import itertools
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from difflib import get_close_matches
 from typing import Any
 
 from torch import nn
@@ -196,10 +197,19 @@ def check_named_layers(
             if not any(names_layer(item, path, index) for path, index in known):
                 numbers = sorted({index for _, index in known if index is not None})
                 raise RefusedError(
-                    f"{name} names {excerpt(item)}, and no attention is there; the layers with attention are "
-                    f"{_ranges(numbers) or 'not numbered'}, and a path is one such as {known[0][0]!r}",
+                    f"{name} names {excerpt(item)}, and no attention is there;{_nearest(item, known)} the "
+                    f"layers with attention are {_ranges(numbers) or 'not numbered'}, and a path is one such "
+                    f"as {known[0][0]!r}",
                     report,
                 )
+
+
+def _nearest(item: int | str, known: Iterable[tuple[str, int | None]]) -> str:
+    """A question whether another layer was meant, "" where none is near."""
+    if isinstance(item, str) and item.isdecimal():
+        return f" did you mean the index, {int(item)} without quotes?"
+    close = get_close_matches(str(item), [path for path, _ in known], n=1) if isinstance(item, str) else []
+    return f" did you mean {close[0]!r}?" if close else ""
 
 
 def _ranges(numbers: list[int]) -> str:
@@ -272,6 +282,7 @@ def plan_sites(model: nn.Module, report: MatchReport, config: LinearizeConfig) -
     as_it_is = {skip.path for skip, _ in (*blocked, *windowed)}
     sites = tuple(site for site in planned.values() if site.path not in as_it_is)
     if not sites:
+        check_layers_of(model, report, config)
         if skipped and not blocked:
             raise nothing_asked(windowed, config, windows, report)
         raise nothing_left(blocked, config, windows, report)

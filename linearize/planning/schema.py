@@ -96,6 +96,9 @@ def check_record(record: Mapping[str, Any]) -> None:
     for name in ("version", "group_size", "conv_taps"):  # what every release has written
         if name not in record["config"]:
             raise CheckpointError(f"config: {name!r} is missing")
+    for name in ("layers", "keep_softmax", "approximate"):  # where a user may give one alone
+        if not isinstance(record["config"].get(name), list | None):
+            raise CheckpointError(f"config: {name!r} must be a list")
     plan = record["plan"]
     version = plan.get("version")
     if not whole(1, VERSION)[0](version):

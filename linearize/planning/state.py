@@ -29,7 +29,7 @@ class LinearizeState:
 def state_of(model: nn.Module) -> LinearizeState:
     """Plan and config of a converted model. Raises InvalidModelError when it is not one itself."""
     if not isinstance(model, nn.Module):
-        raise InvalidModelError(f"save needs a converted nn.Module, got {type(model).__name__}")
+        raise InvalidModelError(f"this needs a converted nn.Module, got {type(model).__name__}")
     # vars, not getattr: a wrapper that forwards attributes (PeftModel) has other parameter names.
     state = vars(model).get("_linearize")
     if isinstance(state, LinearizeState):

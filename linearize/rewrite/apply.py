@@ -7,6 +7,7 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import nn
 
 from ..errors import InvalidModelError
@@ -87,11 +88,15 @@ def apply_owners(model: nn.Module, plan: Plan, config: LinearizeConfig) -> None:
 
 def attach(owner: nn.Module, sites: Sequence[SitePlan], config: LinearizeConfig) -> None:
     """Give `owner` one attention module per site, or replace those it has."""
-    reference = next((p for p in owner.parameters() if p.is_floating_point()), None)
+    tensors = [
+        *owner.parameters(),
+        *owner.buffers(),
+    ]  # of a quantised owner: ints, perhaps
+    dtype = next((x.dtype for x in tensors if x.is_floating_point()), torch.float32)
     for site in sites:
         child = build_attention(site.spec, config.at(site.path, site.layer_index))
-        if reference is not None:
-            child = child.to(device=reference.device, dtype=parameter_dtype(reference.dtype))
+        if tensors:
+            child = child.to(device=tensors[0].device, dtype=parameter_dtype(dtype))
         child.train(owner.training)
         owner._modules.pop(site.child, None)
         owner.add_module(site.child, child)

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from ..errors import InvalidModelError, MissingExtraError
+from ..common.checks import unknown
+from ..errors import ConfigError, InvalidModelError, MissingExtraError
 from ..planning.plan import Plan
 from ..planning.state import LinearizeState, state_of
 from .apply import finish
@@ -23,6 +24,9 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from peft import LoraConfig
+
+_CALLED = {"rank": "r", "alpha": "lora_alpha", "dropout": "lora_dropout"}
+"""What peft calls what others call otherwise."""
 
 
 def lora_config(model: nn.Module, modules_to_save: Iterable[str] = (), **settings: Any) -> LoraConfig:
@@ -42,6 +46,7 @@ def lora_config(model: nn.Module, modules_to_save: Iterable[str] = (), **setting
 
     Raises:
         InvalidModelError: the model is not converted, or has no linear layer beside its attention.
+        ConfigError: `LoraConfig` has no such field.
         MissingExtraError: peft is not installed.
     """
     peft = require_peft()
@@ -65,6 +70,11 @@ def lora_config(model: nn.Module, modules_to_save: Iterable[str] = (), **setting
                 f"no linear layer beside the rewritten attention of {type(model).__name__}: "
                 "give target_modules"
             )
+    fields = [field.name for field in dataclasses.fields(peft.LoraConfig)]
+    for name in settings:
+        if name not in fields:
+            hint = f"did you mean {_CALLED[name]!r}?" if name in _CALLED else ""
+            raise ConfigError(unknown("field of LoraConfig", name, fields, hint))
     settings = {"r": 8, "lora_alpha": 16, **settings}
     return peft.LoraConfig(modules_to_save=[*children, *modules_to_save] or None, **settings)
 

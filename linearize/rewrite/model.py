@@ -11,14 +11,18 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..cache.adopt import state_layer
+from ..common.checks import excerpt
 from ..common.replacing import TRANSFORMERS, whole_checkpoint
 from ..errors import CheckpointError, InputError
 from ..planning.record import LinearizeHookConfig
+from . import auto_map
+from .adapters import warn_of_frozen
 from .call import sole_child
 from .graph.owner import GraphOwner, state_of
 
@@ -41,6 +45,11 @@ class SavesPlan(_Model):
     def generate(self, *args: Any, speculative: Any = None, **kwargs: Any) -> Any:
         """As transformers' `generate`; with `speculative`, a `TreeSpeculation`, by draft trees."""
         if speculative is not None:
+            if not callable(speculative):
+                raise InputError(
+                    "speculative= takes a TreeSpeculation, such as TreeSpeculation(PromptLookup()), got "
+                    f"{excerpt(speculative)}"
+                )
             if kwargs.get("custom_generate") is not None or kwargs.get("assistant_model") is not None:
                 raise InputError("speculative= stands alone: leave out custom_generate= and assistant_model=")
             strings = kwargs.pop("stop_strings", None)
@@ -79,6 +88,23 @@ class SavesPlan(_Model):
         if generation_config.is_assistant:
             cache.activate_past_recording()
 
+    @property
+    def peft_config(self) -> Any:
+        """What PEFT, and transformers' own adapters, note of the adapters in a model."""
+        try:
+            return self.__dict__["peft_config"]
+        except KeyError:
+            raise AttributeError(f"{type(self).__name__} has no adapter") from None
+
+    @peft_config.setter
+    def peft_config(self, adapters: Any) -> None:
+        self.__dict__["peft_config"] = adapters
+        warn_of_frozen(self, adapters)
+
+    @peft_config.deleter
+    def peft_config(self) -> None:
+        del self.__dict__["peft_config"]
+
     def save_pretrained(
         self, save_directory: str | os.PathLike[str], is_main_process: bool = True, *args: Any, **kwargs: Any
     ) -> Any:
@@ -96,27 +122,75 @@ class SavesPlan(_Model):
             self.write_into(folder, is_main_process, *args, **kwargs)
             drop_card(folder, Path(save_directory))
 
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        commit_message: str | None = None,
+        commit_description: str | None = None,
+        private: bool | None = None,
+        token: bool | str | None = None,
+        revision: str | None = None,
+        create_pr: bool = False,
+        max_shard_size: int | str | None = "50GB",
+        tags: list[str] | None = None,
+    ) -> str:
+        """As `PreTrainedModel.push_to_hub`, and with our card: one that somebody else wrote stays. Weights
+        that the repository holds already, whole or in other shards, are replaced."""
+        from huggingface_hub import HfApi
+
+        from ..evaluation.card import NAME, is_ours, tag_card
+
+        api = HfApi(token=token)
+        name = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        with tempfile.TemporaryDirectory() as scratch:
+            folder = Path(scratch)
+            if api.file_exists(name, NAME, revision=revision):
+                api.hf_hub_download(name, NAME, revision=revision, local_dir=folder)
+            theirs = (folder / NAME).exists() and not is_ours(folder / NAME)
+            self.save_pretrained(folder / "model", max_shard_size=max_shard_size)
+            if theirs:
+                (folder / "model" / NAME).unlink()
+            else:
+                tag_card(folder / "model" / NAME, tags or [])
+            return api.upload_folder(
+                repo_id=name,
+                folder_path=folder / "model",
+                commit_message=commit_message or "Upload a converted model",
+                commit_description=commit_description,
+                revision=revision,
+                create_pr=create_pr,
+                delete_patterns=["model*.safetensors", "model.safetensors.index.json"],
+            )
+
     def write_into(self, folder: Path, *args: Any, **kwargs: Any) -> None:
         """Write all files, and the card, into a folder that nobody reads yet. Arguments: of
         `PreTrainedModel.save_pretrained`."""
         from ..evaluation.card import write_card
 
-        with self._naming_the_hook():
+        with self._naming_the_hook() as entries:
             super().save_pretrained(folder, *args, **kwargs)
+            if entries:
+                auto_map.write(entries, folder)
         write_card(self, folder)
 
     @contextlib.contextmanager
-    def _naming_the_hook(self) -> Iterator[None]:
+    def _naming_the_hook(self) -> Iterator[dict[str, str]]:
         if getattr(self.config, "quantization_config", None) is not None:
             raise CheckpointError(
                 "a converted model that is also quantized cannot be saved: a checkpoint has one place for a "
                 "load hook; save the converted model before quantizing it"
             )
         self.config.quantization_config = LinearizeHookConfig()
+        entries = {} if getattr(self.config, "auto_map", None) else auto_map.entries(self)
+        if entries:
+            self.config.auto_map = {auto: f"{auto_map.FILE}.{name}" for auto, name in entries.items()}
         try:
-            yield
+            yield entries
         finally:
             del self.config.quantization_config
+            if entries:
+                del self.config.auto_map
 
 
 def drop_card(folder: Path, target: Path) -> None:

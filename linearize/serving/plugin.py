@@ -30,8 +30,10 @@ class Parser(HFConfigParser):
         """As every config parser of vLLM."""
         found, config = super().parse(model, *args, **kwargs)
         if is_converted(found):
-            found = {name: value for name, value in found.items() if name != "quantization_config"}
-            vars(config).pop("quantization_config", None)
+            # The ways in which transformers restores it, none of which is vLLM's.
+            found = {n: value for n, value in found.items() if n not in ("quantization_config", "auto_map")}
+            for name in ("quantization_config", "auto_map"):
+                vars(config).pop(name, None)
             tell(config, f"the checkpoint {str(model)!r}")
         return found, config
 

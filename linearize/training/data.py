@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
+from ..common.checks import excerpt, require_whole
+from ..common.given import check_names
 from ..common.running import vocabulary_size
 from ..common.text import IGNORED, sequences
 from ..errors import ConfigError, InputError
@@ -46,6 +48,7 @@ class TrainingData(Dataset[dict[str, Tensor]]):
 
     def first(self, tokens: int | None) -> TrainingData:
         """The first rows that together have at most `tokens` tokens, at least one; all of them for None."""
+        require_whole("tokens", tokens, optional=True)
         if tokens is None:
             return self
         count, found = 0, 0
@@ -88,8 +91,8 @@ def training_data(model: nn.Module, data: Any, tokenizer: Any = None, context: i
             raise InputError("the data has no example: give some")
     elif any(isinstance(item, Mapping) for item in items):
         raise InputError("the data mixes dicts with token ids or texts: give one kind")
-    elif context < 2:
-        raise ConfigError(f"context must be 2 tokens or more, got {context}")
+    elif not isinstance(context, int) or context < 2:
+        raise ConfigError(f"context must be 2 tokens or more, got {excerpt(context)}", "context")
     elif is_encoder_decoder(model):
         raise InputError(
             "an encoder-decoder learns from pairs: give dicts with input_ids, attention_mask and labels"
@@ -103,6 +106,8 @@ def training_data(model: nn.Module, data: Any, tokenizer: Any = None, context: i
     else:
         rows = [{"input_ids": block} for block in _blocks(items, tokenizer, context)]
     _check_ids(model, rows)
+    for names in {tuple(row) for row in rows}:
+        check_names(model, dict.fromkeys(names))
     return TrainingData(rows)
 
 

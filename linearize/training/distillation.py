@@ -6,16 +6,16 @@ import contextlib
 import copy
 import inspect
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console, ConsoleOptions, RenderResult
 from torch import nn
 
 from ..calibration.calibrate import Calibration, calibrate
-from ..convert.linearize import linearize
+from ..common.tables import Grid, Printed
+from ..convert.linearize import check_live, linearize
 from ..errors import ConfigError, LinearizeError
 from ..planning.state import LinearizeState
 from .attention_transfer import transfer
@@ -26,7 +26,7 @@ from .tuning import check_method, tune
 
 
 @dataclass(frozen=True)
-class Distillation:
+class Distillation(Printed):
     """What `distill` did.
 
     Attributes:
@@ -35,12 +35,12 @@ class Distillation:
         calibration: What calibration did; None where it was left out.
     """
 
-    model: nn.Module
+    model: nn.Module = field(repr=False)
     stages: tuple[Stage, ...]
     calibration: Calibration | None = None
 
-    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        yield table_of(list(self.stages))
+    def blocks(self) -> Iterator[Grid | str]:
+        yield table_of(self.stages)
 
 
 def distill(
@@ -55,7 +55,7 @@ def distill(
     context: int | None = None,
     output_dir: str | Path | None = None,
     resume: bool = False,
-    progress: bool = False,
+    progress: bool | None = None,
     transfer_settings: Mapping[str, Any] | None = None,
     tune_settings: Mapping[str, Any] | None = None,
     **settings: Any,
@@ -77,7 +77,7 @@ def distill(
         context: Tokens per row and per calibrated sequence, instead of the recipe's number.
         output_dir: Folder for the checkpoints; each stage gets a folder inside it.
         resume: Continue from the checkpoints in `output_dir`; finished stages are loaded, not repeated.
-        progress: Show a progress bar.
+        progress: Whether to show a progress bar; on terminals and in notebooks by default.
         transfer_settings: Arguments of `lz.transfer` for that stage alone.
         tune_settings: Arguments of `lz.tune` for that stage alone.
         **settings: Fields of `linearize.training.TrainingSettings` for both stages.
@@ -90,6 +90,7 @@ def distill(
         ConfigError: The recipe is unknown, or it needs a teacher for a model that is already converted.
     """
     recipe = recipe_of(recipe)
+    check_live(model)
     length = recipe.context(model) if context is None else context
     shared = {**settings, "context": length, "resume": resume, "progress": progress}
     transferring = _settings(recipe.transfer, shared, transfer_settings)
@@ -104,12 +105,14 @@ def distill(
     if unconverted:
         with _stage("convert"), torch.random.fork_rng():
             torch.manual_seed(settings.get("seed", 0))  # the same random numbers in every process
-            linearize(model, config=recipe.config if config is None else config)
+            linearize(model, config=recipe.config if config is None else config, progress=progress)
     calibration = None
     stages = []
     if recipe.calibrate and unconverted:
         with _stage("calibrate"):
-            calibration = calibrate(model, _batches(model, rows), max_tokens=recipe.calibrate)
+            calibration = calibrate(
+                model, _batches(model, rows), max_tokens=recipe.calibrate, progress=progress
+            )
     if transferring is not None:
         with _stage("transfer"):
             stages.append(transfer(model, rows, **transferring, **_folder(output_dir, "transfer")))

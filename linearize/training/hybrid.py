@@ -10,7 +10,9 @@ from typing import Any
 from torch import nn
 
 from ..calibration.calibrate import TOKENS as CALIBRATION_TOKENS
-from ..calibration.calibrate import model_inputs, tokens_in
+from ..common.batches import batches_of, tokens_in
+from ..common.checks import require, require_number, require_whole, several
+from ..common.progress import bar
 from ..convert.linearize import check_model, resolve_config
 from ..errors import ConfigError, InputError
 from ..planning.config import LinearizeConfig
@@ -30,11 +32,12 @@ def plan(
     budget: int | float | None = None,
     max_divergence: float | None = None,
     state_bytes: int | None = None,
-    lengths: Sequence[int] | None = None,
+    lengths: Sequence[int] | int | None = None,
     inputs: Any = None,
     config: LinearizeConfig | Mapping[str, Any] | None = None,
     search: str = "greedy",
     max_tokens: int = MEASURED_TOKENS,
+    progress: bool | None = None,
     **overrides: Any,
 ) -> Sensitivity:
     """Find the layers that are best left softmax, or how best to spend bytes of state on the layers.
@@ -67,6 +70,7 @@ def plan(
             in the order of what each costs alone; this needs about as many passes over the batches as there
             are layers, and its choice is nearly as good.
         max_tokens: The divergence is measured on the first batches, up to this number of tokens.
+        progress: Whether to show a progress bar; on terminals and in notebooks by default.
         **overrides: Fields of `LinearizeConfig`, as in `lz.linearize`.
 
     Returns:
@@ -82,14 +86,16 @@ def plan(
     check_model(model)
     _check_limits(budget, max_divergence, state_bytes, max_tokens)
     wanted_lengths = _checked_lengths(lengths)
-    if search not in SEARCHES:
-        raise ConfigError(f"search must be {' or '.join(map(repr, SEARCHES))}, got {search!r}")
+    require(search in SEARCHES, "search", search, " or ".join(map(repr, SEARCHES)))
     sizes = [settings] if state_bytes is None else sizes_of(settings)
     given = _gather(batches)
     measured = _first(given, max_tokens)
-    with switchable(model, inputs, sizes, given if state_bytes is None else None) as layers:
+    with (
+        bar("plan", None, progress, "batches") as tick,
+        switchable(model, inputs, sizes, given if state_bytes is None else None) as layers,
+    ):
         most = _most(budget, state_bytes, len(layers.paths))
-        meter = Meter(model, layers, measured, wanted_lengths)
+        meter = Meter(model, layers, measured, wanted_lengths, tick)
         if state_bytes is not None:
             dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
             longest = longest_of(measured, wanted_lengths)
@@ -147,25 +153,26 @@ def _check_limits(budget: Any, max_divergence: Any, state_bytes: Any, max_tokens
     if state_bytes is not None and max_divergence is not None:
         raise ConfigError("give state_bytes= or max_divergence=, one of the two")
     whole = isinstance(state_bytes, int) and not isinstance(state_bytes, bool)
-    if state_bytes is not None and not (whole and state_bytes > 0):
-        raise ConfigError(f"state_bytes must be an int above 0, got {state_bytes!r}")
+    require(state_bytes is None or (whole and state_bytes > 0), "state_bytes", state_bytes, "an int above 0")
     number = isinstance(budget, int | float) and not isinstance(budget, bool)
     share = isinstance(budget, float)
-    if budget is not None and not (number and (0 <= budget < 1 if share else budget >= 0)):
-        raise ConfigError(f"budget must be an int >= 0 or a float in [0, 1), got {budget!r}")
-    if max_divergence is not None and not max_divergence > 0:
-        raise ConfigError(f"max_divergence must be above 0, got {max_divergence!r}")
-    if max_tokens < 1:
-        raise ConfigError(f"max_tokens must be at least 1, got {max_tokens!r}")
+    good = budget is None or (number and (0 <= budget < 1 if share else budget >= 0))
+    require(good, "budget", budget, "an int >= 0 or a float in [0, 1)")
+    require_number(
+        "max_divergence", max_divergence, "a number above 0", lambda value: value > 0, optional=True
+    )
+    require_whole("max_tokens", max_tokens)
 
 
-def _checked_lengths(lengths: Sequence[int] | None) -> tuple[int, ...] | None:
-    if lengths is None:
+def _checked_lengths(lengths: Sequence[int] | int | None) -> tuple[int, ...] | None:
+    asked = several(lengths)
+    if asked is None:
         return None
-    whole = all(isinstance(n, int) and not isinstance(n, bool) and n > 0 for n in lengths)
-    if not lengths or not whole or len(set(lengths)) < len(lengths):
-        raise ConfigError(f"lengths must be different ints above 0, got {lengths!r}")
-    return tuple(lengths)
+    require(isinstance(asked, tuple), "lengths", asked, "different ints above 0")
+    whole = all(isinstance(n, int) and not isinstance(n, bool) and n > 0 for n in asked)
+    if not asked or not whole or len(set(asked)) < len(asked):
+        raise ConfigError(f"lengths must be different ints above 0, got {list(asked)}", "lengths")
+    return tuple(asked)
 
 
 def _most(budget: int | float | None, state_bytes: int | None, count: int) -> int:
@@ -182,8 +189,8 @@ def _gather(batches: Iterable[Any]) -> list[dict[str, Any]]:
     """The batches that calibration reads. Raises InputError when there are none."""
     found: list[dict[str, Any]] = []
     tokens = 0
-    for batch in batches:
-        found.append(model_inputs(batch))
+    for batch in batches_of(batches):
+        found.append(batch)
         tokens += tokens_in(found[-1])
         if tokens >= CALIBRATION_TOKENS:
             break

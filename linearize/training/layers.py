@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ..calibration.calibrate import calibrate, forward
+from ..common.progress import Tick
 from ..common.running import floats, quiet_run
 from ..common.text import IGNORED
 from ..convert.linearize import linearize
@@ -91,12 +92,12 @@ def switchable(
     """
     before = Snapshot(model)
     try:
-        linearize(model, inputs, configs[0])
+        linearize(model, inputs, configs[0], progress=False)
         plan = state_of(model).plan
         taken, children, calibrated = [configs[0]], [_fitted(model, plan, batches)], True
         for config in configs[1:]:
             try:
-                linearize(model, config=config)
+                linearize(model, config=config, progress=False)
             except RefusedError:
                 continue
             taken.append(config)
@@ -124,7 +125,7 @@ def _fitted(
     calibrated = batches is not None
     if batches is not None:
         try:
-            calibrate(model, batches, sequential=False)
+            calibrate(model, batches, sequential=False, progress=False)
         except InvalidModelError:  # the mechanism has nothing to fit
             calibrated = False
     return calibrated, [model.get_submodule(site.name).eval() for site in plan.sites]
@@ -143,6 +144,7 @@ class Meter:
         batches: What to measure on.
         lengths: Cut the batches to each of these numbers of tokens; divergence is the mean over lengths.
             None: the batches as they are.
+        tick: Is told of every batch that was run.
     """
 
     def __init__(
@@ -151,7 +153,9 @@ class Meter:
         layers: Layers,
         batches: Sequence[dict[str, Any]],
         lengths: Sequence[int] | None = None,
+        tick: Tick = lambda count: None,
     ) -> None:
+        self._tick = tick
         self._model, self._layers = model, layers
         self._groups = [batches] if lengths is None else [_cut(batches, length) for length in lengths]
         self.measure, self.positions = "", 0
@@ -208,6 +212,7 @@ class Meter:
             size += float(original.double().square().sum())
             for index, forms in enumerate(asked):
                 totals[index] += self._between(original, self._output(batch, forms))
+                self._tick(1)
         if positions == 0:
             raise InputError("the batches have nothing but padding")
         if not all(map(math.isfinite, totals)):

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..common.checks import excerpt
 from ..common.running import without_cache
 from ..common.text import IGNORED
 from ..errors import ConfigError, InputError
@@ -54,6 +55,8 @@ class Objective:
             raise ConfigError(f"temperature must be above 0, got {self.temperature}")
         if self.distill_weight and self.teacher is None:
             raise ConfigError("distill_weight needs a teacher: give teacher=, the softmax original")
+        if self.teacher is not None and not isinstance(self.teacher, nn.Module):
+            raise ConfigError(f"teacher must be a loaded model, got {excerpt(self.teacher)}", "teacher")
 
     def __call__(self, model: nn.Module, inputs: Mapping[str, Any]) -> Tensor:
         """The loss of one batch, a scalar. inputs: keyword arguments of the model, with or without labels."""

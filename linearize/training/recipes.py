@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import nn
 
+from ..common.checks import unknown
 from ..errors import ConfigError
 
 
@@ -96,6 +97,6 @@ def recipe_of(recipe: str | Recipe) -> Recipe:
     """Look up a recipe by its name; a `Recipe` is returned as it is. Raises ConfigError for another name."""
     if isinstance(recipe, Recipe):
         return recipe
-    if recipe not in RECIPES:
-        raise ConfigError(f"recipe must be one of {', '.join(RECIPES)}, or a Recipe, got {recipe!r}")
+    if not isinstance(recipe, str) or recipe not in RECIPES:
+        raise ConfigError(unknown("recipe", recipe, RECIPES), "recipe")
     return RECIPES[recipe]

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from rich.console import Console, ConsoleOptions, RenderResult
-from rich.table import Table
-
+from ..common.tables import Grid, Printed
 from ..planning.config import LinearizeConfig
 
 
@@ -66,7 +64,7 @@ class Choice:
 
 
 @dataclass(frozen=True)
-class Sensitivity:
+class Sensitivity(Printed):
     """What `plan` found.
 
     Attributes:
@@ -113,44 +111,43 @@ class Sensitivity:
             "config": self.config.to_dict(),
         }
 
-    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+    def blocks(self) -> Iterator[Grid | str]:
         heading = "KL" if self.measure == "kl" else "distance"
         sizes = self.layers[0].sizes
-        yield self._sizes_table(heading) if sizes else self._layers_table(heading)
+        yield self._sizes_grid(heading) if sizes else self._layers_grid(heading)
         if sizes:
             names = " / ".join(sizes[0].options)
             yield f"Sizes: {names}. {heading} by layer: estimated, for a model with only that layer linear."
-        steps = Table("state bytes" if sizes else "kept softmax", heading, "layers" if not sizes else "")
+        steps: list[list[str]] = []
         for choice in self.choices:
             if sizes:
                 alike = not choice.kept and len({_size(own) for own in choice.options.values()}) == 1
                 which = "one size for all" if alike else "sizes by layer"
-                steps.add_row(f"{choice.state_bytes:,}", f"{choice.divergence:.4g}", which)
+                steps.append([f"{choice.state_bytes:,}", f"{choice.divergence:.4g}", which])
             else:
                 kept = ", ".join(choice.kept) or "none"
-                steps.add_row(str(len(choice.kept)), f"{choice.divergence:.4g}", kept)
-        yield steps
+                steps.append([str(len(choice.kept)), f"{choice.divergence:.4g}", kept])
+        first, last = ("state bytes", "") if sizes else ("kept softmax", "layers")
+        yield Grid((first, heading, last), steps)
         fitted = "calibrated" if self.calibrated else "as converted"
         at = (
             "" if self.lengths is None else f" at {', '.join(map(str, self.lengths))} tokens, equally weighed"
         )
         yield f"{self.tokens} positions{at}; linear layers are {fitted}"
 
-    def _layers_table(self, heading: str) -> Table:
-        table = Table("layer", f"{heading} if only it is linear", "becomes")
-        for layer in self.layers:
-            becomes = "softmax" if layer.path in self.kept else self.config.mechanism
-            table.add_row(layer.path, f"{layer.alone:.4g}", becomes)
-        return table
+    def _layers_grid(self, heading: str) -> Grid:
+        softmax, linear = ("softmax", self.config.mechanism)
+        rows = [(x.path, f"{x.alone:.4g}", softmax if x.path in self.kept else linear) for x in self.layers]
+        return Grid(("layer", f"{heading} if only it is linear", "becomes"), rows)
 
-    def _sizes_table(self, heading: str) -> Table:
-        table = Table("layer", f"{heading} in the size given", "becomes", heading)
+    def _sizes_grid(self, heading: str) -> Grid:
         options = self.choices[-1].options
+        rows = []
         for layer in self.layers:
             own = next((size for size in layer.sizes if size.options == options.get(layer.path)), None)
             becomes, cost = ("softmax", 0.0) if own is None else (_size(own.options), own.alone)
-            table.add_row(layer.path, f"{layer.alone:.4g}", becomes, f"{cost:.4g}")
-        return table
+            rows.append((layer.path, f"{layer.alone:.4g}", becomes, f"{cost:.4g}"))
+        return Grid(("layer", f"{heading} in the size given", "becomes", heading), rows)
 
 
 def _size(options: Mapping[str, Any]) -> str:

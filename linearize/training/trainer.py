@@ -4,21 +4,23 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import inspect
 import math
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console, ConsoleOptions, RenderResult
-from rich.table import Table
 from torch import Tensor, nn
 
 from ..common.checkpoints import newest_checkpoint
-from ..common.checks import require
+from ..common.checks import require_number, require_whole, unknown
+from ..common.progress import shows
+from ..common.running import shortened
+from ..common.tables import Grid, Printed
 from ..errors import ConfigError, MissingExtraError, TrainingError
 from ..rewrite.snapshot import Snapshot
 from .data import Collate, TrainingData
@@ -51,7 +53,7 @@ class TrainingSettings:
         save_steps: Optimizer steps between checkpoints; None writes one at the end of each epoch.
         save_total_limit: How many checkpoints are kept, the newest ones.
         resume: Continue from the newest complete checkpoint in `output_dir`, or start if there is none.
-        progress: Show a progress bar.
+        progress: Whether to show a progress bar; on terminals and in notebooks by default.
         report_to: That of `TrainingArguments`, such as "tensorboard".
         logging_steps: Optimizer steps between logged losses.
         seed: Seed of the order of the rows.
@@ -75,7 +77,7 @@ class TrainingSettings:
     save_steps: int | None = None
     save_total_limit: int = 2
     resume: bool = False
-    progress: bool = False
+    progress: bool | None = None
     report_to: Any = "none"
     logging_steps: int = 10
     seed: int = 0
@@ -83,33 +85,31 @@ class TrainingSettings:
 
     def __post_init__(self) -> None:
         for name in ("batch_size", "gradient_accumulation", "save_total_limit", "logging_steps"):
-            require(getattr(self, name) >= 1, name, getattr(self, name), "1 or more")
-        require(self.epochs > 0, "epochs", self.epochs, "above 0")
+            require_whole(name, getattr(self, name))
         for name in ("max_steps", "save_steps"):
+            require_whole(name, getattr(self, name), optional=True)
+        for name in ("epochs", "learning_rate", "new_learning_rate"):
             value = getattr(self, name)
-            require(value is None or value >= 1, name, value, "1 or more, or None")
-        for name in ("learning_rate", "new_learning_rate"):
-            value = getattr(self, name)
-            require(value is None or 0 < value < math.inf, name, value, "a number above 0")
-        require(0 <= self.warmup < 1, "warmup", self.warmup, "a share of the steps, 0 or more and below 1")
-        require(0 <= self.held_out < 1, "held_out", self.held_out, "a share of the rows, below 1")
+            fine = name == "new_learning_rate"
+            require_number(name, value, "a number above 0", lambda x: 0 < x < math.inf, optional=fine)
+        for name, of in (("warmup", "steps"), ("held_out", "rows")):
+            share = f"a share of the {of}, 0 or more and below 1"
+            require_number(name, getattr(self, name), share, lambda x: 0 <= x < 1)
         if self.resume and self.output_dir is None:
             raise ConfigError("resume continues from a checkpoint in output_dir: give output_dir=")
 
     @classmethod
     def of(cls, settings: Mapping[str, Any], **defaults: Any) -> TrainingSettings:
         """Make settings from keyword arguments. Raises ConfigError for an unknown one."""
-        known = {one.name for one in dataclasses.fields(cls)}
-        unknown = sorted(set(settings) - known)
-        if unknown:
-            raise ConfigError(
-                f"unknown setting(s) {', '.join(unknown)}; the settings are {', '.join(sorted(known))}"
-            )
+        known = [one.name for one in dataclasses.fields(cls)]
+        for name in settings:
+            if name not in known:
+                raise ConfigError(unknown("setting", name, known))
         return cls(**{**defaults, **settings})
 
 
 @dataclass(frozen=True)
-class Stage:
+class Stage(Printed):
     """What one stage of training did.
 
     Attributes:
@@ -130,16 +130,16 @@ class Stage:
     after: float
     model: nn.Module | None = field(default=None, repr=False, compare=False)
 
-    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+    def blocks(self) -> Iterator[Grid | str]:
         yield table_of([self])
 
 
-def table_of(stages: list[Stage]) -> Table:
-    table = Table("stage", "tokens", "steps", "seconds", "loss before", "after")
-    for stage in stages:
-        numbers = (f"{stage.before:.4g}", f"{stage.after:.4g}")
-        table.add_row(stage.name, f"{stage.tokens:,}", f"{stage.steps:,}", f"{stage.seconds:.1f}", *numbers)
-    return table
+def table_of(stages: Sequence[Stage]) -> Grid:
+    rows = [
+        (x.name, f"{x.tokens:,}", f"{x.steps:,}", f"{x.seconds:.1f}", f"{x.before:.4g}", f"{x.after:.4g}")
+        for x in stages
+    ]
+    return Grid(("stage", "tokens", "steps", "seconds", "loss before", "after"), rows)
 
 
 def train(
@@ -190,7 +190,7 @@ def train(
                 is_new=is_new,
                 new_learning_rate=settings.new_learning_rate or settings.learning_rate,
             )
-            if not settings.progress:
+            if not shows(settings.progress):
                 _silence(trainer)
             began = time.perf_counter()
             trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
@@ -279,7 +279,7 @@ def _arguments(arguments_class: Any, settings: TrainingSettings, folder: Path) -
         save_steps=settings.save_steps or 500,
         save_total_limit=settings.save_total_limit,
         logging_steps=settings.logging_steps,
-        disable_tqdm=not settings.progress,
+        disable_tqdm=not shows(settings.progress),
         report_to=settings.report_to,
         remove_unused_columns=False,
         dataloader_pin_memory=torch.cuda.is_available(),
@@ -288,10 +288,36 @@ def _arguments(arguments_class: Any, settings: TrainingSettings, folder: Path) -
         use_cpu=not torch.accelerator.is_available(),
         seed=settings.seed,
     )
+    _check_names(arguments_class, settings)
     try:
         return arguments_class(**{**chosen, **settings.trainer_args})
     except (TypeError, ValueError) as error:
-        raise ConfigError(f"transformers' TrainingArguments refuse these settings: {error}") from error
+        raise ConfigError(
+            f"transformers' TrainingArguments refuse these settings: {shortened(error, 200)}"
+        ) from error
+
+
+def _check_names(arguments_class: Any, settings: TrainingSettings) -> None:
+    """Raise ConfigError for a schedule, a field or a place for metrics that transformers does not know."""
+    from transformers import SchedulerType
+
+    schedules = [kind.value for kind in SchedulerType]
+    if settings.schedule not in schedules:
+        raise ConfigError(unknown("schedule", settings.schedule, schedules), "schedule")
+    for name in settings.trainer_args:
+        if name not in inspect.signature(arguments_class).parameters:
+            fields = [field.name for field in dataclasses.fields(arguments_class)]
+            raise ConfigError(f"trainer_args: {unknown('field of TrainingArguments', name, fields)}")
+    check_report(settings.report_to)
+
+
+def check_report(names: Any) -> None:
+    """Raise ConfigError unless metrics can be sent to what is named, as transformers' Trainer does."""
+    from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK as known
+
+    for name in [names] if isinstance(names, str) else names:
+        if name not in ("none", "all", *known):
+            raise ConfigError(unknown("report_to", name, ("none", "all", *sorted(known))), "report_to")
 
 
 def _silence(trainer: Any) -> None:

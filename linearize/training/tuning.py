@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..common.checks import unknown
 from ..common.running import without_cache
 from ..errors import ConfigError, InvalidModelError
 from ..planning.state import LinearizeState, state_of
@@ -113,7 +114,7 @@ def tune(
 def check_method(method: str, lora: Mapping[str, Any] | None) -> None:
     """Raise ConfigError or MissingExtraError for a way to tune that there is not."""
     if method not in METHODS:
-        raise ConfigError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
+        raise ConfigError(unknown("method", method, METHODS), "method")
     if method == "lora":
         require_peft()
     if lora and method != "lora":

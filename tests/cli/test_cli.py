@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -14,7 +15,8 @@ from transformers import AutoTokenizer
 
 import linearize as lz
 import linearize.cli
-from linearize.cli.options import option_values
+from linearize.cli.flags import flags_of
+from linearize.cli.options import grouped, option_values
 from linearize.mechanisms import available
 from linearize.planning.state import state_of
 
@@ -27,7 +29,8 @@ def test_version_names_the_packages_that_matter(run) -> None:
 def test_help_names_every_command(run) -> None:
     said = run("--help").out
     for name in linearize.cli.COMMANDS:
-        assert re.search(rf"^│ {name} ", said, re.MULTILINE), name
+        assert re.search(rf"^  {name} ", said, re.MULTILINE), name
+    assert "..." not in said.partition("Commands:")[2]
 
 
 HELP = """
@@ -50,8 +53,7 @@ def test_inspect_prints_a_row_for_every_site(run, folder: Path) -> None:
     result = run("inspect", folder)
     assert result.code == 0
     assert "2 candidates, 2 rewrite" in result.out
-    for layer in range(2):
-        assert f"model.layers.{layer}.self_attn" in result.out
+    assert "model.layers.0-1.self_attn" in result.out  # of which the same is said
     assert "modeling_llama.py" in result.out and "causal" in result.out
 
 
@@ -143,9 +145,9 @@ def test_mechanisms_lists_every_one_with_its_options_and_where_it_fits(run) -> N
     [
         (["inspect", "/nowhere"], "no such folder"),
         (["inspect", "{empty}"], "config.json is missing"),
-        (["inspect", "{folder}", "--mechanism", "nonsense"], "unknown mechanism"),
+        (["inspect", "{folder}", "--mechanism", "nonsense"], "unknown --mechanism 'nonsense'"),
         (["inspect", "{folder}", "--option", "widow=3"], "has no option 'widow'; did you mean 'window'"),
-        (["inspect", "{folder}", "--option", "far=3"], "(known: window, sinks, salient, tail)"),
+        (["inspect", "{folder}", "--option", "far=3"], "known: window, sinks, salient, tail"),
         (["inspect", "{folder}", "--mechanism", "softmax", "--augmentation"], "takes no convolution"),
         (["convert", "{folder}", "{out}", "--option", "window"], "'window' is not NAME=VALUE"),
         (["convert", "{folder}", "{out}", "--option", "a=1", "--option", "a=2"], "'a=2' is there twice"),
@@ -219,3 +221,61 @@ def test_the_demo_tells_a_true_story(run, tmp_path: Path) -> None:
     compiled = float(re.search(r"largest difference from linearize\(model\):\s+(\S+)", result.out)[1])
     assert compiled < 1e-3
     assert "bit for bit after loading: True" in result.out
+
+
+def test_the_version_alone_and_what_matters_of_a_machine(run) -> None:
+    assert run("--version").out.strip() == lz.__version__
+    said = run("env").out
+    for word in (torch.__version__, "processor", "cpu form", "triton form", "operators of onnxruntime"):
+        assert word in said, word
+
+
+def test_a_report_is_printed_though_its_page_cannot_be_written(run, folder: Path) -> None:
+    result = run("inspect", folder, "--html", "/nowhere/x.html")
+    assert result.code == 1 and "2 candidates" in result.out and "cannot write" in result.err
+
+
+def test_bench_measures_a_model_beside_what_it_becomes(run, folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "b.json"
+    result = run("bench", folder, "--lengths", "16,32", "--decode-tokens", 2, "--json", out)
+    rows = json.loads(out.read_text())["rows"]
+    assert result.code == 0 and [row["length"] for row in rows] == [16, 16, 32, 32]
+    softmax, linear = rows[:2], rows[2:]
+    assert softmax[0]["cache_bytes"] * 2 == linear[0]["cache_bytes"]  # grows with the length
+    assert rows[1]["cache_bytes"] == rows[3]["cache_bytes"]  # does not
+    assert all(row["decode_tokens_per_second"] > 0 for row in rows)
+
+
+def test_an_error_says_where_it_came_from_when_asked(run, folder: Path) -> None:
+    arguments = "inspect", folder, "--mechanism", "nonsense"
+    assert "Traceback" not in run(*arguments).err
+    assert "Traceback" in run("-v", *arguments).err
+
+
+def test_a_mistake_of_ours_is_one_line_too(run, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("linearize.cli.convert.load_source", lambda folder: 1 / 0)
+    result = run("inspect", folder)
+    assert result.code == 1 and "ZeroDivisionError" in result.err and "linearize -v" in result.err
+    assert len(result.err.strip().splitlines()) == 1
+
+
+def test_help_fits_80_columns_and_cuts_nothing(run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    for name, command in linearize.cli.COMMANDS.items():
+        if name != "lm-eval":
+            said = run(name, "--help").out
+            assert max(map(len, said.splitlines())) <= 80 and "…" not in said, name
+            flags = flags_of(grouped(command))
+            assert all(re.search(rf"{flag}\b", said) for flag in flags.values()), name
+
+
+def test_shells_can_complete_commands() -> None:
+    words = {"COMP_WORDS": "linearize insp", "COMP_CWORD": "1", "_LINEARIZE_COMPLETE": "complete_bash"}
+    done = subprocess.run(
+        [sys.executable, "-c", "from linearize.cli import app; app(prog_name='linearize')"],
+        env={**os.environ, **words},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.stdout.strip() == "inspect", done.stderr

@@ -283,7 +283,7 @@ BAD: list[tuple[str, Any, Any, dict[str, Any], type[Exception], str]] = [
     ("unknown setting", plain, activations, {"taps": 3}, ConfigError, "taps"),
     ("unknown mechanism", plain, activations, {"mechanism": "magic"}, ConfigError, "magic"),
     ("weights escape", Escaping, activations, {}, RefusedError, "attention.*weights-escape"),
-    ("nothing left", llama, lambda: None, {"layers": (7,)}, RefusedError, "leave no attention"),
+    ("nothing left", llama, lambda: None, {"layers": ()}, RefusedError, "leave no attention"),
 ]
 
 

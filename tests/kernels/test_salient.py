@@ -50,10 +50,7 @@ def whole(sequence: Tokens, sizes: Sizes, causal: bool = True, rule: Scores = RU
     query, key, value = sequence
     rows = [
         torch.stack(
-            [
-                naive(*heads, sizes=sizes, **rule._asdict(), causal=causal)
-                for heads in zip(*row, strict=True)
-            ]
+            [naive(*heads, sizes=sizes, **rule._asdict(), causal=causal) for heads in zip(*row, strict=True)]
         )
         for row in zip(query, key, value, strict=True)
     ]

@@ -161,7 +161,7 @@ def test_batches_that_do_not_run_are_refused_and_change_nothing() -> None:
     padding = {"input_ids": tokens(1, 9), "attention_mask": torch.zeros(1, 9, dtype=torch.int64)}
     for given, words in (
         ([], "no batch"),
-        ([torch.zeros(0, 4, dtype=torch.int64)], "not empty"),
+        ([torch.zeros(0, 4, dtype=torch.int64)], "a batch is empty"),
         ([wrong], "does not run on a batch"),
         ([padding], "nothing but padding"),
     ):

@@ -144,7 +144,7 @@ def test_what_goes_wrong_leaves_the_model_as_it_was() -> None:
         (llama, ids(), {}, InvalidModelError, "not converted"),
         (lambda: converted("llama", mechanism="softmax"), ids(), {}, InvalidModelError, "no parameters"),
         (lambda: converted("llama"), ids() + 96, {}, InputError, "another tokenizer"),
-        (lambda: converted("llama"), ids(), dict(learning_rat=1), ConfigError, "learning_rat; the settings"),
+        (lambda: converted("llama"), ids(), dict(learning_rat=1), ConfigError, "mean 'learning_rate'"),
         (lambda: converted("llama"), ids(), dict(learning_rate=-1.0), ConfigError, "learning_rate must be"),
         (lambda: converted("bart"), {"input_ids": ids(2)[:, :0]}, {}, InputError, "empty|first axis"),
     ),

@@ -6,10 +6,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import DynamicCache
 
 from ...cache.draft_tree import accept, tree_logits
+from ...common.checks import excerpt
 from ...errors import ConfigError, InputError
 from .drafter import Draft, output_size
 
@@ -26,7 +27,7 @@ class DraftModel:
         branches: How many of the best first tokens are each continued greedily.
 
     Raises:
-        ConfigError: `depth` or `branches` is below 1.
+        ConfigError: `depth` or `branches` is below 1, or the model is none.
     """
 
     needs_hidden = False
@@ -34,7 +35,10 @@ class DraftModel:
     def __init__(self, model: Any, depth: int = 4, branches: int = 1) -> None:
         if min(depth, branches) < 1:
             raise ConfigError(f"depth and branches must be at least 1, got {depth} and {branches}")
-        self.model, self.depth, self.branches = model, depth, branches
+        if not isinstance(model, nn.Module):
+            raise ConfigError(f"model must be a loaded decoder, got {excerpt(model)}")
+        self.model: Any = model
+        self.depth, self.branches = depth, branches
         self._cache: Any = None
         self._columns: Tensor | None = None
         self._fed: list[int] = []

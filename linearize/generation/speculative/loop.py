@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ...cache.draft_tree import accept, tree_logits
+from ...common.checks import excerpt
 from ...errors import ConfigError, InputError
 from .acceptance import acceptance_rule
 from .drafter import Draft, Drafter, Several
@@ -86,6 +87,11 @@ class TreeSpeculation:
             if not hasattr(drafter, "with_tree"):
                 raise ConfigError(f"{type(drafter).__name__} makes its own trees: leave out tree=")
             drafter = drafter.with_tree(tree)
+        for one in drafter if isinstance(drafter, list | tuple) else [drafter]:
+            if not hasattr(one, "propose"):
+                raise ConfigError(
+                    f"drafter must be one such as PromptLookup() or Medusa(heads), got {excerpt(one)}"
+                )
         self.drafter: Drafter = Several(drafter) if isinstance(drafter, Sequence) else drafter
         self.rule = acceptance_rule(acceptance)
         self.stats = SpeculationStats()

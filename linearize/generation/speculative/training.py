@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ...common.checkpoints import newest_checkpoint
 from ...common.files import reason, shown, try_writing
+from ...common.progress import shows
 from ...common.text import IGNORED, sequences
 from ...errors import ConfigError, InputError, LinearizeError, MissingExtraError, TrainingError
 from .heads import MedusaHeads
@@ -48,7 +49,7 @@ def train_heads(
     held_out: float = 0.05,
     output_dir: str | Path | None = None,
     resume: bool = False,
-    progress: bool = False,
+    progress: bool | None = None,
     seed: int = 0,
 ) -> MedusaHeads:
     """Train Medusa heads for a decoder with transformers' Trainer. The decoder does not change.
@@ -75,7 +76,7 @@ def train_heads(
         held_out: The share of the data, its end, that is not trained on and gives `heads.rates`.
         output_dir: Folder for the Trainer's checkpoints, one per epoch; None writes none.
         resume: Continue from the newest complete one of these checkpoints, or start if there is none.
-        progress: Show a progress bar.
+        progress: Whether to show a progress bar; on terminals and in notebooks by default.
         seed: Seed of the order of the pieces.
 
     Returns:
@@ -111,13 +112,13 @@ def train_heads(
             per_device_train_batch_size=batch_size,
             learning_rate=learning_rate,
             save_strategy="no" if output_dir is None else "epoch",
-            disable_tqdm=not progress,
+            disable_tqdm=not shows(progress),
             use_cpu=heads.weight.device.type == "cpu",
             seed=seed,
             **_ARGUMENTS,
         )
         trainer = trainer_class(model=_Training(heads.float(), decay), args=arguments, train_dataset=examples)
-        if not progress:
+        if not shows(progress):
             from transformers import PrinterCallback
 
             trainer.remove_callback(PrinterCallback)
