@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import dataclasses
 import json
 import time
 import typing
@@ -66,8 +65,8 @@ def run(console: Console, plot: Path, file: Path) -> None:
     text = encode(tokenizer, reading("a", "f"))[: 2 * MEASURED]
     console.rule("1. find and prove", align="left")
     found = inspect(original)
-    console.print(dataclasses.replace(found, rows=found.rows[:2]))
-    console.print(f"These are the first two of {found.summary}\n")
+    console.print(found)
+    console.print()
     model, seconds = timed(lambda: linearize(copy.deepcopy(original), mechanism="softmax"))
     ids = text[None, :512]
     difference = (logits(model, ids) - logits(original, ids)).abs().max().item()
