@@ -1,0 +1,130 @@
+"""A tiny random model of any model type of transformers, from its config class alone.
+
+A config is shrunk by the names of its fields, its parts likewise. `ROWS` holds the few fields of those that
+need help, because a size must divide another or a default is no value at all.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+from transformers.models.auto import modeling_auto
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from .entry import SEED, randomise
+
+MOST = 60_000_000
+"""Parameters of a model that is still called small."""
+VOCABULARY = 64
+
+SIZES: dict[str, int] = {
+    r"vocab_size": VOCABULARY,
+    r"(.*_)?(hidden_size|d_model|n_embd|embed_dim|hidden_dim|dim|projection_dim|embedding_size|emb_dim)": 32,
+    r"(.*_)?(intermediate_size|ffn_dim|d_ff|n_inner|d_inner|mlp_dim|ffn_hidden_size)": 48,
+    r"(.*_)?(num_hidden_layers|n_layers?|num_layers|encoder_layers|decoder_layers|depth)": 2,
+    r"(.*_)?(num_attention_heads|n_heads?|num_heads|encoder_attention_heads|decoder_attention_heads)": 4,
+    r"(.*_)?(num_key_value_heads|n_kv_heads)": 2,
+    r"(.*_)?(head_dim|d_kv|kv_channels|attention_head_size|d_head|head_size)": 8,
+    r"(.*_)?(max_position_embeddings|n_positions|n_ctx|max_(source|target)_positions|max_seq_len)": 128,
+    r"(.*_)?(num_local_experts|num_experts|n_routed_experts)": 4,
+    r"(.*_)?(num_experts_per_tok|top_k)": 2,
+    r"sliding_window": 8,
+    r"image_size": 32,
+    r"patch_size": 8,
+}
+"""The most that a whole number may be, by a pattern of the field's name."""
+
+ROWS: dict[str, dict[str, Any]] = {}
+"""Fields of the config of types whose defaults, shrunk, do not fit together."""
+
+
+class NotBuilt(Exception):
+    """Why there is no tiny model of a type."""
+
+
+def types() -> list[str]:
+    """Every model type of which some auto class knows a model; the others are parts of those."""
+    return [name for name in sorted(CONFIG_MAPPING.keys()) if class_names(name)]
+
+
+def class_names(model_type: str) -> list[str]:
+    """The classes of the type: those that generate, then the bare model."""
+    found = []
+    for names in (
+        modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+        modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
+        modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+        modeling_auto.MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES,
+        modeling_auto.MODEL_MAPPING_NAMES,
+    ):
+        if model_type in names:
+            name = names[model_type]
+            found += [name] if isinstance(name, str) else list(name)[:1]
+    return found
+
+
+def shrunk(config: Any) -> Any:
+    """The config with small sizes, in place: whole numbers become smaller where they are too large."""
+    for name in getattr(type(config), "sub_configs", {}):
+        part = getattr(config, name, None)
+        if part is not None:
+            shrunk(part)
+    for name, value in list(vars(config).items()):
+        if name == "layer_types" and isinstance(value, list):
+            config.layer_types = list(dict.fromkeys(value))[:2] if len(set(value)) > 1 else value[:2]
+        elif isinstance(value, int) and not isinstance(value, bool):
+            most = next((size for pattern, size in SIZES.items() if re.fullmatch(pattern, name)), None)
+            token = re.search(r"token_(id|index)$", name) and value >= VOCABULARY
+            if token or (most is not None and value > most):
+                setattr(config, name, 3 if token else most)
+    return config
+
+
+def set_fields(config: Any, fields: Mapping[str, Any]) -> None:
+    """Set fields of a config and, where a value is a dict and the field a config, those of a part."""
+    for name, value in fields.items():
+        part = getattr(config, name, None)
+        if isinstance(value, Mapping) and isinstance(part, transformers.PretrainedConfig):
+            set_fields(part, value)
+        else:
+            setattr(config, name, value)
+
+
+def build(model_type: str) -> nn.Module:
+    """A tiny model of the type in eval mode, with weights in which a wrong mask or scale shows.
+
+    Raises NotBuilt, which says why.
+    """
+    names = class_names(model_type)
+    if not names:
+        raise NotBuilt("a part of other models")
+    problem = ""
+    for name in names:
+        try:
+            return _built(model_type, name)
+        except Exception as error:  # whatever a config class or a model raises is the reason
+            problem = problem or f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
+    raise NotBuilt(problem)
+
+
+def _built(model_type: str, name: str) -> nn.Module:
+    config = shrunk(CONFIG_MAPPING[model_type]())
+    cls: Any = getattr(transformers, name)
+    if hasattr(config, "is_decoder") and not getattr(config, "is_encoder_decoder", False):
+        config.is_decoder = cls.can_generate()  # the language model of an encoder is a decoder
+    if getattr(config, "decoder_start_token_id", 0) is None:
+        config.decoder_start_token_id = 1
+    set_fields(config, ROWS.get(model_type, {}))
+    with torch.device("meta"):
+        count = sum(parameter.numel() for parameter in cls._from_config(config).parameters())
+    if count > MOST:
+        raise NotBuilt(f"it has {count / 1e6:.0f} million parameters however small its fields are")
+    torch.manual_seed(SEED)
+    model: nn.Module = cls._from_config(config)
+    randomise(model)
+    return model.eval()
