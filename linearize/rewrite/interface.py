@@ -109,6 +109,7 @@ def attention_forward(
     scaling: float | None = None,
     position_bias: Tensor | None = None,
     s_aux: Tensor | None = None,
+    sinks: Tensor | None = None,
     linearize_call: Call | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
@@ -131,7 +132,7 @@ def attention_forward(
         value,
         attention_mask,
         bias=position_bias,
-        sinks=s_aux,
+        sinks=sinks if s_aux is None else s_aux,
         dropout=dropout or None,
         documents=None if key.shape[2] != query.shape[2] else _flattened(query, kwargs.get("cu_seq_lens_q")),
     )

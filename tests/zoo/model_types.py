@@ -24,11 +24,14 @@ VOCABULARY = 64
 
 SIZES: dict[str, int] = {
     r"vocab_size": VOCABULARY,
+    r"n_group|topk_group": 1,
+    r"rotary_dim": 4,
     r"(.*_)?(hidden_size|d_model|n_embd|embed_dim|hidden_dim|dim|projection_dim|embedding_size|emb_dim)": 32,
     r"(.*_)?(intermediate_size|ffn_dim|d_ff|n_inner|d_inner|mlp_dim|ffn_hidden_size)": 48,
     r"(.*_)?(num_hidden_layers|n_layers?|num_layers|encoder_layers|decoder_layers|depth)": 2,
     r"(.*_)?(num_attention_heads|n_heads?|num_heads|encoder_attention_heads|decoder_attention_heads)": 4,
     r"(.*_)?(num_key_value_heads|n_kv_heads)": 2,
+    r"mamba_(d_head|head_dim)": 16,
     r"(.*_)?(head_dim|d_kv|kv_channels|attention_head_size|d_head|head_size)": 8,
     r"(.*_)?(max_position_embeddings|n_positions|n_ctx|max_(source|target)_positions|max_seq_len)": 128,
     r"(.*_)?(num_local_experts|num_experts|n_routed_experts)": 4,
@@ -37,7 +40,7 @@ SIZES: dict[str, int] = {
     r"image_size": 32,
     r"patch_size": 8,
 }
-"""The most that a whole number may be, by a pattern of the field's name."""
+"""The most that a whole number may be, by a pattern of the field's name; the first that fits counts."""
 
 ROWS: dict[str, dict[str, Any]] = {}
 """Fields of the config of types whose defaults, shrunk, do not fit together."""
@@ -69,20 +72,35 @@ def class_names(model_type: str) -> list[str]:
 
 
 def shrunk(config: Any) -> Any:
-    """The config with small sizes, in place: whole numbers become smaller where they are too large."""
+    """A config of the same class with small sizes: whole numbers are smaller where they were too large.
+
+    Of lists with an entry for each layer two entries stay, of layers of unlike types where there are such.
+    What a class derives from its fields it derives anew, where it takes the fields that it has.
+    """
+    small: dict[str, Any] = {}
     for name in getattr(type(config), "sub_configs", {}):
         part = getattr(config, name, None)
-        if part is not None:
-            shrunk(part)
+        if isinstance(part, transformers.PretrainedConfig):
+            small[name] = shrunk(part)
+    layers = getattr(config, "num_hidden_layers", None)
+    kinds = getattr(config, "layer_types", None)
+    kept = [kinds.index(kind) for kind in dict.fromkeys(kinds)][:2] if isinstance(kinds, list) else []
+    kept = kept if len(kept) == 2 else [0, 1]
     for name, value in list(vars(config).items()):
-        if name == "layer_types" and isinstance(value, list):
-            config.layer_types = list(dict.fromkeys(value))[:2] if len(set(value)) > 1 else value[:2]
+        if isinstance(value, list) and len(value) == layers and layers > 2:
+            small[name] = [value[index] for index in kept]
         elif isinstance(value, int) and not isinstance(value, bool):
             most = next((size for pattern, size in SIZES.items() if re.fullmatch(pattern, name)), None)
             token = re.search(r"token_(id|index)$", name) and value >= VOCABULARY
             if token or (most is not None and value > most):
-                setattr(config, name, 3 if token else most)
-    return config
+                small[name] = 3 if token else most
+    if small.get("num_key_value_heads") and config.num_key_value_heads == config.num_attention_heads:
+        small["num_key_value_heads"] = small.get("num_attention_heads", config.num_attention_heads)
+    try:
+        return type(config)(**{name: value for name, value in small.items() if not name.startswith("_")})
+    except Exception:  # fields that do not fit together in the class's own eyes, or are none of its own
+        set_fields(config, small)
+        return config
 
 
 def set_fields(config: Any, fields: Mapping[str, Any]) -> None:
@@ -120,6 +138,8 @@ def _built(model_type: str, name: str) -> nn.Module:
     if getattr(config, "decoder_start_token_id", 0) is None:
         config.decoder_start_token_id = 1
     set_fields(config, ROWS.get(model_type, {}))
+    if hasattr(config, "validate"):
+        config.validate()
     with torch.device("meta"):
         count = sum(parameter.numel() for parameter in cls._from_config(config).parameters())
     if count > MOST:
