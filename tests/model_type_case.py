@@ -23,7 +23,7 @@ from zoo.model_types import NotBuilt, build
 import linearize as lz
 from linearize.common.running import call, generates, quiet_run, without_cache
 from linearize.convert.inputs import example_inputs
-from linearize.errors import InputError, LinearizeError, NoAttentionError, RefusedError
+from linearize.errors import InputError, LinearizeError, NoAttentionError, RefusedError, VerificationError
 from linearize.passes.site import Reason
 from linearize.planning.state import state_of
 
@@ -135,7 +135,9 @@ def converted(model: nn.Module, **settings: Any) -> tuple[nn.Module, Result]:
     """The model linearized, with `on_refusal="keep"` where it is refused without, and whether so and why."""
     try:
         return lz.linearize(model, **settings), {"kept": False, "why": ""}
-    except RefusedError as error:
+    except (RefusedError, VerificationError) as error:
+        if "keep" not in str(error):
+            raise
         why = " ".join(str(error).split())
     return lz.linearize(model, on_refusal="keep", **settings), {"kept": True, "why": why[:600]}
 
