@@ -167,7 +167,11 @@ def generated(model: Any, example: Inputs, must: bool = False) -> Tensor | None:
     """
     if not generates(model):
         return None
-    prompt = {name: value for name, value in example.items() if not name.startswith(("decoder_", "labels"))}
+    prompt = {
+        name: value.clone() if isinstance(value, Tensor) else value
+        for name, value in example.items()
+        if not name.startswith(("decoder_", "labels"))
+    }
     try:
         with quiet_run(model):
             found = model.generate(**prompt, max_new_tokens=TOKENS, min_new_tokens=TOKENS, do_sample=False)
