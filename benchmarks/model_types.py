@@ -116,7 +116,9 @@ def _run(name: str, told: Connection, gigabytes: int) -> None:
 
 def progress(result: dict[str, Any]) -> str:
     error = f"{result['error']:.0e}" if "error" in result else ""
-    return f"{result['type']:32} {result['outcome']:12} {error:6} {result['wall']:5.1f} s  {result['why'][:150]}"
+    return (
+        f"{result['type']:32} {result['outcome']:12} {error:6} {result['wall']:5.1f} s  {result['why'][:150]}"
+    )
 
 
 if __name__ == "__main__":

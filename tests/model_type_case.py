@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from linearize.passes.site import Reason
 from survey_case import real_tokens, relative_error
 from torch import Tensor, nn
 from zoo.model_types import NotBuilt, build
@@ -24,7 +25,6 @@ import linearize as lz
 from linearize.common.running import call, generates, quiet_run, without_cache
 from linearize.convert.inputs import example_inputs
 from linearize.errors import InputError, LinearizeError, NoAttentionError, RefusedError, VerificationError
-from linearize.passes.site import Reason
 from linearize.planning.state import state_of
 
 TOLERANCE = 1e-4

@@ -212,8 +212,9 @@ def _patches(
     config: Any, names: Any, grid: str, images: int, generator: torch.Generator
 ) -> Iterator[dict[str, Any]]:
     """Images as rows of patches that lie end to end, and how many patches each has in time, height, width."""
-    side, frames = getattr(config, "patch_size", None), getattr(config, "temporal_patch_size", 1)
-    channels = getattr(config, "in_channels", None) or getattr(config, "num_channels", 3)
+    side: Any = getattr(config, "patch_size", None)
+    frames: int = getattr(config, "temporal_patch_size", 1)
+    channels: int = getattr(config, "in_channels", None) or getattr(config, "num_channels", 3)
     name = next((name for name in ("hidden_states", "pixel_values") if name in names), None)
     if name is None or not isinstance(side, int):
         return

@@ -103,9 +103,7 @@ def with_routes(plan: Plan, routes: Mapping[str, str]) -> Plan:
     return dataclasses.replace(plan, sites=sites)
 
 
-def without(
-    plan: Plan, path: str, why: str, config: LinearizeConfig, report: MatchReport | None
-) -> Plan:
+def without(plan: Plan, path: str, why: str, config: LinearizeConfig, report: MatchReport | None) -> Plan:
     """`plan` without an owner that goes by neither route; why: what is wrong with its calls.
 
     Raises VerificationError unless `config` leaves out what cannot be rewritten, RefusedError where nothing

@@ -393,7 +393,10 @@ def _name_taken(model: nn.Module, path: str, slot: int) -> tuple[str, str] | Non
     name = child_name(slot)
     if not hasattr(model.get_submodule(path), name):
         return None
-    return Reason.OWNER.value, f"its module has an attribute {name!r} of its own, where the new module would be"
+    return (
+        Reason.OWNER.value,
+        f"its module has an attribute {name!r} of its own, where the new module would be",
+    )
 
 
 def _too_short(site: Site) -> tuple[str, str] | None:

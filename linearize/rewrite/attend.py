@@ -123,7 +123,9 @@ def _in_documents(
     if bias is not None:
         raise InputError(f"{where}: a position bias cannot be followed in a row with several documents")
     if sinks is not None and sinks.ndim > 1:
-        raise InputError(f"{where}: sinks that differ by query cannot be followed in a row with several documents")
+        raise InputError(
+            f"{where}: sinks that differ by query cannot be followed in a row with several documents"
+        )
     if child.spec.window is not None and (child.is_exact or child.keeps_window):
         require_true(side_by_side(documents), f"{where}: {DOCUMENTS_APART}")
     if call.state is not None:
