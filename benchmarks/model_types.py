@@ -45,6 +45,7 @@ def main() -> None:
     torch.set_num_threads(1)
     results = read(options.json)
     known = types()
+    transformers.logging.disable_progress_bar()
     if not options.table:
         wanted = options.only or [name for name in known[:: options.every] if name not in results]
         if options.again:
@@ -107,7 +108,6 @@ def _run(name: str, told: Connection, gigabytes: int) -> None:
     resource.setrlimit(resource.RLIMIT_AS, (gigabytes << 30, gigabytes << 30))
     warnings.filterwarnings("ignore")
     transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
     logging.disable(logging.WARNING)
     # Both conversions of a type search the same model, and the search is most of what they cost.
     conversion.search = shared(conversion.search, lambda: True)

@@ -213,8 +213,8 @@ def _patches(
 ) -> Iterator[dict[str, Any]]:
     """Images as rows of patches that lie end to end, and how many patches each has in time, height, width."""
     side: Any = getattr(config, "patch_size", None)
-    frames: int = getattr(config, "temporal_patch_size", 1)
-    channels: int = getattr(config, "in_channels", None) or getattr(config, "num_channels", 3)
+    frames: Any = getattr(config, "temporal_patch_size", 1)
+    channels: Any = getattr(config, "in_channels", None) or getattr(config, "num_channels", 3)
     name = next((name for name in ("hidden_states", "pixel_values") if name in names), None)
     if name is None or not isinstance(side, int):
         return
