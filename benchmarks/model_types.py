@@ -1,103 +1,124 @@
-"""Which model types of transformers build as tiny random models from their config class, no row by hand.
+"""Convert a tiny random model of every model type of transformers, and write docs/model-types.md.
 
-    python benchmarks/model_types.py                every type that an auto class knows
-    python benchmarks/model_types.py --only llama t5
+    python benchmarks/model_types.py                    every type, those first that no run has seen
+    python benchmarks/model_types.py --only llama t5    these, again
+    python benchmarks/model_types.py --every 15         a sample
+    python benchmarks/model_types.py --table            only write the table from the stored results
 
-A config is shrunk by the names of its fields, its parts likewise. Models are built on the meta device:
-this is the first step of a survey of all types, and says how far it would reach.
+Models are built from their config classes without a row by hand (`tests/zoo/model_types.py`). Each type runs
+in a process of its own, with a limit of time and of memory, so that none ends the run. Results are lines of
+JSON, written as they come: a run that was stopped goes on where it was.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import logging
-import re
+import multiprocessing
+import resource
+import sys
+import time
 import warnings
-from collections import Counter
+from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from transformers.models.auto import modeling_auto
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-MOST = 60_000_000
-"""Parameters of a model that is still called small."""
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-SIZES: dict[str, int] = {
-    r"vocab_size": 64,
-    r"(.*_)?(hidden_size|d_model|n_embd|embed_dim|hidden_dim|dim|projection_dim|embedding_size|emb_dim)": 32,
-    r"(.*_)?(intermediate_size|ffn_dim|d_ff|n_inner|d_inner|mlp_dim|ffn_hidden_size)": 48,
-    r"(.*_)?(num_hidden_layers|n_layers?|num_layers|encoder_layers|decoder_layers|depth)": 2,
-    r"(.*_)?(num_attention_heads|n_heads?|num_heads|encoder_attention_heads|decoder_attention_heads)": 4,
-    r"(.*_)?(num_key_value_heads|n_kv_heads)": 2,
-    r"(.*_)?(head_dim|d_kv|kv_channels|attention_head_size|d_head|head_size)": 8,
-    r"(.*_)?(max_position_embeddings|n_positions|n_ctx|max_(source|target)_positions|max_seq_len)": 128,
-    r"(.*_)?(num_local_experts|num_experts|n_routed_experts)": 4,
-    r"(.*_)?(num_experts_per_tok|top_k)": 2,
-    r"image_size": 32,
-    r"patch_size": 8,
-}
-"""The most that a whole number may be, by a pattern of the field's name."""
+from model_type_case import examine  # noqa: E402
+from model_type_page import page  # noqa: E402
+from shared_search import shared  # noqa: E402
+from zoo.model_types import types  # noqa: E402
 
+from linearize.convert import linearize as conversion  # noqa: E402
 
-def shrunk(config: Any) -> Any:
-    """The config with small sizes, in place: whole numbers become smaller where they are too large."""
-    for name in getattr(type(config), "sub_configs", {}):
-        part = getattr(config, name, None)
-        if part is not None:
-            shrunk(part)
-    for name, value in list(vars(config).items()):
-        if name == "layer_types" and isinstance(value, list):
-            config.layer_types = list(dict.fromkeys(value))[:2] if len(set(value)) > 1 else value[:2]
-        elif isinstance(value, int) and not isinstance(value, bool):
-            most = next((size for pattern, size in SIZES.items() if re.fullmatch(pattern, name)), None)
-            token = re.search(r"token_(id|index)$", name) and value >= SIZES["vocab_size"]
-            if token or (most is not None and value > most):
-                setattr(config, name, 3 if token else most)
-    return config
-
-
-def model_class(model_type: str) -> Any | None:
-    """The class that generates, or else the bare model; None where no auto class knows the type."""
-    for names in (
-        modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
-        modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
-        modeling_auto.MODEL_MAPPING_NAMES,
-    ):
-        if model_type in names:
-            name = names[model_type]
-            return getattr(transformers, name if isinstance(name, str) else name[0])
-    return None
-
-
-def outcome(model_type: str) -> str:
-    """`built` with the number of parameters, or in a few words why not."""
-    try:
-        found = model_class(model_type)
-        if found is None:
-            return "part: a part of other models"
-        config = shrunk(CONFIG_MAPPING[model_type]())
-        with torch.device("meta"):
-            model = found._from_config(config)
-        count = sum(parameter.numel() for parameter in model.parameters())
-        return f"{'built' if count <= MOST else 'large'}: {count / 1e6:.2f} million"
-    except Exception as error:  # anything that a config class or a model raises is a row of the table
-        return f"{type(error).__name__}: {' '.join(str(error).split())[:140]}"
+FAULTS = ("wrong", "raw", "failed", "crash", "time")
 
 
 def main() -> None:
+    options = arguments()
+    torch.set_num_threads(1)
+    results = read(options.json)
+    known = types()
+    transformers.logging.disable_progress_bar()
+    if not options.table:
+        wanted = options.only or [name for name in known[:: options.every] if name not in results]
+        if options.again:
+            wanted = [name for name in known if results.get(name, {}).get("outcome") in options.again]
+        examine("llama")  # what is imported and compiled for the first model, no child need do again
+        for number, name in enumerate(wanted):
+            results[name] = isolated(name, options.seconds, options.gigabytes)
+            with options.json.open("a") as file:
+                file.write(json.dumps(results[name]) + "\n")
+            print(f"{number + 1}/{len(wanted)}", progress(results[name]), flush=True)
+    options.out.write_text(page(results, known))
+    print(f"wrote {options.out}")
+
+
+def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--only", nargs="+", metavar="TYPE", help="these types")
-    options = parser.parse_args()
+    parser.add_argument("--only", nargs="+", metavar="TYPE", help="these types, again")
+    parser.add_argument("--again", nargs="+", metavar="OUTCOME", help="types that had one of these outcomes")
+    parser.add_argument("--every", type=int, default=1, metavar="N", help="every N-th type")
+    parser.add_argument("--table", action="store_true", help="run nothing, write the table")
+    parser.add_argument("--seconds", type=int, default=240, help="the most that a type may take")
+    parser.add_argument("--gigabytes", type=int, default=12, help="address space that a type may take")
+    parser.add_argument("--json", type=Path, default=ROOT / "build" / "model-types.jsonl")
+    parser.add_argument("--out", type=Path, default=ROOT / "docs" / "model-types.md")
+    return parser.parse_args()
+
+
+def read(path: Path) -> dict[str, dict[str, Any]]:
+    """The last result of every type in a file of earlier runs."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lines = path.read_text().splitlines() if path.is_file() else []
+    return {result["type"]: result for result in map(json.loads, lines)}
+
+
+def isolated(name: str, seconds: int, gigabytes: int) -> dict[str, Any]:
+    """The result of one type from a child process. A child that dies or hangs leaves what it told."""
+    context = multiprocessing.get_context("fork")
+    mine, its = context.Pipe(duplex=False)
+    child = context.Process(target=_run, args=(name, its, gigabytes), daemon=True)
+    start = time.perf_counter()
+    child.start()
+    its.close()
+    result: dict[str, Any] = {"type": name}
+    while (left := start + seconds - time.perf_counter()) > 0 and mine.poll(left):
+        try:
+            result = mine.recv()
+        except EOFError:
+            break
+    if "outcome" not in result:
+        late = child.is_alive() and time.perf_counter() - start >= seconds
+        child.kill() if late else None
+        child.join()
+        why = f"after {seconds} s" if late else f"exit code {child.exitcode}"
+        result |= {"outcome": "time" if late else "crash", "why": f"{why}, at {result.get('stage', 'start')}"}
+    child.join()
+    return {**result, "wall": round(time.perf_counter() - start, 1)}
+
+
+def _run(name: str, told: Connection, gigabytes: int) -> None:
+    resource.setrlimit(resource.RLIMIT_AS, (gigabytes << 30, gigabytes << 30))
     warnings.filterwarnings("ignore")
     transformers.logging.set_verbosity_error()
     logging.disable(logging.WARNING)
-    found = {name: outcome(name) for name in options.only or sorted(CONFIG_MAPPING.keys())}
-    for name, text in found.items():
-        if options.only or not text.startswith(("built", "part")):
-            print(f"{name:36} {text}")
-    print(len(found), "types:", dict(Counter(text.split(":")[0] for text in found.values())))
+    # Both conversions of a type search the same model, and the search is most of what they cost.
+    conversion.search = shared(conversion.search, lambda: True)
+    told.send(examine(name, told.send))
+
+
+def progress(result: dict[str, Any]) -> str:
+    error = f"{result['error']:.0e}" if "error" in result else ""
+    return (
+        f"{result['type']:32} {result['outcome']:12} {error:6} {result['wall']:5.1f} s  {result['why'][:150]}"
+    )
 
 
 if __name__ == "__main__":

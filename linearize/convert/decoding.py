@@ -79,7 +79,12 @@ def decode(
     live: Any = model
     if not generates(model) or not hasattr(live, "generate"):
         return None
-    prompt = {name: value for name, value in inputs.items() if not name.startswith(("decoder_", "labels"))}
+    # Copies: there are models whose `generate` writes the token they begin with into what they are given.
+    prompt = {
+        name: value.clone() if isinstance(value, Tensor) else value
+        for name, value in inputs.items()
+        if not name.startswith(("decoder_", "labels"))
+    }
     if chosen is not None:
         settings["logits_processor"] = [_Chosen(chosen)]
     try:

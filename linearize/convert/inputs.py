@@ -179,7 +179,9 @@ def _media(
 ) -> Iterator[dict[str, Any]]:
     """Images, videos and sound by the argument names the forward has."""
     vision = _field_owner(config, "image_size", "patch_size")
-    if "pixel_values" in names and vision is not None:
+    if "pixel_values" in names and "spatial_shapes" in names and vision is not None:
+        yield _patches_in_rows(vision, names, batch, generator)
+    elif "pixel_values" in names and vision is not None:
         size = getattr(vision, "image_size", 224)
         height, width = (size, size) if isinstance(size, int) else tuple(size)[:2]
         channels = getattr(vision, "num_channels", 3)
@@ -191,6 +193,16 @@ def _media(
         channels = getattr(config, "num_channels", 3)
         for side in (64, 224):
             yield {"pixel_values": torch.randn(batch, channels, side, side, generator=generator)}
+    grid = next((name for name in ("grid_thw", "image_grid_thw") if name in names), None)
+    if grid is not None and not _vocabulary(config):
+        yield from _patches(config, names, grid, batch, generator)
+    if "query_embeds" in names and isinstance(getattr(config, "hidden_size", None), int):
+        queries = {"query_embeds": torch.randn(batch, length, config.hidden_size, generator=generator)}
+        width = getattr(config, "encoder_hidden_size", None) if "encoder_hidden_states" in names else None
+        if width:
+            seen = torch.randn(batch, 2 * length, width, generator=generator)
+            yield {**queries, "encoder_hidden_states": seen}
+        yield queries
     if "input_features" in names:
         sound = (
             _field_owner(config, "num_mel_bins", "input_feat_per_channel", "feature_projection_input_dim")
@@ -198,8 +210,12 @@ def _media(
         )
         bins = getattr(sound, "num_mel_bins", None)
         positions = getattr(sound, "max_source_positions", None)
-        if bins and positions:
-            yield {"input_features": torch.randn(batch, bins, 2 * positions, generator=generator)}
+        masks = [name for name in ("input_features_mask", "feature_attention_mask") if name in names]
+        for frames in (2 * positions if positions else None, 8 * length):
+            if bins and frames:
+                whole = torch.ones(batch, frames, dtype=torch.long)
+                sound_of = torch.randn(batch, bins, frames, generator=generator)
+                yield {"input_features": sound_of, **dict.fromkeys(masks, whole)}
         for name in ("input_feat_per_channel", "feature_projection_input_dim", "num_mel_bins", "hidden_size"):
             width = getattr(sound, name, None)
             if isinstance(width, int):
@@ -214,6 +230,37 @@ def _media(
             hop *= stride
         yield {"input_values": torch.randn(batch, hop * (length + 4), generator=generator)}
         yield {"input_values": torch.randn(batch, 1, hop * (length + 4), generator=generator)}
+
+
+def _patches(
+    config: Any, names: Any, grid: str, images: int, generator: torch.Generator
+) -> Iterator[dict[str, Any]]:
+    """Images as rows of patches that lie end to end, and how many patches each has in time, height, width."""
+    side: Any = getattr(config, "patch_size", None)
+    frames: Any = getattr(config, "temporal_patch_size", 1)
+    channels: Any = getattr(config, "in_channels", None) or getattr(config, "num_channels", 3)
+    name = next((name for name in ("hidden_states", "pixel_values") if name in names), None)
+    if name is None or not isinstance(side, int):
+        return
+    merged = 2 * int(getattr(config, "spatial_merge_size", 2))
+    for time in (frames, 1):
+        width = channels * time * side**2
+        yield {
+            name: torch.randn(images * merged**2, width, generator=generator),
+            grid: torch.tensor([[1, merged, merged]] * images),
+        }
+
+
+def _patches_in_rows(vision: Any, names: Any, batch: int, generator: torch.Generator) -> dict[str, Any]:
+    """Images as one row of patches for each, padded to one length, and their height and width in patches."""
+    height, width = 4, 3
+    features = getattr(vision, "num_channels", 3) * vision.patch_size**2
+    masks = [name for name in ("pixel_attention_mask",) if name in names]
+    return {
+        "pixel_values": torch.randn(batch, height * width, features, generator=generator),
+        "spatial_shapes": torch.tensor([[height, width]] * batch),
+        **dict.fromkeys(masks, torch.ones(batch, height * width, dtype=torch.long)),
+    }
 
 
 def _field_owner(config: Any, *names: str) -> Any | None:

@@ -19,6 +19,7 @@ from ..errors import RefusedError, VerificationError
 from ..mechanisms.module import PlainSoftmaxAttention
 from ..passes.site import MatchReport, Pattern, Reason
 from ..planning.config import LinearizeConfig
+from ..planning.left_alone import Skipped, nothing_left
 from ..planning.plan import Plan
 from ..rewrite.apply import apply_owners, attach, use_compact_masks
 from ..rewrite.interface import dispatches
@@ -55,9 +56,9 @@ def apply_exact(
         if not missed:
             break
         before.restore()
-        stuck = [path for path in missed if routes[path] == "graph"]
-        if stuck:
-            raise VerificationError(f"{stuck[0]}: {missed[stuck[0]]}; nothing was changed")
+        first = next(iter(missed))  # those after it may only not have been reached
+        if routes[first] == "graph":
+            plan = without(plan, first, missed[first], config, report)
         routes.update(dict.fromkeys(missed, "graph"))
     if config.mechanism != "softmax":
         # What stays softmax follows the square masks to the letter.
@@ -100,6 +101,22 @@ def with_routes(plan: Plan, routes: Mapping[str, str]) -> Plan:
     """`plan` with its routes filled in."""
     sites = tuple(dataclasses.replace(site, route=routes[site.path]) for site in plan.sites)
     return dataclasses.replace(plan, sites=sites)
+
+
+def without(plan: Plan, path: str, why: str, config: LinearizeConfig, report: MatchReport | None) -> Plan:
+    """`plan` without an owner that goes by neither route; why: what is wrong with its calls.
+
+    Raises VerificationError unless `config` leaves out what cannot be rewritten, RefusedError where nothing
+    is left.
+    """
+    sites = tuple(site for site in plan.sites if site.path != path)
+    if config.on_refusal == "error":
+        helps = ". What helps: on_refusal='keep', which leaves such layers softmax" if sites else ""
+        raise VerificationError(f"{path}: {why}; nothing was changed{helps}")
+    skips = [Skipped(path, site.slot, Reason.NOT_VERIFIED.value, why) for site in plan.owners[path]]
+    if not sites:
+        raise nothing_left([(skip, ()) for skip in skips], config, False, report)
+    return dataclasses.replace(plan, sites=sites, skipped=(*plan.skipped, *skips))
 
 
 def put_plain(model: nn.Module, path: str, child: str, recording: Recording) -> None:

@@ -69,7 +69,7 @@ class AttentionModule(nn.Module):
             query_start: Causal sites: the key column of the first query, by default so that the queries are
                 the last columns. Cross-attention: the position of the first query.
             mask: Bool (True keeps) or float (added to the scores), broadcastable to [B, H, T, S].
-            sinks: One logit per head, [H], which joins the denominator only.
+            sinks: Logits that join the denominator only: one per head, [H], or per query, [B, H, T, 1].
 
         Returns:
             [B, H, T, Dv] in the dtype of `value`.
@@ -317,13 +317,14 @@ def _both(a: Tensor | None, b: Tensor | None) -> Tensor | None:
 
 
 def _softmax(scores: Tensor, keep: Tensor | None, sinks: Tensor | None) -> Tensor:
-    """float32 (or wider) weights [B, H, T, S]; sinks [H] join the denominator only."""
+    """float32 (or wider) weights [B, H, T, S]; sinks, [H] or [B, H, T, 1], join the denominator only."""
     scores = scores if scores.dtype == torch.float64 else scores.float()
     if keep is not None:
         # Not -inf: a row without any key must have a finite gradient as well.
         scores = scores.masked_fill(~keep, torch.finfo(scores.dtype).min)
     if sinks is not None:
-        column = sinks.reshape(1, -1, 1, 1).to(scores.dtype).expand(scores.shape[0], -1, scores.shape[2], 1)
+        column = sinks if sinks.ndim == 4 else sinks.reshape(1, -1, 1, 1)
+        column = column.to(scores.dtype).expand(scores.shape[0], -1, scores.shape[2], 1)
         weights = torch.cat([scores, column], dim=-1).softmax(-1)[..., :-1]
     else:
         weights = scores.softmax(-1)

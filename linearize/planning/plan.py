@@ -262,7 +262,7 @@ def plan_sites(model: nn.Module, report: MatchReport, config: LinearizeConfig) -
             skipped.append(Skipped(path, site.ordinal, KEPT, KEPT_MESSAGE))
             continue
         own = config.at(path, index)
-        problem = problem_of(site, own) or _too_short(site)
+        problem = problem_of(site, own) or _too_short(site) or _name_taken(model, path, slot)
         if problem is not None:
             need = missing(site, own)
             skip = Skipped(path, site.ordinal, *(kept_window(site.mask.width, need) or problem))
@@ -397,6 +397,17 @@ def missing(site: Site, config: LinearizeConfig) -> tuple[str, ...]:
     except (ValueError, ConfigError):
         return ()
     return mechanisms.get(config.mechanism).missing(spec, terms(site), config.approximate, config.options)
+
+
+def _name_taken(model: nn.Module, path: str, slot: int) -> tuple[str, str] | None:
+    """Why a site can have no child module, as `problem_of`: its owner has something of that name."""
+    name = child_name(slot)
+    if not hasattr(model.get_submodule(path), name):
+        return None
+    return (
+        Reason.OWNER.value,
+        f"its module has an attribute {name!r} of its own, where the new module would be",
+    )
 
 
 def _too_short(site: Site) -> tuple[str, str] | None:

@@ -53,7 +53,7 @@ def attend(
             None when all may be seen.
         masked_columns: the mask has a column for every key of the cache, not only for the new ones.
         bias: relative position bias `[1, H, T, S]`, exact softmax and mechanisms that keep it.
-        sinks: one logit per head `[H]`, exact softmax only.
+        sinks: logits per head `[H]` or per query `[B, H, T, 1]`, exact softmax only.
         dropout: probability on the weights of exact softmax in training; None for what the plan says.
         documents: `[B, T]` as in `documents.py`, of a row that holds several; the mask may give them as well.
 
@@ -122,6 +122,10 @@ def _in_documents(
         raise InputError(f"{where}: {DOCUMENTS_AND_CACHE}")
     if bias is not None:
         raise InputError(f"{where}: a position bias cannot be followed in a row with several documents")
+    if sinks is not None and sinks.ndim > 1:
+        raise InputError(
+            f"{where}: sinks that differ by query cannot be followed in a row with several documents"
+        )
     if child.spec.window is not None and (child.is_exact or child.keeps_window):
         require_true(side_by_side(documents), f"{where}: {DOCUMENTS_APART}")
     if call.state is not None:

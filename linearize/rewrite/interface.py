@@ -18,11 +18,12 @@ from ..cache.adopt import cross_layer, keep_everything, state_layer
 from ..common.checks import is_traced
 from ..errors import InputError, InvalidModelError
 from ..mechanisms.spec import SiteSpec
+from ..passes.site import Pattern
 from ..planning.plan import child_name
 from .attend import attend
 from .call import Call
 from .documents import of_lengths
-from .masks import compact_mask
+from .masks import compact_mask, position_mask
 from .owner import OwnerRecord, Rewritten, become
 
 NAME = "linearize"
@@ -109,6 +110,7 @@ def attention_forward(
     scaling: float | None = None,
     position_bias: Tensor | None = None,
     s_aux: Tensor | None = None,
+    sinks: Tensor | None = None,
     linearize_call: Call | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
@@ -122,6 +124,8 @@ def attention_forward(
     call.notice(slot, kwargs.get("sliding_window"))
     child = call.child(slot)
     key, value = (_heads_as_planned(x, child.spec) for x in (key, value))
+    if attention_mask is None and child.is_exact:
+        attention_mask = _unwritten_mask(call, slot, module, query, key, kwargs.get("is_causal"))
     # The plan was made in evaluation mode, where the owner does not say how much it drops in training.
     output = attend(
         call,
@@ -131,11 +135,25 @@ def attention_forward(
         value,
         attention_mask,
         bias=position_bias,
-        sinks=s_aux,
+        sinks=sinks if s_aux is None else s_aux,
         dropout=dropout or None,
         documents=None if key.shape[2] != query.shape[2] else _flattened(query, kwargs.get("cu_seq_lens_q")),
     )
     return output.transpose(1, 2).contiguous(), None
+
+
+def _unwritten_mask(
+    call: Call, slot: int, module: nn.Module, query: Tensor, key: Tensor, is_causal: bool | None
+) -> Tensor | None:
+    """Causal mask of a site whose own mask is not understood, in a call for which transformers writes none.
+
+    For SDPA it leaves out a mask that would say nothing but causality, which SDPA then does by itself.
+    """
+    unread = call.record.sites[slot].mask.startswith(Pattern.OTHER.value)
+    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    if not (unread and causal and call.record.implementation == "sdpa" and query.shape[2] > 1):
+        return None
+    return position_mask(query.shape[2], key.shape[2], 0, query.device)[None, None]
 
 
 def _heads_as_planned(x: Tensor, spec: SiteSpec) -> Tensor:
