@@ -43,13 +43,26 @@ def _check_pointwise(node: Node, function: GraphModule) -> None:
         if inner.op in ("placeholder", "output", "get_attr"):
             continue
         pointwise = torch.Tag.pointwise in getattr(inner.target, "tags", ()) or inner.target in POINTWISE
-        if not pointwise and inner.target not in _READS:
+        if not pointwise and inner.target not in _READS and not _indexes(inner):
             raise Refused(
                 Reason.FLEX,
                 node,
                 f"a function of flex_attention uses {inner.target}, which is not point-wise",
                 "flex",
             )
+
+
+def _indexes(inner: Node) -> bool:
+    """Whether a node is how export writes `tensor[b, i]` in a function of flex_attention.
+
+    PyTorch gives that an autograd function of its own, which export calls by its name: what the function is
+    and how its arguments lie, that name, the tensor, and the indices.
+    """
+    return (
+        inner.target is torch.ops.higher_order.flat_apply
+        and len(inner.args) > 4
+        and str(inner.args[2]).endswith("._trace_wrapped_higher_order_op.ModIndex")
+    )
 
 
 _CONNECTIVES = ("__and__", "__or__", "__xor__", "floor_divide", "remainder", "fmod", "where")
@@ -114,7 +127,11 @@ class _Writer:
             if inner.op == "placeholder":
                 values[inner] = next(placeholders)
             elif inner.op == "get_attr":
-                values[inner] = self.attribute(f"{name}.{inner.target}", inner)
+                if not all(map(_indexes, inner.users)):
+                    values[inner] = self.attribute(f"{name}.{inner.target}", inner)
+            elif _indexes(inner):
+                tensor, *indices = map_arg(inner.args[3:], values.__getitem__)
+                values[inner] = self.call(aten.index.Tensor, tensor, indices)
             elif inner.op == "output":
                 result = inner.args[0]
                 return values[result[0] if isinstance(result, (list, tuple)) else result]
