@@ -99,6 +99,7 @@ def linearize(
         return model
     settings = resolve_config(config, overrides)
     check_model(model)
+    modules = dict(model.named_modules())
     examples = example_inputs(model, inputs)
     with Snapshot(model):
         with quiet_run(model), steps("linearize", 6, progress) as step:
@@ -108,6 +109,7 @@ def linearize(
             step("searching")
             report = search(model, examples)
             plan = plan_sites(model, report, settings)
+            _check_lasting(model, plan, modules)
             step("recording")
             recording = record(model, list(plan.owners), examples)
             step("rewriting")
@@ -206,6 +208,20 @@ def check_live(model: Any) -> None:
     _check_dense(model)
     if any(parameter.is_meta for parameter in model.parameters()):
         raise InvalidModelError("the model is on the meta device and holds no values; load its weights first")
+
+
+def _check_lasting(model: nn.Module, plan: Plan, modules: Mapping[str, nn.Module]) -> None:
+    """Raise InvalidModelError where a run put another module in an owner's place, as it would in ours.
+
+    modules: of the model by their names, before it ran.
+    """
+    for path in plan.owners:
+        if model.get_submodule(path) is not modules.get(path):
+            raise InvalidModelError(
+                f"{type(model).__name__} puts another module in the place of {path!r} when it runs, and "
+                "would again once it is saved and loaded: make it in the form that it then has, by its config "
+                "(such as attention_type='original_full' of BigBird)"
+            )
 
 
 def _got(model: Any) -> str:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -173,11 +174,12 @@ class Meter:
         each: list[dict[str, list[float]]] = []
         for group in self._groups:
             totals, positions, size = {path: [0.0] * len(forms) for path in paths}, 0, 0.0
-            for batch in group:
+            for batch in itertools.chain.from_iterable(map(_rows, group)):
                 self._layers.put(original)
                 self._model.requires_grad_(False)  # which saves memory; `switchable` restores it
                 run = functools.partial(self._output, batch, original)
                 output, found = influence(self._model, paths, put, run, self._draw)
+                self._tick(1)
                 positions += len(output)
                 size += float(output.double().square().sum())
                 for path, costs in found.items():
@@ -253,6 +255,15 @@ class Meter:
         if mask is None or mask.shape != output.shape[:2]:
             return torch.ones(output.shape[:2], dtype=torch.bool, device=output.device)
         return mask.bool()
+
+
+def _rows(batch: dict[str, Any]) -> list[dict[str, Any]]:
+    """The sequences of a batch one by one, to save memory, where all of its tensors have one for each."""
+    tensors = {name: x for name, x in batch.items() if isinstance(x, Tensor)}
+    counts = {x.shape[0] if x.dim() else 0 for x in tensors.values()}
+    if len(counts) > 1 or 0 in counts:
+        return [batch]
+    return [{**batch, **{n: x[i : i + 1] for n, x in tensors.items()}} for i in range(counts.pop())]
 
 
 def _cut(batches: Sequence[dict[str, Any]], length: int) -> list[dict[str, Any]]:

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from transformers import (
     BertConfig,
     BertModel,
+    BigBirdConfig,
+    BigBirdModel,
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedTokenizerFast,
@@ -72,6 +74,19 @@ def test_a_stock_adapter_that_leaves_new_parameters_untrained_is_told_of() -> No
         peft.get_peft_model(lz.linearize(tiny(), mechanism="softmax"), stock)
     assert any("linear_attention" in n for n, p in adapted.named_parameters() if p.requires_grad)
     assert not hasattr(tiny(), "peft_config") and not hasattr(lz.linearize(tiny()), "peft_config")
+
+
+def test_a_model_that_replaces_its_attention_is_refused_and_the_advice_works(tmp_path: Path) -> None:
+    sizes = dict(vocab_size=64, hidden_size=16, intermediate_size=24, num_hidden_layers=1)
+    model = BigBirdModel(BigBirdConfig(**sizes, num_attention_heads=2)).eval()
+    with pytest.raises(
+        InvalidModelError, match="another module in the place.*attention_type='original_full'"
+    ):
+        lz.linearize(model)
+    whole = BigBirdConfig(**sizes, num_attention_heads=2, attention_type="original_full")
+    linear = lz.linearize(BigBirdModel(whole).eval())
+    loaded = lz.load(lz.save(linear, tmp_path / "saved"))
+    assert torch.equal(loaded(IDS).last_hidden_state, linear(IDS).last_hidden_state)
 
 
 class Sentences(nn.Module):
