@@ -219,8 +219,8 @@ def _check_lasting(model: nn.Module, plan: Plan, modules: Mapping[str, nn.Module
         if model.get_submodule(path) is not modules.get(path):
             raise InvalidModelError(
                 f"{type(model).__name__} puts another module in the place of {path!r} when it runs, and "
-                "would again once it is saved and loaded: make it in the form that it then has, by its config "
-                "(such as attention_type='original_full' of BigBird)"
+                "would again once it is saved and loaded: make it in the form that it then has, by its "
+                "config (such as attention_type='original_full' of BigBird)"
             )
 
 
