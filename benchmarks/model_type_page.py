@@ -80,7 +80,8 @@ with no row by hand but for a few (`tests/zoo/model_types.py`), float32, in a pr
 of time and memory. `lz.linearize(model)` makes the inputs. Each is converted with exact softmax and compared
 with the original, outputs and greedy decoding; then with the default mechanism, and it must run, generate
 where the original does, and be the same to the bit once it is saved and loaded. What is refused is tried
-again with `on_refusal="keep"`.
+again with `on_refusal="keep"`. A run goes on where the last one stopped, so that some rows are of older code
+than others; `--again OUTCOME` runs those of one outcome anew.
 
 Of {found} types {run} were built and run: {outcomes}. Of the {attention} with softmax attention, {exact} are
 converted with exact softmax ({exact_whole} whole, {exact_part} in part; the largest error is {error:.0e}) and
