@@ -74,7 +74,10 @@ def results() -> dict[str, tuple[Any, str]]:
 
 
 @pytest.mark.parametrize("name", ["inspect", "calibrate", "plan", "evaluate", "compare", "parts", "transfer"])
-def test_every_result_prints_as_a_table_and_in_notebooks(name: str, results: dict[str, Any]) -> None:
+def test_every_result_prints_as_a_table_and_in_notebooks(
+    name: str, results: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "160")  # no cell is broken over lines
     result, word = results[name]
     said, page = str(result), _Page(result._repr_html_())
     assert word in said and len(said.splitlines()) > 3
