@@ -80,8 +80,8 @@ def run(console: Console, plot: Path, file: Path) -> None:
     _, seconds = timed(lambda: linearize(model, config=settings))
     console.print(
         f"linearize(model, config=settings), with what is proved already: {seconds:.0f} s. The settings give "
-        "more tokens to some layers than to others, as lz.plan(model, batches, state_bytes=...) found best; "
-        "that takes long, and is not part of this demo. What each model writes, greedily:"
+        "more tokens to some layers than to others, as lz.plan(model, batches, state_bytes=...) found best "
+        "in a few minutes, which are not part of this demo. What each model writes, greedily:"
     )
     answers(console, tokenizer, {"original": original, "converted": model})
     console.rule("3. speed and memory against length", align="left")
