@@ -68,6 +68,13 @@ def attend(
         documents, mask = given, None
     if documents is not None:
         return _in_documents(call, child, query, key, value, mask, documents, bias, sinks, dropout)
+    one_row = mask is not None and mask.is_floating_point() and mask.ndim == 4 and mask.shape[2] == 1
+    if one_row and query.shape[2] > 1 and child.spec.causal and not child.is_exact:
+        # `compact_mask` gives such masks of bools; this one is the caller's, and lets later keys be seen.
+        raise InputError(
+            f"{call.record.path or 'the model'}: the attention mask has one row for all queries, and the "
+            "rewritten attention is causal; give a 2-D padding mask, or the whole square"
+        )
     if call.state is not None:
         return _after_state(call, child, query, key, value, mask, start if masked_columns else None)
     key_mask = key_mask_of(mask, key.shape[0], key.shape[2])

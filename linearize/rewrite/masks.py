@@ -129,6 +129,8 @@ def documents_in(
     if sharp is not None:
         require_true(sharp, problem)
     queries, keys = seen.shape[2], key_mask.shape[1]
+    if seen.shape[1] > 1:  # heads may not see different keys
+        require_true((seen == seen[:, :1]).all(), problem)
     if queries == 1:
         return None  # nothing more can be said of one query
     expected = key_mask[:, None, None, :]

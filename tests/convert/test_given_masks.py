@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from linearize.convert.inspect import inspect
 from linearize.convert.linearize import linearize
@@ -222,3 +223,31 @@ def test_weights_that_are_returned_are_refused_with_advice_that_works() -> None:
         torch.testing.assert_close(model(**asked)[0], original(**asked)[0], atol=1e-5, rtol=1e-4)
         with pytest.raises(InputError, match="need_weights=False"):
             model(X, X, X)
+
+
+@torch.no_grad()
+def test_masks_of_one_row_that_say_more_are_refused() -> None:
+    class Own(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.project = nn.Linear(32, 96)
+
+        def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+            q, k, v = (part.view(2, -1, 4, 8).transpose(1, 2) for part in self.project(x).chunk(3, -1))
+            out = nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+            return out.transpose(1, 2).flatten(2)
+
+    x = torch.randn(2, 10, 32)
+    model = linearize(Own().eval(), {"x": x}, mechanism="augmented")
+    keep = torch.rand(2, 4, 1, 10) > 0.4
+    keep[..., 0] = True
+    for mask in (keep, torch.where(keep, 0.0, float("-inf"))):
+        with pytest.raises(InputError, match="follows no other"):  # heads see different keys
+            model(x, mask)
+    sizes = dict(vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=1)
+    decoder = LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=4)).eval()
+    ids = torch.arange(3, 13).repeat(2, 1)
+    linearize(decoder, {"input_ids": ids}, mechanism="augmented")
+    with pytest.raises(InputError, match="one row for all queries.*2-D padding mask"):
+        decoder(input_ids=ids, attention_mask=torch.zeros(2, 1, 1, 10))
+    decoder(input_ids=ids, attention_mask=torch.ones(2, 10))
