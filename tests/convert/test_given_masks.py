@@ -251,3 +251,42 @@ def test_masks_of_one_row_that_say_more_are_refused() -> None:
     with pytest.raises(InputError, match="one row for all queries.*2-D padding mask"):
         decoder(input_ids=ids, attention_mask=torch.zeros(2, 1, 1, 10))
     decoder(input_ids=ids, attention_mask=torch.ones(2, 10))
+
+
+class Flagged(nn.Module):
+    """Hand-written attention that is causal or not, by a flag, and adds what it is given to the scores."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.project = nn.Linear(32, 96)
+
+    def forward(self, x: Tensor, add: Tensor | None = None, causal: bool = True) -> Tensor:
+        q, k, v = (part.view(2, -1, 4, 8).transpose(1, 2) for part in self.project(x).chunk(3, -1))
+        scores = q @ k.transpose(-1, -2) / 8**0.5
+        if causal:
+            scores = scores.masked_fill(torch.ones_like(scores).triu(1).bool(), float("-inf"))
+        scores = scores if add is None else scores + add
+        return (scores.softmax(-1) @ v).transpose(1, 2).flatten(2)
+
+
+@torch.no_grad()
+def test_padding_alone_does_not_keep_a_site_causal() -> None:
+    x, hidden = torch.randn(2, 10, 32), torch.zeros(2, 10, dtype=torch.bool)
+    hidden[1, 6:] = True
+    later = torch.ones(10, 10).triu(1).bool()
+    floats = torch.zeros(2, 10).masked_fill(hidden, float("-inf"))
+    layer = nn.TransformerEncoderLayer(32, 4, 48, 0.0, batch_first=True)
+    original = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False).eval()
+    encoder = linearize(copy.deepcopy(original), {"src": x, "mask": later}, mechanism="augmented")
+    both = {"mask": later, "src_key_padding_mask": hidden}
+    torch.testing.assert_close(encoder(x, **both)[~hidden], original(x, **both)[~hidden])
+    for padding in (hidden, floats, torch.zeros_like(hidden)):
+        with pytest.raises(InputError, match="not a causal mask"):
+            encoder(x, src_key_padding_mask=padding)
+    own = Flagged().eval()
+    model = linearize(copy.deepcopy(own), {"x": x}, mechanism="augmented")
+    row = floats[:, None, None]
+    torch.testing.assert_close(model(x, row)[~hidden], own(x, row)[~hidden])
+    for add in (row, torch.zeros(2, 1, 1, 10)):
+        with pytest.raises(InputError, match="not a causal mask"):
+            model(x, add, causal=False)

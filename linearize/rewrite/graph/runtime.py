@@ -74,6 +74,9 @@ def attend_site(
     mask = _visible(call, terms, kinds) if reads_mask else None
     if mask is not None and causal and mask.shape[2] > 1:
         mask = mask & position_mask(mask.shape[2], mask.shape[3], 0, mask.device)
+    elif mask is not None and not causal and child.spec.causal and mask.shape[2] == 1:
+        # One row says the same of every query: none of them hides what is later, and this is compared.
+        mask = mask.expand(-1, -1, query.shape[2], -1)
     if call.state is None:
         return attend(call, child, scaled, key, value, mask)
     # The owner was traced on the new tokens alone: its mask has their columns, its cache no part in it.
