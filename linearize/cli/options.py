@@ -113,9 +113,17 @@ def grouped(command: Callable[..., None]) -> Callable[..., None]:
             given[name] = group(**{field.name: given.pop(field.name) for field in dataclasses.fields(group)})
         command(**given)
 
-    # What typer reads; functions have no such attribute until they are given one.
-    with_options.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
-    return with_options
+    return with_parameters(with_options, parameters)
+
+
+def with_parameters(
+    function: Callable[..., None], parameters: Iterable[inspect.Parameter]
+) -> Callable[..., None]:
+    """The function itself, in which typer reads these parameters in place of its own."""
+    signature = inspect.signature(function).replace(parameters=list(parameters))
+    # Functions have no such attribute until they are given one.
+    function.__signature__ = signature  # type: ignore[attr-defined]
+    return function
 
 
 def takes_path(parameter: inspect.Parameter) -> bool:

@@ -16,6 +16,7 @@ from rich.console import Console
 
 from ..errors import LinearizeError
 from .flags import flags_of, in_flags
+from .options import with_parameters
 
 
 @dataclass(frozen=True)
@@ -67,8 +68,7 @@ def saying(command: Callable[..., None]) -> Callable[..., None]:
             _LOUDNESS.reset(before)
 
     parameters = [*signature.parameters.values(), *([] if name in kinds else [own])]
-    told.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
-    return told
+    return with_parameters(told, parameters)
 
 
 def _sentence(error: Exception, flags: dict[str, str]) -> str:

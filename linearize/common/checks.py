@@ -5,7 +5,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Iterable, Mapping
 from difflib import get_close_matches
-from typing import Any
+from typing import Any, SupportsIndex
 
 import torch
 from torch import Tensor
@@ -50,11 +50,11 @@ def several(value: Any) -> Any:
 
 
 def _whole(value: object) -> int | None:
-    if isinstance(value, bool | str) or getattr(value, "shape", ()) != ():
+    if isinstance(value, bool) or not isinstance(value, SupportsIndex) or getattr(value, "shape", ()) != ():
         return None
     try:
-        return operator.index(value)  # type: ignore[arg-type]
-    except TypeError:
+        return operator.index(value)
+    except TypeError:  # a tensor of another dtype
         return None
 
 
